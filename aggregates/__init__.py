@@ -1,0 +1,25 @@
+"""What a domain expert writes and reads: aggregates, commands, events, and scenarios that specify them."""
+
+from aggregates.aggregate import Aggregate, applies, handles
+from aggregates.context import Context
+from aggregates.errors import DeclarationError, InvalidId, InvalidMessage, Rejected, SequenceError
+from aggregates.messages import command, event
+from aggregates.scenario import Scenario, scenario
+from aggregates.upcasting import upcasts
+
+__all__ = [
+    "Aggregate",
+    "Context",
+    "DeclarationError",
+    "InvalidId",
+    "InvalidMessage",
+    "Rejected",
+    "Scenario",
+    "SequenceError",
+    "applies",
+    "command",
+    "event",
+    "handles",
+    "scenario",
+    "upcasts",
+]

@@ -1,0 +1,120 @@
+"""A commit: all events of one decision (or of several taken together), as one CloudEvents 1.0 JSON batch.
+
+https://github.com/cloudevents/spec, JSON batch format. The extension attributes are ours: `sequence` (the event's
+place in its aggregate, from 1), `dataversion` (schema version), `commandid`, `correlationid`, `causationid`, and
+`traceparent` of the distributed tracing extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import orjson
+
+from aggregates.context import uuid7
+from aggregates.errors import InvalidMessage
+from aggregates.messages import plain
+
+
+class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", "correlation_id": "correlationid"}):
+    """One stored event before its data is decoded.
+
+    Attributes:
+        id: UUIDv7 of the event.
+        type: the event's wire name.
+        time: moment of the decision, RFC 3339 in UTC.
+        sequence: place in the aggregate's history, from 1.
+        dataversion: schema version of `data`.
+        data: the event's fields, still JSON.
+        commandid: id of the command that caused it.
+    """
+
+    id: str
+    type: str
+    time: str
+    sequence: int
+    data: msgspec.Raw
+    dataversion: int = 1
+    commandid: str = ""
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    traceparent: str | None = None
+
+
+class Decision(msgspec.Struct, gc=False):
+    """The events that one command led to, with the ids that tie them together."""
+
+    command_id: str
+    events: Sequence[Any]
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    traceparent: str | None = None
+
+
+_decode = msgspec.json.Decoder(list[Envelope]).decode
+
+
+def timestamp() -> str:
+    """Return the present moment as RFC 3339 in UTC, to the microsecond."""
+    return datetime.now(UTC).isoformat()[:-6] + "Z"
+
+
+def encode(
+    source: str,
+    aggregate_id: str,
+    names: dict[type, tuple[str, int]],
+    decisions: Sequence[Decision],
+    sequence: int,
+    time: str,
+) -> bytes:
+    """Return the commit as JSON bytes.
+
+    Args:
+        source: CloudEvents source, such as `/bank/Account`.
+        names: wire name and schema version by event class.
+        sequence: the aggregate's version before this commit.
+        time: moment of the decision, as `timestamp()` gives it.
+    """
+    batch: list[dict[str, Any]] = []
+    for decision in decisions:
+        for event in decision.events:
+            sequence += 1
+            name, version = names[type(event)]
+            item = {
+                "specversion": "1.0",
+                "id": uuid7(),
+                "source": source,
+                "type": name,
+                "subject": aggregate_id,
+                "time": time,
+                "sequence": sequence,
+                "dataversion": version,
+                "commandid": decision.command_id,
+                "data": event,
+            }
+            if decision.correlation_id is not None:
+                item["correlationid"] = decision.correlation_id
+            if decision.causation_id is not None:
+                item["causationid"] = decision.causation_id
+            if decision.traceparent is not None:
+                item["traceparent"] = decision.traceparent
+            batch.append(item)
+    return orjson.dumps(batch, default=plain)
+
+
+def decode(payload: bytes) -> list[Envelope]:
+    """Return the events of a commit, their data still JSON.
+
+    Raises:
+        InvalidMessage: these bytes are no commit.
+    """
+    try:
+        envelopes = _decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidMessage(f"not a commit: {error}") from None
+    if not envelopes:
+        raise InvalidMessage("not a commit: it holds no events")
+    return envelopes

@@ -1,0 +1,37 @@
+"""What can go wrong in the domain, and what the kernel says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Rejected(Exception):  # noqa: N818 - the field's word for a refused command
+    """Raise it in a command handler to refuse the command.
+
+    The message reaches the caller unchanged, nothing is appended, and the aggregate keeps its state.
+    """
+
+
+class InvalidMessage(ValueError):
+    """A command or an event that does not have the declared form; the message says which field and why."""
+
+
+class InvalidId(ValueError):
+    """An aggregate id that cannot be addressed: empty, too long, or holding control characters."""
+
+
+class DeclarationError(Exception):
+    """Declarations that can't work; raised once at start with *all* the problems found.
+
+    Attributes:
+        problems: one sentence each, naming the class and the remedy.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{len(self.problems)} problem(s) in the declarations:\n{lines}")
+
+
+class SequenceError(Exception):
+    """An aggregate's events do not follow each other 1, 2, 3, ...: a gap, or a repeat."""

@@ -1,0 +1,1 @@
+"""Applications built on eskernel, as a user would build them."""

@@ -1,0 +1,373 @@
+"""The actors: one per live aggregate, children of their partition's parent, all in this process (Thespian).
+
+Actors never wait and never raise. What needs waiting (loading, appending) they ask of the `Gateway`, and they are told
+the result by a message. While something is under way an actor stashes commands; those are then decided together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from thespian.actors import Actor, ActorAddress, ActorSystem, PoisonMessage
+from thespian.system.simpleSystemBase import ActorSystemBase
+
+from aggregates import Context, Rejected
+from aggregates.cell import REMEMBERED_COMMANDS, Cell
+from aggregates.commit import Decision, Envelope
+from kernel.log.base import Conflict, LogError, PayloadTooLarge, UnknownOutcome
+from kernel.messages import CommandRequest, ErrorType
+from kernel.subjects import Address
+from projections.errors import HandlerFailed
+from projections.fold import Folded, Plan
+
+MAX_DECISIONS = 100
+"""Commands decided together in one commit."""
+MAX_ATTEMPTS = 8
+"""Decisions of one command against ever newer state before giving up."""
+
+
+class Request:
+    """A command on its way through an actor."""
+
+    __slots__ = ("attempts", "command", "reply", "searched", "wire")
+
+    def __init__(self, wire: CommandRequest, command: Any, reply: bytes) -> None:
+        self.wire = wire
+        self.command = command
+        self.reply = reply
+        self.attempts = 0
+        self.searched = wire.attempt <= 1
+
+
+class Gateway(Protocol):
+    """What actors ask of the asyncio side. None of it blocks."""
+
+    def load(self, address: Address) -> None:
+        """Load the aggregate; answer with `Loaded`."""
+
+    def search(self, address: Address, request: Request) -> None:
+        """Look for the command in the whole history; answer the sender, or deliver the command again."""
+
+    def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
+        """Append the decisions as one commit behind `cell.position`; answer with `Appended`."""
+
+    def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
+        """Answer the sender with a receipt."""
+
+    def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
+        """Answer the sender with an error."""
+
+    def alert(self, problem: str) -> None:
+        """Report a bug in the kernel."""
+
+
+class Turn:
+    """What the actors of one batch share: the plan, where results go, and the first failure."""
+
+    __slots__ = ("failure", "folded", "plan")
+
+    def __init__(self, plan: Plan, folded: Folded) -> None:
+        self.plan = plan
+        self.folded = folded
+        self.failure: HandlerFailed | None = None
+
+
+class Fold:
+    """Fold these commits. `rows` are the stored records where the actor holds none."""
+
+    __slots__ = ("address", "commits", "rows", "skip", "turn")
+
+    def __init__(
+        self,
+        address: Address,
+        turn: Turn,
+        commits: Sequence[tuple[int, Sequence[Envelope]]],
+        rows: list[Any] | None,
+        skip: frozenset[int],
+    ) -> None:
+        self.address = address
+        self.turn = turn
+        self.commits = commits
+        self.rows = rows
+        self.skip = skip
+
+
+class Decide:
+    """Decide these commands, in order."""
+
+    __slots__ = ("address", "requests")
+
+    def __init__(self, address: Address, requests: list[Request]) -> None:
+        self.address = address
+        self.requests = requests
+
+
+class Loaded:
+    """The aggregate's cell, or why it can't be had."""
+
+    __slots__ = ("cell", "error")
+
+    def __init__(self, cell: Cell[Any] | None, error: tuple[ErrorType, str] | None = None) -> None:
+        self.cell = cell
+        self.error = error
+
+
+class Appended:
+    """Where the commit is in the stream, or why it is not."""
+
+    __slots__ = ("result",)
+
+    def __init__(self, result: int | Exception) -> None:
+        self.result = result
+
+
+class DropRows:
+    """Forget the folded rows: what is stored differs from them."""
+
+
+class Passivate:
+    """Forget everything; the shell can serve another aggregate."""
+
+
+class AggregateActor(Actor):  # type: ignore[misc]
+    """A thin shell around one aggregate's cell and its folded rows."""
+
+    gateway: Gateway
+
+    def __init__(self) -> None:
+        self.address: Address | None = None
+        self.cell: Cell[Any] | None = None
+        self.rows: list[Any] | None = None
+        self.sequence: int | None = None
+        self.stash: list[Request] | None = None
+        self.deciding: list[tuple[Request, int]] | None = None
+        self.loading = False
+        self.alone = False
+
+    def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
+        """Handle one message; a failure is answered, never raised."""
+        try:
+            kind = type(message)
+            if kind is Fold:
+                self._fold(message)
+            elif kind is Decide:
+                self._receive(message)
+            elif kind is Appended:
+                self._appended(message.result)
+            elif kind is Loaded:
+                self._loaded(message)
+            elif kind is DropRows:
+                self.rows = self.sequence = None
+            elif kind is Passivate:
+                self.address = self.cell = self.rows = self.sequence = self.stash = None
+        except Exception as error:
+            self.gateway.alert(f"{self.address and self.address.subject}: {type(error).__name__}: {error}")
+
+    def _fold(self, fold: Fold) -> None:
+        turn = fold.turn
+        if turn.failure is not None:
+            return  # the batch will be folded again
+        if fold.rows is not None:
+            self.rows, self.sequence = fold.rows, None
+        self.address = address = fold.address
+        try:
+            self.sequence = turn.plan.fold(
+                address.aggregate, address.id, self.rows or [], fold.commits, turn.folded, self.sequence, fold.skip
+            )
+        except HandlerFailed as failure:
+            turn.failure = failure
+
+    def _receive(self, decide: Decide) -> None:
+        self.address = decide.address
+        self.stash = decide.requests if self.stash is None else self.stash + decide.requests
+        if not self.loading and self.deciding is None:
+            self._next()
+
+    def _next(self) -> None:
+        """Go on with what is stashed: load if the state is not here, else decide."""
+        assert self.address is not None
+        if not self.stash:
+            self.stash = None
+        elif self.cell is None:
+            self.loading = True
+            self.gateway.load(self.address)
+        else:
+            self._decide(self.cell)
+
+    def _loaded(self, loaded: Loaded) -> None:
+        self.loading = False
+        self.cell = loaded.cell
+        if loaded.error is not None:
+            requests, self.stash = self.stash or [], None
+            for request in requests:
+                self._fail(request, *loaded.error)
+        else:
+            self._next()
+
+    def _decide(self, cell: Cell[Any]) -> None:
+        assert self.address is not None
+        requests, self.stash = self.stash or [], None
+        limit = 1 if self.alone else MAX_DECISIONS
+        version = cell.version
+        decisions: list[Decision] = []
+        deciding: list[tuple[Request, int]] = []
+        for place, request in enumerate(requests):
+            if len(decisions) == limit:
+                self.stash = requests[place:]
+                break
+            wire = request.wire
+            known = cell.commands.get(wire.command_id)
+            if known is not None:
+                self.gateway.succeed(self.address, request, known[0], known[1], True)
+                continue
+            if not request.searched and len(cell.commands) == REMEMBERED_COMMANDS:
+                self.gateway.search(self.address, request)
+                continue
+            try:
+                events = cell.decide(request.command, Context(wire.command_id))
+            except Rejected as rejection:
+                self._fail(request, "rejected", str(rejection))
+                continue
+            except Exception as error:
+                self._fail(request, "failed", f"{type(error).__name__}: {error}")
+                continue
+            if not events:
+                self.gateway.succeed(self.address, request, cell.version, cell.position, False)
+                continue
+            try:
+                cell.evolve(events)
+            except Exception as error:
+                # an applier failed halfway: only the log knows the state now
+                self._fail(request, "failed", f"{type(error).__name__} while applying: {error}")
+                self.cell = None
+                self.stash = [one for one, _ in deciding] + requests[place + 1 :]
+                self._next()
+                return
+            request.attempts += 1
+            decisions.append(
+                Decision(wire.command_id, events, wire.correlation_id, wire.causation_id, wire.traceparent)
+            )
+            deciding.append((request, cell.version))
+        if decisions:
+            self.deciding = deciding
+            self.gateway.append(self.address, cell, version, decisions)
+        elif self.stash is not None:
+            self._next()
+
+    def _appended(self, result: int | Exception) -> None:
+        assert self.address is not None
+        deciding, self.deciding = self.deciding or [], None
+        cell = self.cell
+        if isinstance(result, int) and cell is not None:
+            cell.position = result
+            self.alone = False
+            for request, version in deciding:
+                cell.remember(request.wire.command_id, version, result)
+                self.gateway.succeed(self.address, request, version, result, False)
+        else:
+            self.cell = None  # it has folded events that are not in the log, as far as we know
+            again = [request for request, _ in deciding]
+            if isinstance(result, PayloadTooLarge) and len(again) > 1:
+                self.alone = True  # together they were too large: one by one
+            elif isinstance(result, Conflict):
+                for request in [one for one in again if one.attempts >= MAX_ATTEMPTS]:
+                    again.remove(request)
+                    self._fail(request, "conflict", f"{self.address.aggregate} {self.address.id} kept changing")
+            else:
+                for request in again:
+                    self._fail(request, _error_type(result), str(result))
+                again = []
+            if again:
+                self.stash = again + (self.stash or [])
+        self._next()
+
+    def _fail(self, request: Request, type: ErrorType, message: str) -> None:
+        assert self.address is not None
+        self.gateway.fail(self.address, request, type, message)
+
+
+# Thespian inspects the constructor at every creation: half of its cost, unless the signature is there already
+AggregateActor.__init__.__signature__ = inspect.signature(AggregateActor.__init__)  # type: ignore[attr-defined]
+
+
+def _error_type(error: int | Exception) -> ErrorType:
+    if isinstance(error, UnknownOutcome):
+        return "unknown-outcome"
+    if isinstance(error, PayloadTooLarge):
+        return "too-large"
+    return "unavailable" if isinstance(error, LogError) else "failed"
+
+
+class Spawn:
+    """Create shells; their addresses go into `into`."""
+
+    __slots__ = ("count", "into")
+
+    def __init__(self, count: int, into: list[ActorAddress]) -> None:
+        self.count = count
+        self.into = into
+
+
+class PartitionActor(Actor):  # type: ignore[misc]
+    """Parent of the aggregates of one partition."""
+
+    gateway: Gateway
+    kind: type[AggregateActor]
+
+    def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
+        """Create children; hear of those that failed."""
+        if isinstance(message, Spawn):
+            message.into.extend(self.createActor(self.kind) for _ in range(message.count))
+        elif isinstance(message, PoisonMessage):
+            self.gateway.alert(f"poisoned: {message.details}")
+
+
+class RouterActor(Actor):  # type: ignore[misc]
+    """Sends a list of messages: one entry into the actor system for a whole batch."""
+
+    gateway: Gateway
+
+    def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
+        """Pass on each message to its actor."""
+        if type(message) is list:
+            send = self.send
+            for receiver, one in message:
+                send(receiver, one)
+        elif isinstance(message, PoisonMessage):
+            self.gateway.alert(f"poisoned: {message.details}")
+
+
+class Actors:
+    """The actor system of one worker: a router, and a parent for each partition.
+
+    Args:
+        gateway: the asyncio side.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        # classes of our own for this system: the gateway reaches actors without a message for each
+        self._aggregate = type("AggregateActor", (AggregateActor,), {"gateway": gateway})
+        self._partition = type("PartitionActor", (PartitionActor,), {"gateway": gateway, "kind": self._aggregate})
+        router = type("RouterActor", (RouterActor,), {"gateway": gateway})
+        self._system = ActorSystem("simpleSystemBase", logDefs=False, transientUnique=True)
+        self._base: ActorSystemBase = self._system._systemBase
+        self._router: ActorAddress = self._system.createActor(router)
+        self._parents: dict[int, ActorAddress] = {}
+
+    def spawn(self, partition: int, count: int) -> list[ActorAddress]:
+        """Create shells under a partition's parent."""
+        if partition not in self._parents:
+            self._parents[partition] = self._system.createActor(self._partition)
+        made: list[ActorAddress] = []
+        self._system.tell(self._parents[partition], Spawn(count, made))
+        return made
+
+    def send(self, messages: list[tuple[ActorAddress, Any]]) -> None:
+        """Deliver the messages, and everything that follows from them, before returning."""
+        self._system.tell(self._router, messages)
+
+    def close(self) -> None:
+        """Shut the actor system down."""
+        self._system.shutdown()

@@ -1,0 +1,129 @@
+"""The app: everything a user declared, checked once at start."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from aggregates import Aggregate, DeclarationError
+from aggregates.declaration import AggregateType, declare
+from kernel.subjects import APP_NAME
+from projections.declaration import DeclaredProjection, declare_projection
+from projections.fold import Plan
+from projections.projection import Projection
+
+
+class App:
+    """An application: a name, its aggregate classes and its projections.
+
+    Args:
+        name: names the stream, the subjects and the data directory: a letter, then letters, digits, `-`, `_`; at
+            most 32 characters.
+
+    Raises:
+        DeclarationError: once, with everything that is wrong in any of the classes.
+    """
+
+    def __init__(
+        self, name: str, *, aggregates: Sequence[type[Aggregate]], projections: Sequence[type[Projection]] = ()
+    ) -> None:
+        problems: list[str] = []
+        if not APP_NAME.match(name):
+            problems.append(
+                f"app name {name!r}: use a letter, then letters, digits, '-' or '_', at most 32 characters"
+            )
+        self.name = name
+        self.types: dict[str, AggregateType[Any]] = {}
+        self.projections: list[DeclaredProjection] = []
+        for cls in aggregates:
+            try:
+                declared = declare(cls)
+            except DeclarationError as error:
+                problems += error.problems
+                continue
+            if declared.name in self.types:
+                problems.append(f"two aggregates are named {declared.name}; rename one class")
+            self.types[declared.name] = declared
+        for projection in projections:
+            self._add_projection(projection, aggregates, problems)
+        if not aggregates:
+            problems.append(f"app {name!r} has no aggregates; list their classes in aggregates=[...]")
+        if problems:
+            raise DeclarationError(problems)
+
+    def _add_projection(
+        self, cls: type[Projection], aggregates: Sequence[type[Aggregate]], problems: list[str]
+    ) -> None:
+        of = getattr(cls, "of", None)
+        if of is None:
+            problems.append(f"{cls.__name__}: say whose events it folds, with `of=SomeAggregate` in the class line")
+            return
+        if of not in aggregates:
+            problems.append(f"{cls.__name__} is of {of.__name__}, which is not among the app's aggregates")
+            return
+        if of.__name__ not in self.types:
+            return  # the aggregate's own problems are told already
+        try:
+            declared = declare_projection(cls, self.types[of.__name__])
+        except DeclarationError as error:
+            problems += error.problems
+            return
+        for other in self.projections:
+            if other.name == declared.name:
+                problems.append(f"two projections are named {declared.name}; give one another name=...")
+            for model in set(other.models) & set(declared.models):
+                problems.append(f"{declared.name} and {other.name} both fill {model.__name__}; a table has one projection")
+        self.projections.append(declared)
+
+    def type_of(self, aggregate: type[Aggregate] | str) -> AggregateType[Any]:
+        """Return the declared aggregate.
+
+        Raises:
+            KeyError: it is not one of the app's; the message lists those.
+        """
+        name = aggregate if isinstance(aggregate, str) else aggregate.__name__
+        if name not in self.types:
+            raise KeyError(f"{self.name} has no aggregate {name!r}; it has {', '.join(sorted(self.types))}")
+        return self.types[name]
+
+    def projection(self, name: str) -> DeclaredProjection:
+        """Return the declared projection. Raises `KeyError` with a list of those there are."""
+        for declared in self.projections:
+            if declared.name == name:
+                return declared
+        raise KeyError(
+            f"{self.name} has no projection {name!r}; it has {', '.join(p.name for p in self.projections) or 'none'}"
+        )
+
+    def plan(self) -> Plan:
+        """Compile all projections for folding."""
+        return Plan(list(self.types.values()), self.projections)
+
+
+class AppNotFound(Exception):
+    """The text given for an app does not lead to one; the message says why."""
+
+
+def load_app(spec: str) -> App:
+    """Import an app named as `package.module:variable`.
+
+    Raises:
+        AppNotFound: no such module or variable, or it is no App.
+        DeclarationError: the app's declarations are wrong.
+    """
+    module_name, _, variable = spec.partition(":")
+    if not module_name or not variable:
+        raise AppNotFound(f"{spec!r} does not name an app; write it as package.module:variable, like examples.bank:app")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise AppNotFound(f"can't import {module_name!r}: {error}; run from the folder that holds it") from None
+    found = getattr(module, variable, None)
+    if not isinstance(found, App):
+        raise AppNotFound(f"{module_name} has no App named {variable!r}")
+    return found

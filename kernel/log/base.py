@@ -1,0 +1,122 @@
+"""The event log: one protocol, whatever keeps the events."""
+
+from __future__ import annotations
+
+from asyncio import Future
+from typing import NamedTuple, Protocol
+
+
+class LogError(Exception):
+    """The log could not do what was asked."""
+
+
+class Conflict(LogError):
+    """Something else was appended first.
+
+    Attributes:
+        actual: stream sequence of the subject's last commit, or None if the log didn't say.
+    """
+
+    def __init__(self, subject: str, expected: int, actual: int | None) -> None:
+        super().__init__(f"{subject}: expected last sequence {expected}, it is {actual}")
+        self.actual = actual
+
+
+class PayloadTooLarge(LogError):
+    """A commit is larger than the log takes; the message says by how much."""
+
+
+class Unavailable(LogError):
+    """The log can't be reached, or is full."""
+
+
+class UnknownOutcome(Unavailable):
+    """An append was sent and it could not be found out whether it took effect."""
+
+
+class StreamMismatch(LogError):
+    """What exists under the stream's name is not what this app needs; the message says what differs."""
+
+
+class Stored(NamedTuple):
+    """A commit in the log.
+
+    Attributes:
+        sequence: its place in the stream, from 1, growing, perhaps with gaps.
+        payload: the commit as it was appended.
+    """
+
+    sequence: int
+    subject: str
+    payload: bytes
+
+
+class Batch(NamedTuple):
+    """What a reader got at once: commits in stream order, and how many more wait behind them."""
+
+    commits: list[Stored]
+    pending: int
+
+
+class StreamInfo(NamedTuple):
+    """What a log says about itself.
+
+    Attributes:
+        created: when the stream was made, which tells one from its successor of the same name.
+        partitions: fixed when it was made.
+        first: lowest stream sequence still there.
+        last: highest stream sequence so far, 0 before the first.
+        commits: how many there are.
+        durability: a sentence for people: what survives which failure.
+    """
+
+    created: str
+    partitions: int
+    first: int
+    last: int
+    commits: int
+    durability: str
+
+
+class LogReader(Protocol):
+    """A position in the log that moves forward."""
+
+    async def next(self, limit: int, timeout: float | None = None) -> Batch:
+        """Return what is there, at most `limit` commits; wait for the first, up to `timeout` seconds."""
+
+    async def close(self) -> None:
+        """Give back what the reader holds."""
+
+
+class EventLog(Protocol):
+    """Commits by subject, each with its place in one stream.
+
+    Attributes:
+        max_payload: most bytes a commit may have.
+    """
+
+    @property
+    def max_payload(self) -> int: ...
+
+    def append(self, subject: str, expected: int, payload: bytes) -> Future[int]:
+        """Append a commit if the subject's last one has stream sequence `expected` (0: there is none).
+
+        The future gives the new stream sequence. It never stays pending: it raises `Conflict`, `PayloadTooLarge`,
+        `Unavailable` (nothing was appended) or `UnknownOutcome`. An append whose answer was lost is found by its
+        payload, so payloads must differ from each other.
+        """
+
+    async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
+        """Return the commits of one subject with a sequence greater than `after`, in order."""
+
+    async def last(self, subject: str) -> Stored | None:
+        """Return the subject's last commit as the leader has it."""
+
+    async def read(self, after: int, partition: int | None = None) -> LogReader:
+        """Return a reader of everything, or of one partition, from the sequence behind `after`."""
+
+    async def info(self) -> StreamInfo:
+        """Return what the log says about itself. Raises `Unavailable`."""
+
+    async def close(self) -> None:
+        """Let go of the log; pending appends fail."""

@@ -1,0 +1,95 @@
+"""A log in this process's memory: for tests, and to show what the protocol asks for and no more."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from datetime import UTC, datetime
+
+from kernel.log.base import Batch, Conflict, LogReader, PayloadTooLarge, Stored, StreamInfo, Unavailable
+from kernel.subjects import Subjects
+
+
+class MemoryLog:
+    """Keeps commits in lists; nothing survives the process."""
+
+    def __init__(self, app: str = "memory", partitions: int = 64, max_payload: int = 1_048_576) -> None:
+        self.subjects = Subjects(app, partitions)
+        self._max_payload = max_payload
+        self._all: list[Stored] = []
+        self._by_subject: dict[str, list[Stored]] = {}
+        self._grown = asyncio.Event()
+        self._created = datetime.now(UTC).isoformat()
+        self._closed = False
+
+    @property
+    def max_payload(self) -> int:
+        return self._max_payload
+
+    def append(self, subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        known = self._by_subject.get(subject)
+        last = known[-1].sequence if known else 0
+        if self._closed:
+            future.set_exception(Unavailable("the log is closed"))
+        elif len(payload) > self._max_payload:
+            future.set_exception(PayloadTooLarge(f"{subject}: {len(payload)} bytes, at most {self._max_payload}"))
+        elif last != expected:
+            future.set_exception(Conflict(subject, expected, last))
+        else:
+            stored = Stored(len(self._all) + 1, subject, payload)
+            self._all.append(stored)
+            self._by_subject.setdefault(subject, []).append(stored)
+            self._grown.set()
+            self._grown = asyncio.Event()
+            future.set_result(stored.sequence)
+        return future
+
+    async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
+        return [one for one in self._by_subject.get(subject, ()) if one.sequence > after]
+
+    async def last(self, subject: str) -> Stored | None:
+        known = self._by_subject.get(subject)
+        return known[-1] if known else None
+
+    async def read(self, after: int, partition: int | None = None) -> LogReader:
+        return _MemoryReader(self, after, partition)
+
+    async def info(self) -> StreamInfo:
+        durability = "events are in memory only and end with the process"
+        count = len(self._all)
+        return StreamInfo(self._created, self.subjects.partitions, min(count, 1), count, count, durability)
+
+    async def close(self) -> None:
+        self._closed = True
+
+
+class _MemoryReader:
+    def __init__(self, log: MemoryLog, after: int, partition: int | None) -> None:
+        self._log, self._after, self._partition = log, after, partition
+
+    async def next(self, limit: int, timeout: float | None = None) -> Batch:
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    grown = self._log._grown
+                    found = self._waiting()
+                    if found:
+                        break
+                    await grown.wait()
+        except TimeoutError:
+            return Batch([], 0)
+        taken = found[:limit]
+        self._after = taken[-1].sequence
+        return Batch(taken, len(found) - len(taken))
+
+    def _waiting(self) -> list[Stored]:
+        everything = self._log._all
+        start = bisect_right(everything, self._after, key=lambda one: one.sequence)
+        if self._partition is None:
+            return everything[start:]
+        parse = self._log.subjects.parse
+        return [one for one in everything[start:] if parse(one.subject).partition == self._partition]
+
+    async def close(self) -> None:
+        pass

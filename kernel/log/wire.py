@@ -1,0 +1,192 @@
+"""A NATS connection with a short way for messages that come or go by the ten thousand.
+
+nats-py spends most of a message's time on its regular expressions, header objects and per-subscription queues. `Wire`
+is nats-py's own client (connecting, reconnecting, authentication, TLS, requests are all unchanged), with two
+additions: messages of subscriptions made with `listen` go straight from the socket's buffer to a function, their
+headers left as bytes; and `send` writes protocol frames that the caller has made. It leans on inner names of nats-py,
+which is why the version is pinned and `tests/test_wire.py` watches those names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
+
+Listener = Callable[[bytes, bytes, bytes, bytes | None], None]
+"""Called with subject, reply subject, payload, and the header bytes or None. It must not raise or block."""
+
+_M, _H = b"MH"
+
+
+class _FrameParser(Parser):
+    """Reads whole MSG and HMSG frames by position; everything else is left to nats-py's parser, line by line."""
+
+    nc: Wire
+    resets = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.resets += 1
+
+    async def parse(self, data: bytes = b"") -> None:
+        if self.state != AWAITING_CONTROL_LINE:
+            await super().parse(data)
+            return
+        buffer = bytes(self.buf) + data if self.buf else data
+        position, length, find, listeners = 0, len(buffer), buffer.find, self.nc.listeners
+        resets = self.resets
+        while position < length:
+            line_end = find(b"\r\n", position)
+            if line_end < 0:
+                break
+            first = buffer[position]
+            if first == _M:
+                parts = buffer[position + 4 : line_end].split()
+                head = 0
+                reply = parts[2] if len(parts) == 4 else b""
+            elif first == _H:
+                parts = buffer[position + 5 : line_end].split()
+                head = int(parts[-2])
+                reply = parts[2] if len(parts) == 5 else b""
+            else:
+                self.buf = bytearray(buffer[position : line_end + 2])
+                await super().parse()
+                if self.resets != resets:
+                    return  # the connection was replaced meanwhile: the rest belongs to the old one
+                position = line_end + 2
+                continue
+            start = line_end + 2
+            end = start + int(parts[-1])
+            if end + 2 > length:
+                break
+            position = end + 2
+            headers = buffer[start : start + head] if head else None
+            listener = listeners.get(parts[1])
+            if listener is not None:
+                listener(parts[0], reply, buffer[start + head : end], headers)
+            else:
+                await self.nc._process_msg(int(parts[1]), parts[0], reply, buffer[start + head : end], headers)
+                if self.resets != resets:
+                    return
+        self.buf = bytearray(buffer[position:])
+
+
+class Wire(Client):
+    """nats-py's client with `listen` and `send`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ps = _FrameParser(self)
+        self.listeners: dict[bytes, Listener] = {}
+        self.reconnections: list[Callable[[], None]] = []
+
+    async def listen(self, subject: str, listener: Listener, queue: str = "") -> Callable[[], Any]:
+        """Subscribe; return a coroutine function that unsubscribes. It survives reconnects as any subscription."""
+
+        async def ignore(_message: Msg) -> None:
+            pass
+
+        # registered before the SUB goes out: a message can follow at once
+        self.listeners[str(self._sid + 1).encode()] = listener
+        subscription = await self.subscribe(subject, queue=queue, cb=ignore)
+        key = str(subscription._id).encode()
+
+        async def stop() -> None:
+            self.listeners.pop(key, None)
+            if not self.is_closed:
+                await subscription.unsubscribe()
+
+        return stop
+
+    def send(self, frames: bytes) -> None:
+        """Queue protocol frames for the socket. While disconnected they wait in the buffer, and go after reconnecting."""
+        self._pending.append(frames)
+        self._pending_data_size += len(frames)
+        if self._flush_queue is not None and self._flush_queue.empty() and self.is_connected:
+            self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
+
+
+def publish_frame(subject: bytes, reply: bytes, payload: bytes, headers: bytes = b"") -> bytes:
+    """Return a PUB or HPUB frame.
+
+    Args:
+        headers: a complete header block, from `NATS/1.0` to the empty line.
+    """
+    if headers:
+        sizes = (len(headers), len(headers) + len(payload))
+        return b"HPUB %b %b %d %d\r\n%b%b\r\n" % (subject, reply, *sizes, headers, payload)
+    return b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(payload), payload)
+
+
+def status_of(headers: bytes | None) -> int:
+    """Return the status code of a control message, 0 for an ordinary one."""
+    if headers is not None and headers[8:9] == b" ":
+        code = headers[9:12]
+        return int(code) if code.isdigit() else 0
+    return 0
+
+
+def header_of(headers: bytes, name: bytes) -> bytes | None:
+    """Return one header's value."""
+    start = headers.find(b"\r\n" + name + b":")
+    if start < 0:
+        return None
+    start += len(name) + 3
+    return headers[start : headers.find(b"\r\n", start)].strip()
+
+
+async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None = None, **options: Any) -> Wire:
+    """Connect for good: the client reconnects for ever, and what happens to the connection is told to `on_event`.
+
+    Raises:
+        ConnectionError: no server answered; the message has the cause that the server gave, where it gave one.
+    """
+    wire = Wire()
+    causes: list[str] = []
+
+    async def error(problem: Exception) -> None:
+        causes.append(str(problem) or type(problem).__name__)
+        del causes[:-5]
+        if on_event is not None:
+            on_event(f"error: {causes[-1]}")
+
+    async def disconnected() -> None:
+        if on_event is not None:
+            on_event("disconnected")
+
+    async def reconnected() -> None:
+        if on_event is not None:
+            on_event("reconnected")
+        for callback in wire.reconnections:
+            callback()
+
+    settings: dict[str, Any] = {
+        "allow_reconnect": True,
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.25,
+        "connect_timeout": 5,
+        "ping_interval": 10,
+        "max_outstanding_pings": 2,
+        "pending_size": 64 * 1024 * 1024,
+        **options,
+    }
+    connecting = asyncio.ensure_future(
+        wire.connect(
+            url.split(","), name=name, error_cb=error, disconnected_cb=disconnected, reconnected_cb=reconnected, **settings
+        )
+    )
+    done, _ = await asyncio.wait({connecting}, timeout=settings["connect_timeout"])
+    if not done:
+        connecting.cancel()
+        await asyncio.wait({connecting})
+    failure = None if done and not connecting.exception() else (connecting.exception() if done else "no answer")
+    if failure is not None:
+        await wire.close()
+        cause = causes[-1] if causes else str(failure)
+        raise ConnectionError(f"can't connect to NATS at {url}: {cause}; is the server running, are the credentials right?")
+    return wire

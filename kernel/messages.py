@@ -1,0 +1,136 @@
+"""The wire format of commands and of their answers. docs/wire-format.md describes it for other languages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import orjson
+
+ErrorType = Literal[
+    "malformed",  # not JSON, or not of the request's form
+    "unknown-aggregate",
+    "unknown-command",
+    "invalid-command",  # a field is missing, unknown, or of the wrong type
+    "invalid-id",
+    "rejected",  # the aggregate refused; the message is its own
+    "failed",  # the user's code raised something else
+    "too-large",
+    "conflict",  # others kept appending to the aggregate
+    "overloaded",  # try again after `retry_after` seconds
+    "unavailable",  # the log can't be reached; nothing was appended
+    "unknown-outcome",  # repeat with the same command id to find out
+]
+
+
+class CommandRequest(msgspec.Struct):
+    """A command as it arrives.
+
+    Attributes:
+        command: the command's wire name.
+        command_id: repeat it when repeating a command: it takes effect once.
+        attempt: greater than 1 when it was sent before, so that the whole history is searched for it.
+    """
+
+    aggregate: str
+    id: str
+    command: str
+    data: Any = msgspec.field(default_factory=dict)
+    command_id: str = ""
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    traceparent: str | None = None
+    attempt: int = 1
+
+
+decode_request = msgspec.json.Decoder(CommandRequest).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the sender of a command gets when it has taken effect.
+
+    Attributes:
+        version: the aggregate's version afterwards: how many events it has.
+        sequence: stream sequence of the commit; what `after=` waits for.
+        partition: partition of the aggregate.
+        command_id: the command's id.
+        duplicate: the command had taken effect before; this is its first receipt again.
+    """
+
+    version: int
+    sequence: int
+    partition: int
+    command_id: str
+    duplicate: bool = False
+
+
+class CommandError(Exception):
+    """A command that was not carried out.
+
+    Attributes:
+        type: one of the error types of the wire format.
+        message: for people.
+        retry_after: seconds to wait before trying again, where that makes sense.
+    """
+
+    def __init__(self, type: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{type}: {message}")
+        self.type = type
+        self.message = message
+        self.retry_after = retry_after
+
+
+class Overloaded(CommandError):
+    """The service takes no more commands at the moment; try again after `retry_after` seconds."""
+
+
+def encode_receipt(receipt: Receipt) -> bytes:
+    """Return the answer to a command that took effect."""
+    return orjson.dumps({"ok": receipt})
+
+
+def encode_error(type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None) -> bytes:
+    """Return the answer to a command that did not."""
+    error: dict[str, object] = {"type": type, "message": message}
+    if command_id:
+        error["command_id"] = command_id
+    if retry_after is not None:
+        error["retry_after"] = retry_after
+    return orjson.dumps({"error": error})
+
+
+class _Error(msgspec.Struct):
+    type: str
+    message: str
+    retry_after: float | None = None
+
+
+class _Answer(msgspec.Struct):
+    ok: Receipt | None = None
+    error: _Error | None = None
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+def decode_answer(payload: bytes) -> Receipt:
+    """Return the receipt.
+
+    Raises:
+        aggregates.Rejected: the aggregate refused.
+        Overloaded: try later.
+        CommandError: anything else.
+    """
+    from aggregates import Rejected
+
+    answer = _decode_answer(payload)
+    if answer.ok is not None:
+        return answer.ok
+    error = answer.error or _Error("malformed", "the service's answer has neither ok nor error")
+    if error.type == "rejected":
+        raise Rejected(error.message)
+    if error.type == "overloaded":
+        raise Overloaded(error.type, error.message, error.retry_after)
+    raise CommandError(error.type, error.message, error.retry_after)

@@ -1,0 +1,95 @@
+"""Where things are addressed: event subjects, command subjects, partitions."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from aggregates import InvalidId
+
+MAX_TOKEN = 255
+"""Longest encoded id, in bytes: NATS reads a whole subject as one protocol line of at most 4 KB."""
+
+_SAFE = re.compile(r"[A-Za-z0-9_-]{1,255}\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+APP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}\Z")
+
+
+class Address(NamedTuple):
+    """One aggregate: where its events are, and what it is."""
+
+    subject: str
+    partition: int
+    aggregate: str
+    id: str
+
+
+def fnv1a(text: str) -> int:
+    """Return the 32-bit FNV-1a hash of the text's UTF-8 bytes (RFC 9923)."""
+    value = 0x811C9DC5
+    for byte in text.encode():
+        value = (value ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return value
+
+
+def encode_id(aggregate_id: str) -> str:
+    """Return the id as one subject token: everything but letters, digits, `_` and `-` percent-encoded.
+
+    Raises:
+        InvalidId: empty, longer than 255 bytes encoded, not text, or with control characters.
+    """
+    if _SAFE.match(aggregate_id):
+        return aggregate_id
+    if not aggregate_id:
+        raise InvalidId("an aggregate id can't be empty")
+    if _CONTROL.search(aggregate_id):
+        raise InvalidId(f"aggregate id {aggregate_id[:40]!r} holds control characters")
+    try:
+        token = quote(aggregate_id, safe="").replace(".", "%2E").replace("~", "%7E")
+    except UnicodeEncodeError:
+        raise InvalidId(f"aggregate id {aggregate_id[:40]!r} is not valid Unicode") from None
+    if len(token) > MAX_TOKEN:
+        raise InvalidId(
+            f"aggregate id {aggregate_id[:40]!r}... takes {len(token)} bytes as a subject token, {MAX_TOKEN} are allowed"
+        )
+    return token
+
+
+class Subjects:
+    """The subjects of one app.
+
+    Args:
+        app: the app's name: letters, digits, `-` and `_`.
+        partitions: how many partitions its stream was created with.
+    """
+
+    def __init__(self, app: str, partitions: int) -> None:
+        self.app = app
+        self.partitions = partitions
+        self.address = lru_cache(maxsize=65_536)(self._address)
+        self.parse = lru_cache(maxsize=65_536)(self._parse)
+
+    def partition(self, aggregate: str, aggregate_id: str) -> int:
+        """Return the partition: FNV-1a of `aggregate/id` modulo the number of partitions."""
+        return fnv1a(f"{aggregate}/{aggregate_id}") % self.partitions
+
+    def _address(self, aggregate: str, aggregate_id: str) -> Address:
+        token = encode_id(aggregate_id)
+        partition = self.partition(aggregate, aggregate_id)
+        return Address(f"{self.app}.evt.{partition}.{aggregate}.{token}", partition, aggregate, aggregate_id)
+
+    def _parse(self, subject: str) -> Address:
+        parts = subject.split(".")
+        if len(parts) != 5 or parts[0] != self.app or parts[1] != "evt" or not parts[2].isdigit():
+            raise InvalidId(f"{subject!r} is not an event subject of {self.app}")
+        return Address(subject, int(parts[2]), parts[3], unquote(parts[4]))
+
+    def events(self, partition: int | None = None) -> str:
+        """Return the filter for all events, or for those of one partition."""
+        return f"{self.app}.evt.>" if partition is None else f"{self.app}.evt.{partition}.>"
+
+    def commands(self, partition: int | str | None = None) -> str:
+        """Return where commands go: those of one partition, or (`None`) those whose sender doesn't know it."""
+        return f"{self.app}.cmd" if partition is None else f"{self.app}.cmd.{partition}"

@@ -1,0 +1,97 @@
+"""One statement per table and batch. The rows travel as one JSON parameter, so that the driver is entered once and
+the event loop's thread keeps the interpreter while the database works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import orjson
+from sqlalchemy import Column, Numeric, String, Table, Text, text
+from sqlalchemy.engine import Connection, Dialect
+
+from aggregates.messages import plain
+from projections.records import Columns
+
+CHUNK = 5_000
+"""Rows per statement: bounds the size of one JSON parameter to about a megabyte."""
+
+
+class Bulk:
+    """The statements for one physical table.
+
+    Args:
+        columns: the model's columns; the table has the same.
+        table: the physical table of one generation.
+    """
+
+    def __init__(self, columns: Columns, table: Table, dialect: Dialect) -> None:
+        quote = dialect.identifier_preparer.quote
+        names = [quote(column.name) for column in columns.columns]
+        target, keys = quote(table.name), columns.keys
+        self._values = columns.values(dialect)
+        self._columnwise = dialect.name == "postgresql"
+        source = _recordset(columns.columns, dialect)
+        insert = f"INSERT INTO {target} ({', '.join(names)}) {source}"
+        conflict = f"ON CONFLICT ({', '.join(names[:keys])}) DO"
+        rest = names[keys:]
+        if rest:
+            replaced = ", ".join(f"{name} = excluded.{name}" for name in rest)
+            added = ", ".join(f"{name} = {target}.{name} + excluded.{name}" for name in rest)
+            self.upsert = text(f"{insert} {conflict} UPDATE SET {replaced}")
+            self.add = text(f"{insert} {conflict} UPDATE SET {added}")
+        else:
+            self.upsert = self.add = text(f"{insert} {conflict} NOTHING")
+        wanted = f"{names[0]} IN (SELECT value FROM json_each(:keys))"
+        if self._columnwise:
+            cast = _cast(columns.columns[0], dialect)
+            wanted = f"{names[0]} IN (SELECT CAST(value AS {cast}) FROM json_array_elements_text(CAST(:keys AS json)))"
+        self.delete = text(f"DELETE FROM {target} WHERE {wanted}")
+        self.select = text(f"SELECT {', '.join(names)} FROM {target} WHERE {wanted}").columns(
+            *(Column(column.name, column.type) for column in columns.columns)
+        )
+
+    def parameters(self, records: Iterable[Any]) -> list[dict[str, str]]:
+        """Freeze records into the parameters of `upsert` or `add`: call it where the records don't change meanwhile."""
+        values = list(map(self._values, records))
+        chunks = [values[start : start + CHUNK] for start in range(0, len(values), CHUNK)]
+        if not self._columnwise:
+            return [{"rows": _json(chunk)} for chunk in chunks]
+        return [{f"c{index}": _json(list(column)) for index, column in enumerate(zip(*c, strict=True))} for c in chunks]
+
+    def load(self, connection: Connection, keys: Sequence[str], make: Callable[..., Any]) -> dict[Any, Any]:
+        """Return the stored rows of these keys as records."""
+        found: dict[Any, Any] = {}
+        for start in range(0, len(keys), CHUNK):
+            for row in connection.execute(self.select, {"keys": _json(keys[start : start + CHUNK])}):
+                found[row[0]] = make(*row)
+        return found
+
+
+def key_parameters(keys: Sequence[str]) -> dict[str, str]:
+    """Return the parameters of `Bulk.delete`."""
+    return {"keys": _json(keys)}
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value, default=plain).decode()
+
+
+def _recordset(columns: Sequence[Column[Any]], dialect: Dialect) -> str:
+    if dialect.name != "postgresql":
+        picked = ", ".join(f"value->>{index}" for index in range(len(columns)))
+        # WHERE true: otherwise SQLite reads ON CONFLICT as a join condition
+        return f"SELECT {picked} FROM json_each(:rows) WHERE true"
+    picked = ", ".join(f"CAST(v{index} AS {_cast(column, dialect)})" for index, column in enumerate(columns))
+    arrays = ", ".join(f"json_array_elements_text(CAST(:c{index} AS json))" for index in range(len(columns)))
+    names = ", ".join(f"v{index}" for index in range(len(columns)))
+    return f"SELECT {picked} FROM ROWS FROM ({arrays}) AS given ({names})"
+
+
+def _cast(column: Column[Any], dialect: Dialect) -> str:
+    # an explicit cast to varchar(n) would cut silently, and to numeric(p, s) would round: let the insert check
+    if isinstance(column.type, String | Text):
+        return "text"
+    if isinstance(column.type, Numeric):
+        return "numeric" if column.type.asdecimal else "double precision"
+    return column.type.compile(dialect=dialect)

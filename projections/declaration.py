@@ -1,0 +1,149 @@
+"""Reading a projection class once, at start: its tables, its handlers, and everything wrong with it."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy.orm import DeclarativeBase
+
+from aggregates.aggregate import role_of
+from aggregates.declaration import AggregateType, annotated, message_classes
+from aggregates.errors import DeclarationError
+from aggregates.messages import spec_of
+from projections.projection import Meta, Projection, Rows, Sql, Tallies, Transaction
+from projections.records import Columns
+
+ProjectionKind = Literal["rows", "tallies", "sql"]
+
+
+@dataclass(slots=True)
+class EventHandler:
+    """A handler function for some event classes, and whether it asks for a `Meta`."""
+
+    function: Callable[..., Any]
+    events: tuple[type, ...]
+    wants_meta: bool
+
+
+@dataclass(slots=True)
+class DeclaredProjection:
+    """A projection class as the kernel uses it. Made by `declare_projection`.
+
+    Attributes:
+        columns: of the one model of `Rows` and `Tallies`.
+        models: every model whose table belongs to the projection.
+    """
+
+    kind: ProjectionKind
+    name: str
+    version: int
+    aggregate: str
+    instance: Projection
+    models: tuple[type, ...]
+    columns: Columns | None
+    handlers: list[EventHandler] = field(default_factory=list)
+
+
+def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> DeclaredProjection:
+    """Read the class.
+
+    Raises:
+        DeclarationError: with every problem found.
+    """
+    problems: list[str] = []
+    kind: ProjectionKind = "rows" if issubclass(cls, Rows) else "tallies" if issubclass(cls, Tallies) else "sql"
+    models = tuple(cls.tables) if issubclass(cls, Sql) else _model_arguments(cls)
+    if not models or not all(isinstance(model, type) and issubclass(model, DeclarativeBase) for model in models):
+        needed = "`tables = (Model, ...)`" if kind == "sql" else f"{kind.title()}[Model]"
+        raise DeclarationError([f"{cls.__name__}: say which SQLAlchemy model it fills, with {needed}"])
+    columns = None if kind == "sql" else Columns(models[0])
+    if columns is not None:
+        problems += columns.problems(models[0], numeric=kind == "tallies")
+        if kind == "rows" and columns.keys != 1:
+            problems.append(f"{cls.__name__}: the primary key of {models[0].__name__} must be the aggregate's id alone")
+    declared = DeclaredProjection(kind, cls.name, cls.version, of.name, cls(), models, columns)
+    taken: set[type] = set()
+    for name, member in inspect.getmembers_static(cls):
+        if role_of(member) != "applies":
+            continue
+        where = f"{cls.__name__}.{name}"
+        hints = annotated(member, skip=1, problems=problems, where=where)
+        if hints is None:
+            continue
+        handler = _handler(kind, models, member, hints[0], where, problems)
+        if handler is None:
+            continue
+        for event_class in handler.events:
+            spec = spec_of(event_class)
+            if spec is None or spec.name not in of.events or of.events[spec.name].cls is not event_class:
+                known = ", ".join(sorted(of.events)) or "none"
+                problems.append(f"{where}: {of.name} has no event {event_class.__name__}; it has {known}")
+            if event_class in taken and kind != "sql":
+                problems.append(f"{where}: {cls.__name__} already has a handler for {event_class.__name__}; keep one")
+            taken.add(event_class)
+        if columns is not None:
+            problems += _unknown_columns(member, columns, models[0], where, kind)
+        declared.handlers.append(handler)
+    if not declared.handlers and not problems:
+        problems.append(f"{cls.__name__} handles no event; mark its handlers with @applies")
+    if problems:
+        raise DeclarationError(problems)
+    return declared
+
+
+def _handler(
+    kind: ProjectionKind, models: tuple[type, ...], member: Any, hints: list[Any], where: str, problems: list[str]
+) -> EventHandler | None:
+    shape = {
+        "rows": "(self, row: Model, event: Event) and perhaps a Meta",
+        "tallies": "(self, tally: Tally[Model], event: Event) and perhaps a Meta",
+        "sql": "(self, tx: Transaction, events: Sequence[Recorded[Event]])",
+    }[kind]
+    events = tuple(message_classes(hints[1], "event")) if len(hints) > 1 else ()
+    first = hints[0] if hints else None
+    fits = {
+        "rows": first is models[0],
+        "tallies": models[0] in typing.get_args(first),
+        "sql": first is Transaction and len(hints) == 2,
+    }[kind]
+    wants_meta = len(hints) == 3 and hints[2] is Meta
+    if not fits or not events or (len(hints) > 2 and not wants_meta):
+        problems.append(f"{where}: a handler here takes {shape}")
+        return None
+    return EventHandler(member, events, wants_meta)
+
+
+def _model_arguments(cls: type) -> tuple[type, ...]:
+    for base in getattr(cls, "__orig_bases__", ()):
+        if typing.get_origin(base) in (Rows, Tallies):
+            return typing.get_args(base)
+    return ()
+
+
+def _unknown_columns(member: Any, columns: Columns, model: type, where: str, kind: ProjectionKind) -> list[str]:
+    """Find attributes of the row that are not columns, by reading the handler's source where there is one."""
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(member))).body[0]
+    except (OSError, SyntaxError, TypeError):
+        return []
+    assert isinstance(function, ast.FunctionDef)
+    row = function.args.args[1].arg
+    problems = []
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Attribute):
+            continue
+        holder = node.value.value if kind == "tallies" and isinstance(node.value, ast.Subscript) else node.value
+        if kind == "tallies" and holder is node.value:
+            continue
+        if isinstance(holder, ast.Name) and holder.id == row and node.attr not in columns.names:
+            near = difflib.get_close_matches(node.attr, columns.names, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(columns.names)}"
+            problems.append(f"{where}: {model.__name__} has no column {node.attr!r}{hint}")
+    return problems

@@ -1,0 +1,29 @@
+"""What can go wrong on the read side."""
+
+from __future__ import annotations
+
+
+class Fenced(Exception):  # noqa: N818 - the field's word: somebody else owns these partitions now
+    """The checkpoint is not where this owner left it: another owner, or a cut-over, has moved on. Nothing was written."""
+
+
+class HandlerFailed(Exception):  # noqa: N818
+    """A projection's handler raised; carries what is needed to park the aggregate.
+
+    Attributes:
+        projection: index of the projection in its plan.
+        aggregate: aggregate type and id.
+        sequence: the event's place in its aggregate; it and all later ones are parked.
+        error: one line for people.
+    """
+
+    def __init__(self, projection: int, aggregate: tuple[str, str], sequence: int, error: str) -> None:
+        super().__init__(f"{aggregate[0]} {aggregate[1]}, event {sequence}: {error}")
+        self.projection = projection
+        self.aggregate = aggregate
+        self.sequence = sequence
+        self.error = error
+
+
+class SchemaError(Exception):
+    """The database is not as this program needs it; the message says what to do."""

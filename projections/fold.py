@@ -1,0 +1,224 @@
+"""Folding events into rows, tallies and statements: the part of the read side that runs once per event.
+
+A `Plan` is compiled at start. For each event type it holds the steps to run, so that an event costs one dictionary
+look-up, one decode, and one call per handler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aggregates.commit import Envelope
+from aggregates.declaration import AggregateType
+from projections.declaration import DeclaredProjection, EventHandler
+from projections.errors import HandlerFailed
+from projections.projection import DROP, Meta, Recorded, Tally
+
+EVERY = -1
+"""In a `HandlerFailed`: the event itself is to blame, so every projection of its aggregate parks it."""
+Step = Callable[[list[Any], str, Any, Envelope, int, "Folded"], None]
+
+
+class Letter(NamedTuple):
+    """One event on its way to the dead letters: of which projection, aggregate (type, id), where, and why."""
+
+    projection: int
+    aggregate: tuple[str, str]
+    sequence: int
+    stream_sequence: int
+    error: str
+
+
+class Folded:
+    """What a batch of events amounts to, per projection of the plan; still in memory.
+
+    Attributes:
+        rows: by projection, then by aggregate id: the record, or None where it was dropped.
+        tallies: by projection: increments by key.
+        events: by projection and handler: what `Sql` handlers will receive.
+        letters: events that could not be folded, with those behind them.
+        count: events folded.
+    """
+
+    __slots__ = ("count", "events", "letters", "rows", "tallies")
+
+    def __init__(self, plan: Plan) -> None:
+        self.rows: list[dict[str, Any]] = [{} for _ in plan.projections]
+        self.tallies: list[Tally[Any]] = [Tally(make) for make in plan.makers]
+        self.events: list[list[list[Recorded[Any]]]] = [[[] for _ in p.handlers] for p in plan.projections]
+        self.letters: list[Letter] = []
+        self.count = 0
+
+
+class Plan:
+    """All projections of an app, compiled for folding.
+
+    Attributes:
+        projections: in the order that indexes everything in `Folded`.
+        makers: how a record is made, by projection.
+        parked: by projection and aggregate (type, id): the sequence from which on events wait behind a dead letter.
+    """
+
+    def __init__(self, types: Sequence[AggregateType[Any]], projections: Sequence[DeclaredProjection]) -> None:
+        self.projections = list(projections)
+        self.types = {declared.name: declared for declared in types}
+        self.makers: list[Callable[..., Any]] = [
+            p.columns.factory(numeric=p.kind == "tallies") if p.columns else _no_record for p in projections
+        ]
+        self.parked: dict[tuple[str, str], dict[int, tuple[int, str]]] = {}
+        self.row_indexes = {
+            declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
+            for declared in types
+        }
+        self._steps = {declared.name: self._compile(declared) for declared in types}
+
+    def _compile(
+        self, declared: AggregateType[Any]
+    ) -> dict[str, tuple[int, Callable[..., Any], Callable[..., Any] | None, tuple[tuple[int, Step], ...]]]:
+        compiled = {}
+        for name, event_type in declared.events.items():
+            steps: list[tuple[int, Step]] = []
+            for index, projection in enumerate(self.projections):
+                if projection.aggregate != declared.name:
+                    continue
+                for place, handler in enumerate(projection.handlers):
+                    if event_type.cls in handler.events:
+                        steps.append((index, self._step(index, place, handler)))
+            # most events have the present version: their decoder is called without a detour
+            decode = msgspec.json.Decoder(event_type.cls).decode if steps else None
+            compiled[name] = (event_type.version, event_type.decode, decode, tuple(steps))
+        return compiled
+
+    def _step(self, index: int, place: int, handler: EventHandler) -> Step:
+        projection = self.projections[index]
+        function, instance, make = handler.function, projection.instance, self.makers[index]
+        wants_meta = handler.wants_meta
+
+        def fold_row(
+            rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
+        ) -> None:
+            row = rows[index]
+            if row is None:
+                row = rows[index] = make(aggregate_id)
+            if wants_meta:
+                result = function(instance, row, event, Meta(envelope, aggregate_id, stream_sequence))
+            else:
+                result = function(instance, row, event)
+            if result is DROP:
+                rows[index] = folded.rows[index][aggregate_id] = None
+            else:
+                folded.rows[index][aggregate_id] = row
+
+        def fold_tally(
+            _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
+        ) -> None:
+            if wants_meta:
+                function(instance, folded.tallies[index], event, Meta(envelope, aggregate_id, stream_sequence))
+            else:
+                function(instance, folded.tallies[index], event)
+
+        def collect(
+            _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
+        ) -> None:
+            folded.events[index][place].append(Recorded(event, Meta(envelope, aggregate_id, stream_sequence)))
+
+        return {"rows": fold_row, "tallies": fold_tally, "sql": collect}[projection.kind]
+
+    def fold(
+        self,
+        aggregate: str,
+        aggregate_id: str,
+        rows: list[Any],
+        commits: Sequence[tuple[int, Sequence[Envelope]]],
+        folded: Folded,
+        last: int | None,
+        skip: frozenset[int] = frozenset(),
+    ) -> int:
+        """Fold one aggregate's commits.
+
+        Args:
+            rows: the aggregate's records by projection, None where there is no row yet; updated in place.
+            commits: (stream sequence, envelopes) in stream order.
+            last: the sequence folded before, or None if not known.
+            skip: projections that have folded these commits already.
+
+        Returns:
+            the sequence of the last event.
+
+        Raises:
+            HandlerFailed: park the aggregate and fold the whole batch again, from stored rows.
+        """
+        steps_by_type = self._steps[aggregate]
+        key = (aggregate, aggregate_id)
+        parked = self.parked.get(key) if self.parked else None
+        for stream_sequence, envelopes in commits:
+            for envelope in envelopes:
+                sequence = envelope.sequence
+                if parked and self._wait(key, parked, envelope, stream_sequence, skip, folded):
+                    last = sequence
+                    continue
+                if last is not None and sequence != last + 1:
+                    raise HandlerFailed(EVERY, key, sequence, f"SequenceError: event {sequence} after {last}")
+                last = sequence
+                entry = steps_by_type.get(envelope.type)
+                if entry is None:
+                    raise HandlerFailed(EVERY, key, sequence, f"InvalidMessage: no event named {envelope.type!r}")
+                version, decode_any, decode, steps = entry
+                if decode is None:
+                    continue
+                try:
+                    event = (
+                        decode(envelope.data)
+                        if envelope.dataversion == version
+                        else decode_any(envelope.data, envelope.dataversion)
+                    )
+                except Exception as error:
+                    why = f"{type(error).__name__}: stored {envelope.type}: {error}"
+                    raise HandlerFailed(EVERY, key, sequence, why) from error
+                for index, step in steps:
+                    if (skip and index in skip) or (parked and index in parked and sequence >= parked[index][0]):
+                        continue
+                    try:
+                        step(rows, aggregate_id, event, envelope, stream_sequence, folded)
+                    except Exception as error:
+                        why = f"{type(error).__name__}: {error}"
+                        raise HandlerFailed(index, key, sequence, why) from error
+            folded.count += len(envelopes)
+        return last or 0
+
+    def _wait(
+        self,
+        key: tuple[str, str],
+        parked: dict[int, tuple[int, str]],
+        envelope: Envelope,
+        stream_sequence: int,
+        skip: frozenset[int],
+        folded: Folded,
+    ) -> bool:
+        """Put an event behind the dead letters of its aggregate; say whether no projection is left to fold it."""
+        left = False
+        for index, projection in enumerate(self.projections):
+            if projection.aggregate != key[0] or index in skip:
+                continue
+            since = parked.get(index)
+            if since is None or envelope.sequence < since[0]:
+                left = True
+            else:
+                folded.letters.append(Letter(index, key, envelope.sequence, stream_sequence, since[1]))
+        return not left
+
+    def park(self, failure: HandlerFailed) -> None:
+        """Let this aggregate's events wait, for this projection, from the failed one on."""
+        waiting = self.parked.setdefault(failure.aggregate, {})
+        for index, projection in enumerate(self.projections):
+            if projection.aggregate == failure.aggregate[0] and failure.projection in (EVERY, index):
+                known = waiting.get(index)
+                if known is None or known[0] > failure.sequence:
+                    waiting[index] = (failure.sequence, failure.error)
+
+
+def _no_record(*_values: Any) -> Any:
+    raise TypeError("an Sql projection has no records")

@@ -1,0 +1,157 @@
+"""Copies of a projection's tables. Each build of a projection fills a generation of its own; a view with the model's
+name shows the live one. Nothing is ever altered: a new generation is built beside the old, and the view moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, MetaData, Table, delete, func, insert, inspect, select, update
+
+from projections.declaration import DeclaredProjection
+from projections.errors import SchemaError
+from projections.tables import checkpoint, dead_letter, projection
+
+RETIRED_EPOCH = -1
+"""Set at a cut-over: no owner ever has it, so whoever still writes the old generation is fenced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One copy of a projection's tables.
+
+    Attributes:
+        number: from 1, never used again.
+        tables: physical tables by the model's table name.
+    """
+
+    projection: DeclaredProjection
+    number: int
+    tables: dict[str, Table]
+
+    @property
+    def name(self) -> str:
+        """The projection's name."""
+        return self.projection.name
+
+
+def generation(declared: DeclaredProjection, number: int) -> Generation:
+    """Return the description of a generation, whether or not its tables exist."""
+    metadata = MetaData()
+    tables = {}
+    for model in declared.models:
+        pattern: Table = model.__table__  # type: ignore[attr-defined]
+        copied = pattern.to_metadata(metadata, name=f"{pattern.name}__{number}")
+        for index in copied.indexes:
+            index.name = f"{index.name}__{number}"
+        for constraint in copied.constraints:
+            if isinstance(constraint.name, str):
+                constraint.name = f"{constraint.name}__{number}"
+        for column in copied.columns:
+            column.autoincrement = pattern.columns[column.name].autoincrement
+        tables[pattern.name] = copied
+    return Generation(declared, number, tables)
+
+
+def live_generation(connection: Connection, declared: DeclaredProjection) -> Generation | None:
+    """Return the generation that the view shows, if it has the declared version."""
+    row = connection.execute(
+        select(projection.c.generation, projection.c.version).where(
+            projection.c.name == declared.name, projection.c.state == "live"
+        )
+    ).first()
+    return generation(declared, row.generation) if row is not None and row.version == declared.version else None
+
+
+def create(connection: Connection, declared: DeclaredProjection, partitions: Sequence[int]) -> Generation:
+    """Create the tables of a new generation, empty and at the beginning of the log."""
+    last = connection.scalar(select(func.max(projection.c.generation)).where(projection.c.name == declared.name)) or 0
+    made = generation(declared, last + 1)
+    for table in made.tables.values():
+        if inspect(connection).has_table(table.name):
+            raise SchemaError(f"table {table.name} exists already and is not known to the kernel; rename or drop it")
+        table.create(connection)
+    connection.execute(
+        insert(projection).values(
+            name=declared.name,
+            generation=made.number,
+            version=declared.version,
+            state="building",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+    )
+    connection.execute(
+        insert(checkpoint),
+        [
+            {"projection": declared.name, "generation": made.number, "partition": p, "sequence": 0, "epoch": 0}
+            for p in partitions
+        ],
+    )
+    return made
+
+
+def positions(connection: Connection, made: Generation) -> dict[int, int]:
+    """Return how far the generation has folded, as stream sequence by partition."""
+    rows = connection.execute(
+        select(checkpoint.c.partition, checkpoint.c.sequence).where(
+            checkpoint.c.projection == made.name, checkpoint.c.generation == made.number
+        )
+    )
+    return {row.partition: row.sequence for row in rows}
+
+
+def retire_live(connection: Connection, name: str) -> dict[int, int]:
+    """Fence the live generation, if there is one, and return where it stood."""
+    where = (checkpoint.c.projection == name) & checkpoint.c.generation.in_(
+        select(projection.c.generation).where(projection.c.name == name, projection.c.state == "live")
+    )
+    connection.execute(update(checkpoint).where(where).values(epoch=RETIRED_EPOCH))
+    rows = connection.execute(select(checkpoint.c.partition, checkpoint.c.sequence).where(where))
+    stood = {row.partition: row.sequence for row in rows}
+    connection.execute(
+        update(projection).where(projection.c.name == name, projection.c.state == "live").values(state="retired")
+    )
+    return stood
+
+
+def show(connection: Connection, made: Generation) -> None:
+    """Make the generation the live one: point the views at it. Part of the cut-over's transaction."""
+    quote = connection.dialect.identifier_preparer.quote
+    for name, table in made.tables.items():
+        if inspect(connection).has_table(name) and name not in inspect(connection).get_view_names():
+            raise SchemaError(f"a table named {name} exists and is not the kernel's; the view needs the name")
+        columns = ", ".join(quote(column.name) for column in table.columns)
+        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {quote(name)}")
+        connection.exec_driver_sql(f"CREATE VIEW {quote(name)} AS SELECT {columns} FROM {quote(table.name)}")
+    connection.execute(
+        update(projection)
+        .where(projection.c.name == made.name, projection.c.generation == made.number)
+        .values(state="live")
+    )
+
+
+def drop(connection: Connection, declared: DeclaredProjection, number: int) -> None:
+    """Drop a generation that no view shows, with its checkpoints and dead letters."""
+    for table in generation(declared, number).tables.values():
+        table.drop(connection, checkfirst=True)
+    for kernel_table, column in (
+        (checkpoint, checkpoint.c.projection),
+        (dead_letter, dead_letter.c.projection),
+        (projection, projection.c.name),
+    ):
+        kernel_columns: Any = kernel_table.c
+        connection.execute(
+            delete(kernel_table).where(column == declared.name, kernel_columns.generation == number)
+        )
+
+
+def numbers(connection: Connection, name: str, state: str) -> list[int]:
+    """Return the generations of a projection in a state, oldest first."""
+    found = connection.scalars(
+        select(projection.c.generation)
+        .where(projection.c.name == name, projection.c.state == state)
+        .order_by(projection.c.generation)
+    )
+    return list(found)

@@ -1,0 +1,170 @@
+"""The three kinds of projection that users derive from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+from sqlalchemy import Connection, CursorResult, Executable, Table
+
+from aggregates import Aggregate
+from aggregates.commit import Envelope
+
+M = TypeVar("M")
+E = TypeVar("E", covariant=True)
+
+
+class Drop:
+    """The type of `DROP`."""
+
+
+DROP: Final = Drop()
+"""Returned by a `Rows` handler to delete the row. An event after that starts a new one."""
+
+
+class Meta:
+    """What is known about an event beside its fields. A handler asks for it with a parameter annotated `Meta`.
+
+    Attributes:
+        aggregate_id: id of the aggregate.
+        stream_sequence: the commit's place in the stream, the same for all events of one decision.
+    """
+
+    __slots__ = ("_envelope", "aggregate_id", "stream_sequence")
+
+    def __init__(self, envelope: Envelope, aggregate_id: str, stream_sequence: int) -> None:
+        self._envelope = envelope
+        self.aggregate_id = aggregate_id
+        self.stream_sequence = stream_sequence
+
+    @property
+    def sequence(self) -> int:
+        """The event's place in its aggregate, from 1."""
+        return self._envelope.sequence
+
+    @property
+    def time(self) -> datetime:
+        """The moment of decision (UTC)."""
+        return datetime.fromisoformat(self._envelope.time)
+
+    @property
+    def event_id(self) -> str:
+        """The event's UUIDv7."""
+        return self._envelope.id
+
+    @property
+    def command_id(self) -> str:
+        """The id of the command that led to the event."""
+        return self._envelope.commandid
+
+    @property
+    def correlation_id(self) -> str:
+        """The id that ties a conversation together; the command's own where none was given."""
+        return self._envelope.correlation_id or self._envelope.commandid
+
+
+@dataclass(slots=True)
+class Recorded(Generic[E]):
+    """An event with its metadata, as `Sql` handlers receive it."""
+
+    event: E
+    meta: Meta
+
+
+class Tally(dict[Any, M]):
+    """The increments of one batch by key; `tally[key]` makes the entry on first use, all counters at zero."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: Any) -> M:
+        made: M = self._make(*key) if type(key) is tuple else self._make(key)
+        self[key] = made
+        return made
+
+
+class Transaction:
+    """The batch's transaction, as `Sql` handlers receive it."""
+
+    def __init__(self, connection: Connection, tables: dict[str, Table]) -> None:
+        self._connection = connection
+        self._tables = tables
+
+    def table(self, model: type) -> Table:
+        """Return the physical table of the generation being written; `model` itself names the users' view."""
+        return self._tables[model.__tablename__]  # type: ignore[attr-defined,no-any-return]
+
+    def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        """Execute a statement; commit and rollback belong to the kernel."""
+        return self._connection.execute(statement, parameters)
+
+
+class Projection:
+    """The common part: derive from `Rows`, `Tallies` or `Sql` instead.
+
+    Class keywords:
+        of: the aggregate whose events are projected.
+        version: raise it when a handler or a table changes; the kernel builds the new version from the log.
+        name: what the command line calls it; the class name unless given.
+    """
+
+    of: ClassVar[type[Aggregate]]
+    version: ClassVar[int]
+    name: ClassVar[str]
+
+    def __init_subclass__(
+        cls, *, of: type[Aggregate] | None = None, version: int = 1, name: str | None = None
+    ) -> None:
+        super().__init_subclass__()
+        if of is not None:
+            cls.of = of
+            cls.version = version
+            cls.name = name or cls.__name__
+
+
+class Rows(Projection, Generic[M]):
+    """One row per aggregate: a fold of its events, written once per batch however many events there were.
+
+    The model's primary key is the aggregate's id. A handler takes the row (new, with the columns' defaults, at the
+    aggregate's first event) and the event, and sets the row's columns; it may return `DROP`. The row is a light
+    record, not attached to any session.
+
+        class Balances(Rows[Balance], of=Account, version=1):
+            @applies
+            def deposited(self, row: Balance, event: Deposited) -> None:
+                row.cents += event.cents
+    """
+
+
+class Tallies(Projection, Generic[M]):
+    """Numbers added up under any key: counts, sums per day. Increments commute, so partitions never wait.
+
+    A handler takes the tally and the event, and adds to the counters under a key, in the primary key's order.
+
+        class Daily(Tallies[Day], of=Account, version=1):
+            @applies
+            def deposited(self, tally: Tally[Day], event: Deposited) -> None:
+                tally[event.day].deposits += 1
+    """
+
+
+class Sql(Projection):
+    """Any statements on the batch's transaction. Events come in partition order, those of a batch in one call.
+
+        class Delays(Sql, of=Aircraft, version=1):
+            tables = (Delay,)
+
+            @applies
+            def arrived(self, tx: Transaction, events: Sequence[Recorded[Arrived]]) -> None:
+                tx.execute(insert(tx.table(Delay)), [{...} for one in events])
+
+    Attributes:
+        tables: the models whose tables belong to this projection.
+    """
+
+    tables: ClassVar[Sequence[type]] = ()

@@ -1,0 +1,186 @@
+"""Writing a folded batch: rows and checkpoint in one transaction, fenced by the owner's epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection, Engine, TextClause, insert, select, text
+
+from projections.bulk import Bulk, key_parameters
+from projections.database import is_infrastructure
+from projections.errors import Fenced, HandlerFailed
+from projections.fold import Folded, Letter, Plan
+from projections.generations import Generation
+from projections.projection import Recorded, Transaction
+from projections.tables import dead_letter
+
+_ADVANCE = {
+    "sqlite": """
+        UPDATE eskernel_checkpoint SET sequence = given.value->>4
+        FROM json_each(:moves) AS given
+        WHERE projection = given.value->>0 AND generation = given.value->>1 AND partition = given.value->>2
+          AND sequence = given.value->>3 AND epoch = :epoch""",
+    "postgresql": """
+        UPDATE eskernel_checkpoint SET sequence = CAST(given->>4 AS bigint)
+        FROM jsonb_array_elements(CAST(:moves AS jsonb)) AS given
+        WHERE projection = given->>0 AND generation = CAST(given->>1 AS int) AND partition = CAST(given->>2 AS int)
+          AND sequence = CAST(given->>3 AS bigint) AND epoch = :epoch""",
+}
+
+
+@dataclass(slots=True)
+class Write:
+    """A batch ready to be written, holding nothing that later folds change.
+
+    Attributes:
+        moves: checkpoints to advance: projection, generation, partition, from, to.
+        statements: what to execute, with all its parameters, in order.
+        sql: `Sql` handlers to call: projection's index, handler's function, events.
+        letters: rows for the dead letter table.
+    """
+
+    moves: list[tuple[str, int, int, int, int]]
+    statements: list[tuple[TextClause, list[dict[str, str]]]] = field(default_factory=list)
+    sql: list[tuple[int, Callable[..., Any], list[Recorded[Any]]]] = field(default_factory=list)
+    letters: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Writer:
+    """Writes the live generations of a plan's projections.
+
+    Args:
+        generations: one for each projection of the plan, in its order.
+        epoch: what the checkpoints must carry for this writer to go on.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, generations: Sequence[Generation], epoch: int) -> None:
+        self.engine = engine
+        self.plan = plan
+        self.generations = list(generations)
+        self.epoch = epoch
+        self._advance = text(_ADVANCE[engine.dialect.name])
+        self._bulk = [
+            Bulk(p.columns, next(iter(g.tables.values())), engine.dialect) if p.columns is not None else None
+            for p, g in zip(plan.projections, generations, strict=True)
+        ]
+
+    def freeze(
+        self,
+        folded: Folded,
+        moves: list[tuple[str, int, int, int, int]],
+        letter: Callable[[Letter], tuple[int, bytes]],
+    ) -> Write:
+        """Turn a folded batch into statements and parameters.
+
+        Args:
+            letter: gives the partition and the stored bytes of a dead letter.
+        """
+        write = Write(moves)
+        for index, bulk in enumerate(self._bulk):
+            if bulk is None:
+                for handler, events in zip(self.plan.projections[index].handlers, folded.events[index], strict=True):
+                    if events:
+                        write.sql.append((index, handler.function, events))
+                continue
+            if rows := folded.rows[index]:
+                kept = [row for row in rows.values() if row is not None]
+                if kept:
+                    write.statements.append((bulk.upsert, bulk.parameters(kept)))
+                if len(kept) < len(rows):
+                    dropped = [key for key, row in rows.items() if row is None]
+                    write.statements.append((bulk.delete, [key_parameters(dropped)]))
+            if increments := folded.tallies[index]:
+                write.statements.append((bulk.add, bulk.parameters(increments.values())))
+        if folded.letters:
+            write.letters = [self._letter_row(one, *letter(one)) for one in folded.letters]
+        return write
+
+    def _letter_row(self, letter: Letter, partition: int, payload: bytes) -> dict[str, Any]:
+        made = self.generations[letter.projection]
+        return {
+            "projection": made.name,
+            "generation": made.number,
+            "partition": partition,
+            "aggregate": letter.aggregate[0],
+            "aggregate_id": letter.aggregate[1],
+            "stream_sequence": letter.stream_sequence,
+            "sequence": letter.sequence,
+            "payload": payload,
+            "error": letter.error,
+            "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def commit(self, write: Write) -> None:
+        """Write the batch in a transaction of its own. Either all of it is there afterwards, or nothing.
+
+        Raises:
+            Fenced: somebody else has moved the checkpoint.
+            HandlerFailed: an `Sql` handler raised.
+            sqlalchemy.exc.DBAPIError: the database failed; the same write can be tried again.
+        """
+        with self.engine.begin() as connection:
+            self.apply(connection, write)
+
+    def apply(self, connection: Connection, write: Write) -> None:
+        """Write the batch on a transaction that the caller commits. Raises as `commit`."""
+        if write.moves:
+            moved = connection.execute(
+                self._advance, {"moves": orjson.dumps(write.moves).decode(), "epoch": self.epoch}
+            ).rowcount
+            if moved != len(write.moves):
+                raise Fenced(f"{len(write.moves) - moved} of {len(write.moves)} checkpoints are not where epoch "
+                             f"{self.epoch} left them")
+        for statement, parameters in write.statements:
+            for one in parameters:
+                connection.execute(statement, one)
+        for index, function, events in write.sql:
+            self._call(connection, index, function, events)
+        if write.letters:
+            connection.execute(insert(dead_letter), write.letters)
+
+    def _call(
+        self, connection: Connection, index: int, function: Callable[..., Any], events: list[Recorded[Any]]
+    ) -> None:
+        tx = Transaction(connection, self.generations[index].tables)
+        instance, aggregate = self.plan.projections[index].instance, self.plan.projections[index].aggregate
+        try:
+            with connection.begin_nested():
+                function(instance, tx, events)
+            return
+        except Exception as error:
+            if is_infrastructure(error):
+                raise
+        # which of them is to blame? one at a time, up to the first that fails
+        for one in events:
+            try:
+                with connection.begin_nested():
+                    function(instance, tx, [one])
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                raise HandlerFailed(index, (aggregate, one.meta.aggregate_id), one.meta.sequence, why) from error
+
+    def load_rows(self, connection: Connection, aggregate: str, ids: Sequence[str]) -> dict[str, list[Any]]:
+        """Return the stored records of these aggregates, by id and then by projection; absent rows are None."""
+        loaded: dict[str, list[Any]] = {one: [None] * len(self._bulk) for one in ids}
+        for index in self.plan.row_indexes[aggregate]:
+            bulk = self._bulk[index]
+            assert bulk is not None
+            for key, row in bulk.load(connection, ids, self.plan.makers[index]).items():
+                loaded[key][index] = row
+        return loaded
+
+    def load_parked(self, connection: Connection) -> None:
+        """Fill the plan with the aggregates that wait behind dead letters."""
+        index_of = {(g.name, g.number): index for index, g in enumerate(self.generations)}
+        self.plan.parked.clear()
+        rows = connection.execute(select(dead_letter).order_by(dead_letter.c.id.desc()))
+        for row in rows:
+            index = index_of.get((row.projection, row.generation))
+            if index is not None and row.sequence > 0:
+                waiting = self.plan.parked.setdefault((row.aggregate, row.aggregate_id), {})
+                if index not in waiting or row.sequence <= waiting[index][0]:
+                    waiting[index] = (row.sequence, row.error)
