@@ -153,7 +153,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             if kind is Fold:
                 self._fold(message)
             elif kind is Decide:
-                self._receive(message)
+                self._take(message)
             elif kind is Appended:
                 self._appended(message.result)
             elif kind is Loaded:
@@ -179,7 +179,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         except HandlerFailed as failure:
             turn.failure = failure
 
-    def _receive(self, decide: Decide) -> None:
+    def _take(self, decide: Decide) -> None:
         self.address = decide.address
         self.stash = decide.requests if self.stash is None else self.stash + decide.requests
         if not self.loading and self.deciding is None:

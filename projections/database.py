@@ -12,6 +12,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from projections.errors import SchemaError
 
 
+_READS = "eskernel_reads"
+
+
 def database_url(text: str) -> URL:
     """Return the URL with its driver named.
 
@@ -66,9 +69,15 @@ def open_database(text: str, *, read_only: bool = False) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+        reading = read_only or connection.get_execution_options().get(_READS)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def reads(engine: Engine) -> Engine:
+    """Return the same engine for transactions that only read: on SQLite they don't queue for the write lock."""
+    return engine.execution_options(**{_READS: True})
 
 
 def is_infrastructure(error: BaseException) -> bool:

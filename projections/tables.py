@@ -12,8 +12,10 @@ stream = Table(
     Column("app", String(64), primary_key=True),
     Column("created", String(40), nullable=False),
     Column("partitions", Integer, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
 )
-"""Which stream this database was folded from: a database never follows another one unnoticed."""
+"""Which stream this database was folded from, so that it never follows another one unnoticed, and the epoch of the
+service that owns its projections."""
 
 projection = Table(
     "eskernel_projection",

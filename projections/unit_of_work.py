@@ -114,6 +114,21 @@ class Writer:
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
+    def garbage(self, stream_sequence: int, subject: str, payload: bytes, why: str) -> dict[str, Any]:
+        """Return a row for the dead letter table for bytes that are no event of any projection."""
+        return {
+            "projection": "",
+            "generation": 0,
+            "partition": 0,
+            "aggregate": "",
+            "aggregate_id": subject,
+            "stream_sequence": stream_sequence,
+            "sequence": 0,
+            "payload": payload,
+            "error": why,
+            "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
     def commit(self, write: Write) -> None:
         """Write the batch in a transaction of its own. Either all of it is there afterwards, or nothing.
 
@@ -126,7 +141,7 @@ class Writer:
             self.apply(connection, write)
 
     def apply(self, connection: Connection, write: Write) -> None:
-        """Write the batch on a transaction that the caller commits. Raises as `commit`."""
+        """Write the batch on a transaction that the caller commits. Raises what `commit` raises."""
         if write.moves:
             moved = connection.execute(
                 self._advance, {"moves": orjson.dumps(write.moves).decode(), "epoch": self.epoch}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import weakref
 from typing import Any
 
 import nats.errors
@@ -67,7 +68,7 @@ class JetStreamLog:
         self.appender = Appender(wire, self.last, atomic=server_version(wire) >= (2, 12), group_commit=group_commit)
         self._gets: dict[bytes, tuple[list[Stored], asyncio.Future[int]]] = {}
         self._get_token = 0
-        self._readers: set[JetStreamReader] = set()
+        self._readers: weakref.WeakSet[JetStreamReader] = weakref.WeakSet()
 
     async def start(self) -> None:
         """Subscribe to answers."""
@@ -155,7 +156,7 @@ class JetStreamLog:
                 if not batch.pending:
                     return found
         finally:
-            await self._close_reader(reader)
+            await reader.close()
 
     async def read(self, after: int, partition: int | None = None) -> LogReader:
         return await self._reader(after, None if partition is None else self.subjects.events(partition))
@@ -164,10 +165,6 @@ class JetStreamLog:
         reader = JetStreamReader(self._wire, self._ask, _API, self.stream, after, subject)
         self._readers.add(reader)
         return reader
-
-    async def _close_reader(self, reader: JetStreamReader) -> None:
-        self._readers.discard(reader)
-        await reader.close()
 
     async def _ask(self, subject: str, body: object) -> dict[str, Any]:
         return await call_api(self._wire, subject, body)
@@ -187,7 +184,7 @@ class JetStreamLog:
     async def close(self) -> None:
         await self.appender.close()
         for reader in list(self._readers):
-            await self._close_reader(reader)
+            await reader.close()
         await self._stop_listening()
 
 

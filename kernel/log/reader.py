@@ -165,7 +165,9 @@ class JetStreamReader:
                 pass  # it goes by itself when nobody has pulled for a minute
 
     async def close(self) -> None:
-        """Remove the consumer."""
+        """Remove the consumer; a second call does nothing."""
+        if self._break not in self._wire.reconnections:
+            return
         self._wire.reconnections.remove(self._break)
         self._broken = True
         if self._wire.is_connected:

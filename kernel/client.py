@@ -1,0 +1,267 @@
+"""The client: commands out, receipts back, and queries that include one's own writes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import orjson
+from sqlalchemy import Engine, text
+
+from aggregates import Aggregate
+from aggregates.context import uuid7
+from aggregates.messages import plain, spec_of
+from kernel.app import App
+from kernel.log import JetStreamLog, find_log
+from kernel.log.wire import Wire, connect, publish_frame, status_of
+from kernel.messages import CommandError, Overloaded, Receipt, decode_answer
+from kernel.runtime import find_running
+from kernel.settings import DEFAULT_DATA
+from projections.checkpoints import reached
+from projections.database import open_database
+
+RESEND_S = 2.0
+"""Without an answer for so long a command is sent again, with the same id."""
+
+
+class QueryTimeout(TimeoutError):
+    """The projections did not include a receipt in time; the message says how far they got."""
+
+
+class Client:
+    """Talks to a running app. Use it as an async context manager, from `Client.connect`.
+
+    Any number of commands may be under way at once: each `execute` is independent of the others.
+    """
+
+    def __init__(self, app: App, wire: Wire, log: JetStreamLog, engine: Engine | None) -> None:
+        self.app, self.log = app, log
+        self._wire, self._engine = wire, engine
+        self._waiting: dict[bytes, asyncio.Future[Receipt]] = {}
+        self._token = 0
+        self._inbox = wire.new_inbox().encode()
+        self._frames: list[bytes] = []
+        self._loop = asyncio.get_running_loop()
+        self._names = {
+            command: (name, declared.name)
+            for declared in app.types.values()
+            for name, command in declared.commands.items()
+        }
+
+    @classmethod
+    async def connect(
+        cls, app: App, *, nats: str | None = None, database: str | None = None, data: Path = DEFAULT_DATA
+    ) -> Self:
+        """Connect to an app's service.
+
+        Args:
+            nats: URL of the NATS server; without it, the service running on the data directory is looked up.
+            database: URL of the projection database, needed for `query`; looked up likewise.
+            data: the service's data directory.
+
+        Raises:
+            NotRunning: nothing to look up.
+            ConnectionError: NATS does not answer.
+            Unavailable: the app's stream does not exist.
+        """
+        if nats is None:
+            running = find_running(data, app.name)
+            nats, database = running.nats, database or running.database
+        wire = await connect(nats, name=f"eskernel client {app.name}")
+        try:
+            log = await find_log(wire, app.name)
+        except BaseException:
+            await wire.close()
+            raise
+        client = cls(app, wire, log, open_database(database, read_only=True) if database else None)
+        await wire.listen(f"{client._inbox.decode()}.*", client._answered)
+        return client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self.log.close()
+        await self._wire.close()
+        if self._engine is not None:
+            self._engine.dispose()
+
+    async def execute(
+        self,
+        aggregate: type[Aggregate],
+        aggregate_id: str,
+        command: object,
+        *,
+        command_id: str | None = None,
+        correlation_id: str | None = None,
+        causation_id: str | None = None,
+        timeout: float = 15.0,
+    ) -> Receipt:
+        """Send a command and wait until it has taken effect.
+
+        Without an answer it is sent again with the same id until the time-out, and takes effect once.
+
+        Args:
+            command_id: give one to repeat a command across clients or restarts; a new UUIDv7 otherwise.
+            timeout: seconds.
+
+        Raises:
+            aggregates.Rejected: the aggregate refused.
+            aggregates.InvalidId: the id can't be addressed.
+            CommandError: anything else, with its type.
+            TimeoutError: no answer; the command may or may not have taken effect (send it again with its id).
+        """
+        spec = spec_of(type(command))
+        if spec is None or spec.kind != "command":
+            raise TypeError(f"{command!r} is not a command; mark its class with @command")
+        return await self.send(
+            {
+                "aggregate": aggregate.__name__,
+                "id": aggregate_id,
+                "command": spec.name,
+                "data": command,
+                "command_id": command_id or uuid7(),
+                "correlation_id": correlation_id,
+                "causation_id": causation_id,
+            },
+            timeout,
+        )
+
+    async def send(self, request: dict[str, Any], timeout: float = 15.0) -> Receipt:
+        """Send a request in its wire form; see `execute`."""
+        address = self.log.subjects.address(request["aggregate"], request["id"])
+        subject = self.log.subjects.commands(address.partition).encode()
+        payload = orjson.dumps(request, default=plain)
+        deadline = self._loop.time() + timeout
+        attempt = 1
+        pause = 0.05
+        while True:
+            try:
+                return await self._ask(subject, payload, min(RESEND_S, deadline - self._loop.time()))
+            except (TimeoutError, ConnectionError, Overloaded) as error:
+                if isinstance(error, Overloaded):
+                    pause = error.retry_after or pause
+                if self._loop.time() + pause >= deadline:
+                    if isinstance(error, Overloaded):
+                        raise
+                    raise TimeoutError(
+                        f"no answer to {request['command']} for {request['aggregate']} {request['id']} within "
+                        f"{timeout:g} s ({attempt} attempts); its id is {request['command_id']}"
+                    ) from None
+                if not isinstance(error, TimeoutError):
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 1.5, 1.0)
+            except CommandError as error:
+                if error.type not in ("unavailable", "unknown-outcome") or self._loop.time() + pause >= deadline:
+                    raise
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, 1.0)
+            attempt += 1
+            payload = orjson.dumps({**request, "attempt": attempt}, default=plain)
+
+    async def _ask(self, subject: bytes, payload: bytes, timeout: float) -> Receipt:
+        self._token += 1
+        token = b"%d" % self._token
+        future: asyncio.Future[Receipt] = self._loop.create_future()
+        self._waiting[token] = future
+        if not self._frames:
+            self._loop.call_soon(self._send)
+        self._frames.append(publish_frame(subject, b"%b.%b" % (self._inbox, token), payload))
+        # cheaper than a time-out context: most commands are answered long before
+        handle = self._loop.call_later(max(timeout, 0.001), self._expire, token)
+        try:
+            return await future
+        finally:
+            handle.cancel()
+            self._waiting.pop(token, None)
+
+    def _send(self) -> None:
+        frames, self._frames = self._frames, []
+        self._wire.send(b"".join(frames))
+
+    def _expire(self, token: bytes) -> None:
+        future = self._waiting.get(token)
+        if future is not None and not future.done():
+            future.set_exception(TimeoutError())
+
+    def _answered(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
+        future = self._waiting.get(subject[subject.rfind(b".") + 1 :])
+        if future is None or future.done():
+            return
+        if status_of(headers) == 503:
+            future.set_exception(ConnectionError("nobody takes commands for this app at the moment"))
+            return
+        try:
+            receipt = decode_answer(payload)
+        except msgspec.MsgspecError as error:
+            future.set_exception(CommandError("malformed", f"an answer that is none: {error}"))
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(receipt)
+
+    async def query(
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        after: Receipt | Sequence[Receipt] | None = None,
+        projections: Sequence[str] = (),
+        timeout: float = 10.0,
+    ) -> list[dict[str, Any]]:
+        """Ask the projection database.
+
+        Args:
+            sql: a statement; parameters are written `:name`. It can't write.
+            after: wait until these receipts are included.
+            projections: wait for these projections only; for all of the app's otherwise.
+
+        Raises:
+            QueryTimeout: the projections did not get there in time.
+            RuntimeError: the client was connected without a database.
+        """
+        engine = self._database()
+        for receipt in [after] if isinstance(after, Receipt) else after or []:
+            await self._include(engine, receipt, projections, timeout)
+
+        def ask() -> list[dict[str, Any]]:
+            with engine.connect() as connection:
+                return [dict(row) for row in connection.execute(text(sql), parameters or {}).mappings()]
+
+        return await asyncio.to_thread(ask)
+
+    async def _include(self, engine: Engine, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        pause = 0.002
+
+        def look() -> dict[str, int]:
+            with engine.connect() as connection:
+                return reached(connection, receipt.partition, names)
+
+        while True:
+            stands = await asyncio.to_thread(look)
+            behind = {name: at for name, at in stands.items() if at < receipt.sequence}
+            if not behind:
+                return
+            if time.monotonic() + pause > deadline:
+                where = ", ".join(f"{name} at {at}" for name, at in behind.items())
+                raise QueryTimeout(f"waited {timeout:g} s for sequence {receipt.sequence} of partition "
+                                   f"{receipt.partition}: {where}")
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.1)
+
+    def _database(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this client has no database; give Client.connect(..., database=URL)")
+        return self._engine

@@ -1,0 +1,274 @@
+"""From a request on NATS to a receipt: the asyncio side of the actors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from aggregates import InvalidId, InvalidMessage, SequenceError
+from aggregates.cell import Cell
+from aggregates.commit import Decision, decode, encode, timestamp
+from aggregates.context import uuid7
+from aggregates.messages import parse
+from kernel.actors import Actors, Appended, Decide, Loaded, Request
+from kernel.app import App
+from kernel.log.base import Conflict, EventLog, LogError
+from kernel.messages import CommandRequest, ErrorType, Receipt, decode_request, encode_error, encode_receipt
+from kernel.metrics import ALERTS, APPEND_SECONDS, APPENDS, COMMANDS, COMMANDS_PENDING, LOADS
+from kernel.residents import Residents
+from kernel.subjects import Address, Subjects
+
+logger = logging.getLogger("eskernel")
+RETRY_AFTER_S = 0.2
+MAX_LOADS = 256
+"""Aggregates loaded at the same time."""
+
+Reply = Callable[[bytes, bytes], None]
+
+
+class CommandGateway:
+    """Takes requests, has actors decide them, appends, and answers. Implements the actors' `Gateway`.
+
+    Args:
+        reply: sends an answer to a reply subject.
+        limit: commands under way; more are refused as overloaded.
+    """
+
+    def __init__(self, app: App, log: EventLog, subjects: Subjects, reply: Reply, limit: int) -> None:
+        self._app, self._log, self._subjects, self._reply, self._limit = app, log, subjects, reply, limit
+        self._names = {
+            declared.name: {event.cls: (event.name, event.version) for event in declared.events.values()}
+            for declared in app.types.values()
+        }
+        self._inbox: list[tuple[bytes, bytes]] = []
+        self._pending = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._loop = asyncio.get_running_loop()
+        self._told: list[tuple[Any, Any]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loads = asyncio.Semaphore(MAX_LOADS)
+        self._outcomes: dict[str, int] = {}
+        self.actors: Actors
+        self.residents: Residents
+
+    # requests
+
+    def receive(self, _subject: bytes, reply: bytes, payload: bytes, _headers: bytes | None) -> None:
+        """Take a request from the connection; it is handled with all others that came at the same time."""
+        if not self._inbox:
+            self._loop.call_soon(self._handle_inbox)
+        self._inbox.append((reply, payload))
+
+    def _handle_inbox(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        by_address: dict[Address, list[Request]] = {}
+        for reply, payload in inbox:
+            if self._draining:
+                self._refuse(reply, "overloaded", "the service is stopping", "", RETRY_AFTER_S)
+            elif self._pending >= self._limit:
+                self._refuse(reply, "overloaded", f"{self._pending} commands are under way", "", RETRY_AFTER_S)
+            else:
+                self._admit(reply, payload, by_address)
+        if by_address:
+            self.deliver(by_address)
+
+    def _admit(self, reply: bytes, payload: bytes, by_address: dict[Address, list[Request]]) -> None:
+        try:
+            wire = decode_request(payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self._refuse(reply, "malformed", f"not a command request: {error}")
+            return
+        declared = self._app.types.get(wire.aggregate)
+        if declared is None:
+            known = ", ".join(sorted(self._app.types))
+            self._refuse(reply, "unknown-aggregate", f"no aggregate {wire.aggregate!r}; there is {known}", wire.command_id)
+            return
+        command_class = declared.commands.get(wire.command)
+        if command_class is None:
+            known = ", ".join(sorted(declared.commands))
+            problem = f"{wire.aggregate} has no command {wire.command!r}; it has {known}"
+            self._refuse(reply, "unknown-command", problem, wire.command_id)
+            return
+        try:
+            address = self._subjects.address(wire.aggregate, wire.id)
+            command = parse(command_class, wire.data)
+        except InvalidId as error:
+            self._refuse(reply, "invalid-id", str(error), wire.command_id)
+            return
+        except InvalidMessage as error:
+            self._refuse(reply, "invalid-command", str(error), wire.command_id)
+            return
+        if not wire.command_id:
+            wire.command_id = uuid7()
+        by_address.setdefault(address, []).append(Request(wire, command, reply))
+        self._pending += 1
+        self._idle.clear()
+
+    def _refuse(
+        self, reply: bytes, type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None
+    ) -> None:
+        self._outcomes[type] = self._outcomes.get(type, 0) + 1
+        if reply:
+            self._reply(reply, encode_error(type, message, command_id, retry_after))
+
+    def deliver(self, by_address: dict[Address, list[Request]]) -> None:
+        """Give requests to the actors of their aggregates, waking those that sleep."""
+        residents = self.residents.wake(by_address)
+        messages = []
+        for resident, requests in zip(residents, by_address.values(), strict=True):
+            resident.busy += len(requests)
+            messages.append((resident.actor, Decide(resident.address, requests)))
+        self.actors.send(messages)
+
+    # what the actors ask for
+
+    def load(self, address: Address) -> None:
+        self._spawn(self._load(address))
+
+    async def _load(self, address: Address) -> None:
+        cell = Cell(self._app.types[address.aggregate], address.id)
+        LOADS.inc()
+        error: tuple[ErrorType, str] | None = None
+        try:
+            async with self._loads:
+                stored = await self._log.read_subject(address.subject)
+            for commit in stored:
+                cell.replay(decode(commit.payload), commit.sequence)
+        except LogError as problem:
+            error = ("unavailable", str(problem))
+        except (InvalidMessage, SequenceError) as problem:
+            error = ("failed", f"the stored history can't be read: {problem}")
+        except Exception as problem:
+            error = ("failed", f"{type(problem).__name__} while replaying: {problem}")
+        self._tell(address, Loaded(None if error else cell, error))
+
+    def search(self, address: Address, request: Request) -> None:
+        self._spawn(self._search(address, request))
+
+    async def _search(self, address: Address, request: Request) -> None:
+        """A repeated command that the cell doesn't remember: only the whole history knows."""
+        try:
+            stored = await self._log.read_subject(address.subject)
+            version = sequence = 0
+            for commit in stored:
+                for envelope in decode(commit.payload):
+                    if envelope.commandid == request.wire.command_id:
+                        version, sequence = envelope.sequence, commit.sequence
+        except (LogError, InvalidMessage) as problem:
+            self.fail(address, request, "unavailable", str(problem))
+            return
+        if version:
+            self.succeed(address, request, version, sequence, True)
+        else:
+            request.searched = True
+            self._tell(address, Decide(address, [request]))
+
+    def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
+        try:
+            payload = encode(
+                f"/{self._app.name}/{address.aggregate}",
+                address.id,
+                self._names[address.aggregate],
+                decisions,
+                version,
+                timestamp(),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            self._tell(address, Appended(TypeError(f"the events can't be stored: {error}")))
+            return
+        started = time.perf_counter()
+        future = self._log.append(address.subject, cell.position, payload)
+
+        def done(future: asyncio.Future[int]) -> None:
+            error = future.exception()
+            if error is None:
+                self._tell(address, Appended(future.result()))
+                APPEND_SECONDS.observe(time.perf_counter() - started)
+                _APPENDED.inc()
+                return
+            _CONFLICTED.inc() if isinstance(error, Conflict) else _FAILED.inc()
+            self._tell(address, Appended(error if isinstance(error, Exception) else LogError(str(error))))
+
+        future.add_done_callback(done)
+
+    def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
+        self._answered(address, "duplicate" if duplicate else "ok")
+        if request.reply:
+            receipt = Receipt(version, sequence, address.partition, request.wire.command_id, duplicate)
+            self._reply(request.reply, encode_receipt(receipt))
+
+    def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
+        self._answered(address, type)
+        if type == "failed":
+            logger.warning("%s %s: %s failed: %s", address.aggregate, address.id, request.wire.command, message)
+        if request.reply:
+            retry_after = RETRY_AFTER_S if type in ("unavailable", "overloaded") else None
+            self._reply(request.reply, encode_error(type, message, request.wire.command_id, retry_after))
+
+    def alert(self, problem: str) -> None:
+        ALERTS.inc()
+        logger.error("bug in the kernel: %s", problem)
+
+    # the rest
+
+    def _answered(self, address: Address, outcome: str) -> None:
+        self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
+        resident = self.residents.find(address.subject)
+        if resident is not None:
+            resident.busy -= 1
+        self._pending -= 1
+        if not self._pending:
+            self._idle.set()
+
+    def _tell(self, address: Address, message: Any) -> None:
+        """Send a message to a live aggregate, together with all others of this turn of the loop."""
+        if not self._told:
+            self._loop.call_soon(self._send_told)
+        resident = self.residents.find(address.subject)
+        assert resident is not None, "an aggregate with something under way is never passivated"
+        self._told.append((resident.actor, message))
+
+    def _send_told(self) -> None:
+        told, self._told = self._told, []
+        self.actors.send(told)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @property
+    def pending(self) -> int:
+        """Commands received and not answered."""
+        return self._pending
+
+    def publish_metrics(self) -> None:
+        """Bring the counters up to date; a job does it, so that a command pays nothing for them."""
+        outcomes, self._outcomes = self._outcomes, {}
+        for outcome, count in outcomes.items():
+            COMMANDS.labels(outcome=outcome).inc(count)
+        COMMANDS_PENDING.set(self._pending)
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no more commands and wait for those under way; say whether all were answered in time."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+_APPENDED = APPENDS.labels(outcome="ok")
+_CONFLICTED = APPENDS.labels(outcome="conflict")
+_FAILED = APPENDS.labels(outcome="failed")
+
+__all__ = ["CommandGateway", "CommandRequest"]

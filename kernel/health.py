@@ -1,0 +1,91 @@
+"""Is the service alive, is it ready, and its HTTP face: /healthz, /readyz, /metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+
+@dataclass(slots=True)
+class Component:
+    """One part of the service.
+
+    Attributes:
+        ok: whether it works.
+        detail: what is known, for people.
+        latency: seconds that its last probe took.
+        since: when `ok` last changed, in Unix time.
+    """
+
+    ok: bool = False
+    detail: str = "starting"
+    latency: float = 0.0
+    since: float = 0.0
+
+    def set(self, ok: bool, detail: str, latency: float = 0.0) -> None:
+        """Note the outcome of a probe."""
+        if ok != self.ok or not self.since:
+            self.since = time.time()
+        self.ok, self.detail, self.latency = ok, detail, latency
+
+
+class Health:
+    """The components' states: the log, the database, the projection."""
+
+    def __init__(self) -> None:
+        self.components = {name: Component() for name in ("log", "database", "projection", "commands")}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every component works."""
+        return all(component.ok for component in self.components.values())
+
+    def report(self) -> dict[str, Any]:
+        """Return everything as JSON data."""
+        return {"ready": self.ready, "components": {name: asdict(one) for name, one in self.components.items()}}
+
+
+class HttpServer:
+    """Serves health and metrics on a loopback address unless told otherwise."""
+
+    def __init__(self, health: Health, host: str, port: int) -> None:
+        self._health, self._host, self._port = health, host, port
+        self._runner: web.AppRunner | None = None
+        self.url = ""
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address is taken or not ours.
+        """
+        app = web.Application()
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port)
+        await site.start()
+        host, port = self._runner.addresses[0][:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return web.json_response({"alive": True})
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        report = orjson.dumps(self._health.report())
+        return web.Response(body=report, status=200 if self._health.ready else 503, content_type="application/json")
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

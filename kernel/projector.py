@@ -1,0 +1,379 @@
+"""Live projection: reads the log, has actors fold, writes rows and checkpoint together.
+
+While one batch is being written by the database's thread, the next is read, decoded and folded. Whatever goes wrong
+(a fence, a handler, an odd log) ends in the same place: forget the folded rows and start again from the checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine
+
+from aggregates import InvalidId, InvalidMessage
+from aggregates.commit import Envelope, decode
+from kernel.actors import Actors, DropRows, Fold, Turn
+from kernel.app import App
+from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
+from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, LAG, PARKED, POSITION
+from kernel.residents import Resident, Residents
+from kernel.subjects import Address, Subjects
+from projections.checkpoints import Claim, Position, claim
+from projections.database import is_infrastructure, reads
+from projections.errors import Fenced, HandlerFailed
+from projections.fold import Folded, Letter
+from projections.unit_of_work import Write, Writer
+
+logger = logging.getLogger("eskernel")
+T = TypeVar("T")
+
+MAX_BATCH = 8_000
+"""Commits folded and written together: enough that a row which changes often is written once for many events."""
+SLICE = 400
+"""Aggregates folded before the event loop gets a turn."""
+IDLE_S = 1.0
+"""Without news for so long, the checkpoints of quiet partitions move up too."""
+MAX_BACKOFF_S = 5.0
+
+Commits = list[tuple[int, list[Envelope]]]
+_ALL_NEW: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class _Group:
+    """The commits of one aggregate in a batch, that the same projections have folded already."""
+
+    address: Address
+    skip: frozenset[int]
+    commits: Commits
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A write under way, and what it will have moved."""
+
+    task: asyncio.Future[None]
+    residents: list[Resident]
+    events: int
+
+
+class Projector:
+    """Keeps the live projections of an app up to date.
+
+    Args:
+        lost: called when another service has taken over the database.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        log: EventLog,
+        subjects: Subjects,
+        engine: Engine,
+        owner_epoch: int,
+        actors: Actors,
+        residents: Residents,
+        lost: Callable[[str], None],
+    ) -> None:
+        self._app, self._log, self._subjects, self._engine = app, log, subjects, engine
+        self._epoch, self._actors, self._residents, self._lost = owner_epoch, actors, residents, lost
+        self._plan = app.plan()
+        self._position: Position
+        self._writer: Writer
+        self._pending: _Pending | None = None
+        self._write_pool = ThreadPoolExecutor(1, "eskernel-write")
+        self._read_pool = ThreadPoolExecutor(1, "eskernel-read")
+        self._stopping = asyncio.Event()
+        self._batch: list[Stored] = []
+        self._garbage: list[dict[str, Any]] = []
+        self.pending = 0
+        self.position = 0
+        self.state = "starting"
+
+    async def run(self) -> None:
+        """Project until `stop`; come back from every failure that time can mend."""
+        backoff = 0.05
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            try:
+                if not await self._claim():
+                    return
+                await self._session()
+            except (Fenced, HandlerFailed) as error:
+                logger.info("projection starts again from its checkpoints: %s", error)
+            except LogError as error:
+                logger.warning("projection waits for the log: %s", error)
+                self.state = f"waiting for the log: {error}"
+            except Exception as error:
+                if is_infrastructure(error):
+                    logger.warning("projection waits for the database: %s", str(error).splitlines()[0])
+                    self.state = "waiting for the database"
+                else:
+                    logger.exception("projection failed; it will be tried again")
+                    self.state = f"failing: {type(error).__name__}: {error}"
+            finally:
+                await self._abandon()
+            if time.monotonic() - started > 10:
+                backoff = 0.05
+            if not self._stopping.is_set():
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, MAX_BACKOFF_S)
+
+    async def _claim(self) -> bool:
+        """Take the live generations as they are now; say whether this service still owns them."""
+        app = self._app
+        owned: Claim | None = await self._in(
+            self._read_pool, lambda: claim(self._engine, app.name, app.projections, self._epoch)
+        )
+        if owned is None:
+            self._lost("another service has taken over this projection database")
+            return False
+        self._position = owned.position
+        self._writer = Writer(self._engine, self._plan, owned.generations, self._epoch)
+        parked = dict(self._plan.parked)
+
+        def load_parked() -> None:
+            with reads(self._engine).connect() as connection:
+                self._writer.load_parked(connection)
+
+        await self._in(self._read_pool, load_parked)
+        for key, waiting in parked.items():
+            # parked in memory and not yet written: the failure that started this session again
+            for index, since in waiting.items():
+                self._plan.parked.setdefault(key, {}).setdefault(index, since)
+        PARKED.set(len(self._plan.parked))
+        return True
+
+    async def _session(self) -> None:
+        reader = await self._log.read(self._position.lowest)
+        try:
+            self.state = "running"
+            last_news = time.monotonic()
+            while not self._stopping.is_set():
+                batch = await self._next(reader)
+                if batch.commits:
+                    await self._project(batch)
+                    last_news = time.monotonic()
+                    # what arrived meanwhile is the next batch: under load batches grow by themselves
+                    await asyncio.sleep(0)
+                if not batch.commits or time.monotonic() - last_news > IDLE_S:
+                    await self._settle()
+                    await self._advance_quiet()
+            await self._settle()
+            await self._advance_quiet()
+        finally:
+            await reader.close()
+
+    async def _next(self, reader: LogReader) -> Batch:
+        """Wait for commits, but not past a stop."""
+        if self._pending is not None and self._pending.task.done():
+            await self._settle()
+        reading = asyncio.ensure_future(reader.next(MAX_BATCH, IDLE_S))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return reading.result() if reading.done() else Batch([], 0)
+        finally:
+            stopping.cancel()
+            if not reading.done():
+                reading.cancel()
+                await asyncio.wait({reading})
+
+    async def _project(self, batch: Batch) -> None:
+        """Fold one batch and hand it to the database, behind the one being written."""
+        groups = await self._group(batch.commits)
+        self.pending = batch.pending
+        LAG.set(batch.pending + len(batch.commits))
+        moves = self._position.moves(self._writer.generations, batch.commits[-1].sequence)
+        if not groups and not moves and not self._garbage:
+            self.position = batch.commits[-1].sequence
+            return
+        residents = self._residents.wake([group.address for group in groups])
+        for resident in residents:
+            resident.busy += 1  # from here until it is written
+        try:
+            folded = await self._fold_or_park(groups, residents)
+            write = self._writer.freeze(folded, moves, self._letter)
+            write.letters += self._garbage
+            self._garbage = []
+            await self._settle()
+        except BaseException:
+            for resident in residents:
+                resident.busy -= 1
+            raise
+        self._position.advance(moves, self._writer.generations)
+        self.position = batch.commits[-1].sequence
+        self._pending = _Pending(asyncio.ensure_future(self._write(write)), residents, folded.count)
+
+    async def _fold_or_park(self, groups: list[_Group], residents: list[Resident]) -> Folded:
+        """Fold the batch; when a handler fails, park its aggregate and fold all of it again from stored rows."""
+        while True:
+            turn = await self._fold(groups, residents)
+            if turn.failure is None:
+                return turn.folded
+            logger.error("parked for %s: %s", self._name(turn.failure.projection), turn.failure)
+            await self._settle()
+            self._plan.park(turn.failure)
+            PARKED.set(len(self._plan.parked))
+            self._drop_rows(residents)
+
+    async def _group(self, commits: list[Stored]) -> list[_Group]:
+        """Decode a batch and sort it by aggregate, leaving out what is folded already."""
+        parse, position = self._subjects.parse, self._position
+        groups: dict[tuple[str, frozenset[int]], _Group] = {}
+        highest = position.highest
+        for number, (sequence, subject, payload) in enumerate(commits):
+            if number % 2_000 == 1_999:
+                await asyncio.sleep(0)
+            skip = _ALL_NEW
+            try:
+                if sequence <= highest:
+                    skip = position.folded(parse(subject).partition, sequence)
+                    if len(skip) == len(self._plan.projections):
+                        continue
+                envelopes = decode(payload)
+                group = groups.get((subject, skip))
+                if group is None:
+                    address = parse(subject)
+                    if address.aggregate not in self._app.types:
+                        raise InvalidMessage(f"this app has no aggregate {address.aggregate!r}")
+                    group = groups[subject, skip] = _Group(address, skip, [])
+            except (InvalidMessage, InvalidId) as error:
+                self._quarantine(sequence, subject, payload, str(error))
+                continue
+            position.touch(group.address.partition)
+            group.commits.append((sequence, envelopes))
+        self._batch = commits
+        return list(groups.values())
+
+    async def _fold(self, groups: list[_Group], residents: list[Resident]) -> Turn:
+        """Have the actors fold their commits; give the loop a turn between slices."""
+        turn = Turn(self._plan, Folded(self._plan))
+        asleep = [resident.address for resident in residents if not resident.has_rows]
+        stored = await self._load_rows(asleep)
+        for start in range(0, len(groups), SLICE):
+            messages = []
+            for group, resident in zip(groups[start : start + SLICE], residents[start : start + SLICE], strict=True):
+                rows = None
+                if not resident.has_rows:
+                    rows = stored[group.address.subject]
+                    resident.has_rows = True
+                messages.append((resident.actor, Fold(group.address, turn, group.commits, rows, group.skip)))
+            self._actors.send(messages)
+            if start:
+                await asyncio.sleep(0)
+        return turn
+
+    async def _load_rows(self, addresses: list[Address]) -> dict[str, list[Any]]:
+        """Load the stored rows of aggregates that wake up: one SELECT for all of them and each projection."""
+        by_aggregate: dict[str, dict[str, str]] = {}
+        for address in addresses:
+            by_aggregate.setdefault(address.aggregate, {})[address.id] = address.subject
+        if not any(self._plan.row_indexes[aggregate] for aggregate in by_aggregate):
+            return {address.subject: [None] * len(self._plan.projections) for address in addresses}
+
+        def load() -> dict[str, list[Any]]:
+            found: dict[str, list[Any]] = {}
+            with reads(self._engine).connect() as connection:
+                for aggregate, subjects in by_aggregate.items():
+                    rows = self._writer.load_rows(connection, aggregate, list(subjects))
+                    found.update((subjects[one], records) for one, records in rows.items())
+            return found
+
+        return await self._in(self._read_pool, load)
+
+    def _drop_rows(self, residents: list[Resident]) -> None:
+        drop = DropRows()
+        self._actors.send([(resident.actor, drop) for resident in residents])
+        for resident in residents:
+            resident.has_rows = False
+
+    def _letter(self, letter: Letter) -> tuple[int, bytes]:
+        partition = self._subjects.address(*letter.aggregate).partition
+        payload = next(c.payload for c in self._batch if c.sequence == letter.stream_sequence)
+        return partition, payload
+
+    def _quarantine(self, sequence: int, subject: str, payload: bytes, why: str) -> None:
+        """Keep bytes that are no commit of this app; they concern no projection in particular."""
+        logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
+        self._garbage.append(self._writer.garbage(sequence, subject, payload, why))
+
+    async def _write(self, write: Write) -> None:
+        """Write a batch, trying again for as long as it is the database that fails."""
+        backoff = 0.05
+        DEAD_LETTERS.inc(len(write.letters))
+        while True:
+            started = time.perf_counter()
+            try:
+                await self._in(self._write_pool, lambda: self._writer.commit(write))
+            except (Fenced, HandlerFailed):
+                raise
+            except Exception as error:
+                BATCHES.labels(outcome="failed").inc()
+                if not is_infrastructure(error) or self._stopping.is_set():
+                    raise
+                self.state = "waiting for the database"
+                logger.warning("database: %s; trying again in %.2f s", str(error).splitlines()[0], backoff)
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, MAX_BACKOFF_S)
+            else:
+                BATCHES.labels(outcome="ok").inc()
+                BATCH_SECONDS.observe(time.perf_counter() - started)
+                self.state = "running"
+                return
+
+    async def _settle(self) -> None:
+        """Wait for the write under way."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            await pending.task
+        except HandlerFailed as failure:
+            self._plan.park(failure)
+            raise
+        finally:
+            for resident in pending.residents:
+                resident.busy -= 1
+        EVENTS.inc(pending.events)
+        BATCH_EVENTS.observe(pending.events)
+        POSITION.set(self.position)
+        LAG.set(self.pending)
+
+    async def _advance_quiet(self) -> None:
+        """Move up the checkpoints of partitions without news, so that the next start need not read that far back."""
+        moves = self._position.quiet_moves(self._writer.generations, self.position)
+        if moves:
+            write = Write(moves)
+            self._position.advance(moves, self._writer.generations)
+            await self._write(write)
+
+    async def _abandon(self) -> None:
+        """End a session: wait for the write under way, whatever became of it, and forget folded rows."""
+        try:
+            await self._settle()
+        except Exception as error:
+            logger.info("the write under way ended with: %s", str(error).splitlines()[0])
+        self._garbage = []
+        self._drop_rows(self._residents.all())
+
+    def _name(self, index: int) -> str:
+        return self._app.projections[index].name if index >= 0 else "every projection"
+
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    async def stop(self) -> None:
+        """Finish the batch under way and stop."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._write_pool.shutdown()
+        self._read_pool.shutdown()

@@ -1,0 +1,109 @@
+"""The description of a running service that it leaves in its data directory, so that other commands find it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import orjson
+
+
+class AlreadyRunning(Exception):
+    """Another service works on this data directory."""
+
+
+class NotRunning(Exception):
+    """No running service was found, or more than one; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Where a running service is.
+
+    Attributes:
+        spec: what `eskernel run` was given, such as `examples.bank:app`.
+        directory: the folder it was started from: the spec is imported from there.
+    """
+
+    app: str
+    spec: str
+    directory: str
+    pid: int
+    nats: str
+    database: str
+    http: str
+
+
+class DataDirectory:
+    """An app's folder in the data directory, held by one service at a time."""
+
+    def __init__(self, data: Path, app: str) -> None:
+        self.path = (data / app).resolve()
+        self._lock: IO[str] | None = None
+
+    def hold(self) -> None:
+        """Take the folder; the operating system gives it back when the process is gone, however it went.
+
+        Raises:
+            AlreadyRunning: a service has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise AlreadyRunning(
+                f"a service is running on {self.path}; stop it, or choose another directory with --data"
+            ) from None
+        self._lock = lock
+
+    def describe(self, running: Running) -> None:
+        """Say where the service is, in one step that readers never see half done."""
+        temporary = self.path / f"service.json.{os.getpid()}"
+        temporary.write_bytes(orjson.dumps(asdict(running), option=orjson.OPT_INDENT_2))
+        temporary.replace(self.path / "service.json")
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            (self.path / "service.json").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def find_running(data: Path, app: str | None = None) -> Running:
+    """Return the running service of the data directory; of this app, if one is named.
+
+    Raises:
+        NotRunning: none, or several and no app named.
+    """
+    found = []
+    for path in sorted(data.glob("*/service.json")):
+        try:
+            running = msgspec.json.decode(path.read_bytes(), type=Running)
+        except (OSError, msgspec.MsgspecError):
+            continue
+        if _is_held(path.with_name("lock")) and app in (None, running.app):
+            found.append(running)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        which = f"app {app!r} is running" if app else "service is running"
+        raise NotRunning(f"no {which} in {data}; start one with `eskernel run package.module:app`, or give --data")
+    raise NotRunning(f"several apps are running in {data}: {', '.join(one.app for one in found)}; choose with --app")
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,80 @@
+"""What the kernel does regularly: passivation, backlog detection, metrics, a probe of the log."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+from kernel.metrics import JOBS
+
+logger = logging.getLogger("eskernel")
+JOB_TIMEOUT_S = 30.0
+
+
+@dataclass(slots=True)
+class Job:
+    """A job as `eskernel status` shows it.
+
+    Attributes:
+        interval: seconds between runs.
+        duration: seconds that the last run took.
+        error: what the last run failed with, or nothing.
+    """
+
+    name: str
+    interval: float
+    runs: int = 0
+    duration: float = 0.0
+    last: str = ""
+    error: str = ""
+
+
+class Scheduler:
+    """Runs jobs at intervals; one that fails or hangs does not stop the others."""
+
+    def __init__(self) -> None:
+        self._scheduler = AsyncIOScheduler(timezone=UTC)
+        self.jobs: dict[str, Job] = {}
+
+    def every(self, seconds: float, work: Callable[[], Any]) -> None:
+        """Run a function, sync or async, at an interval. A run that is late is not made up for."""
+        job = Job(work.__name__.strip("_"), seconds)
+        self.jobs[job.name] = job
+
+        async def run() -> None:
+            started = time.perf_counter()
+            job.runs += 1
+            job.last = datetime.now(UTC).isoformat(timespec="seconds")
+            try:
+                async with asyncio.timeout(JOB_TIMEOUT_S):
+                    result = work()
+                    if inspect.isawaitable(result):
+                        await result
+            except Exception as error:
+                job.error = f"{type(error).__name__}: {error}"
+                JOBS.labels(job=job.name, outcome="failed").inc()
+                logger.warning("job %s failed: %s", job.name, job.error)
+            else:
+                job.error = ""
+                JOBS.labels(job=job.name, outcome="ok").inc()
+            job.duration = time.perf_counter() - started
+
+        self._scheduler.add_job(run, "interval", seconds=seconds, id=job.name, max_instances=1, coalesce=True)
+
+    def start(self) -> None:
+        """Begin."""
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        """End; running jobs are not waited for."""
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=False)

@@ -1,0 +1,312 @@
+"""The service: everything that runs, put together, from start to drained stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+import orjson
+from nats.aio.msg import Msg
+from sqlalchemy import Engine, text
+
+import migrations
+from kernel.actors import Actors
+from kernel.app import App
+from kernel.commands import CommandGateway
+from kernel.health import Health, HttpServer
+from kernel.log import JetStreamLog, LogError, open_log
+from kernel.log.wire import Wire, connect, publish_frame
+from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, LAG, LOOP_LAG, READ_BACKS
+from kernel.projector import Projector
+from kernel.rebuild import Progress, build_missing, clean_up
+from kernel.residents import Residents
+from kernel.runtime import DataDirectory, Running
+from kernel.scheduler import Scheduler
+from kernel.server import EmbeddedServer
+from kernel.settings import Settings
+from projections.checkpoints import take_over
+from projections.database import open_database, reads
+
+logger = logging.getLogger("eskernel")
+
+BACKLOG_WARN = 10_000
+"""Commits behind which the projections are said to be behind; they have caught up below a tenth of it."""
+
+
+class Service:
+    """One running app.
+
+    Args:
+        spec: how the app was named, for other commands to find it.
+    """
+
+    def __init__(self, app: App, settings: Settings | None = None, spec: str = "") -> None:
+        self.app = app
+        self.settings = settings or Settings()
+        self.health = Health()
+        self.scheduler = Scheduler()
+        self.directory = DataDirectory(self.settings.data, app.name)
+        self.http = HttpServer(self.health, self.settings.host, self.settings.port)
+        self.stopped = asyncio.Event()
+        self.failure = ""
+        self.nats_url = ""
+        self.database_url = ""
+        self.durability = ""
+        self._spec = spec
+        self._server: EmbeddedServer | None = None
+        self._wire: Wire | None = None
+        self._engine: Engine | None = None
+        self._log: JetStreamLog | None = None
+        self._projector: Projector | None = None
+        self._gateway: CommandGateway | None = None
+        self._actors: Actors | None = None
+        self._projecting: asyncio.Task[None] | None = None
+        self._frames: list[bytes] = []
+        self._behind = False
+        self._listening: list[Any] = []
+
+    async def start(self) -> None:
+        """Start everything; when it returns, commands are taken.
+
+        Raises:
+            AlreadyRunning, ConnectionError, LogError, SchemaError, OSError: what stands in the way, and what to do.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._close()
+            raise
+
+    async def _start(self) -> None:
+        settings = self.settings
+        self.directory.hold()
+        self.nats_url = settings.nats or await self._start_server()
+        self.database_url = settings.database or f"sqlite:///{self.directory.path / 'projections.db'}"
+        self._engine = engine = open_database(self.database_url)
+        await asyncio.to_thread(migrations.upgrade, engine)
+        self._wire = wire = await connect(self.nats_url, name=f"eskernel {self.app.name}", on_event=self._connection)
+        CONNECTED.set(1)
+        log = self._log = await open_log(
+            wire,
+            self.app.name,
+            partitions=settings.partitions,
+            replicas=settings.replicas,
+            group_commit=self._group_commit(),
+        )
+        info = await log.info()
+        self.durability = info.durability
+        if self._server is not None and settings.sync:
+            self.durability = "acknowledged events are on disk: they survive a power cut"
+        logger.info("log: %d commits in %d partitions; %s", info.commits, info.partitions, self.durability)
+        epoch = take_over(engine, self.app.name, info.created, info.partitions, info.last)
+        await build_missing(self.app, log, engine, self._tell_building)
+        for declared in self.app.projections:
+            clean_up(engine, declared)
+        self._start_worker(log, engine, epoch)
+        assert self._gateway is not None
+        for subject in (log.subjects.commands(), log.subjects.commands("*")):
+            self._listening.append(await wire.listen(subject, self._gateway.receive, queue="workers"))
+        await wire.subscribe(f"{self.app.name}.svc.status", cb=self._status)
+        await self._probe()
+        self._schedule()
+        await self.http.start()
+        self.directory.describe(
+            Running(
+                self.app.name,
+                self._spec,
+                os.getcwd(),
+                os.getpid(),
+                self.nats_url,
+                self.database_url,
+                self.http.url,
+            )
+        )
+        # what is here now stays: the collector need not look at it again and again
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+
+    async def _start_server(self) -> str:
+        self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.sync)
+        return await self._server.start()
+
+    def _group_commit(self) -> Any:
+        if self._server is not None and self.settings.group_commit == "auto":
+            return "always" if self.settings.sync else "never"
+        return self.settings.group_commit
+
+    def _start_worker(self, log: JetStreamLog, engine: Engine, epoch: int) -> None:
+        settings = self.settings
+        self._gateway = gateway = CommandGateway(self.app, log, log.subjects, self._reply, settings.max_commands)
+        self._actors = gateway.actors = Actors(gateway)
+        gateway.residents = self.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
+        self._projector = Projector(
+            self.app, log, log.subjects, engine, epoch, gateway.actors, self.residents, self._lost
+        )
+        if self.app.projections:
+            self._projecting = asyncio.create_task(self._projector.run())
+
+    def _schedule(self) -> None:
+        self.scheduler.every(0.5, self._passivate)
+        self.scheduler.every(1.0, self._publish_metrics)
+        self.scheduler.every(2.0, self._detect_backlog)
+        self.scheduler.every(5.0, self._probe)
+        self.scheduler.start()
+
+    # answers
+
+    def _reply(self, subject: bytes, payload: bytes) -> None:
+        if not self._frames:
+            asyncio.get_running_loop().call_soon(self._send_replies)
+        self._frames.append(publish_frame(subject, b"", payload))
+
+    def _send_replies(self) -> None:
+        frames, self._frames = self._frames, []
+        if self._wire is not None:
+            self._wire.send(b"".join(frames))
+
+    async def _status(self, message: Msg) -> None:
+        await message.respond(orjson.dumps(self.status()))
+
+    def status(self) -> dict[str, Any]:
+        """Return what `eskernel status` shows."""
+        assert self._projector is not None
+        assert self._gateway is not None
+        return {
+            "app": self.app.name,
+            "pid": os.getpid(),
+            "durability": self.durability,
+            "health": self.health.report(),
+            "actors": len(self.residents),
+            "commands_pending": self._gateway.pending,
+            "projection": {
+                "state": self._projector.state,
+                "position": self._projector.position,
+                "behind": self._projector.pending,
+            },
+            "jobs": [asdict(job) for job in self.scheduler.jobs.values()],
+        }
+
+    # jobs
+
+    async def _passivate(self) -> None:
+        while self.residents.sweep():
+            await asyncio.sleep(0)
+
+    def _publish_metrics(self) -> None:
+        assert self._gateway is not None
+        assert self._log is not None
+        self._gateway.publish_metrics()
+        READ_BACKS.set(self._log.appender.read_backs)
+        APPENDS_IN_FLIGHT.set(self._log.appender.pressure[1])
+
+    async def _detect_backlog(self) -> None:
+        """Compare the log's end with the projections' position; say so when they fall behind or have caught up."""
+        assert self._log is not None
+        assert self._projector is not None
+        if not self.app.projections:
+            return
+        behind = max(0, (await self._log.info()).last - self._projector.position)
+        LAG.set(behind)
+        if behind > BACKLOG_WARN and not self._behind:
+            logger.warning("the projections are %d commits behind", behind)
+        elif behind < BACKLOG_WARN // 10 and self._behind:
+            logger.info("the projections have caught up")
+        self._behind = behind > (BACKLOG_WARN // 10 if self._behind else BACKLOG_WARN)
+
+    async def _probe(self) -> None:
+        """Find out whether the log and the database answer, by asking them something."""
+        assert self._log is not None
+        assert self._engine is not None
+        components = self.health.components
+        started = time.perf_counter()
+        try:
+            await self._log.info()
+            components["log"].set(True, self.nats_url, time.perf_counter() - started)
+        except LogError as error:
+            components["log"].set(False, str(error), time.perf_counter() - started)
+            if self._wire is not None and self._wire.is_connected:
+                # the read loop can die while the client believes itself connected
+                await self._wire.force_reconnect()
+        started = time.perf_counter()
+        try:
+            await asyncio.to_thread(self._ask_database)
+            components["database"].set(True, self._engine.dialect.name, time.perf_counter() - started)
+        except Exception as error:
+            components["database"].set(False, str(error).splitlines()[0], time.perf_counter() - started)
+        assert self._projector is not None
+        state = self._projector.state if self.app.projections else "none"
+        components["projection"].set(state in ("running", "starting", "none"), state)
+        components["commands"].set(not self.stopped.is_set(), "taken" if not self.stopped.is_set() else "stopping")
+        begin = time.perf_counter()
+        await asyncio.sleep(0)
+        LOOP_LAG.set(time.perf_counter() - begin)
+
+    def _ask_database(self) -> None:
+        assert self._engine is not None
+        with reads(self._engine).connect() as connection:
+            connection.execute(text("SELECT 1"))
+
+    # events
+
+    def _connection(self, event: str) -> None:
+        CONNECTION_EVENTS.labels(event=event.split(":")[0]).inc()
+        CONNECTED.set(event == "reconnected" or (event.startswith("error") and self._is_connected()))
+        if not self.stopped.is_set():
+            logger.warning("NATS: %s", event)
+
+    def _is_connected(self) -> bool:
+        return self._wire is not None and bool(self._wire.is_connected)
+
+    def _lost(self, why: str) -> None:
+        logger.error("stopping: %s", why)
+        self.failure = why
+        self.stopped.set()
+
+    def _tell_building(self, name: str, progress: Progress) -> None:
+        logger.info("building %s: %d of %d commits", name, progress.done, progress.total)
+
+    # the end
+
+    async def stop(self) -> None:
+        """Drain and stop: commands under way are answered, the last batch is committed."""
+        self.stopped.set()
+        if self._gateway is not None and not await self._gateway.drain(self.settings.drain):
+            logger.warning("%d commands were not answered in time; their outcome is in the log", self._gateway.pending)
+        for stop_listening in self._listening:
+            await stop_listening()
+        if self._projector is not None:
+            await self._projector.stop()
+        if self._projecting is not None:
+            try:
+                async with asyncio.timeout(self.settings.drain):
+                    await asyncio.shield(self._projecting)
+            except TimeoutError:
+                logger.warning("the projection did not finish in time; the next start goes on from its checkpoint")
+        await self._close()
+
+    async def _close(self) -> None:
+        self.scheduler.stop()
+        await self.http.stop()
+        if self._projecting is not None and not self._projecting.done():
+            self._projecting.cancel()
+            await asyncio.wait({self._projecting})
+        if self._log is not None:
+            await self._log.close()
+        if self._wire is not None and not self._wire.is_closed:
+            await self._wire.close()
+        if self._projector is not None:
+            self._projector.close()
+        if self._actors is not None:
+            self._actors.close()
+        if self._engine is not None:
+            self._engine.dispose()
+        if self._server is not None:
+            await self._server.stop()
+        self.directory.release()
+

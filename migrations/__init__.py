@@ -1,0 +1,37 @@
+"""Alembic migrations of the kernel's own tables. Projection tables are never altered: they are built anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine
+
+VERSION_TABLE = "eskernel_schema"
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.attributes["connection"] = connection
+    return config
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring the kernel's tables to the newest revision; does nothing when they are."""
+    with engine.begin() as connection:
+        if current(connection) != head():
+            command.upgrade(_config(connection), "head")
+
+
+def head() -> str | None:
+    """Return the newest revision that this program has."""
+    return ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def current(connection: Connection) -> str | None:
+    """Return the database's revision, None before the first migration."""
+    return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()

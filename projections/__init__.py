@@ -1,0 +1,22 @@
+"""The read side: what folds events into SQL tables, and how they are written and rebuilt."""
+
+from aggregates import applies
+from projections.errors import Fenced, HandlerFailed, SchemaError
+from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
+
+__all__ = [
+    "DROP",
+    "Drop",
+    "Fenced",
+    "HandlerFailed",
+    "Meta",
+    "Projection",
+    "Recorded",
+    "Rows",
+    "SchemaError",
+    "Sql",
+    "Tallies",
+    "Tally",
+    "Transaction",
+    "applies",
+]

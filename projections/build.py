@@ -1,0 +1,78 @@
+"""Folding a whole log into a new generation: plain records in a dictionary, no actors, wide windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from aggregates.commit import Envelope
+from projections.database import reads
+from projections.errors import HandlerFailed
+from projections.fold import Folded, Plan
+from projections.unit_of_work import Writer
+
+MAX_CACHED = 500_000
+"""Aggregates whose rows are kept in memory between windows; beyond that they are read back from the table."""
+
+Commits = Sequence[tuple[int, Sequence[Envelope]]]
+
+
+class Build:
+    """The rows of one generation while it is built.
+
+    Args:
+        plan: of this one projection.
+        writer: of its new generation.
+    """
+
+    def __init__(self, plan: Plan, writer: Writer) -> None:
+        self.plan, self.writer = plan, writer
+        self._cache: dict[tuple[str, str], tuple[list[Any], int]] = {}
+        self._complete = True
+
+    def missing(self, keys: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return the aggregates whose stored rows must be given to `fold`."""
+        if self._complete or not any(self.plan.row_indexes.values()):
+            return []
+        return [key for key in keys if key not in self._cache]
+
+    def load(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Read the stored rows of these aggregates back into memory."""
+        by_aggregate: dict[str, list[str]] = {}
+        for aggregate, aggregate_id in keys:
+            by_aggregate.setdefault(aggregate, []).append(aggregate_id)
+        with reads(self.writer.engine).connect() as connection:
+            for aggregate, ids in by_aggregate.items():
+                for aggregate_id, rows in self.writer.load_rows(connection, aggregate, ids).items():
+                    self._cache[aggregate, aggregate_id] = (rows, -1)
+
+    def fold(self, groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]]) -> Folded:
+        """Fold a window, sorted by aggregate.
+
+        Raises:
+            HandlerFailed: the aggregate is parked; what is cached is forgotten, so load and fold the window again.
+        """
+        plan, cache = self.plan, self._cache
+        folded = Folded(plan)
+        width = len(plan.projections)
+        try:
+            for key, commits in groups.items():
+                known = cache.get(key)
+                rows, last = known if known is not None else ([None] * width, -1)
+                last = plan.fold(key[0], key[1], rows, commits, folded, None if last < 0 else last)
+                cache[key] = (rows, last)
+        except HandlerFailed as failure:
+            plan.park(failure)
+            self.forget()
+            raise
+        return folded
+
+    def trim(self) -> None:
+        """Keep memory bounded; call it when what was folded is written."""
+        if len(self._cache) > MAX_CACHED:
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget cached rows; from now on they are read back."""
+        self._cache.clear()
+        self._complete = False

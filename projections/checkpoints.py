@@ -1,0 +1,143 @@
+"""Who may write, and how far everything has been folded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine, func, insert, select, update
+
+from projections.declaration import DeclaredProjection
+from projections.errors import SchemaError
+from projections.generations import Generation, live_generation, positions
+from projections.tables import checkpoint, projection, stream
+
+Move = tuple[str, int, int, int, int]
+"""A checkpoint's step: projection, generation, partition, from, to."""
+
+
+class Position:
+    """How far each live generation has folded each partition.
+
+    Args:
+        folded: stream sequence by partition, for each projection in the plan's order.
+    """
+
+    def __init__(self, folded: Sequence[dict[int, int]]) -> None:
+        self._folded = [dict(one) for one in folded]
+        self._touched: set[int] = set()
+        everything = [sequence for one in folded for sequence in one.values()]
+        self.lowest = min(everything, default=0)
+        self.highest = max(everything, default=0)
+
+    def folded(self, partition: int, sequence: int) -> frozenset[int]:
+        """Return the projections that have folded this place of the stream already."""
+        return frozenset(index for index, one in enumerate(self._folded) if one[partition] >= sequence)
+
+    def touch(self, partition: int) -> None:
+        """Note that the batch holds something of this partition."""
+        self._touched.add(partition)
+
+    def moves(self, generations: Sequence[Generation], to: int) -> list[Move]:
+        """Return the steps of the touched partitions."""
+        touched, self._touched = self._touched, set()
+        return self._steps(generations, to, touched)
+
+    def quiet_moves(self, generations: Sequence[Generation], to: int) -> list[Move]:
+        """Return the steps that bring every partition up to a place that has been read."""
+        return self._steps(generations, to, None)
+
+    def _steps(self, generations: Sequence[Generation], to: int, touched: set[int] | None) -> list[Move]:
+        return [
+            (made.name, made.number, partition, old, to)
+            for made, one in zip(generations, self._folded, strict=True)
+            for partition, old in one.items()
+            if old < to and (touched is None or partition in touched)
+        ]
+
+    def advance(self, moves: Sequence[Move], generations: Sequence[Generation]) -> None:
+        """Take the steps."""
+        index_of = {made.name: index for index, made in enumerate(generations)}
+        for name, _, partition, _, to in moves:
+            self._folded[index_of[name]][partition] = to
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The live generations as their owner took them, and where they stood."""
+
+    generations: list[Generation]
+    position: Position
+
+
+def take_over(engine: Engine, app: str, created: str, partitions: int, last: int) -> int:
+    """Become the owner of an app's projections, fencing whoever was; return the new epoch.
+
+    Args:
+        created, partitions, last: what the log says about itself.
+
+    Raises:
+        SchemaError: this database was folded from another stream, or from more than the stream now holds.
+    """
+    with engine.begin() as connection:
+        known = connection.execute(select(stream).where(stream.c.app == app)).first()
+        if known is None:
+            connection.execute(insert(stream).values(app=app, created=created, partitions=partitions, epoch=1))
+            return 1
+        if known.created != created:
+            raise SchemaError(
+                f"this database was folded from the stream {app!r} created {known.created}, but the log's was created "
+                f"{created}: use that log's own database, or an empty one, and the tables are built from the log"
+            )
+        if known.partitions != partitions:
+            raise SchemaError(f"this database knows {known.partitions} partitions, the stream has {partitions}")
+        furthest = connection.scalar(select(func.max(checkpoint.c.sequence))) or 0
+        if furthest > last:
+            raise SchemaError(
+                f"the projections have folded up to sequence {furthest}, but the log ends at {last}: it was truncated, "
+                "or restored from an older backup. Restore the newer log, or start with an empty database"
+            )
+        connection.execute(update(stream).where(stream.c.app == app).values(epoch=known.epoch + 1))
+        return int(known.epoch) + 1
+
+
+def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], epoch: int) -> Claim | None:
+    """Put the owner's epoch on the live generations' checkpoints; return None if there is a newer owner.
+
+    Raises:
+        SchemaError: a projection has no live generation; it must be built first.
+    """
+    with engine.begin() as connection:
+        if connection.scalar(select(stream.c.epoch).where(stream.c.app == app)) != epoch:
+            return None
+        generations = []
+        for one in declared:
+            live = live_generation(connection, one)
+            if live is None:
+                raise SchemaError(f"projection {one.name} version {one.version} has not been built")
+            generations.append(live)
+            connection.execute(
+                update(checkpoint)
+                .where(checkpoint.c.projection == live.name, checkpoint.c.generation == live.number)
+                .values(epoch=epoch)
+            )
+        return Claim(generations, Position([positions(connection, live) for live in generations]))
+
+
+def reached(connection: Connection, partition: int, names: Sequence[str] = ()) -> dict[str, int]:
+    """Return how far the live projections have folded a partition, by projection.
+
+    Args:
+        names: only these projections; all of them if empty.
+    """
+    query = (
+        select(checkpoint.c.projection, checkpoint.c.sequence)
+        .join(
+            projection,
+            (projection.c.name == checkpoint.c.projection) & (projection.c.generation == checkpoint.c.generation),
+        )
+        .where(projection.c.state == "live", checkpoint.c.partition == partition)
+    )
+    if names:
+        query = query.where(projection.c.name.in_(names))
+    return {row.projection: row.sequence for row in connection.execute(query)}
