@@ -32,9 +32,7 @@ class App:
     ) -> None:
         problems: list[str] = []
         if not APP_NAME.match(name):
-            problems.append(
-                f"app name {name!r}: use a letter, then letters, digits, '-' or '_', at most 32 characters"
-            )
+            problems.append(f"app name {name!r}: use a letter, then letters, digits, '-' or '_', at most 32 characters")
         self.name = name
         self.types: dict[str, AggregateType[Any]] = {}
         self.projections: list[DeclaredProjection] = []
@@ -75,7 +73,9 @@ class App:
             if other.name == declared.name:
                 problems.append(f"two projections are named {declared.name}; give one another name=...")
             for model in set(other.models) & set(declared.models):
-                problems.append(f"{declared.name} and {other.name} both fill {model.__name__}; a table has one projection")
+                problems.append(
+                    f"{declared.name} and {other.name} both fill {model.__name__}; a table has one projection"
+                )
         self.projections.append(declared)
 
     def type_of(self, aggregate: type[Aggregate] | str) -> AggregateType[Any]:

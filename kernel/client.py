@@ -256,8 +256,9 @@ class Client:
                 return
             if time.monotonic() + pause > deadline:
                 where = ", ".join(f"{name} at {at}" for name, at in behind.items())
-                raise QueryTimeout(f"waited {timeout:g} s for sequence {receipt.sequence} of partition "
-                                   f"{receipt.partition}: {where}")
+                raise QueryTimeout(
+                    f"waited {timeout:g} s for sequence {receipt.sequence} of partition {receipt.partition}: {where}"
+                )
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.1)
 

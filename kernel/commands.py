@@ -88,7 +88,9 @@ class CommandGateway:
         declared = self._app.types.get(wire.aggregate)
         if declared is None:
             known = ", ".join(sorted(self._app.types))
-            self._refuse(reply, "unknown-aggregate", f"no aggregate {wire.aggregate!r}; there is {known}", wire.command_id)
+            self._refuse(
+                reply, "unknown-aggregate", f"no aggregate {wire.aggregate!r}; there is {known}", wire.command_id
+            )
             return
         command_class = declared.commands.get(wire.command)
         if command_class is None:

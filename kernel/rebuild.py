@@ -157,7 +157,9 @@ class Rebuild:
                 self._build.trim()
                 writing = asyncio.ensure_future(self._in(lambda ready=write: self._writer.commit(ready)))  # type: ignore[misc]
                 self._done += len(window)
-                self._progress(Progress(self._done, max(total, self._done), self._events, time.perf_counter() - started))
+                self._progress(
+                    Progress(self._done, max(total, self._done), self._events, time.perf_counter() - started)
+                )
         finally:
             if writing is not None:
                 await writing

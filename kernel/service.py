@@ -255,7 +255,7 @@ class Service:
     # events
 
     def _connection(self, event: str) -> None:
-        CONNECTION_EVENTS.labels(event=event.split(":")[0]).inc()
+        CONNECTION_EVENTS.labels(event=event.split(":", maxsplit=1)[0]).inc()
         CONNECTED.set(event == "reconnected" or (event.startswith("error") and self._is_connected()))
         if not self.stopped.is_set():
             logger.warning("NATS: %s", event)
@@ -309,4 +309,3 @@ class Service:
         if self._server is not None:
             await self._server.stop()
         self.directory.release()
-

@@ -11,7 +11,6 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 
 from projections.errors import SchemaError
 
-
 _READS = "eskernel_reads"
 
 
@@ -31,7 +30,9 @@ def database_url(text: str) -> URL:
     if backend == "postgresql":
         return url.set(drivername="postgresql+psycopg")
     if backend != "sqlite":
-        raise SchemaError(f"{backend!r} is not supported; use sqlite:///file.db or postgresql://user:password@host/name")
+        raise SchemaError(
+            f"{backend!r} is not supported; use sqlite:///file.db or postgresql://user:password@host/name"
+        )
     return url
 
 

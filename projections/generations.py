@@ -142,9 +142,7 @@ def drop(connection: Connection, declared: DeclaredProjection, number: int) -> N
         (projection, projection.c.name),
     ):
         kernel_columns: Any = kernel_table.c
-        connection.execute(
-            delete(kernel_table).where(column == declared.name, kernel_columns.generation == number)
-        )
+        connection.execute(delete(kernel_table).where(column == declared.name, kernel_columns.generation == number))
 
 
 def numbers(connection: Connection, name: str, state: str) -> list[int]:

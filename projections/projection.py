@@ -117,9 +117,7 @@ class Projection:
     version: ClassVar[int]
     name: ClassVar[str]
 
-    def __init_subclass__(
-        cls, *, of: type[Aggregate] | None = None, version: int = 1, name: str | None = None
-    ) -> None:
+    def __init_subclass__(cls, *, of: type[Aggregate] | None = None, version: int = 1, name: str | None = None) -> None:
         super().__init_subclass__()
         if of is not None:
             cls.of = of

@@ -147,8 +147,10 @@ class Writer:
                 self._advance, {"moves": orjson.dumps(write.moves).decode(), "epoch": self.epoch}
             ).rowcount
             if moved != len(write.moves):
-                raise Fenced(f"{len(write.moves) - moved} of {len(write.moves)} checkpoints are not where epoch "
-                             f"{self.epoch} left them")
+                raise Fenced(
+                    f"{len(write.moves) - moved} of {len(write.moves)} checkpoints are not where epoch "
+                    f"{self.epoch} left them"
+                )
         for statement, parameters in write.statements:
             for one in parameters:
                 connection.execute(statement, one)

@@ -307,7 +307,9 @@ class Appender:
                     self._wire.send(b"".join(frames))
                     return
             if not one.future.done() and time.perf_counter() >= give_up:
-                one.future.set_exception(UnknownOutcome(f"{one.subject}: {why}; the append may or may not have happened"))
+                one.future.set_exception(
+                    UnknownOutcome(f"{one.subject}: {why}; the append may or may not have happened")
+                )
             if not one.future.done():
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)

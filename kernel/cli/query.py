@@ -1,0 +1,140 @@
+"""`eskernel query` and `eskernel show`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+from rich.table import Table
+
+from aggregates.cell import Cell
+from aggregates.commit import Envelope, decode
+from kernel.cli.common import EXIT_CODES, FAILED, asynchronous, console, fail, find_target, print_json, target_options
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("sql")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as a JSON array of objects.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the rows as CSV with a header.")
+@target_options
+@asynchronous
+async def query(
+    sql: str, as_json: bool, as_csv: bool, app: str | None, data: Path, nats: str | None, database: str | None
+) -> None:
+    """Ask the projection database. It can't be changed from here.
+
+    \b
+    eskernel query "select * from balances order by cents desc limit 10"
+    """
+    target = find_target(app, data, nats, database)
+    async with await target.client() as client:
+        rows = await client.query(sql)
+    if as_json:
+        print_json(rows)
+    elif as_csv:
+        writer = csv.writer(sys.stdout)
+        if rows:
+            writer.writerow(rows[0])
+        writer.writerows(row.values() for row in rows)
+    else:
+        console.print(_table(rows) if rows else "no rows")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in rows[0]:
+        numeric = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    return table
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("aggregate")
+@click.argument("id")
+@click.option("--history", is_flag=True, help="Print the events too.")
+@click.option("--at", metavar="SEQ|TIME", help="As of an event's sequence (1, 2, ...), or of an ISO 8601 time.")
+@click.option("--json", "as_json", is_flag=True)
+@target_options
+@asynchronous
+async def show(
+    aggregate: str,
+    id: str,
+    history: bool,
+    at: str | None,
+    as_json: bool,
+    app: str | None,
+    data: Path,
+    nats: str | None,
+    database: str | None,
+) -> None:
+    """Print an aggregate's state, folded from the log; with --at, as it was then.
+
+    \b
+    eskernel show Account alice --history
+    eskernel show Account alice --at 3
+    eskernel show Account alice --at 2026-01-31T12:00
+    """
+    target = find_target(app, data, nats, database)
+    declared = target.app.type_of(aggregate)
+    until = _until(at)
+    async with await target.client() as client:
+        stored = await client.log.read_subject(client.log.subjects.address(aggregate, id).subject)
+    if not stored:
+        fail(f"{aggregate} {id!r} has no events", FAILED)
+    cell = Cell(declared, id)
+    events: list[dict[str, Any]] = []
+    for commit in stored:
+        envelopes = [one for one in decode(commit.payload) if until(one)]
+        cell.replay(envelopes, commit.sequence)
+        events += [_event(one, commit.sequence) for one in envelopes]
+    if not events:
+        fail(f"{aggregate} {id!r} had no events at {at}; its first is of {decode(stored[0].payload)[0].time}", FAILED)
+    state = {name: value for name, value in vars(cell.state).items() if name != "id"}
+    if as_json:
+        print_json({"aggregate": aggregate, "id": id, "version": cell.version, "state": state}
+                   | ({"events": events} if history else {}))  # fmt: skip
+        return
+    console.print(f"{aggregate} {id}, version {cell.version}", style="bold", highlight=False, markup=False)
+    for name, value in state.items():
+        console.print(f"  {name} = {value!r}", highlight=False, markup=False)
+    if history:
+        for one in events:
+            console.print(
+                f"  {one['sequence']:>6}  {one['time'][:23]}  {one['type']} {orjson.dumps(one['data']).decode()}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _event(envelope: Envelope, stream_sequence: int) -> dict[str, Any]:
+    return {
+        "sequence": envelope.sequence,
+        "stream_sequence": stream_sequence,
+        "time": envelope.time,
+        "type": envelope.type,
+        "command_id": envelope.commandid,
+        "data": orjson.loads(bytes(envelope.data)),
+    }
+
+
+def _until(at: str | None) -> Any:
+    """Return a test for whether an event had happened by then."""
+    if at is None:
+        return lambda _: True
+    if at.isdigit():
+        return lambda one: one.sequence <= int(at)
+    try:
+        moment = datetime.fromisoformat(at)
+    except ValueError:
+        raise click.UsageError(f"--at {at!r} is neither a sequence nor an ISO 8601 time") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return lambda one: datetime.fromisoformat(one.time) <= moment

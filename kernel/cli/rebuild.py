@@ -1,0 +1,85 @@
+"""`eskernel rebuild`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kernel.cli.common import EXIT_CODES, asynchronous, console, errors, find_target, print_json, target_options
+from kernel.rebuild import Progress as Step
+from kernel.rebuild import Rebuild, Rebuilt, clean_up
+from projections import SchemaError
+from projections.database import open_database
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("projection", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every projection of the app, one after the other.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; the progress bar is left out.")
+@target_options
+@asynchronous
+async def rebuild(
+    projection: str | None,
+    everything: bool,
+    as_json: bool,
+    app: str | None,
+    data: Path,
+    nats: str | None,
+    database: str | None,
+) -> None:
+    """Build a PROJECTION's tables anew from the log, while the service runs.
+
+    The new copy is filled beside the live one, which stays as it is until both change places in one transaction.
+    If it fails or is stopped, nothing has changed.
+    """
+    if bool(projection) == everything:
+        raise click.UsageError("name a projection, or give --all")
+    target = find_target(app, data, nats, database)
+    if target.database is None:
+        raise click.UsageError("give --database, the URL that the service was started with")
+    wanted = target.app.projections if everything else [target.app.projection(projection or "")]
+    if not wanted:
+        raise SchemaError(f"{target.app.name} has no projections")
+    engine = open_database(target.database)
+    done: list[Rebuilt] = []
+    async with await target.client() as client:
+        for declared in wanted:
+            with _bar(as_json) as bar:
+                task = bar.add_task(declared.name, total=None, rate="")
+
+                def show(step: Step, task: object = task, bar: Progress = bar) -> None:
+                    rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
+                    bar.update(task, completed=step.done, total=step.total, rate=rate)  # type: ignore[arg-type]
+
+                done.append(await Rebuild(target.app, client.log, engine, declared, show).run())
+            await asyncio.to_thread(clean_up, engine, declared)
+            if not as_json:
+                _tell(done[-1])
+    engine.dispose()
+    if as_json:
+        print_json(done)
+
+
+def _bar(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=quiet,
+    )
+
+
+def _tell(built: Rebuilt) -> None:
+    console.print(
+        f"{built.projection}: generation {built.generation} is live, {built.events:,} events in {built.seconds:.1f} s "
+        f"({built.events / max(built.seconds, 1e-9):,.0f} events/s), up to sequence {built.sequence}",
+        highlight=False,
+    )
+    if built.parked:
+        console.print(f"  {built.parked} aggregates wait behind dead letters", style="yellow", highlight=False)

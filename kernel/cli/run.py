@@ -1,0 +1,128 @@
+"""`eskernel run` and `eskernel check`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kernel.app import load_app
+from kernel.cli.common import EXIT_CODES, FAILED, asynchronous, console, explain, fail, print_json
+from kernel.service import Service
+from kernel.settings import Settings
+
+_DEFAULTS = Settings()
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("app")
+@click.option("--data", type=click.Path(path_type=Path), default=_DEFAULTS.data, show_default=True)
+@click.option("--nats", metavar="URL", help="A NATS server with JetStream; without it an embedded one is started.")
+@click.option("--database", metavar="URL", help="postgresql://... or sqlite:///file; without it SQLite in --data.")
+@click.option("--partitions", default=_DEFAULTS.partitions, show_default=True, help="Used when the stream is created.")
+@click.option("--replicas", default=_DEFAULTS.replicas, show_default=True, help="Used when the stream is created.")
+@click.option("--sync", is_flag=True, help="Embedded server: wait for the disk at every commit.")
+@click.option(
+    "--group-commit", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
+    help="Whether commits that are ready together go out as one atomic batch; auto measures the server.",
+)  # fmt: skip
+@click.option("--host", default=_DEFAULTS.host, show_default=True, help="Where HTTP listens.")
+@click.option("--port", default=_DEFAULTS.port, help="HTTP port; a free one by default.")
+@click.option("--max-actors", default=_DEFAULTS.max_actors, show_default=True, help="Aggregates that stay live.")
+@click.option("--idle", default=_DEFAULTS.idle, show_default=True, help="Seconds until an unused aggregate goes.")
+@click.option("--max-commands", default=_DEFAULTS.max_commands, show_default=True, help="Commands under way at once.")
+@click.option("--drain", default=_DEFAULTS.drain, show_default=True, help="Seconds that a stop waits for commands.")
+@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@asynchronous
+async def run(app: str, log_level: str, **options: Any) -> None:
+    """Run an APP, named as package.module:variable, until SIGTERM or Ctrl-C.
+
+    \b
+    eskernel run examples.bank:app
+    eskernel run examples.bank:app --nats nats://host:4222 --database postgresql://user@host/name
+
+    A stop drains: commands under way are answered and the last batch is written. A second signal stops at once;
+    the next start goes on from what was written.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
+    logging.getLogger("eskernel").setLevel(log_level.upper())
+    service = Service(load_app(app), Settings(**options), spec=app)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        if stop.is_set():
+            os._exit(FAILED)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    await service.start()
+    _tell(service)
+    waiting = [asyncio.ensure_future(event.wait()) for event in (stop, service.stopped)]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for one in waiting:
+        one.cancel()
+    console.print("stopping: answering what is under way ...", highlight=False)
+    await service.stop()
+    if service.failure:
+        fail(service.failure, FAILED)
+    console.print("stopped", highlight=False)
+
+
+def _tell(service: Service) -> None:
+    lines = {
+        "log": service.nats_url + (" (embedded)" if service.settings.nats is None else ""),
+        "durability": service.durability,
+        "database": service.database_url,
+        "http": f"{service.http.url}/healthz  /readyz  /metrics",
+        "data": str(service.directory.path),
+    }
+    console.print(f"[bold]{service.app.name}[/bold] is running", highlight=False)
+    for name, value in lines.items():
+        console.print(f"  {name:<11}{value}", highlight=False, markup=False, soft_wrap=True)
+    console.print("  stop it with Ctrl-C or SIGTERM", highlight=False)
+    sys.stdout.flush()
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("app")
+@click.option("--json", "as_json", is_flag=True)
+def check(app: str, as_json: bool) -> None:
+    """Check an APP's declarations without starting anything, and list them.
+
+    All problems are listed at once, each with its remedy.
+    """
+    try:
+        loaded = load_app(app)
+    except Exception as error:
+        explain(error)
+    listing = {
+        "app": loaded.name,
+        "aggregates": {
+            declared.name: {
+                "commands": sorted(declared.commands),
+                "events": {event.name: event.version for event in declared.events.values()},
+            }
+            for declared in loaded.types.values()
+        },
+        "projections": {
+            p.name: {"kind": p.kind, "of": p.aggregate, "version": p.version} for p in loaded.projections
+        },
+    }
+    if as_json:
+        print_json(listing)
+        return
+    console.print(f"{loaded.name}: the declarations are fine", highlight=False)
+    for declared in loaded.types.values():
+        console.print(f"  {declared.name}", style="bold", highlight=False)
+        console.print(f"    commands  {', '.join(sorted(declared.commands))}", highlight=False)
+        console.print(f"    events    {', '.join(sorted(declared.events))}", highlight=False)
+    for p in loaded.projections:
+        console.print(f"  {p.name} ({p.kind} of {p.aggregate}, version {p.version})", highlight=False)
