@@ -1,0 +1,1 @@
+"""Measuring the kernel against hand-written loops with the same libraries, and against what else there is."""

