@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class Rejected(Exception):  # noqa: N818 - the field's word for a refused command
+class Rejected(Exception):
     """Raise it in a command handler to refuse the command.
 
     The message reaches the caller unchanged, nothing is appended, and the aggregate keeps its state.

@@ -44,7 +44,8 @@ def event(
         ... class Deposited:
         ...     cents: int
     """
-    return _message("event", cls, name, version)
+    declared: type[T] | Callable[[type[T]], type[T]] = _message("event", cls, name, version)
+    return declared
 
 
 @overload
@@ -58,7 +59,8 @@ def command(cls: type[T] | None = None, /, *, name: str | None = None) -> type[T
     Args:
         name: the command's type on the wire; the class name unless given.
     """
-    return _message("command", cls, name, 1)
+    declared: type[T] | Callable[[type[T]], type[T]] = _message("command", cls, name, 1)
+    return declared
 
 
 def _message(kind: Kind, cls: type[T] | None, name: str | None, version: int) -> Any:

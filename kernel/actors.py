@@ -48,7 +48,7 @@ class Gateway(Protocol):
         """Load the aggregate; answer with `Loaded`."""
 
     def search(self, address: Address, request: Request) -> None:
-        """Look for the command in the whole history; answer the sender, or deliver the command again."""
+        """Look for the command in the whole history; answer with `Searched`."""
 
     def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
         """Append the decisions as one commit behind `cell.position`; answer with `Appended`."""
@@ -114,6 +114,17 @@ class Loaded:
         self.error = error
 
 
+class Searched:
+    """Version and stream sequence that a repeated command led to, None if it is new, or why nobody knows."""
+
+    __slots__ = ("error", "found", "request")
+
+    def __init__(self, request: Request, found: tuple[int, int] | None, error: str = "") -> None:
+        self.request = request
+        self.found = found
+        self.error = error
+
+
 class Appended:
     """Where the commit is in the stream, or why it is not."""
 
@@ -158,6 +169,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 self._appended(message.result)
             elif kind is Loaded:
                 self._loaded(message)
+            elif kind is Searched:
+                self._searched(message)
             elif kind is DropRows:
                 self.rows = self.sequence = None
             elif kind is Passivate:
@@ -206,6 +219,19 @@ class AggregateActor(Actor):  # type: ignore[misc]
         else:
             self._next()
 
+    def _searched(self, searched: Searched) -> None:
+        assert self.address is not None
+        self.loading = False
+        request = searched.request
+        if searched.found is not None:
+            self.gateway.succeed(self.address, request, *searched.found, True)
+        elif searched.error:
+            self._fail(request, "unavailable", searched.error)
+        else:
+            request.searched = True
+            self.stash = [request, *(self.stash or [])]
+        self._next()
+
     def _decide(self, cell: Cell[Any]) -> None:
         assert self.address is not None
         requests, self.stash = self.stash or [], None
@@ -214,17 +240,23 @@ class AggregateActor(Actor):  # type: ignore[misc]
         decisions: list[Decision] = []
         deciding: list[tuple[Request, int]] = []
         for place, request in enumerate(requests):
-            if len(decisions) == limit:
+            wire = request.wire
+            if len(decisions) == limit or any(one.wire.command_id == wire.command_id for one, _ in deciding):
                 self.stash = requests[place:]
                 break
-            wire = request.wire
             known = cell.commands.get(wire.command_id)
             if known is not None:
                 self.gateway.succeed(self.address, request, known[0], known[1], True)
                 continue
             if not request.searched and len(cell.commands) == REMEMBERED_COMMANDS:
-                self.gateway.search(self.address, request)
-                continue
+                if not decisions:
+                    # nothing is decided until it is known: what happens meanwhile could push it out of memory
+                    self.loading = True
+                    self.stash = requests[place + 1 :]
+                    self.gateway.search(self.address, request)
+                    return
+                self.stash = requests[place:]
+                break
             try:
                 events = cell.decide(request.command, Context(wire.command_id))
             except Rejected as rejection:

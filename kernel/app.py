@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from aggregates import Aggregate, DeclarationError
@@ -117,8 +117,9 @@ def load_app(spec: str) -> App:
     module_name, _, variable = spec.partition(":")
     if not module_name or not variable:
         raise AppNotFound(f"{spec!r} does not name an app; write it as package.module:variable, like examples.bank:app")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ from aggregates.cell import Cell
 from aggregates.commit import Decision, decode, encode, timestamp
 from aggregates.context import uuid7
 from aggregates.messages import parse
-from kernel.actors import Actors, Appended, Decide, Loaded, Request
+from kernel.actors import Actors, Appended, Decide, Loaded, Request, Searched
 from kernel.app import App
 from kernel.log.base import Conflict, EventLog, LogError
 from kernel.messages import CommandRequest, ErrorType, Receipt, decode_request, encode_error, encode_receipt
@@ -100,7 +100,7 @@ class CommandGateway:
             return
         try:
             address = self._subjects.address(wire.aggregate, wire.id)
-            command = parse(command_class, wire.data)
+            command: Any = parse(command_class, wire.data)
         except InvalidId as error:
             self._refuse(reply, "invalid-id", str(error), wire.command_id)
             return
@@ -164,13 +164,9 @@ class CommandGateway:
                     if envelope.commandid == request.wire.command_id:
                         version, sequence = envelope.sequence, commit.sequence
         except (LogError, InvalidMessage) as problem:
-            self.fail(address, request, "unavailable", str(problem))
-            return
-        if version:
-            self.succeed(address, request, version, sequence, True)
+            self._tell(address, Searched(request, None, str(problem)))
         else:
-            request.searched = True
-            self._tell(address, Decide(address, [request]))
+            self._tell(address, Searched(request, (version, sequence) if version else None))
 
     def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
         try:

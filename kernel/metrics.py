@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -29,5 +29,3 @@ CONNECTION_EVENTS = Counter("eskernel_nats_events_total", "What happened to the 
 ALERTS = Counter("eskernel_kernel_alerts_total", "Failures that should not happen: bugs in the kernel")
 JOBS = Counter("eskernel_jobs_total", "Runs of scheduled jobs", ["job", "outcome"])
 LOOP_LAG = Gauge("eskernel_loop_lag_seconds", "How late the event loop ran the last probe")
-
-__all__ = ["REGISTRY", *[name for name in dir() if name.isupper() and not name.startswith("_")]]

@@ -26,7 +26,7 @@ from kernel.residents import Resident, Residents
 from kernel.subjects import Address, Subjects
 from projections.checkpoints import Claim, Position, claim
 from projections.database import is_infrastructure, reads
-from projections.errors import Fenced, HandlerFailed
+from projections.errors import UNKNOWN, Fenced, HandlerFailed
 from projections.fold import Folded, Letter
 from projections.unit_of_work import Write, Writer
 
@@ -60,6 +60,7 @@ class _Pending:
 
     task: asyncio.Future[None]
     residents: list[Resident]
+    groups: list[_Group]
     events: int
 
 
@@ -209,7 +210,7 @@ class Projector:
             raise
         self._position.advance(moves, self._writer.generations)
         self.position = batch.commits[-1].sequence
-        self._pending = _Pending(asyncio.ensure_future(self._write(write)), residents, folded.count)
+        self._pending = _Pending(asyncio.ensure_future(self._write(write)), residents, groups, folded.count)
 
     async def _fold_or_park(self, groups: list[_Group], residents: list[Resident]) -> Folded:
         """Fold the batch; when a handler fails, park its aggregate and fold all of it again from stored rows."""
@@ -336,6 +337,9 @@ class Projector:
         try:
             await pending.task
         except HandlerFailed as failure:
+            if failure.sequence == UNKNOWN:
+                commits = next(g.commits for g in pending.groups if (g.address[2], g.address[3]) == failure.aggregate)
+                failure.sequence = commits[0][1][0].sequence
             self._plan.park(failure)
             raise
         finally:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -25,7 +26,7 @@ from projections.build import Build
 from projections.checkpoints import Move, Position
 from projections.database import reads
 from projections.declaration import DeclaredProjection
-from projections.errors import HandlerFailed
+from projections.errors import UNKNOWN, HandlerFailed
 from projections.fold import Folded, Letter, Plan
 from projections.unit_of_work import Write, Writer
 
@@ -101,18 +102,17 @@ class Rebuild:
                 the next rebuild.
         """
         started = time.perf_counter()
-        info = await self._log.info()
-        self._subjects = Subjects(self._app.name, info.partitions)
-        made: generations.Generation = await self._in(lambda: self._prepare(info.partitions))
-        self._writer = Writer(self._engine, self._plan, [made], epoch=0)
-        self._build = Build(self._plan, self._writer)
-        self._position = Position([dict.fromkeys(range(info.partitions), 0)])
-        reader = await self._log.read(0)
         try:
-            await self._fill(reader, info.commits, info.last, started)
-            await self._cut_over(reader, made)
+            while True:
+                try:
+                    made = await self._attempt(started)
+                except HandlerFailed as failure:
+                    # the database refused it when it was written: begin again, with the aggregate parked
+                    logger.error("parked for %s: %s", self._declared.name, failure)
+                    self._plan.park(self._placed(failure))
+                else:
+                    break
         finally:
-            await reader.close()
             self._pool.shutdown()
         return Rebuilt(
             self._declared.name,
@@ -123,6 +123,28 @@ class Rebuild:
             time.perf_counter() - started,
             len(self._plan.parked),
         )
+
+    async def _attempt(self, started: float) -> generations.Generation:
+        info = await self._log.info()
+        self._subjects = Subjects(self._app.name, info.partitions)
+        self._events = self._done = self._at = 0
+        made: generations.Generation = await self._in(partial(self._prepare, info.partitions))
+        self._writer = Writer(self._engine, self._plan, [made], epoch=0)
+        self._build = Build(self._plan, self._writer)
+        self._position = Position([dict.fromkeys(range(info.partitions), 0)])
+        reader = await self._log.read(0)
+        try:
+            await self._fill(reader, info.commits, info.last, started)
+            await self._cut_over(reader, made)
+        finally:
+            await reader.close()
+        return made
+
+    def _placed(self, failure: HandlerFailed) -> HandlerFailed:
+        """Say from which event on the aggregate waits: from its first of the window, where it isn't known better."""
+        if failure.sequence == UNKNOWN:
+            failure.sequence = self._written[failure.aggregate][0][1][0].sequence
+        return failure
 
     def _prepare(self, partitions: int) -> generations.Generation:
         with self._engine.begin() as connection:
@@ -143,7 +165,7 @@ class Rebuild:
                 if missing := self._build.missing(list(groups)):
                     if writing is not None:
                         await writing
-                    await self._in(lambda keys=missing: self._build.load(keys))  # type: ignore[misc]
+                    await self._in(partial(self._build.load, missing))
                 try:
                     folded = self._build.fold(groups)
                 except HandlerFailed as failure:
@@ -155,7 +177,8 @@ class Rebuild:
                 if writing is not None:
                     await writing
                 self._build.trim()
-                writing = asyncio.ensure_future(self._in(lambda ready=write: self._writer.commit(ready)))  # type: ignore[misc]
+                self._written = groups
+                writing = asyncio.ensure_future(self._in(partial(self._writer.commit, write)))
                 self._done += len(window)
                 self._progress(
                     Progress(self._done, max(total, self._done), self._events, time.perf_counter() - started)
@@ -196,7 +219,7 @@ class Rebuild:
 
     async def _fold_again(self, groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]]) -> Folded:
         while True:
-            await self._in(lambda: self._build.load(self._build.missing(list(groups))))
+            await self._in(partial(self._build.load, self._build.missing(list(groups))))
             try:
                 return self._build.fold(groups)
             except HandlerFailed as failure:
@@ -229,13 +252,14 @@ class Rebuild:
                 self._window_commits = window
                 groups = await self._group(window)
                 # what was folded before is committed, so it can be read beside this transaction
-                await self._in(lambda keys=self._build.missing(list(groups)): self._build.load(keys))  # type: ignore[misc]
+                await self._in(partial(self._build.load, self._build.missing(list(groups))))
                 try:
                     folded = self._build.fold(groups)
                 except HandlerFailed:
                     folded = await self._fold_again(groups)
                 write = self._frozen(folded, window[-1].sequence)
-                await self._in(lambda ready=write: self._writer.apply(connection, ready))  # type: ignore[misc]
+                self._written = groups
+                await self._in(partial(self._writer.apply, connection, write))
             await self._in(lambda: generations.show(connection, made))
             await self._in(transaction.commit)
         finally:
@@ -265,5 +289,5 @@ async def build_missing(
             live = generations.live_generation(connection, declared)
         if live is None:
             name = declared.name
-            built.append(await Rebuild(app, log, engine, declared, lambda p, n=name: progress(n, p)).run())  # type: ignore[misc]
+            built.append(await Rebuild(app, log, engine, declared, partial(progress, name)).run())
     return built

@@ -89,12 +89,10 @@ class Residents:
         oldest = time.monotonic() - self.idle
         excess = len(self._live) - self.limit
         going: list[Resident] = []
-        looked = 0
-        for resident in self._live.values():
+        for looked, resident in enumerate(self._live.values()):
             idle = resident.used < oldest
             if (not idle and len(going) >= excess) or len(going) == SWEEP_SLICE or looked == 4 * SWEEP_SLICE:
                 break
-            looked += 1
             if resident.busy == 0:
                 going.append(resident)
                 PASSIVATIONS.labels(reason="idle" if idle else "limit").inc()

@@ -69,25 +69,36 @@ class EmbeddedServer:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         await self._stop_leftover()
+        known = self.directory / "nats.port"
+        try:
+            # clients of the service before this one find it again
+            self.url = await self._launch(int(known.read_text()))
+        except (OSError, ValueError, Unavailable):
+            self.url = await self._launch(-1)
+        known.write_text(self.url.rsplit(":", 1)[-1])
+        return self.url
+
+    async def _launch(self, port: int) -> str:
         for stale in self.directory.glob("nats-server_*.ports"):
             stale.unlink()
         config = self.directory / "nats.conf"
         sync = "  sync_interval: always\n" if self.sync else ""
         config.write_text(
-            'listen: "127.0.0.1:-1"\n'
+            f'listen: "127.0.0.1:{port}"\n'
             f"ports_file_dir: {json.dumps(str(self.directory))}\n"
             f"pid_file: {json.dumps(str(self.directory / 'nats.pid'))}\n"
             f"jetstream {{\n  store_dir: {json.dumps(str(self.directory / 'store'))}\n{sync}}}\n"
         )
         with (self.directory / "nats.log").open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - milliseconds, once
                 [self._binary or find_binary(), "-c", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 # a Ctrl-C in the terminal is for the kernel, which drains before it stops the server
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                # one system call, no locks: safe beside threads
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
             )
         ports = self.directory / f"nats-server_{self._process.pid}.ports"
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -96,7 +107,6 @@ class EmbeddedServer:
                 await self.stop()
                 raise Unavailable(f"nats-server did not start: {self._log_tail()}")
             await asyncio.sleep(0.01)
-        self.url = url
         return url
 
     async def stop(self) -> None:

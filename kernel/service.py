@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -119,7 +120,7 @@ class Service:
             Running(
                 self.app.name,
                 self._spec,
-                os.getcwd(),
+                str(Path.cwd()),
                 os.getpid(),
                 self.nats_url,
                 self.database_url,

@@ -52,7 +52,7 @@ def encode_id(aggregate_id: str) -> str:
         raise InvalidId(f"aggregate id {aggregate_id[:40]!r} is not valid Unicode") from None
     if len(token) > MAX_TOKEN:
         raise InvalidId(
-            f"aggregate id {aggregate_id[:40]!r}... takes {len(token)} bytes as a subject token, {MAX_TOKEN} are allowed"
+            f"aggregate id {aggregate_id[:40]!r}... takes {len(token)} bytes as a subject token, at most {MAX_TOKEN}"
         )
     return token
 

@@ -3,7 +3,7 @@ the event loop's thread keeps the interpreter while the database works."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -58,6 +58,15 @@ class Bulk:
         if not self._columnwise:
             return [{"rows": _json(chunk)} for chunk in chunks]
         return [{f"c{index}": _json(list(column)) for index, column in enumerate(zip(*c, strict=True))} for c in chunks]
+
+    def one_by_one(self, parameters: Sequence[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield each row's key and the parameters for it alone."""
+        for chunk in parameters:
+            columns = [orjson.loads(values) for values in chunk.values()]
+            rows = zip(*columns, strict=True) if self._columnwise else columns[0]
+            for row in rows:
+                one = {f"c{place}": _json([value]) for place, value in enumerate(row)}
+                yield row[0], one if self._columnwise else {"rows": _json([row])}
 
     def load(self, connection: Connection, keys: Sequence[str], make: Callable[..., Any]) -> dict[Any, Any]:
         """Return the stored rows of these keys as records."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 
-class Fenced(Exception):  # noqa: N818 - the field's word: somebody else owns these partitions now
-    """The checkpoint is not where this owner left it: another owner, or a cut-over, has moved on. Nothing was written."""
+class Fenced(Exception):
+    """The checkpoint is not where this owner left it: another owner, or a cut-over, moved on. Nothing was written."""
 
 
-class HandlerFailed(Exception):  # noqa: N818
+UNKNOWN = 0
+"""Sequence of a `HandlerFailed` whose event isn't known: the aggregate's first of the batch stands for it."""
+
+
+class HandlerFailed(Exception):
     """A projection's handler raised; carries what is needed to park the aggregate.
 
     Attributes:

@@ -88,7 +88,7 @@ class Plan:
                     if event_type.cls in handler.events:
                         steps.append((index, self._step(index, place, handler)))
             # most events have the present version: their decoder is called without a detour
-            decode = msgspec.json.Decoder(event_type.cls).decode if steps else None
+            decode: Callable[..., Any] | None = msgspec.json.Decoder(event_type.cls).decode if steps else None
             compiled[name] = (event_type.version, event_type.decode, decode, tuple(steps))
         return compiled
 

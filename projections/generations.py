@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, MetaData, Table, delete, func, insert, inspect, select, update
+from sqlalchemy.sql.elements import quoted_name
 
 from projections.declaration import DeclaredProjection
 from projections.errors import SchemaError
@@ -45,7 +46,7 @@ def generation(declared: DeclaredProjection, number: int) -> Generation:
         pattern: Table = model.__table__  # type: ignore[attr-defined]
         copied = pattern.to_metadata(metadata, name=f"{pattern.name}__{number}")
         for index in copied.indexes:
-            index.name = f"{index.name}__{number}"
+            index.name = quoted_name(f"{index.name}__{number}", quote=None)
         for constraint in copied.constraints:
             if isinstance(constraint.name, str):
                 constraint.name = f"{constraint.name}__{number}"

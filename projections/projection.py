@@ -13,7 +13,7 @@ from aggregates import Aggregate
 from aggregates.commit import Envelope
 
 M = TypeVar("M")
-E = TypeVar("E", covariant=True)
+E = TypeVar("E")
 
 
 class Drop:
@@ -97,7 +97,7 @@ class Transaction:
 
     def table(self, model: type) -> Table:
         """Return the physical table of the generation being written; `model` itself names the users' view."""
-        return self._tables[model.__tablename__]  # type: ignore[attr-defined,no-any-return]
+        return self._tables[model.__tablename__]  # type: ignore[attr-defined]
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         """Execute a statement; commit and rollback belong to the kernel."""

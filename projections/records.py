@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Column, LargeBinary, Table
 from sqlalchemy import inspect as inspect_model
 from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import Mapper
 
 
 class Columns:
@@ -24,7 +25,7 @@ class Columns:
     """
 
     def __init__(self, model: type) -> None:
-        mapper = inspect_model(model)
+        mapper: Mapper[Any] = inspect_model(model)
         table = mapper.local_table
         assert isinstance(table, Table)
         self.table = table
@@ -57,7 +58,7 @@ class Columns:
         start = [0 if numeric else _default(column) for column in self.columns[keys:]]
         plain = not any(callable(value) for value in start)
         record = type(f"{self.table.name}_record", (), {"__slots__": names})
-        new = record.__new__
+        new: Callable[[type], Any] = object.__new__
         rest = names[keys:]
 
         def make(*values: Any) -> Any:
@@ -81,7 +82,7 @@ class Columns:
             and not _is_number(column)
         ]
         if not processors:
-            return get  # type: ignore[no-any-return]
+            return get
 
         def converted(row: Any) -> Sequence[Any]:
             values = list(get(row))

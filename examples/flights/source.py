@@ -60,7 +60,8 @@ def rows(months: int = 12) -> Iterator[dict[str, str]]:
 
 def steps(months: int = 12) -> tuple[list[Step], Facts]:
     """Return the commands of all flights in time order, and what was found in the file."""
-    facts, found = Facts(), []
+    facts = Facts()
+    found: list[Step] = []
     for number, row in enumerate(rows(months)):
         facts.flights += 1
         departed, arrived, in_air = present(row["dep_time"]), present(row["arr_time"]), present(row["air_time"])

@@ -32,4 +32,3 @@ def main() -> None:
 
 for command in (run, check, send, query, show, rebuild, status):
     main.add_command(command)
-

@@ -56,7 +56,9 @@ class Target:
 def target_options(command: F) -> F:
     """Add the options that say which service is meant."""
     for option in (
-        click.option("--app", metavar="SPEC", help="The app, as package.module:variable; or the name of a running one."),
+        click.option(
+            "--app", metavar="SPEC", help="The app, as package.module:variable; or the name of a running one."
+        ),
         click.option(
             "--data",
             type=click.Path(path_type=Path),

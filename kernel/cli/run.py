@@ -112,9 +112,7 @@ def check(app: str, as_json: bool) -> None:
             }
             for declared in loaded.types.values()
         },
-        "projections": {
-            p.name: {"kind": p.kind, "of": p.aggregate, "version": p.version} for p in loaded.projections
-        },
+        "projections": {p.name: {"kind": p.kind, "of": p.aggregate, "version": p.version} for p in loaded.projections},
     }
     if as_json:
         print_json(listing)

@@ -12,7 +12,16 @@ import nats.errors
 import orjson
 from sqlalchemy import func, select
 
-from kernel.cli.common import EXIT_CODES, UNREACHABLE, asynchronous, console, fail, find_target, print_json, target_options
+from kernel.cli.common import (
+    EXIT_CODES,
+    UNREACHABLE,
+    asynchronous,
+    console,
+    fail,
+    find_target,
+    print_json,
+    target_options,
+)
 from kernel.log.wire import connect
 from projections.database import open_database
 from projections.tables import checkpoint, dead_letter, projection
@@ -87,7 +96,9 @@ def _tell(report: dict[str, Any]) -> None:
         state = "ok" if one["ok"] else "FAILING"
         console.print(f"  {name:<12}{state:<9}{one['detail']}", highlight=False, markup=False, soft_wrap=True)
     live = report["projection"]
-    console.print(f"  {report['actors']} aggregates live, {report['commands_pending']} commands under way", highlight=False)
+    console.print(
+        f"  {report['actors']} aggregates live, {report['commands_pending']} commands under way", highlight=False
+    )
     console.print(f"  projected up to {live['position']}, {live['behind']} commits behind", highlight=False)
     for one in report.get("projections", []):
         letters = f", {one['dead_letters']} dead letters" if one["dead_letters"] else ""

@@ -192,7 +192,8 @@ class Appender:
             one.attempts += 1
             final = number == len(group)
             headers = (
-                b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\nNats-Batch-Id: %b\r\nNats-Batch-Sequence: %d\r\n%b\r\n"
+                b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n"
+                b"Nats-Batch-Id: %b\r\nNats-Batch-Sequence: %d\r\n%b\r\n"
                 % (one.expected, batch_id, number, b"Nats-Batch-Commit: 1\r\n" if final else b"")
             )
             reply = b"%b.%d" % (self._inbox, self._token) if final else b""
@@ -287,7 +288,7 @@ class Appender:
                 task.add_done_callback(self._settling.discard)
 
     async def _find_out(self, one: Append, why: str) -> None:
-        """Read back whether an append took effect; send it again if it did not. Its expected sequence makes that safe."""
+        """Read back whether an append took effect; if not, send it again: its expected sequence makes that safe."""
         pause = 0.02
         give_up = one.started + self._deadline
         while not one.future.done():
@@ -307,9 +308,7 @@ class Appender:
                     self._wire.send(b"".join(frames))
                     return
             if not one.future.done() and time.perf_counter() >= give_up:
-                one.future.set_exception(
-                    UnknownOutcome(f"{one.subject}: {why}; the append may or may not have happened")
-                )
+                one.future.set_exception(UnknownOutcome(f"{one.subject}: {why}; it may or may not have happened"))
             if not one.future.done():
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)

@@ -104,7 +104,7 @@ class JetStreamLog:
 
     async def _get_batch(self, subject: str, after: int, into: list[Stored]) -> int:
         """Fetch up to 1,000 commits in one round trip; return how many are still there behind them."""
-        for attempt in range(3):
+        for _attempt in range(3):
             self._get_token += 1
             token = b"%d" % self._get_token
             before = len(into)

@@ -70,7 +70,7 @@ class _FrameParser(Parser):
             if listener is not None:
                 listener(parts[0], reply, buffer[start + head : end], headers)
             else:
-                await self.nc._process_msg(int(parts[1]), parts[0], reply, buffer[start + head : end], headers)
+                await self.nc._process_msg(int(parts[1]), parts[0], reply, buffer[start + head : end], headers)  # type: ignore[arg-type]
                 if self.resets != resets:
                     return
         self.buf = bytearray(buffer[position:])
@@ -104,7 +104,7 @@ class Wire(Client):
         return stop
 
     def send(self, frames: bytes) -> None:
-        """Queue protocol frames for the socket. While disconnected they wait in the buffer, and go after reconnecting."""
+        """Queue protocol frames for the socket. While disconnected they wait, and go after reconnecting."""
         self._pending.append(frames)
         self._pending_data_size += len(frames)
         if self._flush_queue is not None and self._flush_queue.empty() and self.is_connected:

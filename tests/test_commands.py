@@ -1,0 +1,188 @@
+"""Commands over the wire, on a running service: receipts, refusals, and errors that say what was wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+
+from aggregates import InvalidId, Rejected
+from aggregates.context import uuid7
+from kernel import App, Client, CommandError, Overloaded, Service, Settings
+from tests.apps import Explode, Note, Notebook, NoteTwice, notebooks
+
+
+@pytest.fixture
+async def service(nats_url: str, app_name: str, tmp_path: Path) -> AsyncIterator[Service]:
+    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=nats_url))
+    await service.start()
+    yield service
+    await service.stop()
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[Client]:
+    async with await Client.connect(service.app, nats=service.nats_url, database=service.database_url) as client:
+        yield client
+
+
+async def request(service: Service, payload: bytes, subject: str = "") -> dict[str, Any]:
+    """Send raw bytes with nothing but nats-py, as a program in any language would."""
+    connection = await nats.connect(service.nats_url)
+    answer = await connection.request(subject or f"{service.app.name}.cmd", payload, timeout=5)
+    await connection.close()
+    return json.loads(answer.data)
+
+
+async def test_a_receipt_tells_version_and_stream_sequence(client: Client) -> None:
+    first = await client.execute(Notebook, "n", Note("one"))
+    second = await client.execute(Notebook, "n", NoteTwice("two"))
+    assert (first.version, second.version) == (1, 3)
+    assert second.sequence > first.sequence
+    assert not second.duplicate
+
+
+async def test_a_rejection_reaches_the_caller_as_such_and_appends_nothing(client: Client) -> None:
+    with pytest.raises(Rejected, match="^nothing to note$"):
+        await client.execute(Notebook, "n", Note(""))
+    assert (await client.execute(Notebook, "n", Note("one"))).version == 1
+
+
+async def test_many_commands_in_flight_are_each_decided_once_and_in_order(client: Client) -> None:
+    receipts = await asyncio.gather(
+        *(client.execute(Notebook, f"n{number % 7}", Note(f"{number}")) for number in range(700))
+    )
+    for notebook in range(7):
+        versions = [receipt.version for receipt in receipts[notebook::7]]
+        assert versions == list(range(1, 101))
+
+
+async def test_a_command_repeated_with_its_id_gets_its_first_receipt(client: Client) -> None:
+    first = await client.execute(Notebook, "n", Note("one"), command_id="c-1")
+    again = await client.execute(Notebook, "n", Note("one"), command_id="c-1")
+    assert again.duplicate
+    assert (again.version, again.sequence) == (first.version, first.sequence)
+    assert (await client.execute(Notebook, "n", Note("two"))).version == 2
+
+
+async def test_a_repeated_command_is_found_however_long_ago_it_was(client: Client) -> None:
+    first = await client.execute(Notebook, "n", Note("one"), command_id="c-1")
+    await asyncio.gather(*(client.execute(Notebook, "n", Note("more")) for _ in range(50)))
+    request = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": Note("one"), "command_id": "c-1"}
+    again = await client.send({**request, "attempt": 2})
+    assert again.duplicate
+    assert again.version == first.version
+
+
+async def test_a_command_that_arrives_twice_at_once_takes_effect_once(service: Service, client: Client) -> None:
+    request = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": Note("one"), "command_id": "c-1"}
+    receipts = await asyncio.gather(*(client.send(request) for _ in range(5)))
+    assert [receipt.version for receipt in receipts] == [1] * 5
+    assert sorted(receipt.duplicate for receipt in receipts) == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("payload", "kind", "names"),
+    [
+        (b"{", "malformed", "request"),
+        (b"\xff\xfe", "malformed", "request"),
+        (b"[]", "malformed", "object"),
+        (b'{"id": "n", "command": "Note"}', "malformed", "aggregate"),
+        (b'{"aggregate": "Notebok", "id": "n", "command": "Note"}', "unknown-aggregate", "Notebook"),
+        (b'{"aggregate": "Notebook", "id": "n", "command": "Nope"}', "unknown-command", "NoteTwice"),
+        (b'{"aggregate": "Notebook", "id": "n", "command": "Note"}', "invalid-command", "text"),
+        (b'{"aggregate": "Notebook", "id": "n", "command": "Note", "data": 3}', "invalid-command", "Note"),
+        (b'{"aggregate":"Notebook","id":"n","command":"Note","data":{"text":1}}', "invalid-command", "text"),
+        (b'{"aggregate":"Notebook","id":"n","command":"Note","data":{"txt":"a"}}', "invalid-command", "txt"),
+        (b'{"aggregate":"Notebook","id":"","command":"Note","data":{"text":"a"}}', "invalid-id", "empty"),
+    ],
+)
+async def test_a_bad_request_gets_a_typed_error_that_names_the_culprit(
+    service: Service, payload: bytes, kind: str, names: str
+) -> None:
+    error = (await request(service, payload))["error"]
+    assert error["type"] == kind
+    assert names in error["message"]
+    good = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": {"text": "fine"}}
+    assert (await request(service, json.dumps(good).encode()))["ok"]["version"] == 1
+
+
+async def test_any_nats_client_can_send_to_the_app_or_to_the_partition(service: Service) -> None:
+    command = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": {"text": "hi"}, "command_id": uuid7()}
+    answer = await request(service, json.dumps(command).encode())
+    assert answer["ok"]["version"] == 1
+    partition = f"{service.app.name}.cmd.{answer['ok']['partition']}"
+    assert (await request(service, json.dumps(command).encode(), partition))["ok"]["duplicate"]
+
+
+async def test_a_handler_that_raises_harms_nobody_else(client: Client) -> None:
+    outcomes = await asyncio.gather(
+        client.execute(Notebook, "n", Note("one")),
+        client.execute(Notebook, "n", Explode()),
+        client.execute(Notebook, "n", Note("two")),
+        return_exceptions=True,
+    )
+    assert isinstance(outcomes[1], CommandError)
+    assert outcomes[1].type == "failed"
+    assert "ZeroDivisionError: boom" in outcomes[1].message
+    assert [outcome.version for outcome in (outcomes[0], outcomes[2])] == [1, 2]  # type: ignore[union-attr]
+
+
+async def test_events_too_large_for_the_log_are_refused_and_neighbours_are_not(client: Client) -> None:
+    outcomes = await asyncio.gather(
+        client.execute(Notebook, "n", NoteTwice("x" * 600_000)),
+        client.execute(Notebook, "n", Note("small")),
+        return_exceptions=True,
+    )
+    assert isinstance(outcomes[0], CommandError)
+    assert outcomes[0].type == "too-large"
+    assert outcomes[1].version == 1  # type: ignore[union-attr]
+
+
+async def test_an_id_that_cannot_be_addressed_is_refused_by_the_client(client: Client) -> None:
+    with pytest.raises(InvalidId, match="empty"):
+        await client.execute(Notebook, "", Note("one"))
+
+
+async def test_ids_are_any_text(client: Client) -> None:
+    for odd in ("a b", "a.b", "*", ">", "名前", "50%", "a/b", "~", "x" * 255):
+        assert (await client.execute(Notebook, odd, Note(odd))).version == 1
+    pages = await client.query(
+        "select notebook from pages", after=await client.execute(Notebook, "名前", Note("again"))
+    )
+    assert {page["notebook"] for page in pages} >= {"名前"}
+
+
+async def test_beyond_the_limit_commands_are_refused_with_a_time_to_retry_after(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=nats_url, max_commands=10))
+    await service.start()
+    async with await Client.connect(service.app, nats=nats_url) as client:
+        wire = {"aggregate": "Notebook", "command": "Note", "data": {"text": "a"}}
+        outcomes = await asyncio.gather(
+            *(client.send({**wire, "id": f"n{n}", "command_id": uuid7()}, timeout=0.01) for n in range(200)),
+            return_exceptions=True,
+        )
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
+        assert refused
+        assert all(outcome.retry_after for outcome in refused)
+        # a client with time to spare waits as told, and gets through
+        receipts = await asyncio.gather(*(client.execute(Notebook, f"m{n}", Note("a")) for n in range(100)))
+        assert len(receipts) == 100
+    await service.stop()
+
+
+async def test_a_client_without_a_service_says_so(nats_url: str, app_name: str, tmp_path: Path) -> None:
+    app: App = notebooks(app_name)
+    service = Service(app, Settings(data=tmp_path, nats=nats_url))
+    await service.start()
+    await service.stop()
+    async with await Client.connect(app, nats=nats_url) as client:
+        with pytest.raises(TimeoutError, match="no answer to Note"):
+            await client.execute(Notebook, "n", Note("one"), timeout=0.3)

