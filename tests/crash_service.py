@@ -1,0 +1,22 @@
+"""The service that `test_crash.py` kills: `python -m tests.crash_service NAME DATA NATS DATABASE`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from kernel import Service, Settings
+from tests.apps import notebooks
+
+
+async def main(name: str, data: str, nats: str, database: str) -> None:
+    embedded = None if nats == "embedded" else nats
+    service = Service(notebooks(name), Settings(data=Path(data), nats=embedded, database=database, max_actors=20))
+    await service.start()
+    print(service.nats_url, flush=True)
+    await service.stopped.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
