@@ -39,7 +39,7 @@ SLICE = 400
 """Aggregates folded before the event loop gets a turn."""
 IDLE_S = 1.0
 """Without news for so long, the checkpoints of quiet partitions move up too."""
-MAX_BACKOFF_S = 5.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.01, 5.0
 
 Commits = list[tuple[int, list[Envelope]]]
 _ALL_NEW: frozenset[int] = frozenset()
@@ -92,6 +92,8 @@ class Projector:
         self._read_pool = ThreadPoolExecutor(1, "eskernel-read")
         self._stopping = asyncio.Event()
         self._batch: list[Stored] = []
+        # found when a batch was written, and not yet in the dead letters
+        self._failures: list[HandlerFailed] = []
         self._garbage: list[dict[str, Any]] = []
         self.pending = 0
         self.position = 0
@@ -99,9 +101,9 @@ class Projector:
 
     async def run(self) -> None:
         """Project until `stop`; come back from every failure that time can mend."""
-        backoff = 0.05
+        pause = MIN_BACKOFF_S
         while not self._stopping.is_set():
-            started = time.monotonic()
+            began_at = self.position
             try:
                 if not await self._claim():
                     return
@@ -120,11 +122,16 @@ class Projector:
                     self.state = f"failing: {type(error).__name__}: {error}"
             finally:
                 await self._abandon()
-            if time.monotonic() - started > 10:
-                backoff = 0.05
-            if not self._stopping.is_set():
-                await asyncio.sleep(backoff)
-                backoff = min(backoff * 2, MAX_BACKOFF_S)
+            pause = MIN_BACKOFF_S if self.position != began_at else min(pause * 2, MAX_BACKOFF_S)
+            await self._rest(pause)
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait, but not past a stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
 
     async def _claim(self) -> bool:
         """Take the live generations as they are now; say whether this service still owns them."""
@@ -137,17 +144,14 @@ class Projector:
             return False
         self._position = owned.position
         self._writer = Writer(self._engine, self._plan, owned.generations, self._epoch)
-        parked = dict(self._plan.parked)
 
         def load_parked() -> None:
             with reads(self._engine).connect() as connection:
                 self._writer.load_parked(connection)
 
         await self._in(self._read_pool, load_parked)
-        for key, waiting in parked.items():
-            # parked in memory and not yet written: the failure that started this session again
-            for index, since in waiting.items():
-                self._plan.parked.setdefault(key, {}).setdefault(index, since)
+        for failure in self._failures:
+            self._plan.park(failure)
         PARKED.set(len(self._plan.parked))
         return True
 
@@ -321,7 +325,7 @@ class Projector:
                     raise
                 self.state = "waiting for the database"
                 logger.warning("database: %s; trying again in %.2f s", str(error).splitlines()[0], backoff)
-                await asyncio.sleep(backoff)
+                await self._rest(backoff)
                 backoff = min(backoff * 2, MAX_BACKOFF_S)
             else:
                 BATCHES.labels(outcome="ok").inc()
@@ -340,11 +344,12 @@ class Projector:
             if failure.sequence == UNKNOWN:
                 commits = next(g.commits for g in pending.groups if (g.address[2], g.address[3]) == failure.aggregate)
                 failure.sequence = commits[0][1][0].sequence
-            self._plan.park(failure)
+            self._failures.append(failure)
             raise
         finally:
             for resident in pending.residents:
                 resident.busy -= 1
+        self._failures.clear()
         EVENTS.inc(pending.events)
         BATCH_EVENTS.observe(pending.events)
         POSITION.set(self.position)

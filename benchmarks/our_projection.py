@@ -1,0 +1,78 @@
+"""Live projection and rebuild by the kernel, on an existing log and an empty database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Engine
+
+import migrations
+from kernel.actors import Actors
+from kernel.app import App
+from kernel.commands import CommandGateway
+from kernel.log import JetStreamLog, StreamInfo
+from kernel.projector import Projector
+from kernel.rebuild import build_missing
+from kernel.residents import Residents
+from kernel.settings import Settings
+from projections import generations
+from projections.checkpoints import take_over
+from projections.database import open_database
+
+
+@contextmanager
+def _database(app: App, url: str, info: StreamInfo) -> Iterator[tuple[Engine, int]]:
+    engine = open_database(url)
+    try:
+        migrations.upgrade(engine)
+        yield engine, take_over(engine, app.name, info.created, info.partitions, info.last)
+    finally:
+        engine.dispose()
+
+
+async def live(app: App, log: JetStreamLog, url: str) -> float:
+    """Project everything with the service's own projector, actors and residents; return commits per second."""
+    info = await log.info()
+    with _database(app, url, info) as (engine, epoch):
+        with engine.begin() as connection:
+            for declared in app.projections:
+                # live and empty: a service would rather build it by replay
+                generations.show(connection, generations.create(connection, declared, range(info.partitions)))
+        settings = Settings()
+        gateway = CommandGateway(app, log, log.subjects, lambda _subject, _payload: None, settings.max_commands)
+        gateway.actors = Actors(gateway)
+        gateway.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
+        failures: list[str] = []
+        projector = Projector(
+            app, log, log.subjects, engine, epoch, gateway.actors, gateway.residents, failures.append
+        )
+        started = time.perf_counter()
+        running = asyncio.create_task(projector.run())
+        try:
+            while projector.position < info.last or not _written(projector):
+                assert not failures and not running.done(), failures
+                await asyncio.sleep(0.005)
+            rate = info.commits / (time.perf_counter() - started)
+            assert projector.state == "running", projector.state
+        finally:
+            await projector.stop()
+            await asyncio.wait({running})
+            projector.close()
+            gateway.actors.close()
+        return rate
+
+
+def _written(projector: Projector) -> bool:
+    return projector._pending is None or projector._pending.task.done()
+
+
+async def rebuild(app: App, log: JetStreamLog, url: str) -> float:
+    """Build every projection by replay; return the log's commits per second, however often they were read."""
+    info = await log.info()
+    with _database(app, url, info) as (engine, _):
+        started = time.perf_counter()
+        await build_missing(app, log, engine)
+        return info.commits / (time.perf_counter() - started)
