@@ -56,9 +56,8 @@ async def _measure(path: Path, pg: Postgres, sync: bool) -> list[Row]:
                 return run
 
             ways = {"ours": ours}
-            for name in loaded:
-                ways[name] = theirs(name, loaded[name])
-                ways[f"{name} kept"] = theirs(f"{name} kept", kept[name])
+            for name, commands in [*loaded.items(), *((f"{name} kept", one) for name, one in kept.items())]:
+                ways[name] = theirs(name, commands)
             figures = await in_turns(f"commands, {word}", ways)
             found = medians(figures)
             half = percentiles(await load.paced(found["ours"] / 2, SECONDS))

@@ -109,8 +109,9 @@ class Sqlite:
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-65536;" + TABLES.format(text="text")
         )
         self._statements = {
+            # WHERE true: otherwise SQLite reads ON CONFLICT as a join condition
             statement: statement.format(
-                rows=f"SELECT {', '.join(f'value->>{place}' for place in range(len(shape)))} FROM json_each(?) WHERE true"
+                rows=f"SELECT {', '.join(f'value->>{n}' for n in range(len(shape)))} FROM json_each(?) WHERE true"
             )
             for statement, shape in SHAPES.items()
         }

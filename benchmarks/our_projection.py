@@ -46,9 +46,7 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
         gateway.actors = Actors(gateway)
         gateway.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
         failures: list[str] = []
-        projector = Projector(
-            app, log, log.subjects, engine, epoch, gateway.actors, gateway.residents, failures.append
-        )
+        projector = Projector(app, log, log.subjects, engine, epoch, gateway.actors, gateway.residents, failures.append)
         started = time.perf_counter()
         running = asyncio.create_task(projector.run())
         try:

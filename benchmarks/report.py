@@ -136,7 +136,8 @@ def show(report: dict[str, Any]) -> None:
         )
     console.print(table)
     for what in ("machine", "versions"):
-        console.print(f"{what}: " + ", ".join(f"{name} {value}" for name, value in report[what].items()), highlight=False)
+        facts = ", ".join(f"{name} {value}" for name, value in report[what].items())
+        console.print(f"{what}: {facts}", highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,6 @@ import orjson
 from nats.aio.msg import Msg
 from sqlalchemy import Engine, text
 
-import migrations
 from kernel.actors import Actors
 from kernel.app import App
 from kernel.commands import CommandGateway
@@ -89,7 +88,9 @@ class Service:
         self.nats_url = settings.nats or await self._start_server()
         self.database_url = settings.database or f"sqlite:///{self.directory.path / 'projections.db'}"
         self._engine = engine = open_database(self.database_url)
-        await asyncio.to_thread(migrations.upgrade, engine)
+        from migrations import upgrade  # Alembic takes its time to load, and this is the one place for it
+
+        await asyncio.to_thread(upgrade, engine)
         self._wire = wire = await connect(self.nats_url, name=f"eskernel {self.app.name}", on_event=self._connection)
         CONNECTED.set(1)
         log = self._log = await open_log(
@@ -196,8 +197,8 @@ class Service:
     # jobs
 
     async def _passivate(self) -> None:
-        while self.residents.sweep():
-            await asyncio.sleep(0)  # noqa: ASYNC110 - gives way between slices
+        while self.residents.sweep():  # noqa: ASYNC110 - gives way between slices
+            await asyncio.sleep(0)
 
     def _publish_metrics(self) -> None:
         assert self._gateway is not None

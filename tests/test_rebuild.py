@@ -181,5 +181,3 @@ async def test_a_rebuild_that_breaks_off_changes_nothing_and_the_next_one_cleans
         assert generations(engine, "pages") == ["pages__1", "pages__2"]
     engine.dispose()
     await service.stop()
-
-

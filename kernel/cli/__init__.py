@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Final
+
 import click
 
-from kernel.cli.common import EXIT_CODES
-from kernel.cli.query import query, show
-from kernel.cli.rebuild import rebuild
-from kernel.cli.run import check, run
-from kernel.cli.send import send
-from kernel.cli.status import status
+EXIT_CODES: Final = (
+    "Exit codes: 0 done, 1 refused or failed, 2 wrong usage or declarations, 3 nothing running or reachable."
+)
+
+_COMMANDS: Final = {
+    "run": ("run", "Run an app until SIGTERM or Ctrl-C."),
+    "check": ("run", "Check an app's declarations and list them."),
+    "send": ("send", "Send a command to one aggregate."),
+    "query": ("query", "Ask the projection database."),
+    "show": ("query", "Print an aggregate's state and events, also as of then."),
+    "rebuild": ("rebuild", "Build a projection's tables anew from the log."),
+    "status": ("status", "Print health, positions, lag, jobs."),
+}
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _LazyGroup(click.Group):
+    """Imports a command when it is used: most need a fraction of what a service needs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"kernel.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_) for name, (_, help_) in _COMMANDS.items()])
+
+
+@click.group(
+    cls=_LazyGroup,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(package_name="eskernel")
 def main() -> None:
     """An event-sourcing kernel on NATS JetStream.
@@ -28,7 +60,3 @@ def main() -> None:
     Commands find the service that runs on the data directory (.eskernel in this folder); --nats, --database and
     --app name another one.
     """
-
-
-for command in (run, check, send, query, show, rebuild, status):
-    main.add_command(command)

@@ -27,7 +27,6 @@ from projections import SchemaError
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
-EXIT_CODES = "Exit codes: 0 done, 1 refused or failed, 2 wrong usage or declarations, 3 nothing running or reachable."
 
 console = Console()
 errors = Console(stderr=True)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
-from kernel.cli.common import EXIT_CODES, FAILED, asynchronous, console, fail, find_target, print_json, target_options
+from kernel.cli import EXIT_CODES
+from kernel.cli.common import FAILED, asynchronous, console, fail, find_target, print_json, target_options
 
 
 @click.command(epilog=EXIT_CODES)

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kernel.cli.common import EXIT_CODES, asynchronous, console, errors, find_target, print_json, target_options
+from kernel.cli import EXIT_CODES
+from kernel.cli.common import asynchronous, console, errors, find_target, print_json, target_options
 from kernel.rebuild import Progress as Step
 from kernel.rebuild import Rebuild, Rebuilt, clean_up
 from projections import SchemaError

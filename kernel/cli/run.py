@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from kernel.app import load_app
-from kernel.cli.common import EXIT_CODES, FAILED, asynchronous, console, explain, fail, print_json
+from kernel.cli import EXIT_CODES
+from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
 from kernel.service import Service
 from kernel.settings import Settings
 

@@ -12,7 +12,8 @@ import orjson
 from aggregates import InvalidMessage
 from aggregates.context import uuid7
 from aggregates.messages import parse
-from kernel.cli.common import EXIT_CODES, asynchronous, console, find_target, print_json, target_options
+from kernel.cli import EXIT_CODES
+from kernel.cli.common import asynchronous, console, find_target, print_json, target_options
 
 
 @click.command(epilog=EXIT_CODES)

@@ -12,16 +12,8 @@ import nats.errors
 import orjson
 from sqlalchemy import func, select
 
-from kernel.cli.common import (
-    EXIT_CODES,
-    UNREACHABLE,
-    asynchronous,
-    console,
-    fail,
-    find_target,
-    print_json,
-    target_options,
-)
+from kernel.cli import EXIT_CODES
+from kernel.cli.common import UNREACHABLE, asynchronous, console, fail, find_target, print_json, target_options
 from kernel.log.wire import connect
 from projections.database import open_database
 from projections.tables import checkpoint, dead_letter, projection
@@ -78,7 +70,7 @@ def _projections(url: str) -> list[dict[str, Any]]:
             .group_by(projection.c.name, projection.c.version, projection.c.generation, projection.c.state)
             .order_by(projection.c.name, projection.c.generation)
         )
-        found = [dict(row) for row in rows.mappings()]
+        found = [{str(name): value for name, value in row.items()} for row in rows.mappings()]
         letters = select(dead_letter.c.projection, dead_letter.c.generation, func.count()).group_by(
             dead_letter.c.projection, dead_letter.c.generation
         )

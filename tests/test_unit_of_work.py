@@ -1,0 +1,386 @@
+"""A batch is written whole or not at all, by its owner only; what can't be folded waits aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, String, Table, insert, select, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from aggregates import Aggregate, applies, event
+from kernel import App
+from projections import Fenced, HandlerFailed, Recorded, Rows, SchemaError, Sql, Tallies, Tally, Transaction
+from projections.checkpoints import Position, claim, reached, take_over
+from projections.errors import UNKNOWN
+from projections.fold import EVERY
+from projections.generations import retire_live
+from projections.tables import checkpoint, dead_letter
+from tests.conftest import Commit, ReadSide, envelopes
+
+
+@event
+class Noted:
+    text: str
+    number: int = 1
+
+
+class Notebook(Aggregate):
+    @applies
+    def noted(self, event: Noted) -> None:
+        pass
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Page(Base):
+    __tablename__ = "pages"
+    book: Mapped[str] = mapped_column(primary_key=True)
+    notes: Mapped[int] = mapped_column(default=0)
+    last: Mapped[str | None] = mapped_column(String(20))
+
+
+class Total(Base):
+    __tablename__ = "totals"
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int]
+
+
+class Line(Base):
+    __tablename__ = "lines"
+    book: Mapped[str] = mapped_column(primary_key=True)
+    sequence: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+class Pages(Rows[Page], of=Notebook):
+    @applies
+    def noted(self, row: Page, event: Noted) -> None:
+        row.notes += 1
+        row.last = event.text
+        if event.text == "bad page":
+            raise ValueError("this page is bad")
+
+
+class Totals(Tallies[Total], of=Notebook):
+    @applies
+    def noted(self, tally: Tally[Total], event: Noted) -> None:
+        tally["all"].number += event.number
+        if event.text == "bad total":
+            raise ValueError("this total is bad")
+
+
+class Lines(Sql, of=Notebook):
+    tables = (Line,)
+
+    @applies
+    def noted(self, tx: Transaction, events: Sequence[Recorded[Noted]]) -> None:
+        for one in events:
+            line = {"book": one.meta.aggregate_id, "sequence": one.meta.sequence, "text": one.event.text}
+            tx.execute(insert(tx.table(Line)), line)
+            if one.event.text == "bad line":
+                raise ValueError("this line is bad")
+
+
+@pytest.fixture
+def side(engine: Engine) -> ReadSide:
+    return ReadSide(engine, App("books", aggregates=[Notebook], projections=[Pages, Totals, Lines]))
+
+
+def commit(sequence: int, book: str, texts: Sequence[str], after: int = 0) -> Commit:
+    return sequence, "Notebook", book, envelopes(Notebook, [Noted(one) for one in texts], after)
+
+
+def everything(side: ReadSide) -> dict[str, Any]:
+    """Return all that a batch may change."""
+    with side.engine.connect() as connection:
+        checkpoints = connection.execute(
+            select(checkpoint).order_by(checkpoint.c.projection, checkpoint.c.generation, checkpoint.c.partition)
+        ).all()
+    return {
+        "pages": [(row.book, row.notes, row.last) for row in side.rows(Page)],
+        "totals": [(row.kind, row.number) for row in side.rows(Total)],
+        "lines": [(row.book, row.sequence, row.text) for row in side.rows(Line)],
+        "checkpoints": [tuple(row) for row in checkpoints],
+        "letters": letters(side.engine),
+    }
+
+
+def letters(engine: Engine) -> list[Any]:
+    with engine.connect() as connection:
+        rows = connection.execute(select(dead_letter).order_by(dead_letter.c.id)).all()
+    return [(row.projection, row.aggregate_id, row.sequence, row.stream_sequence, row.payload) for row in rows]
+
+
+def folded_to(side: ReadSide, book: str) -> dict[str, int]:
+    with side.engine.connect() as connection:
+        return reached(connection, side.subjects.partition("Notebook", book))
+
+
+# one transaction
+
+
+def test_rows_and_checkpoints_are_written_together(side: ReadSide) -> None:
+    assert side.project([commit(5, "a", ["one", "two"])]) == []
+    found = everything(side)
+    assert found["pages"] == [("a", 2, "two")]
+    assert found["totals"] == [("all", 2)]
+    assert found["lines"] == [("a", 1, "one"), ("a", 2, "two")]
+    assert found["letters"] == []
+    assert folded_to(side, "a") == {"Pages": 5, "Totals": 5, "Lines": 5}
+    moved = [row for row in found["checkpoints"] if row[3] == 5]
+    assert {row[2] for row in moved} == {side.subjects.partition("Notebook", "a")}
+
+
+def test_a_statement_that_fails_leaves_neither_rows_nor_checkpoints(side: ReadSide) -> None:
+    side.project([commit(1, "a", ["one"])])
+    before = everything(side)
+    batch = [commit(2, "a", ["two"], 1), commit(3, "b", ["fine", "bad line"])]
+    write = side.freeze(batch, side.fold(batch))
+    with pytest.raises(HandlerFailed) as failure:
+        side.writer.commit(write)
+    assert everything(side) == before
+    assert failure.value.projection == 2
+    assert failure.value.aggregate == ("Notebook", "b")
+    assert failure.value.sequence == 2
+    assert failure.value.error == "ValueError: this line is bad"
+
+
+def test_a_table_that_is_gone_leaves_neither_rows_nor_checkpoints(side: ReadSide) -> None:
+    lines = side.generations[2].tables["lines"].name
+    with side.engine.begin() as connection:
+        connection.execute(text("DROP VIEW lines"))
+        connection.execute(text(f"ALTER TABLE {lines} RENAME TO elsewhere"))
+    batch = [commit(1, "a", ["one"])]
+    with pytest.raises((SQLAlchemyError, HandlerFailed)):
+        side.writer.commit(side.freeze(batch, side.fold(batch)))
+    assert side.rows(Page) == []
+    assert side.rows(Total) == []
+    assert folded_to(side, "a") == {"Pages": 0, "Totals": 0, "Lines": 0}
+
+
+def test_a_write_can_be_tried_again_and_is_then_written_once(side: ReadSide) -> None:
+    batch = [commit(1, "a", ["one"]), commit(2, "b", ["two"])]
+    write = side.freeze(batch, side.fold(batch))
+    with side.engine.connect() as connection:
+        transaction = connection.begin()
+        side.writer.apply(connection, write)
+        transaction.rollback()
+    assert everything(side)["totals"] == []
+    side.writer.commit(write)
+    once = everything(side)
+    assert once["totals"] == [("all", 2)]
+    with pytest.raises(Fenced):
+        side.writer.commit(write)
+    assert everything(side) == once
+
+
+# fences
+
+
+def test_a_write_of_another_epoch_is_fenced_and_leaves_nothing(side: ReadSide) -> None:
+    side.project([commit(1, "a", ["one"])])
+    batch = [commit(2, "a", ["two"], 1), commit(3, "b", ["three"])]
+    write = side.freeze(batch, side.fold(batch))
+    newer = take_over(side.engine, "books", "2013", 4, 10)
+    assert newer == side.epoch + 1
+    owned = claim(side.engine, "books", side.app.projections, newer)
+    assert owned is not None
+    before = everything(side)
+    with pytest.raises(Fenced):
+        side.writer.commit(write)
+    assert everything(side) == before
+
+
+def test_an_older_owner_cannot_claim_any_more(side: ReadSide) -> None:
+    take_over(side.engine, "books", "2013", 4, 10)
+    assert claim(side.engine, "books", side.app.projections, side.epoch) is None
+
+
+def test_a_write_from_a_moved_checkpoint_is_fenced_and_leaves_nothing(side: ReadSide) -> None:
+    batch = [commit(1, "a", ["one"])]
+    first, second = side.freeze(batch, side.fold(batch)), side.freeze(batch, side.fold(batch))
+    side.writer.commit(first)
+    before = everything(side)
+    with pytest.raises(Fenced):
+        side.writer.commit(second)
+    assert everything(side) == before
+
+
+def test_one_moved_checkpoint_of_several_fences_the_whole_write(side: ReadSide) -> None:
+    batch = [commit(9, "a", ["one"])]
+    write = side.freeze(batch, side.fold(batch))
+    with side.engine.begin() as connection:
+        connection.execute(checkpoint.update().where(checkpoint.c.projection == "Totals").values(sequence=4))
+    before = everything(side)
+    with pytest.raises(Fenced, match="1 of 3"):
+        side.writer.commit(write)
+    assert everything(side) == before
+
+
+def test_a_retired_generation_is_fenced(side: ReadSide) -> None:
+    batch = [commit(1, "a", ["one"])]
+    write = side.freeze(batch, side.fold(batch))
+    with side.engine.begin() as connection:
+        assert retire_live(connection, "Pages") == dict.fromkeys(range(4), 0)
+    before = everything(side)
+    with pytest.raises(Fenced):
+        side.writer.commit(write)
+    assert everything(side) == before
+
+
+# taking over
+
+
+def test_an_owner_takes_over_where_the_last_one_stood(side: ReadSide) -> None:
+    side.project([commit(3, "a", ["one"]), commit(4, "b", ["two"])])
+    stood = everything(side)
+    side.epoch = take_over(side.engine, "books", "2013", 4, 4)
+    side.claim()
+    found = everything(side)
+    assert [row[:4] for row in found["checkpoints"]] == [row[:4] for row in stood["checkpoints"]]
+    assert {row[4] for row in found["checkpoints"]} == {side.epoch}
+    side.project([commit(5, "a", ["three"], 1)])
+    assert [(row.book, row.notes) for row in side.rows(Page)] == [("a", 2), ("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("created", "partitions", "last", "told"),
+    [("2014", 4, 10, "2014"), ("2013", 8, 10, "8"), ("2013", 4, 6, "truncated")],
+)
+def test_a_database_of_another_log_is_refused(
+    side: ReadSide, created: str, partitions: int, last: int, told: str
+) -> None:
+    side.project([commit(7, "a", ["one"])])
+    with pytest.raises(SchemaError, match=told):
+        take_over(side.engine, "books", created, partitions, last)
+    assert claim(side.engine, "books", side.app.projections, side.epoch) is not None
+
+
+def test_a_projection_of_another_version_must_be_built_first(side: ReadSide) -> None:
+    class Pages(Rows[Page], of=Notebook, version=2):
+        @applies
+        def noted(self, row: Page, event: Noted) -> None:
+            row.notes += 2
+
+    newer = App("books", aggregates=[Notebook], projections=[Pages])
+    with pytest.raises(SchemaError, match="Pages version 2"):
+        claim(side.engine, "books", newer.projections, side.epoch)
+
+
+def test_positions_know_what_each_projection_has_folded() -> None:
+    position = Position([{0: 5, 1: 9}, {0: 7, 1: 2}])
+    assert (position.lowest, position.highest) == (2, 9)
+    assert position.folded(0, 5) == {0, 1}
+    assert position.folded(0, 6) == {1}
+    assert position.folded(1, 9) == {0}
+    assert position.folded(1, 10) == frozenset()
+
+
+# dead letters
+
+
+@pytest.mark.parametrize(("bad", "projection"), [("bad page", 0), ("bad total", 1), ("bad line", 2)])
+def test_a_handler_that_raises_parks_its_aggregate_and_the_rest_goes_on(
+    side: ReadSide, bad: str, projection: int
+) -> None:
+    name = side.app.projections[projection].name
+    batch = [
+        commit(1, "a", ["one", "two"]),
+        commit(2, "b", ["good", bad, "waits"]),
+        commit(3, "c", ["three"]),
+        commit(4, "b", ["waits too"], 3),
+    ]
+    (failure,) = side.project(batch)
+    assert (failure.projection, failure.aggregate, failure.sequence) == (projection, ("Notebook", "b"), 2)
+    assert failure.error.startswith("ValueError: this ")
+    found = everything(side)
+    assert found["letters"] == [(name, "b", 2, 2, b"2"), (name, "b", 3, 2, b"2"), (name, "b", 4, 4, b"4")]
+    notes, total = (1, 7) if projection == 0 else (4, 4 if projection == 1 else 7)
+    assert found["pages"] == [
+        ("a", 2, "two"),
+        ("b", notes, "good" if projection == 0 else "waits too"),
+        ("c", 1, "three"),
+    ]
+    assert found["totals"] == [("all", total)]
+    assert len(found["lines"]) == (4 if projection == 2 else 7)
+    assert folded_to(side, "b") == {"Pages": 4, "Totals": 4, "Lines": 4}
+    # and afterwards, also for the next owner, what follows waits behind, for this projection alone
+    side.claim()
+    assert side.plan.parked == {("Notebook", "b"): {projection: (2, failure.error)}}
+    assert side.project([commit(5, "b", ["later"], 4), commit(6, "a", ["more"], 2)]) == []
+    later = everything(side)
+    assert later["letters"] == [*found["letters"], (name, "b", 5, 5, b"5")]
+    assert ("a", 3, "more") in later["pages"]
+    assert later["totals"] == [("all", total + (1 if projection == 1 else 2))]
+
+
+def test_a_row_that_the_database_refuses_is_blamed_on_its_aggregate(side: ReadSide) -> None:
+    """Rows that fit the handler and not the table: found only when they are written."""
+    with side.engine.begin() as connection:
+        pages = side.generations[0].tables["pages"].name
+        if side.engine.dialect.name == "sqlite":
+            connection.execute(
+                text(
+                    f"CREATE TRIGGER no BEFORE INSERT ON {pages} WHEN NEW.last = 'refused' "
+                    "BEGIN SELECT RAISE(ABORT, 'refused here'); END"
+                )
+            )
+        else:
+            connection.execute(text(f"ALTER TABLE {pages} ADD CONSTRAINT no CHECK (last <> 'refused')"))
+    before = everything(side)
+    batch = [commit(1, "a", ["fine"]), commit(2, "b", ["refused"]), commit(3, "c", ["fine"])]
+    with pytest.raises(HandlerFailed) as failure:
+        side.writer.commit(side.freeze(batch, side.fold(batch)))
+    assert (failure.value.projection, failure.value.aggregate) == (0, ("Notebook", "b"))
+    assert failure.value.sequence == UNKNOWN
+    assert everything(side) == before
+
+
+def test_an_event_that_cannot_be_read_parks_its_aggregate_for_every_projection(side: ReadSide) -> None:
+    spoilt = commit(2, "b", ["good", "spoilt", "waits"])
+    spoilt[3][1].data = type(spoilt[3][1].data)(b'{"text": 5}')
+    (failure,) = side.project([commit(1, "a", ["one"]), spoilt])
+    assert (failure.projection, failure.aggregate, failure.sequence) == (EVERY, ("Notebook", "b"), 2)
+    names = [declared.name for declared in side.app.projections]
+    assert sorted(letters(side.engine)) == sorted((name, "b", one, 2, b"2") for one in (2, 3) for name in names)
+    assert everything(side)["pages"] == [("a", 1, "one"), ("b", 1, "good")]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [{"type": "Unheard"}, {"dataversion": 9}, {"sequence": 7}],
+    ids=["unknown type", "version from the future", "gap"],
+)
+def test_an_odd_event_parks_its_aggregate(side: ReadSide, spoil: dict[str, Any]) -> None:
+    odd = commit(2, "b", ["good", "odd"])
+    for name, value in spoil.items():
+        setattr(odd[3][1], name, value)
+    (failure,) = side.project([commit(1, "a", ["one"]), odd])
+    assert failure.projection == EVERY
+    assert everything(side)["pages"] == [("a", 1, "one"), ("b", 1, "good")]
+    assert len(letters(side.engine)) == 3
+
+
+def test_bytes_that_are_no_commit_are_kept(side: ReadSide) -> None:
+    batch = [commit(1, "a", ["one"])]
+    write = side.freeze(batch, side.fold(batch))
+    write.letters.append(side.writer.garbage(2, "books.evt.1.Notebook.x", b"\x00\xff garbage", "not a commit"))
+    side.writer.commit(write)
+    with side.engine.connect() as connection:
+        (row,) = connection.execute(select(dead_letter)).all()
+    assert (row.payload, row.stream_sequence, row.error) == (b"\x00\xff garbage", 2, "not a commit")
+    assert row.aggregate_id == "books.evt.1.Notebook.x"
+    side.claim()
+    assert side.plan.parked == {}
+
+
+def test_a_transaction_names_the_generations_table(side: ReadSide) -> None:
+    with side.engine.connect() as connection:
+        table = Transaction(connection, side.generations[2].tables).table(Line)
+    assert isinstance(table, Table)
+    assert table.name == "lines__1"
