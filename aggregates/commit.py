@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-import orjson
 
 from aggregates.context import uuid7
 from aggregates.errors import InvalidMessage
-from aggregates.messages import plain
+from aggregates.messages import check_storable, dumps
 
 
 class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", "correlation_id": "correlationid"}):
@@ -77,12 +76,16 @@ def encode(
         names: wire name and schema version by event class.
         sequence: the aggregate's version before this commit.
         time: moment of the decision, as `timestamp()` gives it.
+
+    Raises:
+        InvalidMessage, TypeError: an event that can't be stored.
     """
     batch: list[dict[str, Any]] = []
     for decision in decisions:
         for event in decision.events:
             sequence += 1
             name, version = names[type(event)]
+            check_storable(event)
             item = {
                 "specversion": "1.0",
                 "id": uuid7(),
@@ -102,7 +105,7 @@ def encode(
             if decision.traceparent is not None:
                 item["traceparent"] = decision.traceparent
             batch.append(item)
-    return orjson.dumps(batch, default=plain)
+    return dumps(batch)
 
 
 def decode(payload: bytes) -> list[Envelope]:

@@ -43,9 +43,11 @@ class EventType:
         try:
             if version == self.version:
                 return self._decode(data)  # type: ignore[misc]
-            return msgspec.convert(self._upcast(msgspec.json.decode(data), version), self.cls)
-        except msgspec.MsgspecError as error:
-            raise InvalidMessage(f"stored {self.name} version {version}: {error}") from None
+            return msgspec.convert(self._upcast(msgspec.json.decode(data), version), self.cls, str_keys=True)
+        except InvalidMessage:
+            raise
+        except Exception as error:  # upcasters are the user's code, and stored bytes may be anything
+            raise InvalidMessage(f"stored {self.name} version {version}: {type(error).__name__}: {error}") from error
 
     def _upcast(self, stored: Fields, version: int) -> Fields:
         if version > self.version:
@@ -130,6 +132,8 @@ def declare(cls: type[A]) -> AggregateType[A]:
         where = f"{cls.__name__}.{name}"
         if (upcast := upcast_of(member)) is not None:
             upcasters.append((where, upcast))
+        elif role_of(member) in ("handles", "applies") and inspect.iscoroutinefunction(member):
+            problems.append(f"{where}: it can't be async; decisions and folds don't wait, the kernel does")
         elif role_of(member) == "handles":
             _add_handler(declared, where, member, emitted, problems)
         elif role_of(member) == "applies":

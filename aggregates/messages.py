@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform, overload
 
 import msgspec
@@ -79,18 +81,63 @@ def spec_of(cls: object) -> MessageSpec | None:
 
 
 def wire_problems(cls: type) -> list[str]:
-    """Return one sentence for each field whose type can't be carried as JSON."""
+    """Return one sentence for each field that can't be carried as JSON."""
     problems = []
     try:
         for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]
-            if isinstance(field.type, msgspec.inspect.CustomType):
-                problems.append(
-                    f"{cls.__name__}.{field.name}: {field.type.cls.__name__} can't be carried as JSON; "
-                    "use a built-in type, a dataclass, an Enum, or a date, time, Decimal or UUID"
-                )
+            where = f"{cls.__name__}.{field.name}"
+            if field.name.startswith("_"):
+                problems.append(f"{where}: a field's name can't begin with an underscore; it would not be stored")
+            for inner in _types_within(field.type):
+                if isinstance(inner, msgspec.inspect.CustomType):
+                    problems.append(
+                        f"{where}: {inner.cls.__name__} can't be carried as JSON; use a built-in type, a dataclass, "
+                        "an Enum, or a date, time, Decimal or UUID"
+                    )
     except Exception as error:
         problems.append(f"{cls.__name__}: its fields can't be carried as JSON: {error}")
     return problems
+
+
+def _types_within(info: Any, seen: frozenset[type] = frozenset()) -> Iterator[msgspec.inspect.Type]:
+    """Yield a type and every type that it is made of."""
+    if isinstance(info, tuple | list):
+        for one in info:
+            yield from _types_within(one, seen)
+    elif isinstance(info, msgspec.inspect.Field):
+        yield from _types_within(info.type, seen)
+    elif isinstance(info, msgspec.inspect.Type):
+        yield info
+        cls = getattr(info, "cls", None)
+        if cls is None or cls not in seen:
+            within = seen if cls is None else seen | {cls}
+            for name in info.__struct_fields__:
+                yield from _types_within(getattr(info, name), within)
+
+
+@lru_cache(maxsize=4096)
+def _has_floats(cls: Hashable) -> bool:
+    kinds = (msgspec.inspect.FloatType, msgspec.inspect.AnyType)
+    return any(isinstance(one, kinds) for one in _types_within(msgspec.inspect.type_info(cls)))
+
+
+def check_storable(event: Any) -> None:
+    """Refuse what JSON would silently turn into null.
+
+    Raises:
+        InvalidMessage: a number that is infinite or none.
+    """
+    cls: Hashable = type(event)
+    if _has_floats(cls) and _has_nonfinite(msgspec.to_builtins(event)):
+        raise InvalidMessage(f"{event!r} holds a number that is infinite or none, and JSON has no word for it")
+
+
+def _has_nonfinite(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(map(_has_nonfinite, value.values()))
+    return isinstance(value, list | tuple) and any(map(_has_nonfinite, value))
 
 
 def parse(cls: type[T], data: object) -> T:
@@ -107,7 +154,7 @@ def parse(cls: type[T], data: object) -> T:
             f"{cls.__name__}: unknown field {unknown[0]!r}; it has {', '.join(sorted(known)) or 'no fields'}"
         )
     try:
-        return msgspec.convert(data, cls)
+        return msgspec.convert(data, cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise InvalidMessage(f"{cls.__name__}: {error}") from None
 
@@ -120,5 +167,13 @@ def plain(value: Any) -> Any:
 
 
 def dumps(value: object) -> bytes:
-    """Return the value as JSON bytes; dataclasses, dates, UUIDs, enums and decimals included."""
-    return orjson.dumps(value, default=plain)
+    """Return the value as JSON bytes; dataclasses, dates, UUIDs, enums and decimals included.
+
+    Raises:
+        TypeError: something in it has no form in JSON.
+    """
+    try:
+        return orjson.dumps(value, default=plain)
+    except TypeError:
+        # keys that are not text cost orjson time for every key, so they are looked for only when there are some
+        return orjson.dumps(value, default=plain, option=orjson.OPT_NON_STR_KEYS)

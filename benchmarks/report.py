@@ -108,22 +108,20 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 def show(report: dict[str, Any]) -> None:
     """Print the report as a table."""
-    console = Console(width=max(150, Console().width))
-    table = Table(title="ours against the limit and the rival, medians", show_lines=True)
-    table.add_column("what", ratio=3)
+    console = Console(width=max(170, Console().width))
+    table = Table(title="ours against the limit and the rival: medians")
+    table.add_column("", justify="right")
+    table.add_column("what", ratio=5)
     table.add_column("unit")
     for name in ("ours", "limit", "rival", "of limit", "x rival"):
         table.add_column(name, justify="right")
     table.add_column("aim", ratio=2)
     table.add_column("met")
     table.add_column("survives", ratio=3)
-    for row in report["rows"]:
-        latencies = " ".join(f"{name} {row[name]:g}" for name in row if name.endswith(("_ms", "_us")))
-        against = "; ".join(
-            f"{what}: {row[key]}" for what, key in (("limit", "limit_is"), ("rival", "rival_is")) if row[key]
-        )
+    for number, row in enumerate(report["rows"], 1):
         table.add_row(
-            "\n".join(line for line in (row["name"], f"[dim]{against}[/dim]" if against else "", latencies) if line),
+            str(number),
+            row["name"],
             row["unit"],
             _number(row["ours"]),
             _number(row["limit"]),
@@ -135,9 +133,20 @@ def show(report: dict[str, Any]) -> None:
             row["durability"],
         )
     console.print(table)
+    for number, row in enumerate(report["rows"], 1):
+        notes = [f"{what} = {row[key]}" for what, key in (("limit", "limit_is"), ("rival", "rival_is")) if row[key]]
+        notes += [f"{name} {value:g}" for name, value in row.items() if name not in _SHOWN and _plain(value)]
+        console.print(f"{number:2}  " + "; ".join(notes), highlight=False)
     for what in ("machine", "versions"):
         facts = ", ".join(f"{name} {value}" for name, value in report[what].items())
         console.print(f"{what}: {facts}", highlight=False)
+
+
+_SHOWN = {"ours", "limit", "rival", "ratio_to_limit", "ratio_to_rival", "met"}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: float | None) -> str:

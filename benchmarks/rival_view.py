@@ -1,4 +1,4 @@
-"""The flights' projections with the `eventsourcing` library: a view with tracking for each database."""
+"""The flights' projections with the `eventsourcing` library: a view with tracking, on SQLite."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eventsourcing.persistence import Tracking
-from eventsourcing.postgres import PostgresDatastore, PostgresTrackingRecorder
 from eventsourcing.sqlite import SQLiteDatastore, SQLiteTrackingRecorder
-from psycopg.sql import SQL
 
 TABLES = (
     "CREATE TABLE IF NOT EXISTS aircraft (tail text PRIMARY KEY, flights integer DEFAULT 0, cancellations integer "
@@ -43,18 +41,6 @@ DAY_CANCELLED = _add(_DAY, "airport_days", "cancellations")
 LONG_DELAY = "INSERT INTO long_delays VALUES (?, ?, ?, ?)"
 
 Statements = list[tuple[str, tuple[Any, ...]]]
-
-
-class PostgresView(PostgresTrackingRecorder):
-    def __init__(self, datastore: PostgresDatastore, **more: Any) -> None:
-        super().__init__(datastore, **more)
-        self.sql_create_statements += [SQL(table).format() for table in TABLES]  # type: ignore[arg-type]
-
-    def write(self, statements: Statements, tracking: Tracking) -> None:
-        with self.datastore.transaction(commit=True) as cursor:
-            self._insert_tracking(cursor, tracking)
-            for statement, values in statements:
-                cursor.execute(statement.replace("?", "%s"), values, prepare=True)
 
 
 class SQLiteView(SQLiteTrackingRecorder):

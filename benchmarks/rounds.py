@@ -17,6 +17,8 @@ async def in_turns(what: str, ways: dict[str, Measure], rounds: int = ROUNDS) ->
     for number in range(rounds):
         for name, measure in ways.items():
             gc.collect()
+            # as a service does at its start: what was there before is not looked at again and again
+            gc.freeze()
             figures[name].append(await measure())
         shown = ", ".join(f"{name} {found[-1]:,.0f}" for name, found in figures.items())
         print(f"  {what}, round {number + 1} of {rounds}: {shown}", flush=True)

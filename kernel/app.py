@@ -72,9 +72,10 @@ class App:
         for other in self.projections:
             if other.name == declared.name:
                 problems.append(f"two projections are named {declared.name}; give one another name=...")
-            for model in set(other.models) & set(declared.models):
+            for table in other.tables & declared.tables:
                 problems.append(
-                    f"{declared.name} and {other.name} both fill {model.__name__}; a table has one projection"
+                    f"{declared.name} and {other.name} both fill {table!r} ({_model(declared, table)}); "
+                    "a table has one projection"
                 )
         self.projections.append(declared)
 
@@ -128,3 +129,7 @@ def load_app(spec: str) -> App:
     if not isinstance(found, App):
         raise AppNotFound(f"{module_name} has no App named {variable!r}")
     return found
+
+
+def _model(declared: DeclaredProjection, table: str) -> str:
+    return next(model.__name__ for model in declared.models if model.__tablename__ == table)  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
 from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, LAG, PARKED, POSITION
 from kernel.residents import Resident, Residents
 from kernel.subjects import Address, Subjects
-from projections.checkpoints import Claim, Position, claim
+from projections.checkpoints import Claim, Move, Position, claim
 from projections.database import is_infrastructure, reads
 from projections.errors import UNKNOWN, Fenced, HandlerFailed
 from projections.fold import Folded, Letter
@@ -203,8 +203,7 @@ class Projector:
         for resident in residents:
             resident.busy += 1  # from here until it is written
         try:
-            folded = await self._fold_or_park(groups, residents)
-            write = self._writer.freeze(folded, moves, self._letter)
+            folded, write = await self._fold_or_park(groups, residents, moves)
             write.letters += self._garbage
             self._garbage = []
             await self._settle()
@@ -216,15 +215,21 @@ class Projector:
         self.position = batch.commits[-1].sequence
         self._pending = _Pending(asyncio.ensure_future(self._write(write)), residents, groups, folded.count)
 
-    async def _fold_or_park(self, groups: list[_Group], residents: list[Resident]) -> Folded:
+    async def _fold_or_park(
+        self, groups: list[_Group], residents: list[Resident], moves: list[Move]
+    ) -> tuple[Folded, Write]:
         """Fold the batch; when a handler fails, park its aggregate and fold all of it again from stored rows."""
         while True:
             turn = await self._fold(groups, residents)
-            if turn.failure is None:
-                return turn.folded
-            logger.error("parked for %s: %s", self._name(turn.failure.projection), turn.failure)
+            failure = turn.failure
+            if failure is None:
+                try:
+                    return turn.folded, self._writer.freeze(turn.folded, moves, self._letter)
+                except HandlerFailed as refused:
+                    failure = _placed(refused, groups)
+            logger.error("parked for %s: %s", self._name(failure.projection), failure)
             await self._settle()
-            self._plan.park(turn.failure)
+            self._plan.park(failure)
             PARKED.set(len(self._plan.parked))
             self._drop_rows(residents)
 
@@ -341,10 +346,7 @@ class Projector:
         try:
             await pending.task
         except HandlerFailed as failure:
-            if failure.sequence == UNKNOWN:
-                commits = next(g.commits for g in pending.groups if (g.address[2], g.address[3]) == failure.aggregate)
-                failure.sequence = commits[0][1][0].sequence
-            self._failures.append(failure)
+            self._failures.append(_placed(failure, pending.groups))
             raise
         finally:
             for resident in pending.residents:
@@ -386,3 +388,11 @@ class Projector:
         """Let go of the threads."""
         self._write_pool.shutdown()
         self._read_pool.shutdown()
+
+
+def _placed(failure: HandlerFailed, groups: list[_Group]) -> HandlerFailed:
+    """Say from which event on the aggregate waits: from its first of the batch, where it isn't known better."""
+    if failure.sequence == UNKNOWN:
+        commits = next(one.commits for one in groups if (one.address.aggregate, one.address.id) == failure.aggregate)
+        failure.sequence = commits[0][1][0].sequence
+    return failure

@@ -27,11 +27,12 @@ from projections.checkpoints import Move, Position
 from projections.database import reads
 from projections.declaration import DeclaredProjection
 from projections.errors import UNKNOWN, HandlerFailed
-from projections.fold import Folded, Letter, Plan
+from projections.fold import Letter, Plan
 from projections.unit_of_work import Write, Writer
 
 logger = logging.getLogger("eskernel")
 T = TypeVar("T")
+Groups = dict[tuple[str, str], list[tuple[int, list[Envelope]]]]
 WINDOW = 40_000
 """Commits folded before they are written: most rows of a window are written once for many events."""
 READ = 8_000
@@ -107,9 +108,9 @@ class Rebuild:
                 try:
                     made = await self._attempt(started)
                 except HandlerFailed as failure:
-                    # the database refused it when it was written: begin again, with the aggregate parked
+                    # noticed too late to fold the window again: begin anew, with the aggregate parked
                     logger.error("parked for %s: %s", self._declared.name, failure)
-                    self._plan.park(self._placed(failure))
+                    self._plan.park(_placed(failure, self._written))
                 else:
                     break
         finally:
@@ -128,6 +129,7 @@ class Rebuild:
         info = await self._log.info()
         self._subjects = Subjects(self._app.name, info.partitions)
         self._events = self._done = self._at = 0
+        self._written: Groups = {}
         made: generations.Generation = await self._in(partial(self._prepare, info.partitions))
         self._writer = Writer(self._engine, self._plan, [made], epoch=0)
         self._build = Build(self._plan, self._writer)
@@ -139,12 +141,6 @@ class Rebuild:
         finally:
             await reader.close()
         return made
-
-    def _placed(self, failure: HandlerFailed) -> HandlerFailed:
-        """Say from which event on the aggregate waits: from its first of the window, where it isn't known better."""
-        if failure.sequence == UNKNOWN:
-            failure.sequence = self._written[failure.aggregate][0][1][0].sequence
-        return failure
 
     def _prepare(self, partitions: int) -> generations.Generation:
         with self._engine.begin() as connection:
@@ -167,13 +163,11 @@ class Rebuild:
                         await writing
                     await self._in(partial(self._build.load, missing))
                 try:
-                    folded = self._build.fold(groups)
+                    write = self._ready(groups, window[-1].sequence)
                 except HandlerFailed as failure:
-                    logger.error("parked for %s: %s", self._declared.name, failure)
                     if writing is not None:
                         await writing
-                    folded = await self._fold_again(groups)
-                write = self._frozen(folded, window[-1].sequence)
+                    write = await self._fold_again(failure, groups, window[-1].sequence)
                 if writing is not None:
                     await writing
                 self._build.trim()
@@ -196,8 +190,8 @@ class Rebuild:
                 break
         return window
 
-    async def _group(self, window: list[Stored]) -> dict[tuple[str, str], list[tuple[int, list[Envelope]]]]:
-        groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]] = {}
+    async def _group(self, window: list[Stored]) -> Groups:
+        groups: Groups = {}
         parse, wanted = self._subjects.parse, self._declared.aggregate
         for number, (sequence, subject, payload) in enumerate(window):
             if number % 2_000 == 1_999:
@@ -217,19 +211,25 @@ class Rebuild:
                 known.append((sequence, envelopes))
         return groups
 
-    async def _fold_again(self, groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]]) -> Folded:
+    async def _fold_again(self, failure: HandlerFailed, groups: Groups, to: int) -> Write:
+        """Park what failed, and fold the window again from stored rows."""
         while True:
+            logger.error("parked for %s: %s", self._declared.name, failure)
+            self._plan.park(_placed(failure, groups))
+            self._build.forget()
             await self._in(partial(self._build.load, self._build.missing(list(groups))))
             try:
-                return self._build.fold(groups)
-            except HandlerFailed as failure:
-                logger.error("parked for %s: %s", self._declared.name, failure)
+                return self._ready(groups, to)
+            except HandlerFailed as another:
+                failure = another
 
-    def _frozen(self, folded: Folded, to: int) -> Write:
-        generations_ = self._writer.generations
-        moves: list[Move] = self._position.quiet_moves(generations_, to)
+    def _ready(self, groups: Groups, to: int) -> Write:
+        """Fold a window and make it ready to be written."""
+        folded = self._build.fold(groups)
+        made = self._writer.generations
+        moves: list[Move] = self._position.quiet_moves(made, to)
         write = self._writer.freeze(folded, moves, self._letter)
-        self._position.advance(moves, generations_)
+        self._position.advance(moves, made)
         self._events += folded.count
         self._at = to
         return write
@@ -251,14 +251,9 @@ class Rebuild:
                     continue
                 self._window_commits = window
                 groups = await self._group(window)
-                # what was folded before is committed, so it can be read beside this transaction
-                await self._in(partial(self._build.load, self._build.missing(list(groups))))
-                try:
-                    folded = self._build.fold(groups)
-                except HandlerFailed:
-                    folded = await self._fold_again(groups)
-                write = self._frozen(folded, window[-1].sequence)
+                await self._in(partial(self._build.load, self._build.missing(list(groups)), connection))
                 self._written = groups
+                write = self._ready(groups, window[-1].sequence)
                 await self._in(partial(self._writer.apply, connection, write))
             await self._in(lambda: generations.show(connection, made))
             await self._in(transaction.commit)
@@ -267,6 +262,13 @@ class Rebuild:
 
     async def _in(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _placed(failure: HandlerFailed, groups: Groups) -> HandlerFailed:
+    """Say from which event on the aggregate waits: from its first of the window, where it isn't known better."""
+    if failure.sequence == UNKNOWN:
+        failure.sequence = groups[failure.aggregate][0][1][0].sequence
+    return failure
 
 
 def clean_up(engine: Engine, declared: DeclaredProjection, keep: int = 1) -> list[int]:

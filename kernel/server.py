@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from kernel.log.base import Unavailable
 
@@ -68,12 +70,15 @@ class EmbeddedServer:
             Unavailable: it did not start; the message has the end of its log.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        await self._stop_leftover()
+        await self._stop_leftovers()
         known = self.directory / "nats.port"
+        port = int(known.read_text()) if known.exists() else -1
         try:
             # clients of the service before this one find it again
-            self.url = await self._launch(int(known.read_text()))
-        except (OSError, ValueError, Unavailable):
+            self.url = await self._launch(port)
+        except Unavailable:
+            if port == -1:
+                raise
             self.url = await self._launch(-1)
         known.write_text(self.url.rsplit(":", 1)[-1])
         return self.url
@@ -86,20 +91,14 @@ class EmbeddedServer:
         config.write_text(
             f'listen: "127.0.0.1:{port}"\n'
             f"ports_file_dir: {json.dumps(str(self.directory))}\n"
-            f"pid_file: {json.dumps(str(self.directory / 'nats.pid'))}\n"
             f"jetstream {{\n  store_dir: {json.dumps(str(self.directory / 'store'))}\n{sync}}}\n"
         )
+        binary = self._binary or find_binary()
         with (self.directory / "nats.log").open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: ASYNC220 - milliseconds, once
-                [self._binary or find_binary(), "-c", str(config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # a Ctrl-C in the terminal is for the kernel, which drains before it stops the server
-                start_new_session=True,
-                # one system call, no locks: safe beside threads
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
-            )
+            try:
+                self._process = self._spawn(binary, config, log)
+            except OSError as error:
+                raise Unavailable(f"{binary} can't be run: {error.strerror}") from None
         ports = self.directory / f"nats-server_{self._process.pid}.ports"
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (url := _read_ports(ports)):
@@ -108,6 +107,18 @@ class EmbeddedServer:
                 raise Unavailable(f"nats-server did not start: {self._log_tail()}")
             await asyncio.sleep(0.01)
         return url
+
+    def _spawn(self, binary: str, config: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [binary, "-c", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # a Ctrl-C in the terminal is for the kernel, which drains before it stops the server
+            start_new_session=True,
+            # one system call, no locks: safe beside threads
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+        )
 
     async def stop(self) -> None:
         """Stop the server, letting it close its store."""
@@ -121,19 +132,20 @@ class EmbeddedServer:
                 process.kill()
             await asyncio.sleep(0.01)
 
-    async def _stop_leftover(self) -> None:
-        try:
-            pid = int((self.directory / "nats.pid").read_text())
-        except (OSError, ValueError):
-            return
-        if not _is_ours(pid, self.directory):
-            return
-        os.kill(pid, signal.SIGTERM)
+    async def _stop_leftovers(self) -> None:
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while _is_ours(pid, self.directory):
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
+        while found := self._leftovers():
+            for pid in found:
+                try:
+                    os.kill(pid, signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
             await asyncio.sleep(0.02)
+
+    def _leftovers(self) -> list[int]:
+        """Find servers on our configuration by their command line: a process id in a file may be somebody else's."""
+        ending = ["-c", str(self.directory / "nats.conf")]
+        return [pid for pid, arguments in _processes() if arguments[-2:] == ending]
 
     def _log_tail(self) -> str:
         try:
@@ -151,7 +163,16 @@ def _read_ports(path: Path) -> str:
     return urls[0]
 
 
-def _is_ours(pid: int, directory: Path) -> bool:
-    """Say whether the process is a nats-server on our configuration: process ids are used again."""
-    listing = subprocess.run(["ps", "-o", "stat=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return str(directory / "nats.conf") in listing.stdout and not listing.stdout.lstrip().startswith("Z")
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    """Yield every process with its command line; one that has ended and was not waited for has none."""
+    if sys.platform == "linux":
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                yield int(entry.parent.name), entry.read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
+            except OSError:
+                continue  # it has just gone
+    else:
+        listing = subprocess.run(["ps", "-axww", "-o", "pid=,args="], capture_output=True, text=True, check=False)
+        for line in listing.stdout.splitlines():
+            pid, *arguments = line.split()
+            yield int(pid), arguments

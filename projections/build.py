@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
+
+from sqlalchemy import Connection
 
 from aggregates.commit import Envelope
 from projections.database import reads
-from projections.errors import HandlerFailed
 from projections.fold import Folded, Plan
 from projections.unit_of_work import Writer
 
@@ -36,35 +38,36 @@ class Build:
             return []
         return [key for key in keys if key not in self._cache]
 
-    def load(self, keys: Sequence[tuple[str, str]]) -> None:
-        """Read the stored rows of these aggregates back into memory."""
+    def load(self, keys: Sequence[tuple[str, str]], connection: Connection | None = None) -> None:
+        """Read the stored rows of these aggregates back into memory.
+
+        Args:
+            connection: read on this one, which sees what its own transaction has written.
+        """
         by_aggregate: dict[str, list[str]] = {}
         for aggregate, aggregate_id in keys:
             by_aggregate.setdefault(aggregate, []).append(aggregate_id)
-        with reads(self.writer.engine).connect() as connection:
+        if not by_aggregate:
+            return
+        with nullcontext(connection) if connection else reads(self.writer.engine).connect() as reading:
             for aggregate, ids in by_aggregate.items():
-                for aggregate_id, rows in self.writer.load_rows(connection, aggregate, ids).items():
+                for aggregate_id, rows in self.writer.load_rows(reading, aggregate, ids).items():
                     self._cache[aggregate, aggregate_id] = (rows, -1)
 
     def fold(self, groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]]) -> Folded:
         """Fold a window, sorted by aggregate.
 
         Raises:
-            HandlerFailed: the aggregate is parked; what is cached is forgotten, so load and fold the window again.
+            HandlerFailed: what is cached is no longer right: park the aggregate, `forget`, `load`, and fold again.
         """
         plan, cache = self.plan, self._cache
         folded = Folded(plan)
         width = len(plan.projections)
-        try:
-            for key, commits in groups.items():
-                known = cache.get(key)
-                rows, last = known if known is not None else ([None] * width, -1)
-                last = plan.fold(key[0], key[1], rows, commits, folded, None if last < 0 else last)
-                cache[key] = (rows, last)
-        except HandlerFailed as failure:
-            plan.park(failure)
-            self.forget()
-            raise
+        for key, commits in groups.items():
+            known = cache.get(key)
+            rows, last = known if known is not None else ([None] * width, -1)
+            last = plan.fold(key[0], key[1], rows, commits, folded, None if last < 0 else last)
+            cache[key] = (rows, last)
         return folded
 
     def trim(self) -> None:

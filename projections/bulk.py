@@ -52,7 +52,11 @@ class Bulk:
         )
 
     def parameters(self, records: Iterable[Any]) -> list[dict[str, str]]:
-        """Freeze records into the parameters of `upsert` or `add`: call it where the records don't change meanwhile."""
+        """Freeze records into the parameters of `upsert` or `add`: call it where the records don't change meanwhile.
+
+        Raises:
+            TypeError, ValueError: a value that the database can't be given.
+        """
         values = list(map(self._values, records))
         chunks = [values[start : start + CHUNK] for start in range(0, len(values), CHUNK)]
         if not self._columnwise:
@@ -83,7 +87,16 @@ def key_parameters(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _json(value: Any) -> str:
-    return orjson.dumps(value, default=plain).decode()
+    text_ = orjson.dumps(value, default=plain).decode()
+    if "\\u0000" in text_ and _has_zero(value):
+        raise ValueError("a text with a zero character; PostgreSQL can't hold it, and SQLite would cut it there")
+    return text_
+
+
+def _has_zero(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_zero, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _recordset(columns: Sequence[Column[Any]], dialect: Dialect) -> str:

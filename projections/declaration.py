@@ -50,6 +50,11 @@ class DeclaredProjection:
     columns: Columns | None
     handlers: list[EventHandler] = field(default_factory=list)
 
+    @property
+    def tables(self) -> set[str]:
+        """Names of the tables, which users see as views."""
+        return {model.__tablename__ for model in self.models}  # type: ignore[attr-defined]
+
 
 def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> DeclaredProjection:
     """Read the class.
@@ -59,7 +64,7 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
     """
     problems: list[str] = []
     kind: ProjectionKind = "rows" if issubclass(cls, Rows) else "tallies" if issubclass(cls, Tallies) else "sql"
-    models = tuple(cls.tables) if issubclass(cls, Sql) else _model_arguments(cls)
+    models = _listed(cls.tables) if issubclass(cls, Sql) else _model_arguments(cls)
     if not models or not all(isinstance(model, type) and issubclass(model, DeclarativeBase) for model in models):
         needed = "`tables = (Model, ...)`" if kind == "sql" else f"{kind.title()}[Model]"
         raise DeclarationError([f"{cls.__name__}: say which SQLAlchemy model it fills, with {needed}"])
@@ -74,6 +79,9 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
         if role_of(member) != "applies":
             continue
         where = f"{cls.__name__}.{name}"
+        if inspect.iscoroutinefunction(member):
+            problems.append(f"{where}: it can't be async; folds don't wait, the kernel does")
+            continue
         hints = annotated(member, skip=1, problems=problems, where=where)
         if hints is None:
             continue
@@ -118,6 +126,10 @@ def _handler(
         problems.append(f"{where}: a handler here takes {shape}")
         return None
     return EventHandler(member, events, wants_meta)
+
+
+def _listed(tables: object) -> tuple[type, ...]:
+    return tuple(tables) if isinstance(tables, tuple | list) else ()
 
 
 def _model_arguments(cls: type) -> tuple[type, ...]:

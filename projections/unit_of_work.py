@@ -79,6 +79,9 @@ class Writer:
 
         Args:
             letter: gives the partition and the stored bytes of a dead letter.
+
+        Raises:
+            HandlerFailed: a row holds a value that the database can't be given; its event isn't known (`UNKNOWN`).
         """
         write = Write(moves)
         for index, bulk in enumerate(self._bulk):
@@ -88,9 +91,9 @@ class Writer:
                         write.sql.append((index, handler.function, events))
                 continue
             if rows := folded.rows[index]:
-                kept = [row for row in rows.values() if row is not None]
+                kept = {key: row for key, row in rows.items() if row is not None}
                 if kept:
-                    write.statements.append((index, bulk.upsert, bulk.parameters(kept)))
+                    write.statements.append((index, bulk.upsert, self._parameters(index, bulk, kept)))
                 if len(kept) < len(rows):
                     dropped = [key for key, row in rows.items() if row is None]
                     write.statements.append((index, bulk.delete, [key_parameters(dropped)]))
@@ -99,6 +102,18 @@ class Writer:
         if folded.letters:
             write.letters = [self._letter_row(one, *letter(one)) for one in folded.letters]
         return write
+
+    def _parameters(self, index: int, bulk: Bulk, rows: dict[str, Any]) -> list[dict[str, str]]:
+        try:
+            return bulk.parameters(rows.values())
+        except Exception:
+            for key, row in rows.items():
+                try:
+                    bulk.parameters([row])
+                except Exception as error:
+                    why = f"{type(error).__name__}: {error}"
+                    raise HandlerFailed(index, (self.plan.projections[index].aggregate, key), UNKNOWN, why) from error
+            raise
 
     def _letter_row(self, letter: Letter, partition: int, payload: bytes) -> dict[str, Any]:
         made = self.generations[letter.projection]

@@ -263,7 +263,7 @@ near_commits = st.lists(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(value=json_values | near_commits)
 def test_other_json_is_a_commit_or_an_invalid_message(value: Any) -> None:
     try:

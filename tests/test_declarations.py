@@ -666,7 +666,7 @@ def test_two_projections_of_one_name_are_a_problem() -> None:
 
 
 def test_two_projections_of_one_model_are_a_problem() -> None:
-    one_problem(problems_of([Account], [_balances("A"), _balances("B")]), "A", "B", "Balance", "one projection")
+    one_problem(problems_of([Account], [_balances("A"), _balances("B")]), "A", "B", "balances", "one projection")
 
 
 def test_two_projections_of_one_table_are_a_problem_even_with_two_models() -> None:

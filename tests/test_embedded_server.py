@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +106,30 @@ async def test_it_keeps_its_store_over_a_restart(server: EmbeddedServer) -> None
         await server.stop()
 
 
+async def test_it_comes_back_on_its_port(server: EmbeddedServer) -> None:
+    first = await server.start()
+    await server.stop()
+    assert await server.start() == first
+    await server.stop()
+    again = EmbeddedServer(server.directory)
+    assert await again.start() == first
+    await again.stop()
+
+
+async def test_it_takes_another_port_when_its_own_is_taken(server: EmbeddedServer) -> None:
+    first = await server.start()
+    await server.stop()
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", int(first.rsplit(":", 1)[1])))
+        taken.listen()
+        second = await server.start()
+        assert second != first
+        assert servers_on(server.directory) == [server.pid]
+    await server.stop()
+    assert await server.start() == second
+
+
 @pytest.fixture
 def owner(tmp_path: Path) -> Any:
     """A process that has started a server in the directory, with the server's process id."""
@@ -146,8 +169,7 @@ async def test_a_server_that_was_left_behind_is_stopped_by_the_next_start(
     await server.stop()
     left = leave_behind(server.directory)
     try:
-        pid_file = server.directory / "nats.pid"
-        await wait_until(lambda: pid_file.exists() and pid_file.read_text() == str(left.pid))
+        await wait_until(lambda: servers_on(server.directory) == [left.pid])
         await server.start()
         assert servers_on(server.directory) == [server.pid]
         assert left.poll() is not None
@@ -173,18 +195,31 @@ async def test_a_directory_of_a_killed_owner_is_taken_over(owner: Any, server: E
     await wire.close()
 
 
-async def test_a_process_that_only_has_the_old_number_is_left_alone(server: EmbeddedServer) -> None:
-    server.directory.mkdir(parents=True)
-    (server.directory / "nats.pid").write_text(str(os.getpid()))
+@pytest.fixture
+def reading(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has the server's configuration on its command line, and is no server."""
+    config = str(tmp_path / "nats" / "nats.conf")
+    process = subprocess.Popen([sys.executable, "-c", "input()", config], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+async def test_a_process_that_only_names_the_configuration_is_left_alone(
+    server: EmbeddedServer, reading: subprocess.Popen[bytes]
+) -> None:
     await server.start()
-    assert servers_on(server.directory) == [server.pid]
+    assert reading.poll() is None
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", "999999999"])
-async def test_a_spoilt_pid_file_is_no_obstacle(server: EmbeddedServer, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "nonsense", "999999999", "-5", "\x00"], ids=ascii)
+async def test_a_spoilt_port_file_is_no_obstacle(server: EmbeddedServer, content: str) -> None:
     server.directory.mkdir(parents=True)
-    (server.directory / "nats.pid").write_text(content)
+    (server.directory / "nats.port").write_text(content)
     assert await server.start()
+    assert (server.directory / "nats.port").read_text() == server.url.rsplit(":", 1)[1]
 
 
 # failures

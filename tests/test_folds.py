@@ -247,7 +247,7 @@ histories = st.lists(
 run = itertools.count()
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(history=histories, cuts=st.sets(st.integers(1, 14)))
 def test_rows_and_tallies_equal_a_plain_fold_however_the_events_are_batched(
     side: ReadSide, history: list[tuple[str, list[Any]]], cuts: set[int]
@@ -350,17 +350,17 @@ def test_every_type_of_column_comes_back_as_it_went(side: ReadSide) -> None:
 
 
 def test_a_big_batch_is_written_whole(side: ReadSide) -> None:
-    history = [(f"id-{number:05}", [Renamed(f"name {number}")]) for number in range(12_000)]
+    history = [(f"id-{number:05}", [Renamed(f"name {number}")]) for number in range(7_000)]
     side.project(commits(history))
     rows = side.rows(Sheet)
-    assert len(rows) == 12_000
+    assert len(rows) == 7_000
     assert all(row.owner == f"name {int(row.id[3:])}" for row in rows)
     closed = [
-        (sequence + 12_000, aggregate, ledger, envelopes(Ledger, [Closed()], 1))
-        for sequence, aggregate, ledger, _ in commits(history)[:11_000]
+        (sequence + 7_000, aggregate, ledger, envelopes(Ledger, [Closed()], 1))
+        for sequence, aggregate, ledger, _ in commits(history)[:6_000]
     ]
     side.project(closed)
-    assert [row.id for row in side.rows(Sheet)] == [f"id-{number:05}" for number in range(11_000, 12_000)]
+    assert [row.id for row in side.rows(Sheet)] == [f"id-{number:05}" for number in range(6_000, 7_000)]
 
 
 def test_events_of_an_older_version_are_folded_through_their_upcasters(side: ReadSide) -> None:

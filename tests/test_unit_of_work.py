@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ class Page(Base):
     book: Mapped[str] = mapped_column(primary_key=True)
     notes: Mapped[int] = mapped_column(default=0)
     last: Mapped[str | None] = mapped_column(String(20))
+    day: Mapped[date | None]
 
 
 class Total(Base):
@@ -57,11 +59,24 @@ class Line(Base):
     text: Mapped[str]
 
 
+ODD_VALUES: dict[str, Any] = {
+    "beyond 64 bits": {"notes": 2**70},
+    "no plain value": {"last": object()},
+    "a text for a date": {"day": "2013-01-01"},
+    "a text for a number": {"notes": "many"},
+    "a zero byte": {"last": "a\x00b"},
+    "too long": {"last": "x" * 21},
+    "nothing where something must be": {"notes": None},
+}
+
+
 class Pages(Rows[Page], of=Notebook):
     @applies
     def noted(self, row: Page, event: Noted) -> None:
         row.notes += 1
         row.last = event.text
+        for name, value in ODD_VALUES.get(event.text, {}).items():
+            setattr(row, name, value)
         if event.text == "bad page":
             raise ValueError("this page is bad")
 
@@ -339,6 +354,24 @@ def test_a_row_that_the_database_refuses_is_blamed_on_its_aggregate(side: ReadSi
     assert (failure.value.projection, failure.value.aggregate) == (0, ("Notebook", "b"))
     assert failure.value.sequence == UNKNOWN
     assert everything(side) == before
+
+
+@pytest.mark.parametrize("odd", ODD_VALUES)
+def test_a_value_that_its_column_cannot_hold_is_stored_as_it_is_or_blamed_on_its_aggregate(
+    side: ReadSide, odd: str
+) -> None:
+    """SQLite holds more than the column says, PostgreSQL doesn't; neither stops the other aggregates."""
+    failures = side.project([commit(1, "a", ["fine"]), commit(2, "b", [odd]), commit(3, "c", ["fine"])])
+    with side.engine.connect() as connection:
+        rows = {row.book: row for row in connection.execute(text("SELECT book, notes, last, day FROM pages"))}
+    assert {"a", "c"} <= set(rows)
+    if failures:
+        assert [(one.projection, one.aggregate) for one in failures] == [(0, ("Notebook", "b"))]
+        assert [one[:2] for one in letters(side.engine)] == [("Pages", "b")]
+        assert "b" not in rows
+    else:
+        for name, value in ODD_VALUES[odd].items():
+            assert str(getattr(rows["b"], name)) == str(value)
 
 
 def test_an_event_that_cannot_be_read_parks_its_aggregate_for_every_projection(side: ReadSide) -> None:

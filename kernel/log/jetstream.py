@@ -44,6 +44,10 @@ async def call_api(wire: Wire, subject: str, body: object, timeout: float = 5.0)
         raise Unavailable("JetStream is not enabled on this server, or not yet ready") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        # before Python 3.12 wait_for swallows a cancellation that comes together with the answer
+        raise asyncio.CancelledError
     answer: dict[str, Any] = orjson.loads(message.data)
     if "error" in answer:
         raise ApiError(subject, answer["error"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from kernel.log.base import Batch, Stored, Unavailable
+from kernel.log.base import Batch, LogError, Stored
 from kernel.log.wire import Wire, header_of, publish_frame, status_of
 
 HEARTBEAT_S = 2.0
@@ -151,7 +151,7 @@ class JetStreamReader:
             for subject, reply, payload in taken
         ]
         self._after = commits[-1].sequence
-        return Batch(commits, int(last[offset + 3]) + len(self._buffer))
+        return Batch(commits, int(last[offset + 3]))
 
     async def _drop(self) -> None:
         if self._stop_listening is not None:
@@ -161,8 +161,8 @@ class JetStreamReader:
             consumer, self._consumer = self._consumer, ""
             try:
                 await self._api(f"CONSUMER.DELETE.{self._stream}.{consumer}", {})
-            except Unavailable:
-                pass  # it goes by itself when nobody has pulled for a minute
+            except LogError:
+                pass  # it is gone, or goes by itself when nobody has pulled for a minute
 
     async def close(self) -> None:
         """Remove the consumer; a second call does nothing."""

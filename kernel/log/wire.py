@@ -97,8 +97,7 @@ class Wire(Client):
         key = str(subscription._id).encode()
 
         async def stop() -> None:
-            self.listeners.pop(key, None)
-            if not self.is_closed:
+            if self.listeners.pop(key, None) is not None and not self.is_closed:
                 await subscription.unsubscribe()
 
         return stop
