@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform, overload
 
 import msgspec
@@ -115,10 +114,16 @@ def _types_within(info: Any, seen: frozenset[type] = frozenset()) -> Iterator[ms
                 yield from _types_within(getattr(info, name), within)
 
 
-@lru_cache(maxsize=4096)
-def _has_floats(cls: Hashable) -> bool:
-    kinds = (msgspec.inspect.FloatType, msgspec.inspect.AnyType)
-    return any(isinstance(one, kinds) for one in _types_within(msgspec.inspect.type_info(cls)))
+_floats: dict[type, bool] = {}
+
+
+def _has_floats(cls: type) -> bool:
+    known = _floats.get(cls)
+    if known is None:
+        kinds = (msgspec.inspect.FloatType, msgspec.inspect.AnyType)
+        known = any(isinstance(one, kinds) for one in _types_within(msgspec.inspect.type_info(cls)))
+        _floats[cls] = known
+    return known
 
 
 def check_storable(event: Any) -> None:
@@ -127,8 +132,7 @@ def check_storable(event: Any) -> None:
     Raises:
         InvalidMessage: a number that is infinite or none.
     """
-    cls: Hashable = type(event)
-    if _has_floats(cls) and _has_nonfinite(msgspec.to_builtins(event)):
+    if _has_floats(type(event)) and _has_nonfinite(msgspec.to_builtins(event)):
         raise InvalidMessage(f"{event!r} holds a number that is infinite or none, and JSON has no word for it")
 
 
