@@ -6,19 +6,34 @@ import random
 import time
 from datetime import UTC, datetime
 
-_last_tick = 0
+_last = (0, 0)
+_prefix = ""
 
 
 def uuid7() -> str:
-    """Return a new UUIDv7 (RFC 9562): 48 bits of milliseconds, then a clock-ordered and random remainder."""
-    global _last_tick
-    tick = max(time.time_ns(), _last_tick + 250)
-    _last_tick = tick
-    millis, rest = divmod(tick, 1_000_000)
-    low = random.getrandbits(62) | 0x8000_0000_0000_0000
-    ms = f"{millis:012x}"
-    text = f"{low:016x}"
-    return f"{ms[:8]}-{ms[8:]}-7{rest >> 8:03x}-{text[:4]}-{text[4:]}"
+    """Return a new UUIDv7 (RFC 9562): 48 bits of milliseconds, a 12-bit count within them, 62 random bits.
+
+    Those of one process are in order.
+    """
+    global _last, _prefix
+    millis = time.time_ns() // 1_000_000
+    before, count = _last
+    if millis > before:
+        count = 0
+        text = f"{millis:012x}"
+        _prefix = f"{text[:8]}-{text[8:]}-7"
+        _last = (millis, 0)
+    elif count < 0xFFF:
+        count += 1
+        _last = (before, count)
+    else:
+        # more than 4,096 in a millisecond, or a clock set back: borrow from the next one
+        count = 0
+        text = f"{before + 1:012x}"
+        _prefix = f"{text[:8]}-{text[8:]}-7"
+        _last = (before + 1, 0)
+    low = f"{random.getrandbits(62) | 0x8000_0000_0000_0000:016x}"
+    return f"{_prefix}{count:03x}-{low[:4]}-{low[4:]}"
 
 
 class Context:

@@ -7,7 +7,7 @@ the result by a message. While something is under way an actor stashes commands;
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from thespian.actors import Actor, ActorAddress, ActorSystem, PoisonMessage
@@ -142,8 +142,19 @@ class Passivate:
     """Forget everything; the shell can serve another aggregate."""
 
 
+def _plain_receive(actor: Actor) -> Callable[[Any, ActorAddress], None]:
+    receive: Callable[[Any, ActorAddress], None] = actor.receiveMessage
+    return receive
+
+
+def _keep(_actor: Actor, _receive: object) -> None:
+    """Thespian would put its own receiver here, which looks up a logger at each message."""
+
+
 class AggregateActor(Actor):  # type: ignore[misc]
     """A thin shell around one aggregate's cell and its folded rows."""
+
+    _receive = property(_plain_receive, _keep)
 
     gateway: Gateway
 
@@ -332,6 +343,10 @@ def _error_type(error: int | Exception) -> ErrorType:
     return "unavailable" if isinstance(error, LogError) else "failed"
 
 
+def _nothing() -> None:
+    pass
+
+
 class Spawn:
     """Create shells; their addresses go into `into`."""
 
@@ -384,7 +399,9 @@ class Actors:
         self._partition = type("PartitionActor", (PartitionActor,), {"gateway": gateway, "kind": self._aggregate})
         router = type("RouterActor", (RouterActor,), {"gateway": gateway})
         self._system = ActorSystem("simpleSystemBase", logDefs=False, transientUnique=True)
-        self._base: ActorSystemBase = self._system._systemBase
+        base: ActorSystemBase = self._system._systemBase
+        # before each message it would look for expired wakeups; our actors never ask for one
+        base._realizeWakeups = _nothing
         self._router: ActorAddress = self._system.createActor(router)
         self._parents: dict[int, ActorAddress] = {}
 

@@ -18,7 +18,7 @@ from aggregates.messages import parse
 from kernel.actors import Actors, Appended, Decide, Loaded, Request, Searched
 from kernel.app import App
 from kernel.log.base import Conflict, EventLog, LogError
-from kernel.messages import CommandRequest, ErrorType, Receipt, decode_request, encode_error, encode_receipt
+from kernel.messages import ErrorType, Receipt, decode_request, encode_error, encode_receipt
 from kernel.metrics import ALERTS, APPEND_SECONDS, APPENDS, COMMANDS, COMMANDS_PENDING, LOADS
 from kernel.residents import Residents
 from kernel.subjects import Address, Subjects
@@ -55,6 +55,9 @@ class CommandGateway:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loads = asyncio.Semaphore(MAX_LOADS)
         self._outcomes: dict[str, int] = {}
+        self._appended = 0
+        self._moment = ""
+        self._begun = 0.0
         self.actors: Actors
         self.residents: Residents
 
@@ -176,25 +179,37 @@ class CommandGateway:
                 self._names[address.aggregate],
                 decisions,
                 version,
-                timestamp(),
+                self._now(),
             )
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError) as error:
             self._tell(address, Appended(TypeError(f"the events can't be stored: {error}")))
             return
-        started = time.perf_counter()
+        started = self._begun
         future = self._log.append(address.subject, cell.position, payload)
 
         def done(future: asyncio.Future[int]) -> None:
             error = future.exception()
             if error is None:
+                if not self._told:
+                    APPEND_SECONDS.observe(time.perf_counter() - started)
+                self._appended += 1
                 self._tell(address, Appended(future.result()))
-                APPEND_SECONDS.observe(time.perf_counter() - started)
-                _APPENDED.inc()
                 return
-            _CONFLICTED.inc() if isinstance(error, Conflict) else _FAILED.inc()
+            APPENDS.labels(outcome="conflict" if isinstance(error, Conflict) else "failed").inc()
             self._tell(address, Appended(error if isinstance(error, Exception) else LogError(str(error))))
 
         future.add_done_callback(done)
+
+    def _now(self) -> str:
+        """Return the moment of decision: one for all that is decided in the same turn of the loop."""
+        if not self._moment:
+            self._moment = timestamp()
+            self._begun = time.perf_counter()
+            self._loop.call_soon(self._forget_moment)
+        return self._moment
+
+    def _forget_moment(self) -> None:
+        self._moment = ""
 
     def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
         self._answered(address, "duplicate" if duplicate else "ok")
@@ -253,6 +268,8 @@ class CommandGateway:
         for outcome, count in outcomes.items():
             COMMANDS.labels(outcome=outcome).inc(count)
         COMMANDS_PENDING.set(self._pending)
+        appended, self._appended = self._appended, 0
+        APPENDS.labels(outcome="ok").inc(appended)
 
     async def drain(self, timeout: float) -> bool:
         """Take no more commands and wait for those under way; say whether all were answered in time."""
@@ -263,10 +280,3 @@ class CommandGateway:
         except TimeoutError:
             return False
         return True
-
-
-_APPENDED = APPENDS.labels(outcome="ok")
-_CONFLICTED = APPENDS.labels(outcome="conflict")
-_FAILED = APPENDS.labels(outcome="failed")
-
-__all__ = ["CommandGateway", "CommandRequest"]

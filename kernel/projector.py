@@ -33,8 +33,11 @@ from projections.unit_of_work import Write, Writer
 logger = logging.getLogger("eskernel")
 T = TypeVar("T")
 
-MAX_BATCH = 8_000
+MAX_BATCH = 16_000
 """Commits folded and written together: enough that a row which changes often is written once for many events."""
+BACKLOG = 2_000
+"""With more commits waiting, a batch is filled before it is folded."""
+READ_TIMEOUT_S = 0.1
 SLICE = 400
 """Aggregates folded before the event loop gets a turn."""
 IDLE_S = 1.0
@@ -179,7 +182,7 @@ class Projector:
         """Wait for commits, but not past a stop."""
         if self._pending is not None and self._pending.task.done():
             await self._settle()
-        reading = asyncio.ensure_future(reader.next(MAX_BATCH, IDLE_S))
+        reading = asyncio.ensure_future(self._read(reader))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -189,6 +192,16 @@ class Projector:
             if not reading.done():
                 reading.cancel()
                 await asyncio.wait({reading})
+
+    async def _read(self, reader: LogReader) -> Batch:
+        """Return what there is; of a backlog, a wide batch: a row is then written once for more events."""
+        batch = await reader.next(MAX_BATCH, IDLE_S)
+        while batch.pending > BACKLOG and len(batch.commits) < MAX_BATCH:
+            more = await reader.next(MAX_BATCH - len(batch.commits), READ_TIMEOUT_S)
+            if not more.commits:
+                break
+            batch = Batch(batch.commits + more.commits, more.pending)
+        return batch
 
     async def _project(self, batch: Batch) -> None:
         """Fold one batch and hand it to the database, behind the one being written."""

@@ -131,7 +131,7 @@ class Service:
         # what is here now stays: the collector need not look at it again and again
         gc.collect()
         gc.freeze()
-        gc.set_threshold(50_000, 20, 100)
+        gc.set_threshold(200_000, 20, 100)
 
     async def _start_server(self) -> str:
         self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.sync)
@@ -270,8 +270,8 @@ class Service:
         self.failure = why
         self.stopped.set()
 
-    def _tell_building(self, name: str, progress: Progress) -> None:
-        logger.info("building %s: %d of %d commits", name, progress.done, progress.total)
+    def _tell_building(self, progress: Progress) -> None:
+        logger.info("building projections: %d of %d commits", progress.done, progress.total)
 
     # the end
 

@@ -109,8 +109,6 @@ class Plan:
                 result = function(instance, row, event)
             if result is DROP:
                 rows[index] = folded.rows[index][aggregate_id] = None
-            else:
-                folded.rows[index][aggregate_id] = row
 
         def fold_tally(
             _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
@@ -123,7 +121,7 @@ class Plan:
         def collect(
             _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
         ) -> None:
-            folded.events[index][place].append(Recorded(event, Meta(envelope, aggregate_id, stream_sequence)))
+            folded.events[index][place].append(Recorded(event, envelope, aggregate_id, stream_sequence))
 
         return {"rows": fold_row, "tallies": fold_tally, "sql": collect}[projection.kind]
 
@@ -154,6 +152,7 @@ class Plan:
         steps_by_type = self._steps[aggregate]
         key = (aggregate, aggregate_id)
         parked = self.parked.get(key) if self.parked else None
+        odd = bool(skip or parked)
         for stream_sequence, envelopes in commits:
             for envelope in envelopes:
                 sequence = envelope.sequence
@@ -178,15 +177,20 @@ class Plan:
                 except Exception as error:
                     why = f"{type(error).__name__}: stored {envelope.type}: {error}"
                     raise HandlerFailed(EVERY, key, sequence, why) from error
-                for index, step in steps:
-                    if (skip and index in skip) or (parked and index in parked and sequence >= parked[index][0]):
-                        continue
-                    try:
+                index = EVERY
+                try:
+                    for index, step in steps:
+                        if odd and (index in skip or (parked and index in parked and sequence >= parked[index][0])):
+                            continue
                         step(rows, aggregate_id, event, envelope, stream_sequence, folded)
-                    except Exception as error:
-                        why = f"{type(error).__name__}: {error}"
-                        raise HandlerFailed(index, key, sequence, why) from error
+                except Exception as error:
+                    why = f"{type(error).__name__}: {error}"
+                    raise HandlerFailed(index, key, sequence, why) from error
             folded.count += len(envelopes)
+        for index in self.row_indexes[aggregate]:
+            # once for all its events
+            if rows[index] is not None:
+                folded.rows[index][aggregate_id] = rows[index]
         return last or 0
 
     def _wait(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
@@ -65,12 +64,25 @@ class Meta:
         return self._envelope.correlation_id or self._envelope.commandid
 
 
-@dataclass(slots=True)
 class Recorded(Generic[E]):
-    """An event with its metadata, as `Sql` handlers receive it."""
+    """An event with its metadata, as `Sql` handlers receive it.
 
-    event: E
-    meta: Meta
+    Attributes:
+        event: the event.
+    """
+
+    __slots__ = ("_aggregate_id", "_envelope", "_stream_sequence", "event")
+
+    def __init__(self, event: E, envelope: Envelope, aggregate_id: str, stream_sequence: int) -> None:
+        self.event = event
+        self._envelope = envelope
+        self._aggregate_id = aggregate_id
+        self._stream_sequence = stream_sequence
+
+    @property
+    def meta(self) -> Meta:
+        """What is known beside its fields."""
+        return Meta(self._envelope, self._aggregate_id, self._stream_sequence)
 
 
 class Tally(dict[Any, M]):

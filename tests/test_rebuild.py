@@ -38,7 +38,7 @@ async def test_a_rebuild_gives_the_same_rows(
     told: list[Progress] = []
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
         before = await client.query(TABLES[name], after=await fill(client, 500))  # type: ignore[arg-type]
-        built = await Rebuild(service.app, client.log, engine, service.app.projection(name), told.append).run()
+        (built,) = await Rebuild(service.app, client.log, engine, [service.app.projection(name)], told.append).run()
         assert await client.query(TABLES[name]) == before
         assert (built.generation, built.events, built.parked) == (2, 500, 0)
         assert told[-1].done == told[-1].total > 0
@@ -56,7 +56,7 @@ async def test_the_service_goes_on_with_the_new_copy_after_the_cut_over(
         for round_ in range(1, 4):
             await fill(client, 100)
             for declared in service.app.projections:
-                await Rebuild(service.app, client.log, engine, declared).run()
+                await Rebuild(service.app, client.log, engine, [declared]).run()
                 clean_up(engine, declared)
             after = await fill(client, 100)
             pages = await client.query("select sum(notes) as n from pages", after=after)  # type: ignore[arg-type]
@@ -86,8 +86,7 @@ async def test_a_rebuild_under_load_misses_and_doubles_nothing(
             for lane in range(20):
                 group.create_task(load(lane))
             for _ in range(2):
-                for declared in service.app.projections:
-                    await Rebuild(service.app, client.log, engine, declared).run()
+                await Rebuild(service.app, client.log, engine, service.app.projections).run()
             stop.set()
         last = await fill(client, 20)
         pages = await client.query("select sum(notes) as n from pages", after=last)  # type: ignore[arg-type]
@@ -154,7 +153,7 @@ async def test_a_rebuild_parks_what_the_live_projection_parked(
         await fill(client, 60)
         before = {name: await client.query(sql, after=poison) for name, sql in TABLES.items()}
         for declared in service.app.projections:
-            built = await Rebuild(service.app, client.log, engine, declared).run()
+            (built,) = await Rebuild(service.app, client.log, engine, [declared]).run()
             assert built.parked == 1
         after = {name: await client.query(sql) for name, sql in TABLES.items()}
         assert after == before
@@ -174,9 +173,9 @@ async def test_a_rebuild_that_breaks_off_changes_nothing_and_the_next_one_cleans
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            await Rebuild(service.app, client.log, engine, service.app.projection("Pages"), interrupt).run()
+            await Rebuild(service.app, client.log, engine, [service.app.projection("Pages")], interrupt).run()
         assert await client.query(TABLES["Pages"]) == before
-        await Rebuild(service.app, client.log, engine, service.app.projection("Pages")).run()
+        await Rebuild(service.app, client.log, engine, [service.app.projection("Pages")]).run()
         assert await client.query(TABLES["Pages"]) == before
         assert generations(engine, "pages") == ["pages__1", "pages__2"]
     engine.dispose()

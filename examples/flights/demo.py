@@ -117,15 +117,14 @@ async def _send(client: Client, found: list[Step]) -> None:
 async def _rebuild(url: str, database: str | None) -> None:
     engine = open_database(url)
     async with await Client.connect(app, data=DATA, database=database) as client:
-        for declared in app.projections:
-            with _bar() as bar:
-                task = bar.add_task(f"   {declared.name}", total=None, rate="")
+        with _bar() as bar:
+            task = bar.add_task("   events", total=None, rate="")
 
-                def show(step: RebuildProgress, bar: Progress = bar, task: object = task) -> None:
-                    rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
-                    bar.update(task, completed=step.done, total=step.total, rate=rate)  # type: ignore[arg-type]
+            def show(step: RebuildProgress) -> None:
+                rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
+                bar.update(task, completed=step.done, total=step.total, rate=rate)
 
-                await Rebuild(app, client.log, engine, declared, show).run()
+            await Rebuild(app, client.log, engine, app.projections, show).run()
     engine.dispose()
 
 

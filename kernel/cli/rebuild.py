@@ -18,7 +18,7 @@ from projections.database import open_database
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("projection", required=False)
-@click.option("--all", "everything", is_flag=True, help="Every projection of the app, one after the other.")
+@click.option("--all", "everything", is_flag=True, help="Every projection of the app, in one pass over the log.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; the progress bar is left out.")
 @target_options
 @asynchronous
@@ -45,20 +45,19 @@ async def rebuild(
     if not wanted:
         raise SchemaError(f"{target.app.name} has no projections")
     engine = open_database(target.database)
-    done: list[Rebuilt] = []
     async with await target.client() as client:
+        with _bar(as_json) as bar:
+            task = bar.add_task(", ".join(one.name for one in wanted), total=None, rate="")
+
+            def show(step: Step) -> None:
+                rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
+                bar.update(task, completed=step.done, total=step.total, rate=rate)
+
+            done = await Rebuild(target.app, client.log, engine, wanted, show).run()
         for declared in wanted:
-            with _bar(as_json) as bar:
-                task = bar.add_task(declared.name, total=None, rate="")
-
-                def show(step: Step, task: object = task, bar: Progress = bar) -> None:
-                    rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
-                    bar.update(task, completed=step.done, total=step.total, rate=rate)  # type: ignore[arg-type]
-
-                done.append(await Rebuild(target.app, client.log, engine, declared, show).run())
             await asyncio.to_thread(clean_up, engine, declared)
-            if not as_json:
-                _tell(done[-1])
+    for built in [] if as_json else done:
+        _tell(built)
     engine.dispose()
     if as_json:
         print_json(done)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import orjson
@@ -19,8 +19,10 @@ from kernel.log.wire import Wire, header_of, publish_frame, status_of
 
 HEARTBEAT_S = 2.0
 PULL_EXPIRES_S = 30.0
-WINDOW = 4_000
+WINDOW = 8_000
 """Commits in one pull request; two are outstanding."""
+MAX_SUBJECTS = 200_000
+"""Subjects whose text is kept."""
 
 Api = Callable[..., Any]
 
@@ -37,6 +39,7 @@ class JetStreamReader:
         self._wire, self._api, self._prefix, self._stream = wire, api, prefix, stream
         self._after, self._subject = after, subject
         self._buffer: list[tuple[bytes, bytes, bytes]] = []
+        self._subjects: dict[bytes, str] = {}
         self._arrived = asyncio.Event()
         self._broken = True
         self._consumer = ""
@@ -146,9 +149,16 @@ class JetStreamReader:
             self._broken = True
             return None
         self._delivered += len(taken)
-        commits = [
-            Stored(int(reply.split(b".", offset + 1)[offset]), subject.decode(), payload)
-            for subject, reply, payload in taken
+        sequences: Iterable[int] = range(int(first[offset]), int(last[offset]) + 1)
+        if int(last[offset]) - int(first[offset]) != len(taken) - 1:
+            sequences = [int(reply.split(b".", offset + 1)[offset]) for _, reply, _ in taken]
+        if len(self._subjects) > MAX_SUBJECTS:
+            self._subjects.clear()
+        # the same text object each time: its hash is known, and comparing it is comparing a pointer
+        name, new = self._subjects, tuple.__new__
+        commits: list[Stored] = [
+            new(Stored, (sequence, name.get(subject) or name.setdefault(subject, subject.decode()), payload))
+            for sequence, (subject, _, payload) in zip(sequences, taken, strict=True)
         ]
         self._after = commits[-1].sequence
         return Batch(commits, int(last[offset + 3]))
