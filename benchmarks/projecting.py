@@ -91,10 +91,10 @@ def _months(months: int) -> str:
 
 async def _database(bench: Bench, database: str, sample: list[object], what: str) -> list[Row]:
     ways: dict[str, Callable[[], Awaitable[float]]] = {
-        "limit": lambda: bench.by_hand(database),
+        "own wire": lambda: bench.by_hand(database),
         "live": lambda: our_projection.live(flights, bench.log, bench.url(database)),
         "rebuild": lambda: our_projection.rebuild(flights, bench.log, bench.url(database)),
-        "nats-py": lambda: bench.by_hand(database, plain=True),
+        "limit": lambda: bench.by_hand(database, plain=True),
     }
     if database == "SQLite" or find_spec("psycopg_pool") is not None:
         ways["rival"] = lambda: asyncio.to_thread(bench.rival, database, sample)
@@ -103,11 +103,13 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
     common = {
         "limit": found["limit"],
         "durability": SURVIVES[database],
-        "limit_is": "pull with kernel.log.wire, orjson, fold in dicts, one statement per table and 20,000 events",
+        "limit_is": "pull with a nats-py subscription, orjson, fold in dicts, one statement per table and 20,000 events",
+        "extra": {"rounds": rounded(figures)},
     }
-    extra = {
-        "limit_with_nats_py_subscription": round(found["nats-py"]),
-        "rounds": rounded(figures),
+    # the same loop on the connection that the kernel brings: stricter than the aim asks, and good to know
+    own_wire = common | {
+        "limit": found["own wire"],
+        "limit_is": "the same loop, pulling with the kernel's own kernel.log.wire instead of a nats-py subscription",
     }
     source = "stored there" if database == "PostgreSQL" else "from memory (it can't subscribe to SQLite)"
     return [
@@ -119,7 +121,6 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
             aim_limit=0.5,
             aim_rival=20,
             rival_is=f"eventsourcing ProjectionRunner with tracking, {len(sample):,} events {source}",
-            extra=extra | {"ratio_to_nats_py_subscription": round(found["live"] / found["nats-py"], 2)},
             **common,  # type: ignore[arg-type]
         ),
         Row(
@@ -127,8 +128,11 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
             "events/s",
             found["rebuild"],
             aim_limit=0.8,
-            extra=extra | {"ratio_to_nats_py_subscription": round(found["rebuild"] / found["nats-py"], 2)},
             **common,  # type: ignore[arg-type]
+        ),
+        *(
+            Row(f"{kind} on {database}, against a loop on our own wire", "events/s", found[kind], **own_wire)  # type: ignore[arg-type]
+            for kind in ("live", "rebuild")
         ),
     ]
 

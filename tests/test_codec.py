@@ -4,6 +4,7 @@
 
 import enum
 import math
+import time
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -119,8 +120,8 @@ def event_of(envelope: Envelope) -> Any:
 @given(decided=decisions, id=texts, sequence=st.integers(0, 10**12))
 def test_a_commit_comes_back_as_it_was_decided(decided: list[Any], id: str, sequence: int) -> None:
     made = [Decision(*one) for one in decided]
-    time = timestamp()
-    envelopes = decode(encode("/bags/Bag", id, NAMES, made, sequence, time))
+    moment = timestamp()
+    envelopes = decode(encode("/bags/Bag", id, NAMES, made, sequence, moment))
     expected = [(decision, one) for decision in made for one in decision.events]
     assert len(envelopes) == len(expected)
     for place, (envelope, (decision, original)) in enumerate(zip(envelopes, expected, strict=True), 1):
@@ -129,7 +130,7 @@ def test_a_commit_comes_back_as_it_was_decided(decided: list[Any], id: str, sequ
         assert repr(back.ratio) == repr(original.ratio)
         assert str(back.price) == str(original.price)
         assert back.moment.utcoffset() == original.moment.utcoffset()
-        assert (envelope.type, envelope.dataversion, envelope.time) == ("bag.packed", 1, time)
+        assert (envelope.type, envelope.dataversion, envelope.time) == ("bag.packed", 1, moment)
         assert envelope.sequence == sequence + place
         assert envelope.commandid == decision.command_id
         assert envelope.correlation_id == decision.correlation_id
@@ -357,6 +358,15 @@ def test_event_ids_are_version_7_unique_and_ordered_by_time() -> None:
         assert (parsed.version, parsed.variant) == (7, uuid.RFC_4122)
         moment = datetime.fromtimestamp((parsed.int >> 80) / 1000, UTC)
         assert before - timedelta(seconds=1) <= moment <= after + timedelta(seconds=1)
+
+
+def test_event_ids_are_ordered_even_while_the_clock_stands_or_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [uuid7()]
+    now = time.time_ns()
+    clock = iter([now] * 5000 + [now - 3_600_000_000_000] * 5000)
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
+    made += [uuid7() for _ in range(10_000)]
+    assert made == sorted(set(made))
 
 
 def test_a_timestamp_is_rfc_3339_in_utc() -> None:

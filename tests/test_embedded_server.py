@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -141,6 +142,8 @@ def owner(tmp_path: Path) -> Any:
     yield process, pid
     process.kill()
     process.wait()
+    if alive(pid) and pid in servers_on(tmp_path / "nats"):
+        os.kill(pid, signal.SIGKILL)
     process.stdout.close()
 
 

@@ -531,6 +531,7 @@ class Proxy:
     def __init__(self) -> None:
         self.target = ""
         self.lose_answers = self.lose_requests = False
+        self.latency = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> str:
@@ -553,6 +554,7 @@ class Proxy:
     async def _pass(self, source: asyncio.StreamReader, to: asyncio.StreamWriter, lost: Callable[[], bool]) -> None:
         try:
             while data := await source.read(65_536):
+                await asyncio.sleep(self.latency)
                 if not lost():
                     to.write(data)
                     await to.drain()
@@ -633,6 +635,25 @@ async def test_appends_that_got_lost_on_the_way_are_sent_again(
         assert await beside.read_subject(one) == [Stored(outcomes[number], one, b"%d" % number)]
     assert (await beside.info()).commits == 10
     await beside.close()
+
+
+@pytest.fixture(params=["nats_url", "old_nats_url"])
+def server_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(request.param)
+    return url
+
+
+async def test_a_slow_connection_does_not_shorten_a_history(proxy: Proxy, app_name: str, server_url: str) -> None:
+    proxy.target = server_url
+    wire = await connect(await proxy.start(), name="slow")
+    log = await open_log(wire, app_name, partitions=PARTITIONS)
+    made = await fill(log, 5, ids=1)
+    proxy.latency = 0.35
+    assert await log.read_subject(subject(log, "0")) == made
+    assert await log.read_subject(subject(log, "0"), made[-1].sequence) == []
+    proxy.latency = 0
+    await log.close()
+    await wire.close()
 
 
 async def test_a_reader_goes_on_after_a_lost_connection(proxied: JetStreamLog, proxy: Proxy, wire: Wire) -> None:

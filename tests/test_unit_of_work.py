@@ -399,6 +399,14 @@ def test_an_odd_event_parks_its_aggregate(side: ReadSide, spoil: dict[str, Any])
     assert len(letters(side.engine)) == 3
 
 
+def test_the_earliest_failure_of_an_aggregate_is_what_its_events_wait_behind(side: ReadSide) -> None:
+    book = ("Notebook", "b")
+    for sequence in (5, 2, 4):
+        side.plan.park(HandlerFailed(0, book, sequence, f"error {sequence}"))
+    side.plan.park(HandlerFailed(EVERY, book, 3, "error 3"))
+    assert side.plan.parked == {book: {0: (2, "error 2"), 1: (3, "error 3"), 2: (3, "error 3")}}
+
+
 def test_bytes_that_are_no_commit_are_kept(side: ReadSide) -> None:
     batch = [commit(1, "a", ["one"])]
     write = side.freeze(batch, side.fold(batch))

@@ -179,18 +179,19 @@ def test_frames_that_come_byte_by_byte_are_heard() -> None:
     ]
 
 
-async def test_a_connection_that_is_replaced_meanwhile_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("frame", [b"PING\r\n", b"MSG a 1 2\r\nhi\r\n"], ids=["control", "message"])
+async def test_a_connection_that_is_replaced_meanwhile_leaves_nothing_behind(frame: bytes) -> None:
     recorder = Recorder()
     reader = _FrameParser(recorder)
 
-    async def replaced() -> None:
+    async def replaced(*_event: Any) -> None:
         reader.reset()
 
-    recorder._process_ping = replaced  # type: ignore[method-assign]
-    await reader.parse(b"PING\r\nMSG old 1 3\r\nold\r\n")
+    recorder._process_ping = recorder._process_msg = replaced  # type: ignore[method-assign]
+    await reader.parse(frame + b"MSG old 7 3\r\nold\r\nMSG cut 7 9\r\nha")
     assert reader.buf == bytearray()
-    await reader.parse(b"MSG new 1 3\r\nnew\r\n")
-    assert recorder.heard == [(1, b"new", b"", b"new", None)]
+    await reader.parse(b"MSG new 7 3\r\nnew\r\n")
+    assert recorder.heard == [(7, b"new", b"", b"new", None)]
 
 
 # over a real connection
