@@ -103,7 +103,7 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
     common = {
         "limit": found["limit"],
         "durability": SURVIVES[database],
-        "limit_is": "pull with a nats-py subscription, orjson, fold in dicts, one statement per table and 20,000 events",
+        "limit_is": "nats-py subscription and pulls, orjson, fold in dicts, one statement per table and 20,000 events",
         "extra": {"rounds": rounded(figures)},
     }
     # the same loop on the connection that the kernel brings: stricter than the aim asks, and good to know

@@ -72,7 +72,7 @@ class EmbeddedServer:
         self.directory.mkdir(parents=True, exist_ok=True)
         await self._stop_leftovers()
         known = self.directory / "nats.port"
-        port = int(known.read_text()) if known.exists() else -1
+        port = _read_port(known)
         try:
             # clients of the service before this one find it again
             self.url = await self._launch(port)
@@ -153,6 +153,13 @@ class EmbeddedServer:
         except OSError:
             return "no log"
         return " | ".join(lines[-3:]) or "its log is empty"
+
+
+def _read_port(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def _read_ports(path: Path) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kernel import Client
-from kernel.log.wire import connect
-from kernel.log import find_log
 from aggregates.commit import decode
+from kernel import Client
+from kernel.log import find_log
+from kernel.log.wire import connect
 from tests.apps import Note, Notebook, notebooks
 
 KILLS = 10

@@ -533,9 +533,15 @@ class Proxy:
         self.lose_answers = self.lose_requests = False
         self.latency = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._connected(reader, writer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        self._server = await asyncio.start_server(connected, "127.0.0.1", 0)
         return f"nats://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -571,8 +577,9 @@ class Proxy:
         self._writers.clear()
 
     async def stop(self) -> None:
-        self.cut()
         self._server.close()
+        self.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 @pytest.fixture

@@ -149,16 +149,18 @@ class JetStreamLog:
             future.set_exception(Unavailable(f"direct get answered {headers[9:60].decode(errors='replace').strip()}"))
 
     async def _read_by_consumer(self, subject: str, after: int) -> list[Stored]:
-        if await self.last(subject) is None:
+        last = await self.last(subject)
+        if last is None or last.sequence <= after:
             return []
         reader = await self._reader(after, subject)
         try:
             found: list[Stored] = []
-            while True:
-                batch = await reader.next(10_000, timeout=0.5)
+            while not found or found[-1].sequence < last.sequence:
+                batch = await reader.next(10_000, timeout=5.0)
+                if not batch.commits:
+                    raise Unavailable(f"reading {subject}: no answer from the stream")
                 found.extend(batch.commits)
-                if not batch.pending:
-                    return found
+            return found
         finally:
             await reader.close()
 
