@@ -33,7 +33,7 @@ from projections.unit_of_work import Write, Writer
 logger = logging.getLogger("eskernel")
 T = TypeVar("T")
 
-MAX_BATCH = 16_000
+MAX_BATCH = 32_000
 """Commits folded and written together: enough that a row which changes often is written once for many events."""
 BACKLOG = 2_000
 """With more commits waiting, a batch is filled before it is folded."""
