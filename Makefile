@@ -30,8 +30,8 @@ lint: $(READY) ## ruff and mypy --strict
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json
-	@$(BIN)/python -m benchmarks
+bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json (YEAR=1, MILLION=1: more)
+	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 
 lock: ## renew requirements.lock from pyproject.toml
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv

@@ -27,6 +27,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", choices=["append", "commands", "projection", "residents", "growth"], default=None
     )
+    parser.add_argument("--markdown", type=Path, help="write the table as Markdown too")
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
     return parser.parse_args()
 
@@ -56,6 +57,8 @@ async def _measure(arguments: argparse.Namespace) -> None:
     }
     report.write(found, arguments.out)
     report.show(found)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(report.markdown(found))
     print(f"{seconds} s; written to {arguments.out}")
 
 
@@ -71,7 +74,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
     # as the service has it; the same for all
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(200_000, 20, 100)
     asyncio.run(_until_told(_arguments()))
 
 

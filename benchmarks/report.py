@@ -106,6 +106,31 @@ def write(report: dict[str, Any], path: Path) -> None:
     path.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """Return the table, the machine and the versions as Markdown."""
+    lines = [
+        "<!-- made by `make bench MARKDOWN=docs/performance-table.md`: don't edit -->",
+        "# The last table of `make bench`",
+        "",
+        "| what | unit | ours | limit | rival | of limit | x rival | aim | met | survives |",
+        "|---|---|--:|--:|--:|--:|--:|---|---|---|",
+    ]
+    for row in report["rows"]:
+        met = {True: "yes", False: "**no**", None: ""}[row["met"]]
+        figures = [_number(row[name]) for name in ("ours", "limit", "rival")]
+        ratios = [_ratio(row["ratio_to_limit"]), _ratio(row["ratio_to_rival"])]
+        cells = [row["name"], row["unit"], *figures, *ratios, row["aim"], met, row["durability"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| more of a row | |", "|---|---|"]
+    for row in report["rows"]:
+        more = [f"{name} {value:g}" for name, value in row.items() if name not in _SHOWN and _plain(value)]
+        if more:
+            lines.append(f"| {row['name']} | {'; '.join(more)} |")
+    for what in ("machine", "versions"):
+        lines += ["", f"{what.title()}: " + ", ".join(f"{name} {value}" for name, value in report[what].items())]
+    return "\n".join(lines) + "\n"
+
+
 def show(report: dict[str, Any]) -> None:
     """Print the report as a table."""
     console = Console(width=max(170, Console().width))

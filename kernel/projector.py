@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine
@@ -50,10 +52,11 @@ _ALL_NEW: frozenset[int] = frozenset()
 
 @dataclass(slots=True)
 class _Group:
-    """The commits of one aggregate in a batch, that the same projections have folded already."""
+    """The commits of one aggregate in a batch that the same projections, perhaps all, have folded already."""
 
     address: Address
     skip: frozenset[int]
+    done: bool
     commits: Commits
 
 
@@ -248,32 +251,36 @@ class Projector:
 
     async def _group(self, commits: list[Stored]) -> list[_Group]:
         """Decode a batch and sort it by aggregate, leaving out what is folded already."""
-        parse, position = self._subjects.parse, self._position
-        groups: dict[tuple[str, frozenset[int]], _Group] = {}
-        highest = position.highest
+        highest = self._position.highest
+        # a subject alone is the key where nothing has been folded before, which is nearly always
+        groups: dict[str | tuple[str, frozenset[int]], _Group] = {}
         for number, (sequence, subject, payload) in enumerate(commits):
             if number % 2_000 == 1_999:
                 await asyncio.sleep(0)
-            skip = _ALL_NEW
             try:
-                if sequence <= highest:
-                    skip = position.folded(parse(subject).partition, sequence)
-                    if len(skip) == len(self._plan.projections):
-                        continue
-                envelopes = decode(payload)
-                group = groups.get((subject, skip))
+                key = subject if sequence > highest else (subject, self._folded(subject, sequence))
+                group = groups.get(key)
                 if group is None:
-                    address = parse(subject)
-                    if address.aggregate not in self._app.types:
-                        raise InvalidMessage(f"this app has no aggregate {address.aggregate!r}")
-                    group = groups[subject, skip] = _Group(address, skip, [])
+                    group = groups[key] = self._new_group(key)
+                if not group.done:
+                    group.commits.append((sequence, decode(payload)))
             except (InvalidMessage, InvalidId) as error:
                 self._quarantine(sequence, subject, payload, str(error))
-                continue
-            position.touch(group.address.partition)
-            group.commits.append((sequence, envelopes))
         self._batch = commits
-        return list(groups.values())
+        found = [group for group in groups.values() if group.commits]
+        for group in found:
+            self._position.touch(group.address.partition)
+        return found
+
+    def _folded(self, subject: str, sequence: int) -> frozenset[int]:
+        return self._position.folded(self._subjects.parse(subject).partition, sequence)
+
+    def _new_group(self, key: str | tuple[str, frozenset[int]]) -> _Group:
+        subject, skip = (key, _ALL_NEW) if isinstance(key, str) else key
+        address = self._subjects.parse(subject)
+        if address.aggregate not in self._app.types:
+            raise InvalidMessage(f"this app has no aggregate {address.aggregate!r}")
+        return _Group(address, skip, len(skip) == len(self._plan.projections), [])
 
     async def _fold(self, groups: list[_Group], residents: list[Resident]) -> Turn:
         """Have the actors fold their commits; give the loop a turn between slices."""
@@ -319,8 +326,8 @@ class Projector:
 
     def _letter(self, letter: Letter) -> tuple[int, bytes]:
         partition = self._subjects.address(*letter.aggregate).partition
-        payload = next(c.payload for c in self._batch if c.sequence == letter.stream_sequence)
-        return partition, payload
+        place = bisect_left(self._batch, letter.stream_sequence, key=attrgetter("sequence"))
+        return partition, self._batch[place].payload
 
     def _quarantine(self, sequence: int, subject: str, payload: bytes, why: str) -> None:
         """Keep bytes that are no commit of this app; they concern no projection in particular."""

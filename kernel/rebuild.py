@@ -10,10 +10,12 @@ import asyncio
 import gc
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -252,8 +254,8 @@ class Rebuild:
         return write
 
     def _letter(self, letter: Letter) -> tuple[int, bytes]:
-        payload = next(c.payload for c in self._window_commits if c.sequence == letter.stream_sequence)
-        return self._subjects.address(*letter.aggregate).partition, payload
+        place = bisect_left(self._window_commits, letter.stream_sequence, key=attrgetter("sequence"))
+        return self._subjects.address(*letter.aggregate).partition, self._window_commits[place].payload
 
     async def _cut_over(self, reader: LogReader, made: list[generations.Generation]) -> None:
         """In one transaction: stop the live generations, fold what they had beyond ours, and show ours instead."""

@@ -84,7 +84,10 @@ class Subjects:
         parts = subject.split(".")
         if len(parts) != 5 or parts[0] != self.app or parts[1] != "evt" or not parts[2].isdigit():
             raise InvalidId(f"{subject!r} is not an event subject of {self.app}")
-        return Address(subject, int(parts[2]), parts[3], unquote(parts[4]))
+        address = Address(subject, int(parts[2]), parts[3], unquote(parts[4]))
+        if address.partition != self.partition(address.aggregate, address.id):
+            raise InvalidId(f"{subject!r} is not in its partition")
+        return address
 
     def events(self, partition: int | None = None) -> str:
         """Return the filter for all events, or for those of one partition."""
