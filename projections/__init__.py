@@ -3,6 +3,7 @@
 from aggregates import applies
 from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
+from projections.scenario import ProjectionScenario, projected
 
 __all__ = [
     "DROP",
@@ -11,6 +12,7 @@ __all__ = [
     "HandlerFailed",
     "Meta",
     "Projection",
+    "ProjectionScenario",
     "Recorded",
     "Rows",
     "SchemaError",
@@ -19,4 +21,5 @@ __all__ = [
     "Tally",
     "Transaction",
     "applies",
+    "projected",
 ]

@@ -1,0 +1,124 @@
+"""Specifying a projection in three lines: given an aggregate's events, then the rows. No servers.
+
+    projected(Balances).given("alice", Deposited(500), Withdrawn(100)).then(Balance(account="alice", cents=400))
+
+It runs the production code, fold and statements, on an SQLite database in memory. Events go through their stored form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Column, create_engine, event, insert, select
+from sqlalchemy import inspect as inspect_model
+from sqlalchemy.orm import Mapper
+from sqlalchemy.pool import StaticPool
+
+from aggregates.commit import Decision, decode, encode
+from aggregates.declaration import declare
+from projections.declaration import declare_projection
+from projections.errors import HandlerFailed
+from projections.fold import Folded, Plan
+from projections.generations import create, show
+from projections.projection import Projection
+from projections.tables import metadata, stream
+from projections.unit_of_work import Writer
+
+
+@dataclass(frozen=True)
+class ProjectionScenario:
+    """A scenario being written; each step returns a new one."""
+
+    projection: type[Projection]
+    history: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    time: str = "2013-01-01T12:00:00Z"
+
+    def given(self, aggregate_id: str, *events: Any) -> ProjectionScenario:
+        """What happened to one aggregate; call it again for more, also of others."""
+        return replace(self, history=(*self.history, (aggregate_id, events)))
+
+    def at(self, time: str) -> ProjectionScenario:
+        """The moment, RFC 3339, that handlers see as `meta.time`."""
+        return replace(self, time=time)
+
+    def then(self, *rows: Any) -> None:
+        """Assert that the projection's tables hold exactly these rows, given as instances of their models.
+
+        A column that isn't set in an expected row is not compared.
+        """
+        found = self.rows()
+        unmatched = list(found)
+        for row in rows:
+            wanted = {name: getattr(row, name) for name in _set_columns(row)}
+            match = next((one for one in unmatched if one[0] is type(row) and wanted.items() <= one[1].items()), None)
+            assert match is not None, f"no row {type(row).__name__}({wanted}); there is {_plain(unmatched)}"
+            unmatched.remove(match)
+        assert not unmatched, f"rows that were not expected: {_plain(unmatched)}"
+
+    def fails(self, reason: str) -> None:
+        """Assert that a handler raises, with this in its message: the kernel would park the aggregate."""
+        try:
+            self.rows()
+        except HandlerFailed as failure:
+            assert reason in failure.error, f"it failed with {failure.error!r}"
+        else:
+            raise AssertionError("no handler failed")
+
+    def rows(self) -> list[tuple[type, dict[str, Any]]]:
+        """Return every row of the projection's tables, with its model, by the model's attribute names.
+
+        Raises:
+            DeclarationError: the projection is wrong.
+            HandlerFailed: a handler raised, or the database refuses what it made.
+        """
+        declared_aggregate = declare(self.projection.of)
+        declared = declare_projection(self.projection, declared_aggregate)
+        plan = Plan([declared_aggregate], [declared])
+        engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+        event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        metadata.create_all(engine)
+        with engine.begin() as connection:
+            connection.execute(insert(stream).values(app="scenario", created="", partitions=1, epoch=0))
+            made = create(connection, declared, [0])
+            show(connection, made)
+        writer = Writer(engine, plan, [made], epoch=0)
+        names = {kind.cls: (kind.name, kind.version) for kind in declared_aggregate.events.values()}
+        folded = Folded(plan)
+        rows: dict[str, list[Any]] = {}
+        versions: dict[str, int] = {}
+        for place, (aggregate_id, events) in enumerate(self.history, 1):
+            version = versions.get(aggregate_id, 0)
+            stored = encode("/scenario", aggregate_id, names, [Decision("", events)], version, self.time)
+            commits = [(place, decode(stored))]
+            known = rows.setdefault(aggregate_id, [None])
+            versions[aggregate_id] = plan.fold(
+                declared_aggregate.name, aggregate_id, known, commits, folded, version or None
+            )
+        writer.commit(writer.freeze(folded, [], lambda _: (0, b"")))
+        found: list[tuple[type, dict[str, Any]]] = []
+        with engine.connect() as connection:
+            for model in declared.models:
+                columns = _columns(model)
+                for row in connection.execute(select(*columns.values())):
+                    found.append((model, dict(zip(columns, row, strict=True))))
+        return found
+
+
+def _columns(model: type) -> dict[str, Column[Any]]:
+    mapper: Mapper[Any] = inspect_model(model)
+    return {prop.key: prop.columns[0] for prop in mapper.column_attrs}  # type: ignore[misc]
+
+
+def _set_columns(row: Any) -> list[str]:
+    return [name for name in _columns(type(row)) if name in vars(row)]
+
+
+def _plain(rows: list[tuple[type, dict[str, Any]]]) -> list[str]:
+    return [f"{model.__name__}({values})" for model, values in rows]
+
+
+def projected(projection: type[Projection]) -> ProjectionScenario:
+    """Start a scenario for a projection class."""
+    return ProjectionScenario(projection)
