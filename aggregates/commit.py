@@ -116,7 +116,7 @@ def decode(payload: bytes) -> list[Envelope]:
     """
     try:
         envelopes = _decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage(f"not a commit: {error}") from None
     if not envelopes:
         raise InvalidMessage("not a commit: it holds no events")

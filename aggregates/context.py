@@ -1,4 +1,4 @@
-"""Time, ids and randomness for command handlers, so that a test can fix them and a retry repeats them."""
+"""Time, ids and randomness for command handlers, so that a test can fix them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def uuid7() -> str:
 class Context:
     """Given to a command handler that asks for it with a second parameter annotated `Context`.
 
-    Everything in it follows from the command's id and the moment of decision, so deciding again gives the same.
+    Ids and randomness follow from the command's id: deciding it again gives the same. `now` is that of each decision.
 
     Attributes:
         command_id: the id of the command being decided.

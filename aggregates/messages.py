@@ -161,6 +161,8 @@ def parse(cls: type[T], data: object) -> T:
         return msgspec.convert(data, cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise InvalidMessage(f"{cls.__name__}: {error}") from None
+    except Exception as error:  # a check of the user's own, in __post_init__
+        raise InvalidMessage(f"{cls.__name__}: {type(error).__name__}: {error}") from error
 
 
 def plain(value: Any) -> Any:

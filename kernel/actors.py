@@ -63,6 +63,10 @@ class Gateway(Protocol):
         """Report a bug in the kernel."""
 
 
+class Unstorable(Exception):
+    """Events that JSON can't carry."""
+
+
 class Turn:
     """What the actors of one batch share: the plan, where results go, and the first failure."""
 
@@ -312,9 +316,13 @@ class AggregateActor(Actor):  # type: ignore[misc]
         else:
             self.cell = None  # it has folded events that are not in the log, as far as we know
             again = [request for request, _ in deciding]
-            if isinstance(result, PayloadTooLarge) and len(again) > 1:
-                self.alone = True  # together they were too large: one by one
+            if isinstance(result, PayloadTooLarge | Unstorable) and len(again) > 1:
+                self.alone = True  # one of them is to blame, or all together: one by one
             elif isinstance(result, Conflict):
+                if result.uncertain:
+                    # ours may be in the log below somebody else's: only the whole history knows
+                    for request in again:
+                        request.searched = False
                 for request in [one for one in again if one.attempts >= MAX_ATTEMPTS]:
                     again.remove(request)
                     self._fail(request, "conflict", f"{self.address.aggregate} {self.address.id} kept changing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ def load_app(spec: str) -> App:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise AppNotFound(f"can't import {module_name!r}: {error}; run from the folder that holds it") from None
+    except DeclarationError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)
+        where = next((one for one in reversed(place) if "importlib" not in one.filename), None)
+        at = f" ({where.filename}, line {where.lineno})" if where is not None else ""
+        raise AppNotFound(f"importing {module_name} failed{at}: {type(error).__name__}: {error}") from error
     found = getattr(module, variable, None)
     if not isinstance(found, App):
         raise AppNotFound(f"{module_name} has no App named {variable!r}")

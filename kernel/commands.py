@@ -15,10 +15,10 @@ from aggregates.cell import Cell
 from aggregates.commit import Decision, decode, encode, timestamp
 from aggregates.context import uuid7
 from aggregates.messages import parse
-from kernel.actors import Actors, Appended, Decide, Loaded, Request, Searched
+from kernel.actors import Actors, Appended, Decide, Loaded, Request, Searched, Unstorable
 from kernel.app import App
 from kernel.log.base import Conflict, EventLog, LogError
-from kernel.messages import ErrorType, Receipt, decode_request, encode_error, encode_receipt
+from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
 from kernel.metrics import ALERTS, APPEND_SECONDS, APPENDS, COMMANDS, COMMANDS_PENDING, LOADS
 from kernel.residents import Residents
 from kernel.subjects import Address, Subjects
@@ -78,15 +78,22 @@ class CommandGateway:
             elif self._pending >= self._limit:
                 self._refuse(reply, "overloaded", f"{self._pending} commands are under way", "", RETRY_AFTER_S)
             else:
-                self._admit(reply, payload, by_address)
+                try:
+                    self._admit(reply, payload, by_address)
+                except Exception as error:  # one request must not take those beside it along
+                    self.alert(f"admitting a request: {type(error).__name__}: {error}")
+                    self._refuse(reply, "failed", f"{type(error).__name__}: {error}")
         if by_address:
             self.deliver(by_address)
 
     def _admit(self, reply: bytes, payload: bytes, by_address: dict[Address, list[Request]]) -> None:
         try:
             wire = decode_request(payload)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self._refuse(reply, "malformed", f"not a command request: {error}")
+            return
+        if len(wire.command_id) > MAX_COMMAND_ID:
+            self._refuse(reply, "malformed", f"command_id is longer than {MAX_COMMAND_ID} characters")
             return
         declared = self._app.types.get(wire.aggregate)
         if declared is None:
@@ -160,13 +167,14 @@ class CommandGateway:
     async def _search(self, address: Address, request: Request) -> None:
         """A repeated command that the cell doesn't remember: only the whole history knows."""
         try:
-            stored = await self._log.read_subject(address.subject)
+            async with self._loads:
+                stored = await self._log.read_subject(address.subject)
             version = sequence = 0
             for commit in stored:
                 for envelope in decode(commit.payload):
                     if envelope.commandid == request.wire.command_id:
                         version, sequence = envelope.sequence, commit.sequence
-        except (LogError, InvalidMessage) as problem:
+        except Exception as problem:
             self._tell(address, Searched(request, None, str(problem)))
         else:
             self._tell(address, Searched(request, (version, sequence) if version else None))
@@ -182,7 +190,7 @@ class CommandGateway:
                 self._now(),
             )
         except (TypeError, ValueError) as error:
-            self._tell(address, Appended(TypeError(f"the events can't be stored: {error}")))
+            self._tell(address, Appended(Unstorable(f"the events can't be stored: {error}")))
             return
         started = self._begun
         future = self._log.append(address.subject, cell.position, payload)

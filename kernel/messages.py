@@ -24,6 +24,12 @@ ErrorType = Literal[
 ]
 
 
+MAX_COMMAND_ID = 200
+"""Characters of a command's id."""
+MAX_MESSAGE = 4_000
+"""Characters of an error's message; the rest is cut."""
+
+
 class CommandRequest(msgspec.Struct):
     """A command as it arrives.
 
@@ -93,9 +99,10 @@ def encode_receipt(receipt: Receipt) -> bytes:
 
 def encode_error(type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None) -> bytes:
     """Return the answer to a command that did not."""
-    error: dict[str, object] = {"type": type, "message": message}
+    # an answer larger than the server takes would cost the whole connection
+    error: dict[str, object] = {"type": type, "message": message[:MAX_MESSAGE]}
     if command_id:
-        error["command_id"] = command_id
+        error["command_id"] = command_id[:MAX_COMMAND_ID]
     if retry_after is not None:
         error["retry_after"] = retry_after
     return orjson.dumps({"error": error})

@@ -28,7 +28,7 @@ from kernel.residents import Resident, Residents
 from kernel.subjects import Address, Subjects
 from projections.checkpoints import Claim, Move, Position, claim
 from projections.database import is_infrastructure, reads
-from projections.errors import UNKNOWN, Fenced, HandlerFailed
+from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Letter
 from projections.unit_of_work import Write, Writer
 
@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 MAX_BATCH = 32_000
 """Commits folded and written together: enough that a row which changes often is written once for many events."""
+MAX_BATCH_BYTES = 64 * 1024 * 1024
 BACKLOG = 2_000
 """With more commits waiting, a batch is filled before it is folded."""
 READ_TIMEOUT_S = 0.1
@@ -68,6 +69,7 @@ class _Pending:
     residents: list[Resident]
     groups: list[_Group]
     events: int
+    position: int
 
 
 class Projector:
@@ -101,6 +103,7 @@ class Projector:
         # found when a batch was written, and not yet in the dead letters
         self._failures: list[HandlerFailed] = []
         self._garbage: list[dict[str, Any]] = []
+        self._read_to = 0
         self.pending = 0
         self.position = 0
         self.state = "starting"
@@ -115,7 +118,7 @@ class Projector:
                     return
                 await self._session()
             except (Fenced, HandlerFailed) as error:
-                logger.info("projection starts again from its checkpoints: %s", error)
+                logger.info("projection goes on from its checkpoints (a rebuild or a refused row): %s", error)
             except LogError as error:
                 logger.warning("projection waits for the log: %s", error)
                 self.state = f"waiting for the log: {error}"
@@ -164,18 +167,19 @@ class Projector:
     async def _session(self) -> None:
         reader = await self._log.read(self._position.lowest)
         try:
-            self.state = "running"
-            last_news = time.monotonic()
+            self._read_to = self._position.lowest
+            last_quiet = time.monotonic()
             while not self._stopping.is_set():
                 batch = await self._next(reader)
                 if batch.commits:
                     await self._project(batch)
-                    last_news = time.monotonic()
                     # what arrived meanwhile is the next batch: under load batches grow by themselves
                     await asyncio.sleep(0)
-                if not batch.commits or time.monotonic() - last_news > IDLE_S:
+                if not batch.commits or time.monotonic() - last_quiet > IDLE_S:
                     await self._settle()
                     await self._advance_quiet()
+                    self.state = "running"
+                    last_quiet = time.monotonic()
             await self._settle()
             await self._advance_quiet()
         finally:
@@ -199,11 +203,13 @@ class Projector:
     async def _read(self, reader: LogReader) -> Batch:
         """Return what there is; of a backlog, a wide batch: a row is then written once for more events."""
         batch = await reader.next(MAX_BATCH, IDLE_S)
-        while batch.pending > BACKLOG and len(batch.commits) < MAX_BATCH:
+        size = sum(len(commit.payload) for commit in batch.commits)
+        while batch.pending > BACKLOG and len(batch.commits) < MAX_BATCH and size < MAX_BATCH_BYTES:
             more = await reader.next(MAX_BATCH - len(batch.commits), READ_TIMEOUT_S)
             if not more.commits:
                 break
             batch = Batch(batch.commits + more.commits, more.pending)
+            size += sum(len(commit.payload) for commit in more.commits)
         return batch
 
     async def _project(self, batch: Batch) -> None:
@@ -213,7 +219,7 @@ class Projector:
         LAG.set(batch.pending + len(batch.commits))
         moves = self._position.moves(self._writer.generations, batch.commits[-1].sequence)
         if not groups and not moves and not self._garbage:
-            self.position = batch.commits[-1].sequence
+            self._read_to = batch.commits[-1].sequence
             return
         residents = self._residents.wake([group.address for group in groups])
         for resident in residents:
@@ -228,8 +234,9 @@ class Projector:
                 resident.busy -= 1
             raise
         self._position.advance(moves, self._writer.generations)
-        self.position = batch.commits[-1].sequence
-        self._pending = _Pending(asyncio.ensure_future(self._write(write)), residents, groups, folded.count)
+        self._read_to = batch.commits[-1].sequence
+        task = asyncio.ensure_future(self._write(write))
+        self._pending = _Pending(task, residents, groups, folded.count, self._read_to)
 
     async def _fold_or_park(
         self, groups: list[_Group], residents: list[Resident], moves: list[Move]
@@ -242,7 +249,7 @@ class Projector:
                 try:
                     return turn.folded, self._writer.freeze(turn.folded, moves, self._letter)
                 except HandlerFailed as refused:
-                    failure = _placed(refused, groups)
+                    failure = self._writer.blame(refused, _batch_of(groups))
             logger.error("parked for %s: %s", self._name(failure.projection), failure)
             await self._settle()
             self._plan.park(failure)
@@ -366,12 +373,13 @@ class Projector:
         try:
             await pending.task
         except HandlerFailed as failure:
-            self._failures.append(_placed(failure, pending.groups))
+            self._failures.append(self._writer.blame(failure, _batch_of(pending.groups)))
             raise
         finally:
             for resident in pending.residents:
                 resident.busy -= 1
         self._failures.clear()
+        self.position = pending.position
         EVENTS.inc(pending.events)
         BATCH_EVENTS.observe(pending.events)
         POSITION.set(self.position)
@@ -379,11 +387,12 @@ class Projector:
 
     async def _advance_quiet(self) -> None:
         """Move up the checkpoints of partitions without news, so that the next start need not read that far back."""
-        moves = self._position.quiet_moves(self._writer.generations, self.position)
+        moves = self._position.quiet_moves(self._writer.generations, self._read_to)
         if moves:
             write = Write(moves)
             self._position.advance(moves, self._writer.generations)
             await self._write(write)
+        self.position = max(self.position, self._read_to)
 
     async def _abandon(self) -> None:
         """End a session: wait for the write under way, whatever became of it, and forget folded rows."""
@@ -410,9 +419,5 @@ class Projector:
         self._read_pool.shutdown()
 
 
-def _placed(failure: HandlerFailed, groups: list[_Group]) -> HandlerFailed:
-    """Say from which event on the aggregate waits: from its first of the batch, where it isn't known better."""
-    if failure.sequence == UNKNOWN:
-        commits = next(one.commits for one in groups if (one.address.aggregate, one.address.id) == failure.aggregate)
-        failure.sequence = commits[0][1][0].sequence
-    return failure
+def _batch_of(groups: list[_Group]) -> list[tuple[tuple[str, str], Commits]]:
+    return [((group.address.aggregate, group.address.id), group.commits) for group in groups]

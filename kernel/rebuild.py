@@ -19,6 +19,7 @@ from operator import attrgetter
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
@@ -28,9 +29,9 @@ from kernel.subjects import Subjects
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
-from projections.database import reads
+from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
-from projections.errors import UNKNOWN, HandlerFailed
+from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.fold import Letter, Plan
 from projections.unit_of_work import Write, Writer
 
@@ -113,10 +114,13 @@ class Rebuild:
             while True:
                 try:
                     made = await self._attempt(started)
+                except Fenced:
+                    names = ", ".join(one.name for one in self._projections)
+                    raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
                 except HandlerFailed as failure:
                     # noticed too late to fold the window again: begin anew, with the aggregate parked
                     logger.error("parked while building %s: %s", self._name(failure.projection), failure)
-                    self._plan.park(_placed(failure, self._written))
+                    self._plan.park(self._writer.blame(failure, list(self._written.items())))
                 else:
                     break
         finally:
@@ -234,7 +238,7 @@ class Rebuild:
         """Park what failed, and fold the window again from stored rows."""
         while True:
             logger.error("parked while building %s: %s", self._name(failure.projection), failure)
-            self._plan.park(_placed(failure, groups))
+            self._plan.park(self._writer.blame(failure, list(groups.items())))
             self._build.forget()
             await self._in(partial(self._build.load, self._build.missing(list(groups))))
             try:
@@ -260,6 +264,7 @@ class Rebuild:
     async def _cut_over(self, reader: LogReader, made: list[generations.Generation]) -> None:
         """In one transaction: stop the live generations, fold what they had beyond ours, and show ours instead."""
         connection: Connection = await self._in(self._engine.connect)
+        write: Write | None = None
         try:
             transaction = await self._in(connection.begin)
             furthest = 0
@@ -279,18 +284,16 @@ class Rebuild:
             for one in made:
                 await self._in(partial(generations.show, connection, one))
             await self._in(transaction.commit)
+        except DBAPIError as error:
+            await self._in(connection.close)
+            if write is not None and not is_infrastructure(error):
+                await self._in(partial(self._writer.find_refused, write, error))
+            raise
         finally:
             await self._in(connection.close)
 
     async def _in(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-
-def _placed(failure: HandlerFailed, groups: Groups) -> HandlerFailed:
-    """Say from which event on the aggregate waits: from its first of the window, where it isn't known better."""
-    if failure.sequence == UNKNOWN:
-        failure.sequence = groups[failure.aggregate][0][1][0].sequence
-    return failure
 
 
 def clean_up(engine: Engine, declared: DeclaredProjection, keep: int = 1) -> list[int]:

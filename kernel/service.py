@@ -259,7 +259,12 @@ class Service:
     def _connection(self, event: str) -> None:
         CONNECTION_EVENTS.labels(event=event.split(":", maxsplit=1)[0]).inc()
         CONNECTED.set(event == "reconnected" or (event.startswith("error") and self._is_connected()))
-        if not self.stopped.is_set():
+        if self.stopped.is_set():
+            return
+        if event == "closed" and self._log is not None:
+            # nats-py gives up after some errors of the server; nothing would ever work again
+            self._lost("the connection to NATS was closed for good; the lines before say why")
+        else:
             logger.warning("NATS: %s", event)
 
     def _is_connected(self) -> bool:

@@ -30,6 +30,7 @@ class Bulk:
         names = [quote(column.name) for column in columns.columns]
         target, keys = quote(table.name), columns.keys
         self._values = columns.values(dialect)
+        self._keys = columns.keys
         self._columnwise = dialect.name == "postgresql"
         source = _recordset(columns.columns, dialect)
         insert = f"INSERT INTO {target} ({', '.join(names)}) {source}"
@@ -63,14 +64,22 @@ class Bulk:
             return [{"rows": _json(chunk)} for chunk in chunks]
         return [{f"c{index}": _json(list(column)) for index, column in enumerate(zip(*c, strict=True))} for c in chunks]
 
-    def one_by_one(self, parameters: Sequence[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield each row's key and the parameters for it alone."""
+    def key(self, record: Any) -> str | None:
+        """Return a record's key as JSON, or None if the record can't be given to the database at all."""
+        try:
+            self.parameters([record])
+            return _json(list(self._values(record)[: self._keys]))
+        except Exception:
+            return None
+
+    def one_by_one(self, parameters: Sequence[dict[str, str]]) -> Iterator[tuple[list[Any], dict[str, str]]]:
+        """Yield each row's key columns and the parameters for it alone."""
         for chunk in parameters:
             columns = [orjson.loads(values) for values in chunk.values()]
             rows = zip(*columns, strict=True) if self._columnwise else columns[0]
             for row in rows:
                 one = {f"c{place}": _json([value]) for place, value in enumerate(row)}
-                yield row[0], one if self._columnwise else {"rows": _json([row])}
+                yield list(row[: self._keys]), one if self._columnwise else {"rows": _json([row])}
 
     def load(self, connection: Connection, keys: Sequence[str], make: Callable[..., Any]) -> dict[Any, Any]:
         """Return the stored rows of these keys as records."""

@@ -80,8 +80,11 @@ def take_over(engine: Engine, app: str, created: str, partitions: int, last: int
         SchemaError: this database was folded from another stream, or from more than the stream now holds.
     """
     with engine.begin() as connection:
-        known = connection.execute(select(stream).where(stream.c.app == app)).first()
+        # the lock makes two services that start at once take one epoch after the other
+        known = connection.execute(select(stream).where(stream.c.app == app).with_for_update()).first()
         if known is None:
+            if other := connection.scalar(select(stream.c.app)):
+                raise SchemaError(f"this database belongs to the app {other!r}; give each app a database of its own")
             connection.execute(insert(stream).values(app=app, created=created, partitions=partitions, epoch=1))
             return 1
         if known.created != created:

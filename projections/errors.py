@@ -29,5 +29,17 @@ class HandlerFailed(Exception):
         self.error = error
 
 
+class KeyRefused(HandlerFailed):
+    """The database refuses a tally's entry; which aggregates added to it is still to be found out (`Plan.blame`).
+
+    Attributes:
+        key: tells the entry: its key as JSON, or None if not even that can be made.
+    """
+
+    def __init__(self, projection: int, aggregate: str, key: str | None, error: str) -> None:
+        super().__init__(projection, (aggregate, ""), UNKNOWN, error)
+        self.key = key
+
+
 class SchemaError(Exception):
     """The database is not as this program needs it; the message says what to do."""

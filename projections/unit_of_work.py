@@ -11,14 +11,16 @@ import orjson
 from sqlalchemy import Connection, Engine, TextClause, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
+from aggregates.commit import Envelope
 from projections.bulk import Bulk, key_parameters
 from projections.database import is_infrastructure
-from projections.errors import UNKNOWN, Fenced, HandlerFailed
+from projections.errors import UNKNOWN, Fenced, HandlerFailed, KeyRefused
 from projections.fold import Folded, Letter, Plan
 from projections.generations import Generation
 from projections.projection import Recorded, Transaction
 from projections.tables import dead_letter
 
+Groups = Sequence[tuple[tuple[str, str], Sequence[tuple[int, Sequence[Envelope]]]]]
 _ADVANCE = {
     "sqlite": """
         UPDATE eskernel_checkpoint SET sequence = given.value->>4
@@ -48,6 +50,11 @@ class Write:
     statements: list[tuple[int, TextClause, list[dict[str, str]]]] = field(default_factory=list)
     sql: list[tuple[int, Callable[..., Any], list[Recorded[Any]]]] = field(default_factory=list)
     letters: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _line(error: str) -> str:
+    """Return an error's text as every database takes it."""
+    return error.replace("\0", "\\0")[:4_000]
 
 
 class Writer:
@@ -98,7 +105,11 @@ class Writer:
                     dropped = [key for key, row in rows.items() if row is None]
                     write.statements.append((index, bulk.delete, [key_parameters(dropped)]))
             if increments := folded.tallies[index]:
-                write.statements.append((index, bulk.add, bulk.parameters(increments.values())))
+                try:
+                    write.statements.append((index, bulk.add, bulk.parameters(increments.values())))
+                except Exception as error:
+                    why = f"{type(error).__name__}: {error}"
+                    raise KeyRefused(index, self.plan.projections[index].aggregate, None, why) from error
         if folded.letters:
             write.letters = [self._letter_row(one, *letter(one)) for one in folded.letters]
         return write
@@ -115,6 +126,31 @@ class Writer:
                     raise HandlerFailed(index, (self.plan.projections[index].aggregate, key), UNKNOWN, why) from error
             raise
 
+    def blame(self, failure: HandlerFailed, groups: Groups) -> HandlerFailed:
+        """Say of a refused row or entry which aggregate waits because of it, and from which event on.
+
+        That is the last aggregate of the batch that had a part in it, from its first event of the batch on.
+
+        Args:
+            groups: the batch: the commits of each aggregate (type, id).
+        """
+        if isinstance(failure, KeyRefused):
+            bulk = self._bulk[failure.projection]
+            assert bulk is not None
+            others = frozenset(range(len(self.plan.projections))) - {failure.projection}
+            rows: list[Any] = [None] * len(self.plan.projections)
+            for aggregate, commits in reversed(groups):
+                if aggregate[0] == failure.aggregate[0]:
+                    alone = Folded(self.plan)
+                    self.plan.fold(*aggregate, rows, commits, alone, None, others)
+                    if any(bulk.key(entry) == failure.key for entry in alone.tallies[failure.projection].values()):
+                        failure.aggregate = aggregate
+                        break
+        if failure.sequence == UNKNOWN:
+            commits = next(commits for aggregate, commits in groups if aggregate == failure.aggregate)
+            failure.sequence = commits[0][1][0].sequence
+        return failure
+
     def _letter_row(self, letter: Letter, partition: int, payload: bytes) -> dict[str, Any]:
         made = self.generations[letter.projection]
         return {
@@ -126,7 +162,7 @@ class Writer:
             "stream_sequence": letter.stream_sequence,
             "sequence": letter.sequence,
             "payload": payload,
-            "error": letter.error,
+            "error": _line(letter.error),
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -141,7 +177,7 @@ class Writer:
             "stream_sequence": stream_sequence,
             "sequence": 0,
             "payload": payload,
-            "error": why,
+            "error": _line(why),
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -158,15 +194,15 @@ class Writer:
                 self.apply(connection, write)
         except DBAPIError as error:
             if not is_infrastructure(error):
-                self._find_refused(write, error)
+                self.find_refused(write, error)
             raise
 
-    def _find_refused(self, write: Write, error: DBAPIError) -> None:
+    def find_refused(self, write: Write, error: DBAPIError) -> None:
         """Raise `HandlerFailed` for the row that the database refuses; found in a transaction that is rolled back."""
         with self.engine.connect() as connection:
             for index, statement, parameters in write.statements:
-                bulk, declared = self._bulk[index], self.plan.projections[index]
-                if bulk is None or declared.kind != "rows" or statement is bulk.delete:
+                bulk, aggregate = self._bulk[index], self.plan.projections[index].aggregate
+                if bulk is None or statement is bulk.delete:
                     continue
                 for key, one in bulk.one_by_one(parameters):
                     try:
@@ -175,7 +211,10 @@ class Writer:
                     except DBAPIError as refused:
                         if is_infrastructure(refused):
                             raise
-                        raise HandlerFailed(index, (declared.aggregate, key), UNKNOWN, str(refused.orig)) from error
+                        if statement is bulk.add:
+                            text_ = orjson.dumps(key).decode()
+                            raise KeyRefused(index, aggregate, text_, str(refused.orig)) from error
+                        raise HandlerFailed(index, (aggregate, key[0]), UNKNOWN, str(refused.orig)) from error
             connection.rollback()
 
     def apply(self, connection: Connection, write: Write) -> None:

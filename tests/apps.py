@@ -39,6 +39,20 @@ class Explode:
     pass
 
 
+@event
+class Weighed:
+    grams: float
+
+
+@command
+class Weigh:
+    grams: str
+
+    def __post_init__(self) -> None:
+        if self.grams == "heavy":
+            raise KeyError("how heavy?")
+
+
 class Notebook(Aggregate):
     total: int = 0
 
@@ -53,12 +67,20 @@ class Notebook(Aggregate):
         return [Noted(command.text, 1), Noted(command.text, 2)]
 
     @handles
+    def weigh(self, command: Weigh) -> Weighed:
+        return Weighed(float(command.grams))
+
+    @handles
     def explode(self, command: Explode) -> None:
         raise ZeroDivisionError("boom")
 
     @applies
     def noted(self, event: Noted) -> None:
         self.total += event.number
+
+    @applies
+    def weighed(self, event: Weighed) -> None:
+        pass
 
 
 class Base(DeclarativeBase):
@@ -77,6 +99,7 @@ class Word(Base):
     __tablename__ = "words"
     word: Mapped[str] = mapped_column(primary_key=True)
     times: Mapped[int] = mapped_column(default=0)
+    number: Mapped[int] = mapped_column(default=0)
 
 
 class Line(Base):
@@ -91,6 +114,8 @@ class Pages(Rows[Page], of=Notebook):
     def noted(self, row: Page, event: Noted) -> None:
         if event.text == "poison row":
             raise ValueError("no such page")
+        if event.text == "zero row":
+            raise ValueError("no such page: \0")
         row.notes += 1
         row.total += event.number
         row.last = event.text
@@ -100,6 +125,8 @@ class Words(Tallies[Word], of=Notebook):
     @applies
     def noted(self, tally: Tally[Word], event: Noted) -> None:
         tally[event.text].times += 1
+        if event.text == "heavy word":
+            tally[event.text].number += 2**62
         if event.text == "poison tally":
             raise ValueError("no such word")
 

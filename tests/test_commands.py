@@ -12,9 +12,10 @@ import nats
 import pytest
 
 from aggregates import InvalidId, Rejected
+from aggregates.commit import Decision, decode, encode
 from aggregates.context import uuid7
 from kernel import App, Client, CommandError, Overloaded, Service, Settings
-from tests.apps import Explode, Note, Notebook, NoteTwice, notebooks
+from tests.apps import Explode, Note, Notebook, Noted, NoteTwice, Weigh, notebooks
 
 
 @pytest.fixture
@@ -142,6 +143,82 @@ async def test_events_too_large_for_the_log_are_refused_and_neighbours_are_not(c
     assert isinstance(outcomes[0], CommandError)
     assert outcomes[0].type == "too-large"
     assert outcomes[1].version == 1  # type: ignore[union-attr]
+
+
+async def test_an_unstorable_event_fails_its_own_command_only(client: Client) -> None:
+    outcomes = await asyncio.gather(
+        *(client.execute(Notebook, "n", Weigh("inf" if number == 5 else "1.5")) for number in range(12)),
+        return_exceptions=True,
+    )
+    failed = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)]
+    assert failed == [5]
+    assert "infinite" in str(outcomes[5])
+
+
+async def test_a_request_that_breaks_the_decoder_takes_nobody_along(service: Service, client: Client) -> None:
+    connection = await nats.connect(service.nats_url)
+    inbox = connection.new_inbox()
+    deep = b'{"aggregate":"Notebook","id":"n","command":"Note","data":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    heavy = b'{"aggregate":"Notebook","id":"n","command":"Weigh","data":{"grams":"heavy"}}'
+    answers = await connection.subscribe(inbox)
+    for payload in (deep, heavy):
+        await connection.publish(f"{app_of(service)}.cmd", payload, reply=inbox)
+    receipt = await client.execute(Notebook, "n", Note("fine"))
+    kinds = sorted([json.loads((await answers.next_msg(timeout=5)).data)["error"]["type"] for _ in range(2)])
+    assert receipt.version == 1
+    assert kinds == ["invalid-command", "malformed"]
+    assert service.status()["commands_pending"] == 0
+    await connection.close()
+
+
+def app_of(service: Service) -> str:
+    return service.app.name
+
+
+async def test_an_answer_never_exceeds_what_the_server_takes(service: Service) -> None:
+    named = {"aggregate": "Notebook", "id": "n", "command": "\x7f" * 150_000, "data": {}}
+    error = (await request(service, json.dumps(named).encode()))["error"]
+    assert error["type"] == "unknown-command"
+    assert len(error["message"]) <= 4_000
+    long = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": {"text": "a"}, "command_id": "x" * 300}
+    assert (await request(service, json.dumps(long).encode()))["error"]["type"] == "malformed"
+
+
+async def test_an_append_that_may_lie_below_somebody_elses_is_looked_for(service: Service, client: Client) -> None:
+    """The acknowledgement is lost, then another writer appends: deciding again must not double the commands."""
+    await asyncio.gather(*(client.execute(Notebook, "n", Note("first")) for _ in range(12)))
+    assert service._log is not None
+    appender, address = service._log.appender, service._log.subjects.address("Notebook", "n")
+    take = appender._acknowledged
+    lost = asyncio.Event()
+
+    def lose(subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
+        if not lost.is_set() and b'"seq"' in payload:
+            lost.set()
+        else:
+            take(subject, reply, payload, headers)
+
+    key = next(key for key, listener in service._wire.listeners.items() if listener == take)  # type: ignore[union-attr]
+    service._wire.listeners[key] = lose  # type: ignore[union-attr]
+    sending = [asyncio.create_task(client.execute(Notebook, "n", Note("again"), timeout=60)) for _ in range(20)]
+    await lost.wait()
+    last = await client.log.last(address.subject)
+    assert last is not None
+    envelopes = decode(last.payload)
+    stranger = encode(
+        "/x",
+        "n",
+        {Noted: ("Noted", 1)},
+        [Decision("stranger", [Noted("x", 1)])],
+        envelopes[-1].sequence,
+        "2013-01-01T00:00:00Z",
+    )
+    await client.log.append(address.subject, last.sequence, stranger)
+    appender._timeout = 0.05
+    await asyncio.gather(*sending)
+    stored = await client.log.read_subject(address.subject)
+    ids = [envelope.commandid for commit in stored for envelope in decode(commit.payload)]
+    assert len(ids) == len(set(ids)) == 33
 
 
 async def test_an_id_that_cannot_be_addressed_is_refused_by_the_client(client: Client) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -17,6 +19,8 @@ from projections import SchemaError
 from projections.database import open_database
 from projections.tables import dead_letter, stream
 from tests.apps import Note, Notebook, Page, bank, notebooks
+
+Wait = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def settings(tmp_path: Path, nats_url: str, database_url: str, **more: object) -> Settings:
@@ -37,7 +41,7 @@ async def test_rows_tallies_and_statements_follow_the_commands(
         pages = await client.query("select * from pages order by notebook", after=receipts)
         assert [page["notes"] for page in pages] == [30] * 10
         assert sum(page["total"] for page in pages) == sum(range(300))
-        assert await client.query("select * from words") == [{"word": "hello", "times": 300}]
+        assert await client.query("select word, times from words") == [{"word": "hello", "times": 300}]
         assert (await client.query("select count(*) as n from lines"))[0]["n"] == 300
     await service.stop()
 
@@ -118,6 +122,61 @@ async def test_a_poisoned_aggregate_waits_alone_and_only_for_that_projection(
     assert [letter.sequence for letter in letters] == list(range(6, 12))
     assert "no such" in letters[0].error
     assert poison.encode() in letters[0].payload
+
+
+@pytest.mark.parametrize("poison", ["zero \0 word", "zero row"])
+async def test_what_the_database_refuses_stops_nobody_else(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, poison: str
+) -> None:
+    """A tally's key, and the text of an error, with a character that no database takes."""
+    service = Service(notebooks(app_name), settings(tmp_path, nats_url, database_url))
+    await service.start()
+    async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
+        bad = [await client.execute(Notebook, f"bad{n}", Note(poison)) for n in range(2)]
+        after = await note(client, 50)
+        assert (await client.query("select times from words where word = 'hello'", after=[*bad, *after])) == [
+            {"times": 50}
+        ]
+        assert (await client.query("select sum(notes) as n from pages where notebook like 'n%'"))[0]["n"] == 50
+    assert service._projector is not None
+    assert service._projector.state == "running"
+    await service.stop()
+
+
+async def test_a_tally_that_overflows_parks_who_tips_it_over(
+    nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path
+) -> None:
+    service = Service(notebooks(app_name), settings(tmp_path, nats_url, fresh_postgres))
+    await service.start()
+    async with await Client.connect(service.app, nats=nats_url, database=fresh_postgres) as client:
+        bad = [await client.execute(Notebook, f"bad{n}", Note("heavy word")) for n in range(3)]
+        after = await note(client, 50)
+        words = await client.query("select word, times from words order by word", after=[*bad, *after])
+        assert {"word": "hello", "times": 50} in words
+    await service.stop()
+
+
+async def test_quiet_partitions_move_up_under_steady_load(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    service = Service(notebooks(app_name), settings(tmp_path, nats_url, database_url))
+    await service.start()
+    stop = asyncio.Event()
+    async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
+
+        async def load() -> None:
+            while not stop.is_set():
+                await client.execute(Notebook, "always the same", Note("hello"))
+
+        async def lowest() -> bool:
+            rows = await client.query("select min(sequence) as n from eskernel_checkpoint")
+            return rows[0]["n"] > 100
+
+        loading = asyncio.create_task(load())
+        await wait_until(lowest, timeout=30)
+        stop.set()
+        await loading
+    await service.stop()
 
 
 async def test_parked_aggregates_stay_parked_over_a_restart(

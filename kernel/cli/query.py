@@ -17,6 +17,8 @@ from aggregates.commit import Envelope, decode
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, fail, find_target, print_json, target_options
 
+MAX_BYTES_SHOWN = 60
+
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("sql")
@@ -52,8 +54,15 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*map(_cell, row.values()))
     return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bytes):
+        text = value.decode(errors="replace")
+        return text if len(text) <= MAX_BYTES_SHOWN else f"{text[:MAX_BYTES_SHOWN]}... ({len(value)} bytes)"
+    return "" if value is None else str(value)
 
 
 @click.command(epilog=EXIT_CODES)

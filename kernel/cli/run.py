@@ -19,6 +19,7 @@ from kernel.service import Service
 from kernel.settings import Settings
 
 _DEFAULTS = Settings()
+COUNT, SECONDS = click.IntRange(1), click.FloatRange(0)
 
 
 @click.command(epilog=EXIT_CODES)
@@ -26,19 +27,55 @@ _DEFAULTS = Settings()
 @click.option("--data", type=click.Path(path_type=Path), default=_DEFAULTS.data, show_default=True)
 @click.option("--nats", metavar="URL", help="A NATS server with JetStream; without it an embedded one is started.")
 @click.option("--database", metavar="URL", help="postgresql://... or sqlite:///file; without it SQLite in --data.")
-@click.option("--partitions", default=_DEFAULTS.partitions, show_default=True, help="Used when the stream is created.")
-@click.option("--replicas", default=_DEFAULTS.replicas, show_default=True, help="Used when the stream is created.")
+@click.option(
+    "--partitions",
+    type=click.IntRange(1, 4096),
+    default=_DEFAULTS.partitions,
+    show_default=True,
+    help="Used when the stream is created.",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, 5),
+    default=_DEFAULTS.replicas,
+    show_default=True,
+    help="Used when the stream is created.",
+)
 @click.option("--sync", is_flag=True, help="Embedded server: wait for the disk at every commit.")
 @click.option(
     "--group-commit", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
     help="Whether commits that are ready together go out as one atomic batch; auto measures the server.",
 )  # fmt: skip
 @click.option("--host", default=_DEFAULTS.host, show_default=True, help="Where HTTP listens.")
-@click.option("--port", default=_DEFAULTS.port, help="HTTP port; a free one by default.")
-@click.option("--max-actors", default=_DEFAULTS.max_actors, show_default=True, help="Aggregates that stay live.")
-@click.option("--idle", default=_DEFAULTS.idle, show_default=True, help="Seconds until an unused aggregate goes.")
-@click.option("--max-commands", default=_DEFAULTS.max_commands, show_default=True, help="Commands under way at once.")
-@click.option("--drain", default=_DEFAULTS.drain, show_default=True, help="Seconds that a stop waits for commands.")
+@click.option("--port", type=click.IntRange(0, 65535), default=_DEFAULTS.port, help="HTTP port; a free one by default.")
+@click.option(
+    "--max-actors",
+    type=click.IntRange(1),
+    default=_DEFAULTS.max_actors,
+    show_default=True,
+    help="Aggregates that stay live.",
+)
+@click.option(
+    "--idle",
+    type=click.FloatRange(0),
+    default=_DEFAULTS.idle,
+    show_default=True,
+    help="Seconds until an unused aggregate goes.",
+)
+@click.option(
+    "--max-commands",
+    type=click.IntRange(1),
+    default=_DEFAULTS.max_commands,
+    show_default=True,
+    help="Commands under way at once.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=_DEFAULTS.drain,
+    show_default=True,
+    help="Seconds that a stop waits for commands.",
+)
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @asynchronous
 async def run(app: str, log_level: str, **options: Any) -> None:

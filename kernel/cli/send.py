@@ -11,7 +11,7 @@ import orjson
 
 from aggregates import InvalidMessage
 from aggregates.context import uuid7
-from aggregates.messages import parse
+from aggregates.messages import dumps, parse
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import asynchronous, console, find_target, print_json, target_options
 
@@ -92,6 +92,8 @@ def _make(cls: type, fields: tuple[str, ...], fields_json: str | None) -> Any:
     if any(name not in known for name in typed):
         parse(cls, typed)  # says which, and what there is
     try:
-        return msgspec.convert(typed, cls, strict=False)
-    except msgspec.ValidationError as error:
+        made: Any = msgspec.convert(typed, cls, strict=False)
+        dumps(made)
+    except (msgspec.ValidationError, TypeError) as error:
         raise InvalidMessage(f"{cls.__name__}: {error}") from None
+    return made

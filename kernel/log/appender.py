@@ -275,6 +275,9 @@ class Appender:
                 group = self._in_flight.pop(token)
                 self._messages_in_flight -= len(group)
                 self._settle(group, "no acknowledgement")
+            if self._waiting and not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._flush)
             lapsed = time.perf_counter() - self._deadline
             while self._waiting and self._waiting[0].started < lapsed:
                 one = self._waiting.popleft()
@@ -290,6 +293,13 @@ class Appender:
 
     async def _find_out(self, one: Append, why: str) -> None:
         """Read back whether an append took effect; if not, send it again: its expected sequence makes that safe."""
+        try:
+            await self._settle_one(one, why)
+        finally:
+            if self._closed and not one.future.done():
+                one.future.set_exception(UnknownOutcome("the log was closed before it answered"))
+
+    async def _settle_one(self, one: Append, why: str) -> None:
         pause = 0.02
         give_up = one.started + self._deadline
         while not one.future.done():
@@ -302,7 +312,7 @@ class Appender:
                 if last is not None and last.payload == one.payload:
                     one.future.set_result(last.sequence)
                 elif (last.sequence if last is not None else 0) != one.expected:
-                    one.future.set_exception(Conflict(one.subject, one.expected, last.sequence if last else 0))
+                    one.future.set_exception(Conflict(one.subject, one.expected, last.sequence if last else 0, True))
                 elif time.perf_counter() < give_up:
                     frames: list[bytes] = []
                     self._send_one(one, time.perf_counter(), frames)

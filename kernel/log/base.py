@@ -15,11 +15,13 @@ class Conflict(LogError):
 
     Attributes:
         actual: stream sequence of the subject's last commit, or None if the log didn't say.
+        uncertain: the answer to the append was lost, so it may have taken effect before the other one.
     """
 
-    def __init__(self, subject: str, expected: int, actual: int | None) -> None:
+    def __init__(self, subject: str, expected: int, actual: int | None, uncertain: bool = False) -> None:
         super().__init__(f"{subject}: expected last sequence {expected}, it is {actual}")
         self.actual = actual
+        self.uncertain = uncertain
 
 
 class PayloadTooLarge(LogError):

@@ -164,6 +164,10 @@ async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None
         for callback in wire.reconnections:
             callback()
 
+    async def closed() -> None:
+        if on_event is not None:
+            on_event("closed")
+
     settings: dict[str, Any] = {
         "allow_reconnect": True,
         "max_reconnect_attempts": -1,
@@ -181,6 +185,7 @@ async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None
             error_cb=error,
             disconnected_cb=disconnected,
             reconnected_cb=reconnected,
+            closed_cb=closed,
             **settings,
         )
     )
