@@ -186,13 +186,17 @@ class Projector:
             await reader.close()
 
     async def _next(self, reader: LogReader) -> Batch:
-        """Wait for commits, but not past a stop."""
-        if self._pending is not None and self._pending.task.done():
-            await self._settle()
+        """Wait for commits, but not past a stop; meanwhile conclude the write under way."""
         reading = asyncio.ensure_future(self._read(reader))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
-            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            while not reading.done() and not stopping.done():
+                waiting: set[asyncio.Future[Any]] = {reading, stopping}
+                if self._pending is not None:
+                    waiting.add(self._pending.task)
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if self._pending is not None and self._pending.task.done():
+                    await self._settle()
             return reading.result() if reading.done() else Batch([], 0)
         finally:
             stopping.cancel()
