@@ -289,6 +289,20 @@ async def test_the_same_service_runs_on_an_older_server(old_nats_url: str, app_n
     await service.stop()
 
 
+async def test_a_connection_closed_for_good_ends_the_service_with_a_reason(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    service = Service(bank(app_name), Settings(data=tmp_path, nats=nats_url))
+    await service.start()
+    assert service._wire is not None
+    # as nats-py does by itself after some of the server's errors
+    await service._wire.close()
+    async with asyncio.timeout(10):
+        await service.stopped.wait()
+    assert "closed for good" in service.failure
+    await service.stop()
+
+
 async def test_a_server_that_is_not_there_is_named(app_name: str, tmp_path: Path) -> None:
     with pytest.raises((ConnectionError, Unavailable), match=r"nats://127\.0\.0\.1:9"):
         await Service(bank(app_name), Settings(data=tmp_path, nats="nats://127.0.0.1:9")).start()

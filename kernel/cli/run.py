@@ -19,7 +19,6 @@ from kernel.service import Service
 from kernel.settings import Settings
 
 _DEFAULTS = Settings()
-COUNT, SECONDS = click.IntRange(1), click.FloatRange(0)
 
 
 @click.command(epilog=EXIT_CODES)

@@ -47,7 +47,6 @@ class JetStreamReader:
         self._requested = 0
         self._delivered = 0
         self._heard = 0.0
-        self.restarts = -1
         wire.reconnections.append(self._break)
 
     def _break(self) -> None:
@@ -74,7 +73,6 @@ class JetStreamReader:
         self._buffer.clear()
         self._requested = self._delivered = 0
         self._broken = False
-        self.restarts += 1
         self._heard = time.monotonic()
         # a new inbox each time: late messages of the old consumer must not be taken for the new one's
         self._inbox = self._wire.new_inbox()
