@@ -19,16 +19,17 @@ from kernel.rebuild import build_missing
 from kernel.residents import Residents
 from kernel.settings import Settings
 from projections import generations
-from projections.checkpoints import take_over
+from projections.checkpoints import register
 from projections.database import open_database
 
 
 @contextmanager
-def _database(app: App, url: str, info: StreamInfo) -> Iterator[tuple[Engine, int]]:
+def _database(app: App, url: str, info: StreamInfo) -> Iterator[Engine]:
     engine = open_database(url)
     try:
         migrations.upgrade(engine)
-        yield engine, take_over(engine, app.name, info.created, info.partitions, info.last)
+        register(engine, app.name, info.created, info.partitions, info.last)
+        yield engine
     finally:
         engine.dispose()
 
@@ -36,22 +37,33 @@ def _database(app: App, url: str, info: StreamInfo) -> Iterator[tuple[Engine, in
 async def live(app: App, log: JetStreamLog, url: str) -> float:
     """Project everything with the service's own projector, actors and residents; return commits per second."""
     info = await log.info()
-    with _database(app, url, info) as (engine, epoch):
+    with _database(app, url, info) as engine:
         with engine.begin() as connection:
             for declared in app.projections:
                 # live and empty: a service would rather build it by replay
                 generations.show(connection, generations.create(connection, declared, range(info.partitions)))
         settings = Settings()
-        gateway = CommandGateway(app, log, log.subjects, lambda _subject, _payload: None, settings.max_commands)
+        gateway = CommandGateway(
+            app,
+            log,
+            log.subjects,
+            lambda _subject, _payload, _reply: None,
+            settings.max_commands,
+            lambda _partition: True,
+        )
         gateway.actors = Actors(gateway)
         gateway.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
-        failures: list[str] = []
-        projector = Projector(app, log, log.subjects, engine, epoch, gateway.actors, gateway.residents, failures.append)
+
+        async def fenced() -> None:
+            raise AssertionError("nobody else writes")
+
+        projector = Projector(app, log, log.subjects, engine, gateway.actors, gateway.residents, fenced)
+        projector.own(frozenset(range(info.partitions)))
         started = time.perf_counter()
         running = asyncio.create_task(projector.run())
         try:
             while projector.position < info.last or not _written(projector):
-                assert not failures and not running.done(), failures
+                assert not running.done(), projector.state
                 await asyncio.sleep(0.005)
             rate = info.commits / (time.perf_counter() - started)
             assert projector.state == "running", projector.state

@@ -24,6 +24,7 @@ from projections.fold import Folded, Plan
 
 MAX_DECISIONS = 100
 """Commands decided together in one commit."""
+_MOVED = "the aggregate's partition has moved to another worker"
 MAX_ATTEMPTS = 8
 """Decisions of one command against ever newer state before giving up."""
 
@@ -43,6 +44,9 @@ class Request:
 
 class Gateway(Protocol):
     """What actors ask of the asyncio side. None of it blocks."""
+
+    def holds(self, partition: int) -> bool:
+        """Say whether this worker still holds the partition."""
 
     def load(self, address: Address) -> None:
         """Load the aggregate; answer with `Loaded`."""
@@ -142,6 +146,10 @@ class DropRows:
     """Forget the folded rows: what is stored differs from them."""
 
 
+class Leave:
+    """The partition is no longer ours: forget the state, others may change it; what waits is for them."""
+
+
 class Passivate:
     """Forget everything; the shell can serve another aggregate."""
 
@@ -171,6 +179,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         self.deciding: list[tuple[Request, int]] | None = None
         self.loading = False
         self.alone = False
+        self.left = False
 
     def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
         """Handle one message; a failure is answered, never raised."""
@@ -186,6 +195,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 self._loaded(message)
             elif kind is Searched:
                 self._searched(message)
+            elif kind is Leave:
+                self._leave()
             elif kind is DropRows:
                 self.rows = self.sequence = None
             elif kind is Passivate:
@@ -206,6 +217,22 @@ class AggregateActor(Actor):  # type: ignore[misc]
             )
         except HandlerFailed as failure:
             turn.failure = failure
+        if self.cell is not None and self.sequence is not None and self.sequence > self.cell.version:
+            self.left = True  # somebody else has written: what we know is out of date
+            self._forget_cell()
+
+    def _leave(self) -> None:
+        self.left = True
+        requests, self.stash = self.stash or [], None
+        for request in requests:
+            self._fail(request, "unavailable", _MOVED)
+        self._forget_cell()
+
+    def _forget_cell(self) -> None:
+        """Load the state again before the next decision; one that is under way is concluded with what it has."""
+        if self.deciding is None and not self.loading:
+            self.cell = None
+            self.left = False
 
     def _take(self, decide: Decide) -> None:
         self.address = decide.address
@@ -227,7 +254,11 @@ class AggregateActor(Actor):  # type: ignore[misc]
     def _loaded(self, loaded: Loaded) -> None:
         self.loading = False
         self.cell = loaded.cell
-        if loaded.error is not None:
+        if self.left:
+            # what was loaded may have been out of date on arrival
+            self._forget_cell()
+            self._next()
+        elif loaded.error is not None:
             requests, self.stash = self.stash or [], None
             for request in requests:
                 self._fail(request, *loaded.error)
@@ -237,6 +268,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
     def _searched(self, searched: Searched) -> None:
         assert self.address is not None
         self.loading = False
+        if self.left:
+            self._forget_cell()
         request = searched.request
         if searched.found is not None:
             self.gateway.succeed(self.address, request, *searched.found, True)
@@ -250,6 +283,12 @@ class AggregateActor(Actor):  # type: ignore[misc]
     def _decide(self, cell: Cell[Any]) -> None:
         assert self.address is not None
         requests, self.stash = self.stash or [], None
+        if not self.gateway.holds(self.address.partition):
+            # frozen, perhaps, while somebody else took over: not even a refusal of ours would be worth anything
+            for request in requests:
+                self._fail(request, "unavailable", _MOVED)
+            self.cell = None
+            return
         limit = 1 if self.alone else MAX_DECISIONS
         version = cell.version
         decisions: list[Decision] = []
@@ -332,6 +371,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 again = []
             if again:
                 self.stash = again + (self.stash or [])
+        if self.left:
+            self._forget_cell()
         self._next()
 
     def _fail(self, request: Request, type: ErrorType, message: str) -> None:

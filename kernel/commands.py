@@ -12,12 +12,12 @@ import msgspec
 
 from aggregates import InvalidId, InvalidMessage, SequenceError
 from aggregates.cell import Cell
-from aggregates.commit import Decision, decode, encode, timestamp
+from aggregates.commit import Decision, Envelope, decode, encode, timestamp
 from aggregates.context import uuid7
 from aggregates.messages import parse
-from kernel.actors import Actors, Appended, Decide, Loaded, Request, Searched, Unstorable
+from kernel.actors import Actors, Appended, Decide, Leave, Loaded, Request, Searched, Unstorable
 from kernel.app import App
-from kernel.log.base import Conflict, EventLog, LogError
+from kernel.log.base import Conflict, EventLog, LogError, Stored
 from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
 from kernel.metrics import ALERTS, APPEND_SECONDS, APPENDS, COMMANDS, COMMANDS_PENDING, LOADS
 from kernel.residents import Residents
@@ -25,31 +25,41 @@ from kernel.subjects import Address, Subjects
 
 logger = logging.getLogger("eskernel")
 RETRY_AFTER_S = 0.2
+MOVED_RETRY_S = 0.05
+"""After so long somebody else has the partition, or we have it again."""
 MAX_LOADS = 256
 """Aggregates loaded at the same time."""
 
-Reply = Callable[[bytes, bytes], None]
+Publish = Callable[[bytes, bytes, bytes], None]
 
 
 class CommandGateway:
     """Takes requests, has actors decide them, appends, and answers. Implements the actors' `Gateway`.
 
     Args:
-        reply: sends an answer to a reply subject.
+        publish: sends a payload to a subject; with a second subject, answers to it go there.
         limit: commands under way; more are refused as overloaded.
+        holds: says whether this worker still holds a partition, as far as can be known without asking.
     """
 
-    def __init__(self, app: App, log: EventLog, subjects: Subjects, reply: Reply, limit: int) -> None:
-        self._app, self._log, self._subjects, self._reply, self._limit = app, log, subjects, reply, limit
+    def __init__(
+        self, app: App, log: EventLog, subjects: Subjects, publish: Publish, limit: int, holds: Callable[[int], bool]
+    ) -> None:
+        self._app, self._log, self._subjects, self._publish, self._limit = app, log, subjects, publish, limit
+        self.holds = holds
+        self.taking: set[int] = set()
         self._names = {
             declared.name: {event.cls: (event.name, event.version) for event in declared.events.values()}
             for declared in app.types.values()
         }
-        self._inbox: list[tuple[bytes, bytes]] = []
+        self._inbox: list[tuple[bytes, bytes, bytes]] = []
+        self._anywhere = subjects.commands().encode()
         self._pending = 0
+        self._pending_in = [0] * subjects.partitions
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._draining_partitions = 0
         self._loop = asyncio.get_running_loop()
         self._told: list[tuple[Any, Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -63,30 +73,30 @@ class CommandGateway:
 
     # requests
 
-    def receive(self, _subject: bytes, reply: bytes, payload: bytes, _headers: bytes | None) -> None:
+    def receive(self, subject: bytes, reply: bytes, payload: bytes, _headers: bytes | None) -> None:
         """Take a request from the connection; it is handled with all others that came at the same time."""
         if not self._inbox:
             self._loop.call_soon(self._handle_inbox)
-        self._inbox.append((reply, payload))
+        self._inbox.append((subject, reply, payload))
 
     def _handle_inbox(self) -> None:
         inbox, self._inbox = self._inbox, []
         by_address: dict[Address, list[Request]] = {}
-        for reply, payload in inbox:
+        for subject, reply, payload in inbox:
             if self._draining:
                 self._refuse(reply, "overloaded", "the service is stopping", "", RETRY_AFTER_S)
             elif self._pending >= self._limit:
                 self._refuse(reply, "overloaded", f"{self._pending} commands are under way", "", RETRY_AFTER_S)
             else:
                 try:
-                    self._admit(reply, payload, by_address)
+                    self._admit(subject, reply, payload, by_address)
                 except Exception as error:  # one request must not take those beside it along
                     self.alert(f"admitting a request: {type(error).__name__}: {error}")
                     self._refuse(reply, "failed", f"{type(error).__name__}: {error}")
         if by_address:
             self.deliver(by_address)
 
-    def _admit(self, reply: bytes, payload: bytes, by_address: dict[Address, list[Request]]) -> None:
+    def _admit(self, subject: bytes, reply: bytes, payload: bytes, by_address: dict[Address, list[Request]]) -> None:
         try:
             wire = decode_request(payload)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -110,6 +120,9 @@ class CommandGateway:
             return
         try:
             address = self._subjects.address(wire.aggregate, wire.id)
+            if address.partition not in self.taking:
+                self._pass_on(subject, reply, payload, address.partition, wire.command_id)
+                return
             command: Any = parse(command_class, wire.data)
         except InvalidId as error:
             self._refuse(reply, "invalid-id", str(error), wire.command_id)
@@ -121,14 +134,23 @@ class CommandGateway:
             wire.command_id = uuid7()
         by_address.setdefault(address, []).append(Request(wire, command, reply))
         self._pending += 1
+        self._pending_in[address.partition] += 1
         self._idle.clear()
+
+    def _pass_on(self, subject: bytes, reply: bytes, payload: bytes, partition: int, command_id: str) -> None:
+        """A command for somebody else's partition: its sender didn't know whose, or it has just moved."""
+        if subject == self._anywhere:
+            # where nobody listens, the server tells the sender
+            self._publish(self._subjects.commands(partition).encode(), payload, reply)
+        else:
+            self._refuse(reply, "unavailable", f"partition {partition} is moving", command_id, MOVED_RETRY_S)
 
     def _refuse(
         self, reply: bytes, type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None
     ) -> None:
         self._outcomes[type] = self._outcomes.get(type, 0) + 1
         if reply:
-            self._reply(reply, encode_error(type, message, command_id, retry_after))
+            self._publish(reply, encode_error(type, message, command_id, retry_after), b"")
 
     def deliver(self, by_address: dict[Address, list[Request]]) -> None:
         """Give requests to the actors of their aggregates, waking those that sleep."""
@@ -152,7 +174,14 @@ class CommandGateway:
             async with self._loads:
                 stored = await self._log.read_subject(address.subject)
             for commit in stored:
-                cell.replay(decode(commit.payload), commit.sequence)
+                try:
+                    envelopes = decode(commit.payload)
+                except InvalidMessage as problem:
+                    # no event of anybody's; the projections pass over it too, into the quarantine
+                    logger.warning("%s: passing over stream sequence %d: %s", address.subject, commit.sequence, problem)
+                    cell.position = commit.sequence
+                    continue
+                cell.replay(envelopes, commit.sequence)
         except LogError as problem:
             error = ("unavailable", str(problem))
         except (InvalidMessage, SequenceError) as problem:
@@ -171,7 +200,7 @@ class CommandGateway:
                 stored = await self._log.read_subject(address.subject)
             version = sequence = 0
             for commit in stored:
-                for envelope in decode(commit.payload):
+                for envelope in _events_of(commit):
                     if envelope.commandid == request.wire.command_id:
                         version, sequence = envelope.sequence, commit.sequence
         except Exception as problem:
@@ -223,7 +252,7 @@ class CommandGateway:
         self._answered(address, "duplicate" if duplicate else "ok")
         if request.reply:
             receipt = Receipt(version, sequence, address.partition, request.wire.command_id, duplicate)
-            self._reply(request.reply, encode_receipt(receipt))
+            self._publish(request.reply, encode_receipt(receipt), b"")
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
         self._answered(address, type)
@@ -231,7 +260,7 @@ class CommandGateway:
             logger.warning("%s %s: %s failed: %s", address.aggregate, address.id, request.wire.command, message)
         if request.reply:
             retry_after = RETRY_AFTER_S if type in ("unavailable", "overloaded") else None
-            self._reply(request.reply, encode_error(type, message, request.wire.command_id, retry_after))
+            self._publish(request.reply, encode_error(type, message, request.wire.command_id, retry_after), b"")
 
     def alert(self, problem: str) -> None:
         ALERTS.inc()
@@ -245,7 +274,8 @@ class CommandGateway:
         if resident is not None:
             resident.busy -= 1
         self._pending -= 1
-        if not self._pending:
+        self._pending_in[address.partition] -= 1
+        if not self._pending or self._draining_partitions:
             self._idle.set()
 
     def _tell(self, address: Address, message: Any) -> None:
@@ -282,9 +312,37 @@ class CommandGateway:
     async def drain(self, timeout: float) -> bool:
         """Take no more commands and wait for those under way; say whether all were answered in time."""
         self._draining = True
+        return await self._drained(lambda: not self._pending, timeout)
+
+    async def let_go(self, partitions: frozenset[int], timeout: float) -> bool:
+        """Take no more commands for these partitions, wait for those under way, and forget their aggregates."""
+        self.taking -= partitions
+        drained = await self._drained(lambda: not any(self._pending_in[one] for one in partitions), timeout)
+        self.forget(partitions)
+        return drained
+
+    def forget(self, partitions: frozenset[int]) -> None:
+        """Take no more commands for these partitions and forget their aggregates' states: others may change them."""
+        self.taking -= partitions
+        leave = Leave()
+        self.actors.send([(one.actor, leave) for one in self.residents.all() if one.address.partition in partitions])
+
+    async def _drained(self, done: Callable[[], bool], timeout: float) -> bool:
+        self._draining_partitions += 1
         try:
             async with asyncio.timeout(timeout):
-                await self._idle.wait()
+                while not done():
+                    self._idle.clear()
+                    await self._idle.wait()
         except TimeoutError:
             return False
+        finally:
+            self._draining_partitions -= 1
         return True
+
+
+def _events_of(commit: Stored) -> list[Envelope]:
+    try:
+        return decode(commit.payload)
+    except InvalidMessage:
+        return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from aiohttp import web
@@ -38,7 +38,7 @@ class Health:
     """The components' states: the log, the database, the projection."""
 
     def __init__(self) -> None:
-        self.components = {name: Component() for name in ("log", "database", "projection", "commands")}
+        self.components = {name: Component() for name in ("log", "database", "leases", "projection", "commands")}
 
     @property
     def ready(self) -> bool:
@@ -49,11 +49,28 @@ class Health:
         """Return everything as JSON data."""
         return {"ready": self.ready, "components": {name: asdict(one) for name, one in self.components.items()}}
 
+    async def metrics(self) -> bytes:
+        """Return this process's metrics."""
+        return generate_latest()
+
+
+class Reporter(Protocol):
+    """What HTTP shows."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    def report(self) -> dict[str, Any]:
+        """Return the state of everything as JSON data."""
+
+    async def metrics(self) -> bytes:
+        """Return a page in Prometheus's text format."""
+
 
 class HttpServer:
     """Serves health and metrics on a loopback address unless told otherwise."""
 
-    def __init__(self, health: Health, host: str, port: int) -> None:
+    def __init__(self, health: Reporter, host: str, port: int) -> None:
         self._health, self._host, self._port = health, host, port
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -88,4 +105,4 @@ class HttpServer:
         return web.Response(body=report, status=200 if self._health.ready else 503, content_type="application/json")
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=await self._health.metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Engine
 
-from aggregates import InvalidId, InvalidMessage
-from aggregates.commit import Envelope, decode
 from kernel.actors import Actors, DropRows, Fold, Turn
 from kernel.app import App
 from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
-from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, LAG, PARKED, POSITION
+from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, FENCED, LAG, PARKED, POSITION
 from kernel.residents import Resident, Residents
+from kernel.sorting import Commits, Group, Sorter
 from kernel.subjects import Address, Subjects
 from projections.checkpoints import Claim, Move, Position, claim
 from projections.database import is_infrastructure, reads
@@ -45,20 +44,8 @@ SLICE = 400
 """Aggregates folded before the event loop gets a turn."""
 IDLE_S = 1.0
 """Without news for so long, the checkpoints of quiet partitions move up too."""
+NO_PARTITIONS = "waiting for partitions"
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.01, 5.0
-
-Commits = list[tuple[int, list[Envelope]]]
-_ALL_NEW: frozenset[int] = frozenset()
-
-
-@dataclass(slots=True)
-class _Group:
-    """The commits of one aggregate in a batch that the same projections, perhaps all, have folded already."""
-
-    address: Address
-    skip: frozenset[int]
-    done: bool
-    commits: Commits
 
 
 @dataclass(slots=True)
@@ -67,7 +54,7 @@ class _Pending:
 
     task: asyncio.Future[None]
     residents: list[Resident]
-    groups: list[_Group]
+    groups: list[Group]
     events: int
     position: int
 
@@ -75,8 +62,11 @@ class _Pending:
 class Projector:
     """Keeps the live projections of an app up to date.
 
+    It works on the partitions that it was given with `own`, and reads the whole log for them: passing over what is
+    another worker's costs less than a filter does on the server.
+
     Args:
-        lost: called when another service has taken over the database.
+        verify: called when the fence was met: makes sure of what is still ours, and calls `own` if that has changed.
     """
 
     def __init__(
@@ -85,20 +75,26 @@ class Projector:
         log: EventLog,
         subjects: Subjects,
         engine: Engine,
-        owner_epoch: int,
         actors: Actors,
         residents: Residents,
-        lost: Callable[[str], None],
+        verify: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._app, self._log, self._subjects, self._engine = app, log, subjects, engine
-        self._epoch, self._actors, self._residents, self._lost = owner_epoch, actors, residents, lost
+        self._actors, self._residents, self._verify = actors, residents, verify
         self._plan = app.plan()
         self._position: Position
         self._writer: Writer
+        self._sorter: Sorter
         self._pending: _Pending | None = None
         self._write_pool = ThreadPoolExecutor(1, "eskernel-write")
         self._read_pool = ThreadPoolExecutor(1, "eskernel-read")
-        self._stopping = asyncio.Event()
+        self._stopping = False
+        self._wanted: frozenset[int] = frozenset()
+        self._owned: frozenset[int] = frozenset()
+        # set while the session at work is to end: for a stop, or for other partitions
+        self._interrupted = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._batch: list[Stored] = []
         # found when a batch was written, and not yet in the dead letters
         self._failures: list[HandlerFailed] = []
@@ -108,17 +104,42 @@ class Projector:
         self.position = 0
         self.state = "starting"
 
+    def own(self, partitions: frozenset[int]) -> None:
+        """From now on, work on these partitions; what is under way for others is written or given up first."""
+        if partitions != self._wanted:
+            if not self._wanted:
+                self.state = "starting"
+            self._wanted = partitions
+            self._interrupted.set()
+
+    async def let_go(self) -> None:
+        """Wait until nothing is under way for partitions that were taken away with `own`."""
+        while self._owned - self._wanted:
+            self._idle.clear()
+            await self._idle.wait()
+
     async def run(self) -> None:
         """Project until `stop`; come back from every failure that time can mend."""
         pause = MIN_BACKOFF_S
-        while not self._stopping.is_set():
+        while not self._stopping:
+            self._interrupted.clear()
+            self._owned = self._wanted
+            self._idle.set()
+            if not self._owned:
+                self.state = NO_PARTITIONS
+                self.pending = 0
+                await self._interrupted.wait()
+                continue
             began_at = self.position
             try:
-                if not await self._claim():
-                    return
+                await self._claim()
                 await self._session()
-            except (Fenced, HandlerFailed) as error:
-                logger.info("projection goes on from its checkpoints (a rebuild or a refused row): %s", error)
+            except HandlerFailed as error:
+                logger.info("projection goes on from its checkpoints: %s", error)
+            except Fenced as error:
+                logger.info("projection goes on from its checkpoints (a rebuild, or another worker): %s", error)
+                FENCED.inc()
+                await self._verify()
             except LogError as error:
                 logger.warning("projection waits for the log: %s", error)
                 self.state = f"waiting for the log: {error}"
@@ -131,28 +152,31 @@ class Projector:
                     self.state = f"failing: {type(error).__name__}: {error}"
             finally:
                 await self._abandon()
-            pause = MIN_BACKOFF_S if self.position != began_at else min(pause * 2, MAX_BACKOFF_S)
-            await self._rest(pause)
+            if not self._interrupted.is_set():
+                pause = MIN_BACKOFF_S if self.position != began_at else min(pause * 2, MAX_BACKOFF_S)
+                await self._rest(pause)
+        self._owned = frozenset()
+        self._idle.set()
 
     async def _rest(self, seconds: float) -> None:
-        """Wait, but not past a stop."""
+        """Wait, but not past an interruption."""
         try:
             async with asyncio.timeout(seconds):
-                await self._stopping.wait()
+                await self._interrupted.wait()
         except TimeoutError:
             pass
 
-    async def _claim(self) -> bool:
-        """Take the live generations as they are now; say whether this service still owns them."""
-        app = self._app
-        owned: Claim | None = await self._in(
-            self._read_pool, lambda: claim(self._engine, app.name, app.projections, self._epoch)
+    async def _claim(self) -> None:
+        """Take our partitions of the live generations as they are now, fencing whoever had them."""
+        app, partitions = self._app, self._owned
+        claimed: Claim = await self._in(
+            self._read_pool, lambda: claim(self._engine, app.name, app.projections, partitions)
         )
-        if owned is None:
-            self._lost("another service has taken over this projection database")
-            return False
-        self._position = owned.position
-        self._writer = Writer(self._engine, self._plan, owned.generations, self._epoch)
+        self._position = claimed.position
+        self._writer = Writer(self._engine, self._plan, claimed.generations, claimed.epoch)
+        self._sorter = Sorter(
+            self._subjects, app.types, partitions, self._position, len(app.projections), self._quarantine
+        )
 
         def load_parked() -> None:
             with reads(self._engine).connect() as connection:
@@ -162,14 +186,13 @@ class Projector:
         for failure in self._failures:
             self._plan.park(failure)
         PARKED.set(len(self._plan.parked))
-        return True
 
     async def _session(self) -> None:
         reader = await self._log.read(self._position.lowest)
         try:
             self._read_to = self._position.lowest
             last_quiet = time.monotonic()
-            while not self._stopping.is_set():
+            while not self._interrupted.is_set():
                 batch = await self._next(reader)
                 if batch.commits:
                     await self._project(batch)
@@ -186,9 +209,9 @@ class Projector:
             await reader.close()
 
     async def _next(self, reader: LogReader) -> Batch:
-        """Wait for commits, but not past a stop; meanwhile conclude the write under way."""
+        """Wait for commits, but not past an interruption; meanwhile conclude the write under way."""
         reading = asyncio.ensure_future(self._read(reader))
-        stopping = asyncio.ensure_future(self._stopping.wait())
+        stopping = asyncio.ensure_future(self._interrupted.wait())
         try:
             while not reading.done() and not stopping.done():
                 waiting: set[asyncio.Future[Any]] = {reading, stopping}
@@ -218,7 +241,8 @@ class Projector:
 
     async def _project(self, batch: Batch) -> None:
         """Fold one batch and hand it to the database, behind the one being written."""
-        groups = await self._group(batch.commits)
+        groups = await self._sorter.sort(batch.commits)
+        self._batch = batch.commits
         self.pending = batch.pending
         LAG.set(batch.pending + len(batch.commits))
         moves = self._position.moves(self._writer.generations, batch.commits[-1].sequence)
@@ -243,7 +267,7 @@ class Projector:
         self._pending = _Pending(task, residents, groups, folded.count, self._read_to)
 
     async def _fold_or_park(
-        self, groups: list[_Group], residents: list[Resident], moves: list[Move]
+        self, groups: list[Group], residents: list[Resident], moves: list[Move]
     ) -> tuple[Folded, Write]:
         """Fold the batch; when a handler fails, park its aggregate and fold all of it again from stored rows."""
         while True:
@@ -260,40 +284,7 @@ class Projector:
             PARKED.set(len(self._plan.parked))
             self._drop_rows(residents)
 
-    async def _group(self, commits: list[Stored]) -> list[_Group]:
-        """Decode a batch and sort it by aggregate, leaving out what is folded already."""
-        highest = self._position.highest
-        # a subject alone is the key where nothing has been folded before, which is nearly always
-        groups: dict[str | tuple[str, frozenset[int]], _Group] = {}
-        for number, (sequence, subject, payload) in enumerate(commits):
-            if number % 2_000 == 1_999:
-                await asyncio.sleep(0)
-            try:
-                key = subject if sequence > highest else (subject, self._folded(subject, sequence))
-                group = groups.get(key)
-                if group is None:
-                    group = groups[key] = self._new_group(key)
-                if not group.done:
-                    group.commits.append((sequence, decode(payload)))
-            except (InvalidMessage, InvalidId) as error:
-                self._quarantine(sequence, subject, payload, str(error))
-        self._batch = commits
-        found = [group for group in groups.values() if group.commits]
-        for group in found:
-            self._position.touch(group.address.partition)
-        return found
-
-    def _folded(self, subject: str, sequence: int) -> frozenset[int]:
-        return self._position.folded(self._subjects.parse(subject).partition, sequence)
-
-    def _new_group(self, key: str | tuple[str, frozenset[int]]) -> _Group:
-        subject, skip = (key, _ALL_NEW) if isinstance(key, str) else key
-        address = self._subjects.parse(subject)
-        if address.aggregate not in self._app.types:
-            raise InvalidMessage(f"this app has no aggregate {address.aggregate!r}")
-        return _Group(address, skip, len(skip) == len(self._plan.projections), [])
-
-    async def _fold(self, groups: list[_Group], residents: list[Resident]) -> Turn:
+    async def _fold(self, groups: list[Group], residents: list[Resident]) -> Turn:
         """Have the actors fold their commits; give the loop a turn between slices."""
         turn = Turn(self._plan, Folded(self._plan))
         asleep = [resident.address for resident in residents if not resident.has_rows]
@@ -340,10 +331,10 @@ class Projector:
         place = bisect_left(self._batch, letter.stream_sequence, key=attrgetter("sequence"))
         return partition, self._batch[place].payload
 
-    def _quarantine(self, sequence: int, subject: str, payload: bytes, why: str) -> None:
+    def _quarantine(self, sequence: int, subject: str, partition: int, payload: bytes, why: str) -> None:
         """Keep bytes that are no commit of this app; they concern no projection in particular."""
         logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
-        self._garbage.append(self._writer.garbage(sequence, subject, payload, why))
+        self._garbage.append(self._writer.garbage(sequence, subject, partition, payload, why))
 
     async def _write(self, write: Write) -> None:
         """Write a batch, trying again for as long as it is the database that fails."""
@@ -357,7 +348,7 @@ class Projector:
                 raise
             except Exception as error:
                 BATCHES.labels(outcome="failed").inc()
-                if not is_infrastructure(error) or self._stopping.is_set():
+                if not is_infrastructure(error) or self._interrupted.is_set():
                     raise
                 self.state = "waiting for the database"
                 logger.warning("database: %s; trying again in %.2f s", str(error).splitlines()[0], backoff)
@@ -415,7 +406,8 @@ class Projector:
 
     async def stop(self) -> None:
         """Finish the batch under way and stop."""
-        self._stopping.set()
+        self._stopping = True
+        self._interrupted.set()
 
     def close(self) -> None:
         """Let go of the threads."""
@@ -423,5 +415,5 @@ class Projector:
         self._read_pool.shutdown()
 
 
-def _batch_of(groups: list[_Group]) -> list[tuple[tuple[str, str], Commits]]:
+def _batch_of(groups: list[Group]) -> list[tuple[tuple[str, str], Commits]]:
     return [((group.address.aggregate, group.address.id), group.commits) for group in groups]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import secrets
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -36,6 +39,17 @@ class Running:
     nats: str
     database: str
     http: str
+
+
+def running_as(app: str, spec: str, nats: str, database: str, http: str) -> Running:
+    """Return the description of this process."""
+    return Running(app, spec, str(Path.cwd()), os.getpid(), nats, database, http)
+
+
+def worker_name() -> str:
+    """Return a name for a worker that no other has or had."""
+    host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40].strip("-")
+    return f"{host or 'host'}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 class DataDirectory:

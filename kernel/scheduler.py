@@ -44,9 +44,9 @@ class Scheduler:
         self._scheduler = AsyncIOScheduler(timezone=UTC)
         self.jobs: dict[str, Job] = {}
 
-    def every(self, seconds: float, work: Callable[[], Any]) -> None:
+    def every(self, seconds: float, work: Callable[[], Any], name: str = "") -> None:
         """Run a function, sync or async, at an interval. A run that is late is not made up for."""
-        job = Job(work.__name__.strip("_"), seconds)
+        job = Job(name or work.__name__.strip("_"), seconds)
         self.jobs[job.name] = job
 
         async def run() -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -35,9 +35,13 @@ def find_binary() -> str:
     return found
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to stop the server when this process is gone, however it went."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(how: signal.Signals) -> Callable[[], None] | None:
+    """Return what a child does first to be sent a signal when this process is gone, however it went; Linux only."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    # one system call, no locks: safe beside threads
+    return lambda: library.prctl(_PR_SET_PDEATHSIG, how) and None
 
 
 class EmbeddedServer:
@@ -116,8 +120,7 @@ class EmbeddedServer:
             stderr=log,
             # a Ctrl-C in the terminal is for the kernel, which drains before it stops the server
             start_new_session=True,
-            # one system call, no locks: safe beside threads
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+            preexec_fn=end_with_parent(signal.SIGTERM),  # noqa: PLW1509
         )
 
     async def stop(self) -> None:

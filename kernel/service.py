@@ -1,4 +1,4 @@
-"""The service: everything that runs, put together, from start to drained stop."""
+"""The service: everything that one worker runs, put together, from start to drained stop."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import logging
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import orjson
-from nats.aio.msg import Msg
 from sqlalchemy import Engine, text
 
 from kernel.actors import Actors
 from kernel.app import App
 from kernel.commands import CommandGateway
 from kernel.health import Health, HttpServer
+from kernel.leases import Leases
 from kernel.log import JetStreamLog, LogError, open_log
 from kernel.log.wire import Wire, connect, publish_frame
 from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, LAG, LOOP_LAG, READ_BACKS
-from kernel.projector import Projector
+from kernel.ownership import Ownership
+from kernel.projector import NO_PARTITIONS, Projector
 from kernel.rebuild import Progress, build_missing, clean_up
 from kernel.residents import Residents
-from kernel.runtime import DataDirectory, Running
+from kernel.runtime import DataDirectory, running_as, worker_name
 from kernel.scheduler import Scheduler
 from kernel.server import EmbeddedServer
 from kernel.settings import Settings
-from projections.checkpoints import take_over
+from projections.checkpoints import register
 from projections.database import open_database, reads
 
 logger = logging.getLogger("eskernel")
@@ -39,13 +39,14 @@ BACKLOG_WARN = 10_000
 
 
 class Service:
-    """One running app.
+    """One worker of a running app: all there is, or one of several that share its partitions.
 
     Args:
         spec: how the app was named, for other commands to find it.
+        number: which worker of a group this is; it then leaves the data directory to the group's parent. 0 is none.
     """
 
-    def __init__(self, app: App, settings: Settings | None = None, spec: str = "") -> None:
+    def __init__(self, app: App, settings: Settings | None = None, spec: str = "", number: int = 0) -> None:
         self.app = app
         self.settings = settings or Settings()
         self.health = Health()
@@ -54,6 +55,8 @@ class Service:
         self.http = HttpServer(self.health, self.settings.host, self.settings.port)
         self.stopped = asyncio.Event()
         self.failure = ""
+        self.number = number
+        self.worker = worker_name()
         self.nats_url = ""
         self.database_url = ""
         self.durability = ""
@@ -69,6 +72,8 @@ class Service:
         self._frames: list[bytes] = []
         self._behind = False
         self._listening: list[Any] = []
+        self._leases: Leases | None = None
+        self._ownership: Ownership | None = None
 
     async def start(self) -> None:
         """Start everything; when it returns, commands are taken.
@@ -84,13 +89,11 @@ class Service:
 
     async def _start(self) -> None:
         settings = self.settings
-        self.directory.hold()
+        if not self.number:
+            self.directory.hold()
         self.nats_url = settings.nats or await self._start_server()
         self.database_url = settings.database or f"sqlite:///{self.directory.path / 'projections.db'}"
         self._engine = engine = open_database(self.database_url)
-        from migrations import upgrade  # Alembic takes its time to load, and this is the one place for it
-
-        await asyncio.to_thread(upgrade, engine)
         self._wire = wire = await connect(self.nats_url, name=f"eskernel {self.app.name}", on_event=self._connection)
         CONNECTED.set(1)
         log = self._log = await open_log(
@@ -105,33 +108,40 @@ class Service:
         if self._server is not None and settings.sync:
             self.durability = "acknowledged events are on disk: they survive a power cut"
         logger.info("log: %d commits in %d partitions; %s", info.commits, info.partitions, self.durability)
-        epoch = take_over(engine, self.app.name, info.created, info.partitions, info.last)
-        await build_missing(self.app, log, engine, self._tell_building)
-        for declared in self.app.projections:
-            clean_up(engine, declared)
-        self._start_worker(log, engine, epoch)
+        self._leases = leases = Leases(
+            wire, self.app.name, self.worker, info.partitions, ttl=settings.lease, replicas=settings.replicas
+        )
+        await leases.start()
+        async with leases.alone("start"):
+            # workers that start together build what is missing one after the other: the second finds it done
+            await self._prepare(log, engine)
+        self._start_worker(log, engine, leases)
         assert self._gateway is not None
-        for subject in (log.subjects.commands(), log.subjects.commands("*")):
-            self._listening.append(await wire.listen(subject, self._gateway.receive, queue="workers"))
-        await wire.subscribe(f"{self.app.name}.svc.status", cb=self._status)
+        assert self._ownership is not None
+        self._listening.append(await wire.listen(log.subjects.commands(), self._gateway.receive, queue="workers"))
+        await self._ownership.start()
+        self._listening.append(await wire.listen(f"{self.app.name}.svc.status", self._status))
         await self._probe()
         self._schedule()
         await self.http.start()
-        self.directory.describe(
-            Running(
-                self.app.name,
-                self._spec,
-                str(Path.cwd()),
-                os.getpid(),
-                self.nats_url,
-                self.database_url,
-                self.http.url,
-            )
-        )
+        if not self.number:
+            running = running_as(self.app.name, self._spec, self.nats_url, self.database_url, self.http.url)
+            self.directory.describe(running)
         # what is here now stays: the collector need not look at it again and again
         gc.collect()
         gc.freeze()
         gc.set_threshold(200_000, 20, 100)
+
+    async def _prepare(self, log: JetStreamLog, engine: Engine) -> None:
+        """Make the database fit the program and the log."""
+        from migrations import upgrade  # Alembic takes its time to load, and this is the one place for it
+
+        await asyncio.to_thread(upgrade, engine)
+        info = await log.info()
+        register(engine, self.app.name, info.created, info.partitions, info.last)
+        await build_missing(self.app, log, engine, self._tell_building)
+        for declared in self.app.projections:
+            clean_up(engine, declared)
 
     async def _start_server(self) -> str:
         self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.sync)
@@ -142,18 +152,31 @@ class Service:
             return "always" if self.settings.sync else "never"
         return self.settings.group_commit
 
-    def _start_worker(self, log: JetStreamLog, engine: Engine, epoch: int) -> None:
+    def _start_worker(self, log: JetStreamLog, engine: Engine, leases: Leases) -> None:
         settings = self.settings
-        self._gateway = gateway = CommandGateway(self.app, log, log.subjects, self._reply, settings.max_commands)
+        assert self._wire is not None
+        self._gateway = gateway = CommandGateway(
+            self.app, log, log.subjects, self._publish, settings.max_commands, leases.holds
+        )
         self._actors = gateway.actors = Actors(gateway)
         gateway.residents = self.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
-        self._projector = Projector(
-            self.app, log, log.subjects, engine, epoch, gateway.actors, self.residents, self._lost
+        self._projector = projector = Projector(
+            self.app, log, log.subjects, engine, gateway.actors, self.residents, self._verify
+        )
+        self._ownership = Ownership(
+            self._wire, log.subjects, leases, gateway, projector if self.app.projections else None
         )
         if self.app.projections:
-            self._projecting = asyncio.create_task(self._projector.run())
+            self._projecting = asyncio.create_task(projector.run())
+
+    async def _verify(self) -> None:
+        assert self._ownership is not None
+        await self._ownership.verify()
 
     def _schedule(self) -> None:
+        assert self._ownership is not None
+        assert self._leases is not None
+        self.scheduler.every(self._leases.ttl / 3, self._ownership.renew_leases)
         self.scheduler.every(0.5, self._passivate)
         self.scheduler.every(1.0, self._publish_metrics)
         self.scheduler.every(2.0, self._detect_backlog)
@@ -162,26 +185,34 @@ class Service:
 
     # answers
 
-    def _reply(self, subject: bytes, payload: bytes) -> None:
+    def _publish(self, subject: bytes, payload: bytes, reply: bytes) -> None:
         if not self._frames:
-            asyncio.get_running_loop().call_soon(self._send_replies)
-        self._frames.append(publish_frame(subject, b"", payload))
+            asyncio.get_running_loop().call_soon(self._send_frames)
+        self._frames.append(publish_frame(subject, reply, payload))
 
-    def _send_replies(self) -> None:
+    def _send_frames(self) -> None:
         frames, self._frames = self._frames, []
         if self._wire is not None:
             self._wire.send(b"".join(frames))
 
-    async def _status(self, message: Msg) -> None:
-        await message.respond(orjson.dumps(self.status()))
+    def _status(self, _subject: bytes, reply: bytes, _payload: bytes, _headers: bytes | None) -> None:
+        if reply:
+            self._publish(reply, orjson.dumps(self.status()), b"")
 
     def status(self) -> dict[str, Any]:
         """Return what `eskernel status` shows."""
         assert self._projector is not None
         assert self._gateway is not None
+        assert self._leases is not None
+        assert self._ownership is not None
         return {
             "app": self.app.name,
+            "worker": self.worker,
+            "number": self.number,
             "pid": os.getpid(),
+            "workers": list(self._ownership.members.workers),
+            "partitions": sorted(self._leases.held),
+            "partition_count": self._leases.partitions,
             "durability": self.durability,
             "health": self.health.report(),
             "actors": len(self.residents),
@@ -243,7 +274,11 @@ class Service:
             components["database"].set(False, str(error).splitlines()[0], time.perf_counter() - started)
         assert self._projector is not None
         state = self._projector.state if self.app.projections else "none"
-        components["projection"].set(state in ("running", "starting", "none"), state)
+        components["projection"].set(state in ("running", "starting", "none", NO_PARTITIONS), state)
+        assert self._leases is not None
+        assert self._ownership is not None
+        held, share = len(self._leases.held), self._leases.share(self._ownership.members)
+        components["leases"].set(held > 0 or not share, f"holding {held} of {self._leases.partitions} partitions")
         components["commands"].set(not self.stopped.is_set(), "taken" if not self.stopped.is_set() else "stopping")
         begin = time.perf_counter()
         await asyncio.sleep(0)
@@ -287,6 +322,8 @@ class Service:
             logger.warning("%d commands were not answered in time; their outcome is in the log", self._gateway.pending)
         for stop_listening in self._listening:
             await stop_listening()
+        if self._ownership is not None:
+            await self._ownership.leave()
         if self._projector is not None:
             await self._projector.stop()
         if self._projecting is not None:
@@ -295,6 +332,8 @@ class Service:
                     await asyncio.shield(self._projecting)
             except TimeoutError:
                 logger.warning("the projection did not finish in time; the next start goes on from its checkpoint")
+        if self._ownership is not None:
+            await self._ownership.close()
         await self._close()
 
     async def _close(self) -> None:
@@ -303,6 +342,8 @@ class Service:
         if self._projecting is not None and not self._projecting.done():
             self._projecting.cancel()
             await asyncio.wait({self._projecting})
+        if self._leases is not None:
+            await self._leases.close()
         if self._log is not None:
             await self._log.close()
         if self._wire is not None and not self._wire.is_closed:

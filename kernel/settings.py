@@ -27,6 +27,8 @@ class Settings:
         max_actors: how many aggregates stay live; the least recently used go first.
         idle: seconds without use after which an aggregate is passivated.
         max_commands: commands under way; more are refused with a time to retry after.
+        lease: seconds after which a worker that is gone, or frozen, has lost its partitions to the others; used when
+            the leases' bucket is created.
         drain: seconds that a stop waits for commands under way.
     """
 
@@ -42,4 +44,5 @@ class Settings:
     max_actors: int = 50_000
     idle: float = 300.0
     max_commands: int = 10_000
+    lease: float = 3.0
     drain: float = 20.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
@@ -29,6 +29,10 @@ class Position:
         everything = [sequence for one in folded for sequence in one.values()]
         self.lowest = min(everything, default=0)
         self.highest = max(everything, default=0)
+
+    def least(self, partition: int) -> int:
+        """Return up to where every projection has folded a partition."""
+        return min((one[partition] for one in self._folded), default=0)
 
     def folded(self, partition: int, sequence: int) -> frozenset[int]:
         """Return the projections that have folded this place of the stream already."""
@@ -64,14 +68,20 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The live generations as their owner took them, and where they stood."""
+    """Partitions of the live generations as their owner took them.
 
+    Attributes:
+        epoch: higher than that of any claim before; every batch must find it unchanged.
+        position: where the partitions stood.
+    """
+
+    epoch: int
     generations: list[Generation]
     position: Position
 
 
-def take_over(engine: Engine, app: str, created: str, partitions: int, last: int) -> int:
-    """Become the owner of an app's projections, fencing whoever was; return the new epoch.
+def register(engine: Engine, app: str, created: str, partitions: int, last: int) -> None:
+    """Tie this database to the app's stream, or make sure that it is the one it is tied to.
 
     Args:
         created, partitions, last: what the log says about itself.
@@ -80,13 +90,12 @@ def take_over(engine: Engine, app: str, created: str, partitions: int, last: int
         SchemaError: this database was folded from another stream, or from more than the stream now holds.
     """
     with engine.begin() as connection:
-        # the lock makes two services that start at once take one epoch after the other
         known = connection.execute(select(stream).where(stream.c.app == app).with_for_update()).first()
         if known is None:
             if other := connection.scalar(select(stream.c.app)):
                 raise SchemaError(f"this database belongs to the app {other!r}; give each app a database of its own")
-            connection.execute(insert(stream).values(app=app, created=created, partitions=partitions, epoch=1))
-            return 1
+            connection.execute(insert(stream).values(app=app, created=created, partitions=partitions, epoch=0))
+            return
         if known.created != created:
             raise SchemaError(
                 f"this database was folded from the stream {app!r} created {known.created}, but the log's was created "
@@ -100,19 +109,19 @@ def take_over(engine: Engine, app: str, created: str, partitions: int, last: int
                 f"the projections have folded up to sequence {furthest}, but the log ends at {last}: it was truncated, "
                 "or restored from an older backup. Restore the newer log, or start with an empty database"
             )
-        connection.execute(update(stream).where(stream.c.app == app).values(epoch=known.epoch + 1))
-        return int(known.epoch) + 1
 
 
-def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], epoch: int) -> Claim | None:
-    """Put the owner's epoch on the live generations' checkpoints; return None if there is a newer owner.
+def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], partitions: Iterable[int]) -> Claim:
+    """Put a new epoch on these partitions of the live generations: whoever had them can't write any more.
 
     Raises:
         SchemaError: a projection has no live generation; it must be built first.
     """
+    owned = sorted(partitions)
     with engine.begin() as connection:
-        if connection.scalar(select(stream.c.epoch).where(stream.c.app == app)) != epoch:
-            return None
+        # the row's lock makes two that claim at once take one epoch after the other
+        connection.execute(update(stream).where(stream.c.app == app).values(epoch=stream.c.epoch + 1))
+        epoch = int(connection.scalar(select(stream.c.epoch).where(stream.c.app == app)) or 0)
         generations = []
         for one in declared:
             live = live_generation(connection, one)
@@ -121,10 +130,15 @@ def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], epoc
             generations.append(live)
             connection.execute(
                 update(checkpoint)
-                .where(checkpoint.c.projection == live.name, checkpoint.c.generation == live.number)
+                .where(
+                    checkpoint.c.projection == live.name,
+                    checkpoint.c.generation == live.number,
+                    checkpoint.c.partition.in_(owned),
+                )
                 .values(epoch=epoch)
             )
-        return Claim(generations, Position([positions(connection, live) for live in generations]))
+        stood = [positions(connection, live) for live in generations]
+        return Claim(epoch, generations, Position([{one: at[one] for one in owned} for at in stood]))
 
 
 def reached(connection: Connection, partition: int, names: Sequence[str] = ()) -> dict[str, int]:

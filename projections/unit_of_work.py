@@ -166,12 +166,12 @@ class Writer:
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def garbage(self, stream_sequence: int, subject: str, payload: bytes, why: str) -> dict[str, Any]:
+    def garbage(self, stream_sequence: int, subject: str, partition: int, payload: bytes, why: str) -> dict[str, Any]:
         """Return a row for the dead letter table for bytes that are no event of any projection."""
         return {
             "projection": "",
             "generation": 0,
-            "partition": 0,
+            "partition": partition,
             "aggregate": "",
             "aggregate_id": subject,
             "stream_sequence": stream_sequence,

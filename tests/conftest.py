@@ -26,7 +26,7 @@ from aggregates.declaration import declare
 from kernel import App
 from kernel.server import EmbeddedServer
 from kernel.subjects import Subjects
-from projections.checkpoints import claim, take_over
+from projections.checkpoints import claim, register
 from projections.database import open_database
 from projections.errors import HandlerFailed
 from projections.fold import Folded
@@ -162,7 +162,8 @@ class ReadSide:
     def __init__(self, engine: Engine, app: App, partitions: int = 4) -> None:
         self.engine, self.app, self.subjects = engine, app, Subjects(app.name, partitions)
         migrations.upgrade(engine)
-        self.epoch = take_over(engine, app.name, "2013", partitions, 0)
+        self.partitions = partitions
+        register(engine, app.name, "2013", partitions, 0)
         with engine.begin() as connection:
             for declared in app.projections:
                 show(connection, create(connection, declared, range(partitions)))
@@ -170,8 +171,8 @@ class ReadSide:
 
     def claim(self) -> None:
         """Start from what is stored, as a new owner or after a failure."""
-        owned = claim(self.engine, self.app.name, self.app.projections, self.epoch)
-        assert owned is not None
+        owned = claim(self.engine, self.app.name, self.app.projections, range(self.partitions))
+        self.epoch = owned.epoch
         self.generations, self.position = owned.generations, owned.position
         self.plan = self.app.plan()
         self.writer = Writer(self.engine, self.plan, self.generations, self.epoch)

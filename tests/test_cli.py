@@ -133,9 +133,13 @@ def test_rebuild_says_what_it_did(shell: Shell) -> None:
 
 def test_status_tells_health_and_position(shell: Shell) -> None:
     report = json.loads(shell("status", "--json"))
-    assert report["health"]["ready"]
-    assert {job["name"] for job in report["jobs"]} >= {"passivate", "detect_backlog", "probe"}
-    assert "bank is ready" in shell("status")
+    assert report["ready"]
+    (worker,) = report["workers"]
+    assert worker["partitions"] == list(range(64))
+    assert {job["name"] for job in worker["jobs"]} >= {"passivate", "detect_backlog", "probe", "renew_leases"}
+    told = shell("status")
+    assert "bank is ready" in told
+    assert "partitions 0-63" in told
 
 
 def test_a_second_service_on_the_same_data_is_refused(shell: Shell) -> None:

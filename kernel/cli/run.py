@@ -17,6 +17,7 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
 from kernel.service import Service
 from kernel.settings import Settings
+from kernel.supervisor import Supervisor
 
 _DEFAULTS = Settings()
 
@@ -75,13 +76,28 @@ _DEFAULTS = Settings()
     show_default=True,
     help="Seconds that a stop waits for commands.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Processes that share the partitions; the same command on another machine joins them.",
+)
+@click.option(
+    "--lease",
+    type=click.FloatRange(0.5, 60),
+    default=_DEFAULTS.lease,
+    show_default=True,
+    help="Seconds after which a dead or frozen worker has lost its partitions.",
+)
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @asynchronous
-async def run(app: str, log_level: str, **options: Any) -> None:
+async def run(app: str, workers: int, log_level: str, **options: Any) -> None:
     """Run an APP, named as package.module:variable, until SIGTERM or Ctrl-C.
 
     \b
     eskernel run examples.bank:app
+    eskernel run examples.bank:app --workers 2
     eskernel run examples.bank:app --nats nats://host:4222 --database postgresql://user@host/name
 
     A stop drains: commands under way are answered and the last batch is written. A second signal stops at once;
@@ -89,7 +105,12 @@ async def run(app: str, log_level: str, **options: Any) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     logging.getLogger("eskernel").setLevel(log_level.upper())
-    service = Service(load_app(app), Settings(**options), spec=app)
+    loaded, settings = load_app(app), Settings(**options)
+    service: Service | Supervisor
+    if workers == 1:
+        service = Service(loaded, settings, spec=app)
+    else:
+        service = Supervisor(loaded.name, app, settings, workers, log_level)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -100,28 +121,33 @@ async def run(app: str, log_level: str, **options: Any) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
-    await service.start()
-    _tell(service)
-    waiting = [asyncio.ensure_future(event.wait()) for event in (stop, service.stopped)]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    starting = asyncio.ensure_future(service.start())
+    waiting = [starting, *(asyncio.ensure_future(event.wait()) for event in (stop, service.stopped))]
+    await asyncio.wait(waiting[:2], return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        await starting
+        _tell(service, loaded.name)
+        await asyncio.wait(waiting[1:], return_when=asyncio.FIRST_COMPLETED)
+        console.print("stopping: answering what is under way ...", highlight=False)
+        await service.stop()
     for one in waiting:
         one.cancel()
-    console.print("stopping: answering what is under way ...", highlight=False)
-    await service.stop()
+    await asyncio.wait(waiting)
     if service.failure:
         fail(service.failure, FAILED)
     console.print("stopped", highlight=False)
 
 
-def _tell(service: Service) -> None:
+def _tell(service: Service | Supervisor, app: str) -> None:
     lines = {
         "log": service.nats_url + (" (embedded)" if service.settings.nats is None else ""),
+        "workers": f"{len(service.workers)} processes" if isinstance(service, Supervisor) else "1, this process",
         "durability": service.durability,
         "database": service.database_url,
         "http": f"{service.http.url}/healthz  /readyz  /metrics",
         "data": str(service.directory.path),
     }
-    console.print(f"[bold]{service.app.name}[/bold] is running", highlight=False)
+    console.print(f"[bold]{app}[/bold] is running", highlight=False)
     for name, value in lines.items():
         console.print(f"  {name:<11}{value}", highlight=False, markup=False, soft_wrap=True)
     console.print("  stop it with Ctrl-C or SIGTERM", highlight=False)

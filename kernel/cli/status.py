@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-import nats.errors
 import orjson
 from sqlalchemy import func, select
 
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import UNREACHABLE, asynchronous, console, fail, find_target, print_json, target_options
-from kernel.log.wire import connect
+from kernel.log.wire import connect, publish_frame, status_of
 from projections.database import open_database
 from projections.tables import checkpoint, dead_letter, projection
+
+ANSWER_S = 2.0
+"""A worker that is there answers long before."""
 
 
 @click.command(epilog=EXIT_CODES)
@@ -24,9 +26,9 @@ from projections.tables import checkpoint, dead_letter, projection
 @target_options
 @asynchronous
 async def status(as_json: bool, app: str | None, data: Path, nats: str | None, database: str | None) -> None:
-    """Print what the service is doing: health, position and lag of the projections, live actors, jobs.
+    """Print what the workers are doing: health, who owns which partitions, position and lag, live actors, jobs.
 
-    Exits with 1 when the service is not ready.
+    Exits with 1 when a worker is not ready or does not answer, or partitions have no owner.
     """
     target = find_target(app, data, nats, database)
     report = await _ask(target.app.name, target.nats)
@@ -36,20 +38,54 @@ async def status(as_json: bool, app: str | None, data: Path, nats: str | None, d
         print_json(report)
     else:
         _tell(report)
-    if not report["health"]["ready"]:
+    if not report["ready"]:
         sys.exit(1)
 
 
 async def _ask(app: str, url: str) -> dict[str, Any]:
+    """Ask all workers at once; each names the others, so that a missing one is noticed."""
     wire = await connect(url, name="eskernel status")
+    told: dict[str, dict[str, Any]] = {}
+    known: set[str] = set()
+    complete = asyncio.Event()
+    nobody = False
+
+    def answered(_subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
+        nonlocal nobody
+        if status_of(headers):
+            nobody = True
+            complete.set()
+            return
+        one = orjson.loads(payload)
+        told[one["worker"]] = one
+        known.update(one["workers"])
+        if known <= told.keys():
+            complete.set()
+
     try:
-        answer = await wire.request(f"{app}.svc.status", b"", timeout=5)
-    except (nats.errors.NoRespondersError, nats.errors.TimeoutError):
-        fail(f"no service of {app!r} answers on {url}", UNREACHABLE)
+        inbox = wire.new_inbox()
+        await wire.listen(inbox, answered)
+        wire.send(publish_frame(f"{app}.svc.status".encode(), inbox.encode(), b""))
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await complete.wait()
+        except TimeoutError:
+            pass
     finally:
         await wire.close()
-    report: dict[str, Any] = orjson.loads(answer.data)
-    return report
+    if nobody or not told:
+        fail(f"no service of {app!r} answers on {url}", UNREACHABLE)
+    workers = sorted(told.values(), key=lambda one: one["worker"])
+    count = workers[0]["partition_count"]
+    unowned = sorted(set(range(count)).difference(*(one["partitions"] for one in workers)))
+    silent = sorted(known - told.keys())
+    return {
+        "app": app,
+        "ready": not unowned and not silent and all(one["health"]["ready"] for one in workers),
+        "workers": workers,
+        "silent": silent,
+        "unowned": unowned,
+    }
 
 
 def _projections(url: str) -> list[dict[str, Any]]:
@@ -82,28 +118,50 @@ def _projections(url: str) -> list[dict[str, Any]]:
 
 
 def _tell(report: dict[str, Any]) -> None:
-    ready = report["health"]["ready"]
-    console.print(f"{report['app']} is {'ready' if ready else 'NOT ready'} (process {report['pid']})", style="bold")
-    for name, one in report["health"]["components"].items():
-        state = "ok" if one["ok"] else "FAILING"
-        console.print(f"  {name:<12}{state:<9}{one['detail']}", highlight=False, markup=False, soft_wrap=True)
-    live = report["projection"]
-    console.print(
-        f"  {report['actors']} aggregates live, {report['commands_pending']} commands under way", highlight=False
-    )
-    console.print(f"  projected up to {live['position']}, {live['behind']} commits behind", highlight=False)
+    workers = report["workers"]
+    count = f"{len(workers)} workers" if len(workers) > 1 else "1 worker"
+    console.print(f"{report['app']} is {'ready' if report['ready'] else 'NOT ready'} ({count})", style="bold")
+    for name in report["silent"]:
+        _line(f"  {name}: no answer; its partitions move when its lease has run out")
+    if report["unowned"]:
+        _line(f"  nobody owns the partitions {ranges(report['unowned'])}; they are taken within seconds")
     for one in report.get("projections", []):
         letters = f", {one['dead_letters']} dead letters" if one["dead_letters"] else ""
-        console.print(
+        _line(
             f"  {one['name']:<20}version {one['version']}, generation {one['generation']}, {one['state']}, "
-            f"at {one['sequence']}{letters}",
-            highlight=False,
+            f"at {one['sequence']}{letters}"
         )
-    for job in report["jobs"]:
+    for one in workers:
+        _tell_worker(one)
+
+
+def _tell_worker(one: dict[str, Any]) -> None:
+    live = one["projection"]
+    owned = f"partitions {ranges(one['partitions'])}" if one["partitions"] else "no partitions"
+    console.print(f"{one['worker']} (process {one['pid']})", style="bold", highlight=False)
+    _line(f"  {len(one['partitions'])} of {one['partition_count']}: {owned}")
+    _line(f"  projected up to {live['position']}, {live['behind']} commits behind")
+    _line(f"  {one['actors']} aggregates live, {one['commands_pending']} commands under way")
+    for name, component in one["health"]["components"].items():
+        _line(f"  {name:<12}{'ok' if component['ok'] else 'FAILING':<9}{component['detail']}")
+    for job in one["jobs"]:
         failed = f", failing: {job['error']}" if job["error"] else ""
-        console.print(
-            f"  job {job['name']:<16}every {job['interval']:g} s, {job['runs']} runs, last took "
-            f"{job['duration'] * 1000:.1f} ms{failed}",
-            highlight=False,
-            markup=False,
+        _line(
+            f"  job {job['name']:<16}every {job['interval']:.3g} s, {job['runs']} runs, last took "
+            f"{job['duration'] * 1000:.1f} ms{failed}"
         )
+
+
+def _line(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def ranges(numbers: list[int]) -> str:
+    """Return sorted numbers as people write them: `0-3, 7`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)

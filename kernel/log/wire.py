@@ -85,8 +85,12 @@ class Wire(Client):
         self.listeners: dict[bytes, Listener] = {}
         self.reconnections: list[Callable[[], None]] = []
 
-    async def listen(self, subject: str, listener: Listener, queue: str = "") -> Callable[[], Any]:
-        """Subscribe; return a coroutine function that unsubscribes. It survives reconnects as any subscription."""
+    async def listen(self, subject: str, listener: Listener, queue: str = "", linger: float = 0.0) -> Callable[[], Any]:
+        """Subscribe; return a coroutine function that unsubscribes. It survives reconnects as any subscription.
+
+        Args:
+            linger: seconds for which what was on its way when unsubscribing still reaches the listener.
+        """
 
         async def ignore(_message: Msg) -> None:
             pass
@@ -97,7 +101,13 @@ class Wire(Client):
         key = str(subscription._id).encode()
 
         async def stop() -> None:
-            if self.listeners.pop(key, None) is not None and not self.is_closed:
+            if key not in self.listeners:
+                return
+            if linger:
+                asyncio.get_running_loop().call_later(linger, self.listeners.pop, key, None)
+            else:
+                del self.listeners[key]
+            if not self.is_closed and subscription._id in self._subs:
                 await subscription.unsubscribe()
 
         return stop

@@ -1,0 +1,161 @@
+"""Taking partitions and giving them back: what a worker does with its leases."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from kernel.commands import CommandGateway
+from kernel.leases import Leases, Members
+from kernel.log.base import LogError
+from kernel.log.wire import Wire, publish_frame
+from kernel.metrics import LEASES_LOST, MOVED, PARTITIONS
+from kernel.projector import Projector
+from kernel.subjects import Subjects
+
+logger = logging.getLogger("eskernel")
+LINGER_S = 1.0
+"""Commands that were on their way when a subscription ended are still told that their partition is moving."""
+HAND_OVER_S = 3.0
+"""Commands under way and the batch being written may hold up a planned hand-over for so long."""
+
+
+class Ownership:
+    """The partitions of one worker, from lease to subscription.
+
+    Args:
+        projector: None where the app has no projections.
+    """
+
+    def __init__(
+        self, wire: Wire, subjects: Subjects, leases: Leases, gateway: CommandGateway, projector: Projector | None
+    ) -> None:
+        self._wire, self._subjects, self._leases = wire, subjects, leases
+        self._gateway, self._projector = gateway, projector
+        self._listening: dict[int, Callable[[], Any]] = {}
+        self._turn = asyncio.Lock()
+        self._nudges = f"{subjects.app}.svc.leases"
+        self._stop_nudges: Callable[[], Any] | None = None
+        self._nudged = asyncio.Event()
+        self._answering: asyncio.Task[None] | None = None
+        self._leaving = False
+        self.members = Members((), frozenset())
+
+    async def start(self) -> None:
+        """Take what is free of our share, and say that we are here.
+
+        Raises:
+            LogError: the leases can't be had.
+        """
+        await self._leases.start()
+        self._stop_nudges = await self._wire.listen(self._nudges, self._hear)
+        self._answering = asyncio.create_task(self._answer_nudges())
+        await self.renew_leases()
+        self._nudge()
+
+    async def renew_leases(self) -> None:
+        """Renew, let go of what was lost, give back what is too much, take what is free: one turn of the scheduler."""
+        async with self._turn:
+            if self._leaving:
+                return
+            await self._drop(await self._leases.renew())
+            try:
+                self.members = members = await self._leases.members()
+            except LogError as error:
+                logger.warning("leases: %s", error)
+                return
+            if surplus := self._leases.surplus(members):
+                logger.info("giving back %d partitions: there are %d workers", len(surplus), len(members.workers))
+                await self._give_back(frozenset(surplus))
+            elif got := await self._leases.acquire(members):
+                await self._take(got)
+            PARTITIONS.set(len(self._leases.held))
+
+    async def verify(self) -> None:
+        """Make sure of what is still ours; the fence was met."""
+        if not self._turn.locked():  # a turn under way may be waiting for the projector, which is who asks
+            await self.renew_leases()
+
+    async def _take(self, partitions: list[int]) -> None:
+        MOVED.labels(direction="taken").inc(len(partitions))
+        self._gateway.taking.update(partitions)
+        for partition in partitions:
+            await self._listen(partition)
+        self._project()
+        logger.info("took %d partitions, now %d of %d", len(partitions), len(self._listening), self._leases.partitions)
+
+    async def _listen(self, partition: int) -> None:
+        if partition not in self._listening:
+            subject = self._subjects.commands(partition)
+            self._listening[partition] = await self._wire.listen(
+                subject, self._gateway.receive, queue="workers", linger=LINGER_S
+            )
+
+    def _project(self) -> None:
+        if self._projector is not None:
+            self._projector.own(frozenset(self._listening))
+
+    async def _drop(self, partitions: list[int]) -> None:
+        """Stop all work for partitions that may be somebody else's by now."""
+        if not partitions:
+            return
+        LEASES_LOST.inc(len(partitions))
+        self._gateway.forget(frozenset(partitions))
+        await self._stop_listening(partitions)
+        self._project()
+
+    async def _give_back(self, partitions: frozenset[int]) -> None:
+        """Finish what is under way, and only then let others take them: they find everything written."""
+        MOVED.labels(direction="given back").inc(len(partitions))
+        await self._stop_listening(partitions)
+        self._project()
+        if not await self._gateway.let_go(partitions, HAND_OVER_S):
+            logger.warning("handing over with commands unanswered; their senders will repeat them")
+        if self._projector is not None:
+            try:
+                async with asyncio.timeout(HAND_OVER_S):
+                    await self._projector.let_go()
+            except TimeoutError:
+                logger.warning("handing over while a batch is being written; the fence decides about it")
+        await self._leases.release(partitions)
+        self._nudge()
+
+    async def _stop_listening(self, partitions: Any) -> None:
+        for partition in partitions:
+            if stop := self._listening.pop(partition, None):
+                await stop()
+
+    # others
+
+    def _nudge(self) -> None:
+        """Have the others look at the leases now, rather than at their next turn."""
+        self._wire.send(publish_frame(self._nudges.encode(), b"", self._leases.worker.encode()))
+
+    def _hear(self, _subject: bytes, _reply: bytes, payload: bytes, _headers: bytes | None) -> None:
+        if payload != self._leases.worker.encode():
+            self._nudged.set()
+
+    async def _answer_nudges(self) -> None:
+        while True:
+            await self._nudged.wait()
+            self._nudged.clear()
+            await self.renew_leases()
+
+    async def leave(self) -> None:
+        """Stop taking commands and give back everything; the projector must have stopped."""
+        self._leaving = True
+        async with self._turn:
+            if self._answering is not None:
+                self._answering.cancel()
+            if self._stop_nudges is not None:
+                await self._stop_nudges()
+            await self._stop_listening(list(self._listening))
+
+    async def close(self) -> None:
+        """Give back the leases."""
+        async with self._turn:
+            await self._leases.close()
+            if self._wire.is_connected:
+                self._nudge()

@@ -1,0 +1,97 @@
+"""Sorting a batch of commits by aggregate, leaving out what is another worker's, folded already, or no commit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from aggregates import InvalidId, InvalidMessage
+from aggregates.commit import Envelope, decode
+from kernel.log.base import Stored
+from kernel.subjects import Address, Subjects
+from projections.checkpoints import Position
+
+Commits = list[tuple[int, list[Envelope]]]
+Garbage = Callable[[int, str, int, bytes, str], None]
+"""Told of bytes that are no commit of this app: stream sequence, subject, partition, payload, and why."""
+_ALL_NEW: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Group:
+    """The commits of one aggregate in a batch that the same projections, perhaps all, have folded already.
+
+    Attributes:
+        skip: the projections that have folded them, by index.
+        done: nobody here wants them.
+    """
+
+    address: Address
+    skip: frozenset[int]
+    done: bool
+    commits: Commits
+
+
+class Sorter:
+    """Sorts the batches of one session.
+
+    Args:
+        types: names of the app's aggregates.
+        owned: the partitions that are this worker's.
+        position: where the projections stand; it is told which partitions a batch touches.
+        projections: how many there are.
+    """
+
+    def __init__(
+        self,
+        subjects: Subjects,
+        types: Collection[str],
+        owned: frozenset[int],
+        position: Position,
+        projections: int,
+        garbage: Garbage,
+    ) -> None:
+        self._subjects, self._types, self._owned = subjects, types, owned
+        self._position, self._projections, self._garbage = position, projections, garbage
+
+    async def sort(self, commits: list[Stored]) -> list[Group]:
+        """Decode a batch and sort it by aggregate; gives the loop a turn now and then."""
+        highest = self._position.highest
+        # a subject alone is the key where nothing has been folded before, which is nearly always
+        groups: dict[str | tuple[str, frozenset[int]], Group] = {}
+        for number, (sequence, subject, payload) in enumerate(commits):
+            if number % 2_000 == 1_999:
+                await asyncio.sleep(0)
+            try:
+                key = subject if sequence > highest else (subject, self._folded(subject, sequence))
+                group = groups.get(key)
+                if group is None:
+                    group = groups[key] = self._new_group(key)
+                if not group.done:
+                    group.commits.append((sequence, decode(payload)))
+            except (InvalidMessage, InvalidId) as error:
+                self._put_aside(sequence, subject, payload, str(error))
+        found = [group for group in groups.values() if group.commits]
+        for group in found:
+            self._position.touch(group.address.partition)
+        return found
+
+    def _folded(self, subject: str, sequence: int) -> frozenset[int]:
+        partition = self._subjects.parse(subject).partition
+        return self._position.folded(partition, sequence) if partition in self._owned else _ALL_NEW
+
+    def _new_group(self, key: str | tuple[str, frozenset[int]]) -> Group:
+        subject, skip = (key, _ALL_NEW) if isinstance(key, str) else key
+        address = self._subjects.parse(subject)
+        if address.partition not in self._owned:
+            return Group(address, skip, True, [])
+        if address.aggregate not in self._types:
+            raise InvalidMessage(f"this app has no aggregate {address.aggregate!r}")
+        return Group(address, skip, len(skip) == self._projections, [])
+
+    def _put_aside(self, sequence: int, subject: str, payload: bytes, why: str) -> None:
+        partition = self._subjects.partition_of(subject)
+        if partition in self._owned and sequence > self._position.least(partition):
+            self._position.touch(partition)
+            self._garbage(sequence, subject, partition, payload, why)

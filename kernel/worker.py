@@ -1,0 +1,130 @@
+"""A worker process: `python -m kernel.worker NUMBER`, started by `eskernel run --workers N` and by nobody else.
+
+Its parent writes one line to it, what to run, and keeps the pipe open: when it closes, the parent is gone and the
+worker stops. The worker tells it, a line of JSON each second, that its loop is turning and how it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from kernel.app import load_app
+from kernel.scheduler import Scheduler
+from kernel.service import Service
+from kernel.settings import Settings
+
+REFUSED = 4
+"""Exit code of a worker that could not start, which starting again would not mend."""
+BEAT_S = 1.0
+
+
+def describe(spec: str, directory: str, settings: Settings, log_level: str) -> bytes:
+    """Return the line that tells a worker what to run."""
+    return orjson.dumps(
+        {
+            "spec": spec,
+            "directory": directory,
+            "settings": {**asdict(settings), "data": str(settings.data)},
+            "log_level": log_level,
+        }
+    )
+
+
+class Parent:
+    """The way to the parent: what was standard output, which the app's own prints no longer reach."""
+
+    def __init__(self) -> None:
+        self._out = os.dup(1)
+        os.dup2(2, 1)
+
+    def tell(self, **what: Any) -> None:
+        """Send one line."""
+        try:
+            os.write(self._out, orjson.dumps(what) + b"\n")
+        except BrokenPipeError:
+            pass  # it is gone; standard input says so too
+
+
+async def _work(number: int, order: dict[str, Any], parent: Parent) -> int:
+    settings = Settings(**{**order["settings"], "data": Path(order["settings"]["data"])})
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, signalled)
+    # Ctrl-C in a terminal reaches the whole group: the parent decides
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    loop.add_reader(sys.stdin.fileno(), lambda: None if os.read(0, 4096) else _orphaned(stop))
+    service = Service(load_app(order["spec"]), settings, order["spec"], number=number)
+
+    def beat() -> None:
+        parent.tell(
+            worker=service.worker,
+            http=service.http.url,
+            ready=service.health.ready,
+            started=bool(service.http.url),
+            durability=service.durability,
+            health=service.health.report()["components"],
+        )
+
+    beats = Scheduler()
+    beats.every(BEAT_S, beat)
+    beats.start()
+    starting = asyncio.ensure_future(service.start())
+    waiting = [asyncio.ensure_future(event.wait()) for event in (stop, service.stopped)]
+    await asyncio.wait([starting, *waiting], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait({starting})
+        return 0
+    if (error := starting.exception()) is not None:
+        parent.tell(failed=str(error) or type(error).__name__)
+        return REFUSED
+    beat()
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for one in waiting:
+        one.cancel()
+    await service.stop()
+    beats.stop()
+    if service.failure:
+        parent.tell(failed=service.failure)
+    return 1 if service.failure else 0
+
+
+def _orphaned(stop: asyncio.Event) -> None:
+    asyncio.get_running_loop().remove_reader(0)
+    stop.set()
+
+
+def main() -> None:
+    """Run one worker until it is told to stop."""
+    number = int(sys.argv[1])
+    parent = Parent()
+    # unbuffered: what comes later, the end, is for the loop to notice
+    with os.fdopen(0, "rb", buffering=0, closefd=False) as told:
+        order = orjson.loads(told.readline())
+    logging.basicConfig(
+        level=logging.WARNING,
+        format=f"%(asctime)s %(levelname)-7s [{number}] %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("eskernel").setLevel(order["log_level"].upper())
+    sys.path.insert(0, order["directory"])
+    sys.exit(asyncio.run(_work(number, order, parent)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Leases on a real server: who holds what, who gets what, and what time does to it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from kernel.leases import Leases, Members, clock
+from kernel.log.jetstream import call_api
+from kernel.log.wire import Wire, connect
+
+Wait = Callable[..., Coroutine[Any, Any, Any]]
+PARTITIONS = 8
+
+
+@pytest.fixture
+async def wire(nats_url: str) -> AsyncIterator[Wire]:
+    connected = await connect(nats_url, name="leases")
+    yield connected
+    await connected.close()
+
+
+@asynccontextmanager
+async def worker(wire: Wire, app: str, name: str, ttl: float = 5.0) -> AsyncIterator[Leases]:
+    leases = Leases(wire, app, name, PARTITIONS, ttl=ttl)
+    await leases.start()
+    try:
+        yield leases
+    finally:
+        await leases.close()
+
+
+async def acquire(leases: Leases) -> list[int]:
+    return await leases.acquire(await leases.members())
+
+
+async def test_the_first_worker_takes_everything(wire: Wire, app_name: str) -> None:
+    async with worker(wire, app_name, "a") as a:
+        assert sorted(await acquire(a)) == list(range(PARTITIONS))
+        assert a.held == frozenset(range(PARTITIONS))
+        assert all(a.holds(one) for one in range(PARTITIONS))
+        assert not a.holds(PARTITIONS)
+
+
+async def test_a_partition_has_one_holder_however_many_reach_for_it(wire: Wire, app_name: str) -> None:
+    async with worker(wire, app_name, "a") as a, worker(wire, app_name, "b") as b:
+        everything = Members(("a",), frozenset()), Members(("b",), frozenset())
+        got = await asyncio.gather(a.acquire(everything[0]), b.acquire(everything[1]))
+        assert sorted(got[0] + got[1]) == list(range(PARTITIONS))
+
+
+async def test_shares_are_even_and_surplus_is_given_back(wire: Wire, app_name: str) -> None:
+    async with worker(wire, app_name, "a") as a:
+        await acquire(a)
+        async with worker(wire, app_name, "b") as b, worker(wire, app_name, "c") as c:
+            members = await a.members()
+            assert members.workers == ("a", "b", "c")
+            assert sum(one.share(members) for one in (a, b, c)) == PARTITIONS
+            assert {one.share(members) for one in (a, b, c)} == {2, 3}
+            assert await acquire(b) == []
+            await a.release(a.surplus(members))
+            assert len(await acquire(b)) + len(await acquire(c)) == PARTITIONS - len(a.held)
+            assert a.surplus(await a.members()) == []
+
+
+async def test_a_lease_that_is_renewed_stays_and_one_that_is_not_runs_out(
+    wire: Wire, app_name: str, wait_until: Wait
+) -> None:
+    async with worker(wire, app_name, "a", ttl=0.6) as a, worker(wire, app_name, "b", ttl=0.6) as b:
+        await a.acquire(Members(("a",), frozenset()))
+        started = clock()
+        while clock() - started < 1.5:
+            assert await a.renew() == []
+            assert await b.acquire(Members(("b",), frozenset())) == []
+            await asyncio.sleep(0.1)
+        # now a is silent, as if frozen
+        got: list[int] = []
+
+        async def taken() -> bool:
+            got.extend(await b.acquire(Members(("b",), frozenset())))
+            return len(got) == PARTITIONS
+
+        await wait_until(taken)
+        assert not a.held, "it must not count on a lease longer than the bucket keeps it"
+        assert sorted(await a.renew()) == list(range(PARTITIONS))
+        assert b.held == frozenset(range(PARTITIONS))
+
+
+async def test_the_deadline_counts_from_before_the_request(
+    wire: Wire, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with worker(wire, app_name, "a", ttl=2.0) as a:
+        await a.acquire(Members(("a",), frozenset()))
+        put = a._put
+
+        async def slow(key: str, expected: int) -> int:
+            revision = await put(key, expected)
+            await asyncio.sleep(1.0)  # the answer takes its time: the bucket has been counting meanwhile
+            return revision
+
+        monkeypatch.setattr(a, "_put", slow)
+        asked = clock()
+        await a.renew()
+        assert clock() > asked + 1.0
+        assert all(lease.deadline <= asked + 2.0 for lease in a._held.values())
+
+
+async def test_what_somebody_else_has_taken_is_not_released(wire: Wire, app_name: str, wait_until: Wait) -> None:
+    async with worker(wire, app_name, "a", ttl=0.5) as a, worker(wire, app_name, "b", ttl=0.5) as b:
+        await a.acquire(Members(("a",), frozenset()))
+
+        async def taken() -> bool:
+            return bool(await b.acquire(Members(("b",), frozenset())))
+
+        await wait_until(taken)
+        theirs = b.held
+        await a.release(range(PARTITIONS))
+        assert theirs <= (await b.members()).held
+
+
+async def test_leaving_gives_everything_back_at_once(wire: Wire, app_name: str) -> None:
+    async with worker(wire, app_name, "a", ttl=60.0) as a:
+        await acquire(a)
+    async with worker(wire, app_name, "b", ttl=60.0) as b:
+        assert (await b.members()).workers == ("b",)
+        assert len(await acquire(b)) == PARTITIONS
+
+
+async def test_a_bucket_that_is_gone_is_made_again_without_a_rush(wire: Wire, app_name: str) -> None:
+    async with worker(wire, app_name, "a") as a, worker(wire, app_name, "b") as b:
+        await acquire(a)
+        await acquire(b)
+        await a.members()
+        await call_api(wire, f"STREAM.DELETE.KV_{app_name}-leases", None)
+        await a.members()
+        assert sorted(await a.renew()) == [0, 1, 2, 3]
+        # b has not said yet that it is still there: its share is not for a
+        assert len(await acquire(a)) == PARTITIONS // 2
+
+
+async def test_one_at_a_time_is_alone(wire: Wire, app_name: str) -> None:
+    async with worker(wire, app_name, "a", ttl=0.6) as a, worker(wire, app_name, "b", ttl=0.6) as b:
+        inside: list[str] = []
+
+        async def work(leases: Leases) -> None:
+            async with leases.alone("start"):
+                inside.append(leases.worker)
+                assert len(inside) == 1
+                await asyncio.sleep(0.8)  # longer than a lease lasts
+                inside.remove(leases.worker)
+
+        await asyncio.gather(work(a), work(b))
+
+
+@pytest.mark.parametrize("seed", [random.randrange(1 << 30)])
+def test_any_members_share_everything_evenly(seed: int) -> None:
+    chance = random.Random(seed)
+    names = [f"w{n}" for n in range(chance.randrange(1, 40))]
+    partitions = chance.randrange(1, 300)
+    members = Members(tuple(sorted(names)), frozenset())
+    shares = [Leases(Wire(), "x", name, partitions, ttl=1.0).share(members) for name in names]
+    assert sum(shares) == partitions
+    assert max(shares) - min(shares) <= 1

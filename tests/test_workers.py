@@ -1,0 +1,236 @@
+"""Several workers: partitions are shared and move; whoever is frozen, killed or replaced can do no damage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernel import Client, Service, Settings
+from kernel.log import Conflict
+from kernel.log.wire import connect
+from kernel.messages import CommandError
+from tests.apps import Note, Notebook, notebooks
+
+Wait = Callable[..., Coroutine[Any, Any, Any]]
+
+
+@asynccontextmanager
+async def workers(
+    count: int, tmp_path: Path, nats: str, database: str, app: str, wait_until: Wait, **more: Any
+) -> AsyncIterator[list[Service]]:
+    """Services that share the partitions evenly, in this process."""
+    services = [
+        Service(notebooks(app), Settings(data=tmp_path / str(n), nats=nats, database=database, lease=1.0, **more))
+        for n in range(count)
+    ]
+    try:
+        for service in services:
+            await service.start()
+        share = 64 // count
+        await wait_until(lambda: all(abs(len(one.status()["partitions"]) - share) <= 1 for one in services))
+        yield services
+    finally:
+        for service in services:
+            await service.stop()
+
+
+def owner(services: list[Service], aggregate_id: str) -> Service:
+    partition = services[0]._log.subjects.partition("Notebook", aggregate_id)  # type: ignore[union-attr]
+    (one,) = [service for service in services if partition in service.status()["partitions"]]
+    return one
+
+
+async def freeze(service: Service) -> None:
+    """As SIGSTOP does, seen from outside: it renews nothing, and hears of nothing."""
+    service.scheduler.stop()
+    ownership = service._ownership
+    assert ownership is not None
+    ownership._leaving = True
+
+
+async def test_each_partition_has_one_owner_and_all_work(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with workers(3, tmp_path, nats_url, database_url, app_name, wait_until) as services:
+        owned = [set(service.status()["partitions"]) for service in services]
+        assert set.union(*owned) == set(range(64))
+        assert sum(map(len, owned)) == 64
+        async with await Client.connect(services[0].app, nats=nats_url, database=database_url) as client:
+            receipts = await asyncio.gather(*(client.execute(Notebook, f"n{n % 50}", Note("a")) for n in range(500)))
+            rows = await client.query("select notes from pages", after=receipts)
+        assert [row["notes"] for row in rows] == [10] * 50
+        assert all(service.status()["actors"] > 0 for service in services)
+
+
+async def test_a_command_that_does_not_know_its_partition_reaches_the_owner(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    database = f"sqlite:///{tmp_path / 'p.db'}"
+    async with workers(2, tmp_path, nats_url, database, app_name, wait_until):
+        wire = await connect(nats_url, name="anybody")
+        for n in range(40):
+            request = b'{"aggregate":"Notebook","id":"n%d","command":"Note","data":{"text":"a"}}' % n
+            answer = await wire.request(f"{app_name}.cmd", request, timeout=5)
+            assert b'"ok"' in answer.data
+        await wire.close()
+
+
+async def test_partitions_move_under_load_without_a_failed_or_late_command(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with workers(1, tmp_path, nats_url, database_url, app_name, wait_until) as services:
+        stop = asyncio.Event()
+        sent = [0] * 20
+        late: list[float] = []
+        async with await Client.connect(services[0].app, nats=nats_url, database=database_url) as client:
+            loop = asyncio.get_running_loop()
+
+            async def lane(number: int) -> None:
+                while not stop.is_set():
+                    began = loop.time()
+                    receipt = await client.execute(Notebook, f"n{number}", Note("a"))
+                    late.append(loop.time() - began)
+                    sent[number] += 1
+                    assert receipt.version == sent[number]
+                    assert not receipt.duplicate
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(20):
+                    group.create_task(lane(number))
+                second = Service(
+                    services[0].app, Settings(data=tmp_path / "2", nats=nats_url, database=database_url, lease=1.0)
+                )
+                await second.start()
+                await wait_until(lambda: len(second.status()["partitions"]) == 32)
+                enough = sum(sent) + 500
+                await wait_until(lambda: sum(sent) > enough)
+                await second.stop()
+                await wait_until(lambda: len(services[0].status()["partitions"]) == 64)
+                enough = sum(sent) + 500
+                await wait_until(lambda: sum(sent) > enough)
+                stop.set()
+            last = [await client.execute(Notebook, f"n{n}", Note("a")) for n in range(20)]
+            pages = await client.query("select * from pages", after=last, timeout=30)
+        assert {page["notebook"]: page["notes"] for page in pages} == {
+            f"n{n}": count + 1 for n, count in enumerate(sent)
+        }
+        assert max(late) < 2.0, "no command had to wait for its sender's time-out"
+
+
+async def test_the_partitions_of_a_silent_worker_move_within_seconds(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with workers(2, tmp_path, nats_url, database_url, app_name, wait_until) as (first, second):
+        await freeze(second)
+        await wait_until(lambda: len(first.status()["partitions"]) == 64, timeout=5)
+
+
+async def test_a_thawed_worker_refuses_commands_and_can_write_nothing(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with workers(2, tmp_path, nats_url, database_url, app_name, wait_until) as services:
+        aggregate = next(f"n{n}" for n in range(100) if owner(services, f"n{n}") is services[1])
+        first, frozen = services
+        async with await Client.connect(first.app, nats=nats_url, database=database_url) as client:
+            await client.execute(Notebook, aggregate, Note("before"))
+            await freeze(frozen)
+            await wait_until(lambda: len(first.status()["partitions"]) == 64, timeout=5)
+            address = client.log.subjects.address("Notebook", aggregate)
+            answers: list[bytes] = []
+            frozen._gateway._publish = lambda _subject, payload, _reply: answers.append(payload)  # type: ignore[union-attr]
+            # a command that it had in its hands, and would decide on a state that somebody else has since changed
+            receipts = [await client.execute(Notebook, aggregate, Note("after"), timeout=10)]
+            assert receipts[0].version == 2
+            frozen._gateway.taking.add(address.partition)  # type: ignore[union-attr]
+            request = b'{"aggregate":"Notebook","id":"%s","command":"Note","data":{"text":"stale"}}'
+            frozen._gateway.receive(  # type: ignore[union-attr]
+                address.subject.encode(), b"somewhere", request % aggregate.encode(), None
+            )
+            await wait_until(lambda: answers)
+            assert b'"unavailable"' in answers[0]
+            stored = await client.log.read_subject(address.subject)
+            assert len(stored) == 2
+            # and a commit on a stale state meets the log's own check
+            with pytest.raises(Conflict):
+                await frozen._log.append(address.subject, stored[0].sequence, b"[stale]")  # type: ignore[union-attr]
+            rows = await client.query("select notes from pages where notebook = :n", {"n": aggregate}, after=receipts)
+            assert rows == [{"notes": 2}]
+
+
+async def test_a_partition_that_comes_back_is_decided_on_what_others_have_written(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with workers(1, tmp_path, nats_url, database_url, app_name, wait_until) as services:
+        async with await Client.connect(services[0].app, nats=nats_url, database=database_url) as client:
+            for n in range(30):
+                await client.execute(Notebook, f"n{n}", Note("one"))
+            second = Service(
+                services[0].app, Settings(data=tmp_path / "2", nats=nats_url, database=database_url, lease=1.0)
+            )
+            await second.start()
+            await wait_until(lambda: len(second.status()["partitions"]) == 32)
+            assert [(await client.execute(Notebook, f"n{n}", Note("two"))).version for n in range(30)] == [2] * 30
+            await second.stop()
+            await wait_until(lambda: len(services[0].status()["partitions"]) == 64)
+            conflicts = services[0]._log.appender.read_backs  # type: ignore[union-attr]
+            three = [await client.execute(Notebook, f"n{n}", Note("three")) for n in range(30)]
+            assert [receipt.version for receipt in three] == [3] * 30
+            assert services[0]._log.appender.read_backs == conflicts  # type: ignore[union-attr]
+            rows = await client.query("select notes from pages", after=three)
+            assert [row["notes"] for row in rows] == [3] * 30
+
+
+async def test_a_foreign_writer_is_noticed_and_caught_up_with(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with workers(1, tmp_path, nats_url, database_url, app_name, wait_until) as (service,):
+        async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
+            receipt = await client.execute(Notebook, "n", Note("a"))
+            address = client.log.subjects.address("Notebook", "n")
+            (stored,) = await client.log.read_subject(address.subject)
+            theirs = stored.payload.replace(b'"sequence":1', b'"sequence":2').replace(b'"text":"a"', b'"text":"b"')
+            sequence = await client.log.append(address.subject, stored.sequence, theirs)
+            await wait_until(lambda: service.status()["projection"]["position"] >= sequence)
+            resident = service.residents.find(address.subject)
+            assert resident is not None
+            receipt = await client.execute(Notebook, "n", Note("c"))
+            assert receipt.version == 3
+            rows = await client.query("select notes, last from pages", after=receipt)
+            assert rows == [{"notes": 3, "last": "c"}]
+
+
+async def test_workers_that_start_at_once_build_the_tables_once(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    services = [
+        Service(notebooks(app_name), Settings(data=tmp_path / str(n), nats=nats_url, database=database_url))
+        for n in range(3)
+    ]
+    await asyncio.gather(*(service.start() for service in services))
+    async with await Client.connect(services[0].app, nats=nats_url, database=database_url) as client:
+        built = await client.query("select name, generation, state from eskernel_projection order by name")
+        assert [(one["name"], one["generation"], one["state"]) for one in built] == [
+            (name, 1, "live") for name in ("Lines", "Pages", "Words")
+        ]
+    for service in services:
+        await service.stop()
+
+
+async def test_a_stopping_worker_says_when_to_try_again(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    database = f"sqlite:///{tmp_path / 'p.db'}"
+    async with workers(1, tmp_path, nats_url, database, app_name, wait_until) as (service,):
+        async with await Client.connect(service.app, nats=nats_url) as client:
+            await client.execute(Notebook, "n", Note("a"))
+            service._gateway._draining = True  # type: ignore[union-attr]
+            with pytest.raises(CommandError) as refused:
+                await client.execute(Notebook, "n", Note("b"), timeout=0.1)
+            assert refused.value.type == "overloaded"
+            assert refused.value.retry_after
+            assert "stopping" in refused.value.message
