@@ -13,7 +13,7 @@ from aggregates import Aggregate, DeclarationError
 from aggregates.declaration import AggregateType, declare
 from kernel.subjects import APP_NAME
 from projections.declaration import DeclaredProjection, declare_projection
-from projections.fold import Plan
+from projections.fold import TRANSIENT, Plan
 from projections.projection import Projection
 
 
@@ -23,14 +23,22 @@ class App:
     Args:
         name: names the stream, the subjects and the data directory: a letter, then letters, digits, `-`, `_`; at
             most 32 characters.
+        transient: exceptions of projection handlers that time may mend. An event whose handler raises one of them is
+            folded again by and by; after any other exception it waits for somebody to decide.
 
     Raises:
         DeclarationError: once, with everything that is wrong in any of the classes.
     """
 
     def __init__(
-        self, name: str, *, aggregates: Sequence[type[Aggregate]], projections: Sequence[type[Projection]] = ()
+        self,
+        name: str,
+        *,
+        aggregates: Sequence[type[Aggregate]],
+        projections: Sequence[type[Projection]] = (),
+        transient: Sequence[type[Exception]] = TRANSIENT,
     ) -> None:
+        self.transient = tuple(transient)
         problems: list[str] = []
         if not APP_NAME.match(name):
             problems.append(f"app name {name!r}: use a letter, then letters, digits, '-' or '_', at most 32 characters")
@@ -102,7 +110,7 @@ class App:
 
     def plan(self) -> Plan:
         """Compile all projections for folding."""
-        return Plan(list(self.types.values()), self.projections)
+        return Plan(list(self.types.values()), self.projections, self.transient)
 
 
 class AppNotFound(Exception):

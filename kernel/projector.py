@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 from kernel.actors import Actors, DropRows, Fold, Turn
 from kernel.app import App
 from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
-from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, FENCED, LAG, PARKED, POSITION
+from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, FENCED, LAG, PARKINGS, POSITION
 from kernel.residents import Resident, Residents
 from kernel.sorting import Commits, Group, Sorter
 from kernel.subjects import Address, Subjects
@@ -67,6 +67,7 @@ class Projector:
 
     Args:
         verify: called when the fence was met: makes sure of what is still ours, and calls `own` if that has changed.
+        retry_after: seconds until an event is folded again whose handler failed with something transient; 0 is never.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class Projector:
         actors: Actors,
         residents: Residents,
         verify: Callable[[], Coroutine[Any, Any, None]],
+        retry_after: float = 0.0,
     ) -> None:
         self._app, self._log, self._subjects, self._engine = app, log, subjects, engine
         self._actors, self._residents, self._verify = actors, residents, verify
+        self._retry_after = retry_after
         self._plan = app.plan()
         self._position: Position
         self._writer: Writer
@@ -173,7 +176,7 @@ class Projector:
             self._read_pool, lambda: claim(self._engine, app.name, app.projections, partitions)
         )
         self._position = claimed.position
-        self._writer = Writer(self._engine, self._plan, claimed.generations, claimed.epoch)
+        self._writer = Writer(self._engine, self._plan, claimed.generations, claimed.epoch, self._retry_after)
         self._sorter = Sorter(
             self._subjects, app.types, partitions, self._position, len(app.projections), self._quarantine
         )
@@ -185,7 +188,6 @@ class Projector:
         await self._in(self._read_pool, load_parked)
         for failure in self._failures:
             self._plan.park(failure)
-        PARKED.set(len(self._plan.parked))
 
     async def _session(self) -> None:
         reader = await self._log.read(self._position.lowest)
@@ -279,9 +281,9 @@ class Projector:
                 except HandlerFailed as refused:
                     failure = self._writer.blame(refused, _batch_of(groups))
             logger.error("parked for %s: %s", self._name(failure.projection), failure)
+            PARKINGS.labels(reason=failure.kind).inc()
             await self._settle()
             self._plan.park(failure)
-            PARKED.set(len(self._plan.parked))
             self._drop_rows(residents)
 
     async def _fold(self, groups: list[Group], residents: list[Resident]) -> Turn:

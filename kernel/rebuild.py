@@ -95,7 +95,7 @@ class Rebuild:
         progress: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._app, self._log, self._engine, self._projections, self._progress = app, log, engine, projections, progress
-        self._plan = Plan(list(app.types.values()), projections)
+        self._plan = Plan(list(app.types.values()), projections, app.transient)
         self._wanted = {declared.aggregate for declared in projections}
         self._pool = ThreadPoolExecutor(1, "eskernel-rebuild")
         self._events = 0

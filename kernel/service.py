@@ -20,7 +20,17 @@ from kernel.health import Health, HttpServer
 from kernel.leases import Leases
 from kernel.log import JetStreamLog, LogError, open_log
 from kernel.log.wire import Wire, connect, publish_frame
-from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, LAG, LOOP_LAG, READ_BACKS
+from kernel.metrics import (
+    APPENDS_IN_FLIGHT,
+    CONNECTED,
+    CONNECTION_EVENTS,
+    LAG,
+    LOOP_LAG,
+    PARKED,
+    QUARANTINED,
+    READ_BACKS,
+    RETRIES,
+)
 from kernel.ownership import Ownership
 from kernel.projector import NO_PARTITIONS, Projector
 from kernel.rebuild import Progress, build_missing, clean_up
@@ -29,6 +39,7 @@ from kernel.runtime import DataDirectory, running_as, worker_name
 from kernel.scheduler import Scheduler
 from kernel.server import EmbeddedServer
 from kernel.settings import Settings
+from projections import dead_letters
 from projections.checkpoints import register
 from projections.database import open_database, reads
 
@@ -70,6 +81,7 @@ class Service:
         self._actors: Actors | None = None
         self._projecting: asyncio.Task[None] | None = None
         self._frames: list[bytes] = []
+        self._names = {declared.name for declared in app.projections}
         self._behind = False
         self._listening: list[Any] = []
         self._leases: Leases | None = None
@@ -161,7 +173,14 @@ class Service:
         self._actors = gateway.actors = Actors(gateway)
         gateway.residents = self.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
         self._projector = projector = Projector(
-            self.app, log, log.subjects, engine, gateway.actors, self.residents, self._verify
+            self.app,
+            log,
+            log.subjects,
+            engine,
+            gateway.actors,
+            self.residents,
+            self._verify,
+            settings.retry_after if settings.retries else 0.0,
         )
         self._ownership = Ownership(
             self._wire, log.subjects, leases, gateway, projector if self.app.projections else None
@@ -174,12 +193,15 @@ class Service:
         await self._ownership.verify()
 
     def _schedule(self) -> None:
+        settings = self.settings
         assert self._ownership is not None
         assert self._leases is not None
         self.scheduler.every(self._leases.ttl / 3, self._ownership.renew_leases)
         self.scheduler.every(0.5, self._passivate)
         self.scheduler.every(1.0, self._publish_metrics)
         self.scheduler.every(2.0, self._detect_backlog)
+        if self.app.projections:
+            self.scheduler.every(min(1.0, settings.retry_after), self._retry_dead_letters)
         self.scheduler.every(5.0, self._probe)
         self.scheduler.start()
 
@@ -251,6 +273,38 @@ class Service:
         elif behind < BACKLOG_WARN // 10 and self._behind:
             logger.info("the projections have caught up")
         self._behind = behind > (BACKLOG_WARN // 10 if self._behind else BACKLOG_WARN)
+
+    async def _retry_dead_letters(self) -> None:
+        """Fold again what failed with something transient, where the partition is ours."""
+        assert self._engine is not None
+        engine, settings = self._engine, self.settings
+
+        def work() -> list[dead_letters.Retried]:
+            parked, quarantined = dead_letters.counts(engine)
+            PARKED.set(parked)
+            QUARANTINED.set(quarantined)
+            done = []
+            for one in dead_letters.due(engine, time.time()) if parked else ():
+                if self._holds(one.aggregate, one.aggregate_id) and one.projection in self._names:
+                    last = one.attempts >= settings.retries
+                    pause = None if last else min(settings.retry_after * 2**one.attempts, dead_letters.MAX_PAUSE_S)
+                    own = dead_letters.plan_of(self.app.plan(), one.projection)
+                    done.append(dead_letters.retry(engine, own, one.projection, one.aggregate, one.aggregate_id, pause))
+            return done
+
+        for one in await asyncio.to_thread(work):
+            RETRIES.labels(outcome="failed" if one.left else "ok").inc()
+            logger.log(
+                logging.WARNING if one.left else logging.INFO,
+                "retried %s %s for %s: %d folded, %d left%s",
+                one.aggregate, one.aggregate_id, one.projection, one.folded, one.left,
+                f": {one.error}" if one.left else "",
+            )  # fmt: skip
+
+    def _holds(self, aggregate: str, aggregate_id: str) -> bool:
+        assert self._log is not None
+        assert self._leases is not None
+        return self._leases.holds(self._log.subjects.partition(aggregate, aggregate_id))
 
     async def _probe(self) -> None:
         """Find out whether the log and the database answer, by asking them something."""

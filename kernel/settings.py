@@ -29,6 +29,9 @@ class Settings:
         max_commands: commands under way; more are refused with a time to retry after.
         lease: seconds after which a worker that is gone, or frozen, has lost its partitions to the others; used when
             the leases' bucket is created.
+        retry_after: seconds until an event is folded again whose projection handler failed with something transient;
+            doubled at each further failure, up to five minutes.
+        retries: how often that is tried; then the event waits for somebody to decide. 0 is never.
         drain: seconds that a stop waits for commands under way.
     """
 
@@ -45,4 +48,6 @@ class Settings:
     idle: float = 300.0
     max_commands: int = 10_000
     lease: float = 3.0
+    retry_after: float = 1.0
+    retries: int = 10
     drain: float = 20.0

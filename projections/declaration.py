@@ -68,7 +68,7 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
     if not models or not all(isinstance(model, type) and issubclass(model, DeclarativeBase) for model in models):
         needed = "`tables = (Model, ...)`" if kind == "sql" else f"{kind.title()}[Model]"
         raise DeclarationError([f"{cls.__name__}: say which SQLAlchemy model it fills, with {needed}"])
-    columns = None if kind == "sql" else Columns(models[0])
+    columns = None if kind == "sql" else Columns(models[0], sequenced=kind == "rows")
     if columns is not None:
         problems += columns.problems(models[0], numeric=kind == "tallies")
         if kind == "rows" and columns.keys != 1:
@@ -154,8 +154,8 @@ def _unknown_columns(member: Any, columns: Columns, model: type, where: str, kin
         holder = node.value.value if kind == "tallies" and isinstance(node.value, ast.Subscript) else node.value
         if kind == "tallies" and holder is node.value:
             continue
-        if isinstance(holder, ast.Name) and holder.id == row and node.attr not in columns.names:
-            near = difflib.get_close_matches(node.attr, columns.names, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(columns.names)}"
+        if isinstance(holder, ast.Name) and holder.id == row and node.attr not in columns.shown:
+            near = difflib.get_close_matches(node.attr, columns.shown, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(columns.shown)}"
             problems.append(f"{where}: {model.__name__} has no column {node.attr!r}{hint}")
     return problems

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class Fenced(Exception):
     """The checkpoint is not where this owner left it: another owner, or a cut-over, moved on. Nothing was written."""
 
 
+FailureKind = Literal[
+    "handler",  # it raised
+    "sequence",  # an event is missing, or there twice
+    "event",  # nobody here can read it
+    "refused",  # by the database
+]
 UNKNOWN = 0
 """Sequence of a `HandlerFailed` whose event isn't known: the aggregate's first of the batch stands for it."""
 
@@ -19,14 +27,26 @@ class HandlerFailed(Exception):
         aggregate: aggregate type and id.
         sequence: the event's place in its aggregate; it and all later ones are parked.
         error: one line for people.
+        kind: what failed.
+        transient: trying again by itself may help.
     """
 
-    def __init__(self, projection: int, aggregate: tuple[str, str], sequence: int, error: str) -> None:
+    def __init__(
+        self,
+        projection: int,
+        aggregate: tuple[str, str],
+        sequence: int,
+        error: str,
+        kind: FailureKind = "refused",
+        transient: bool = False,
+    ) -> None:
         super().__init__(f"{aggregate[0]} {aggregate[1]}, event {sequence}: {error}")
         self.projection = projection
         self.aggregate = aggregate
         self.sequence = sequence
         self.error = error
+        self.kind = kind
+        self.transient = transient
 
 
 class KeyRefused(HandlerFailed):

@@ -17,19 +17,35 @@ from projections.declaration import DeclaredProjection, EventHandler
 from projections.errors import HandlerFailed
 from projections.projection import DROP, Meta, Recorded, Tally
 
+TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
+"""Exceptions of handlers that time may mend: the event is folded again by and by. A fold is otherwise a pure function,
+and would only fail again."""
 EVERY = -1
 """In a `HandlerFailed`: the event itself is to blame, so every projection of its aggregate parks it."""
 Step = Callable[[list[Any], str, Any, Envelope, int, "Folded"], None]
 
 
+class Parked(NamedTuple):
+    """Since which event an aggregate waits, and why."""
+
+    since: int
+    error: str
+    transient: bool = False
+
+
 class Letter(NamedTuple):
-    """One event on its way to the dead letters: of which projection, aggregate (type, id), where, and why."""
+    """One event on its way to the dead letters: of which projection, aggregate (type, id), where, and why.
+
+    Attributes:
+        transient: it is to be folded again by and by; never so for those that only wait behind it.
+    """
 
     projection: int
     aggregate: tuple[str, str]
     sequence: int
     stream_sequence: int
     error: str
+    transient: bool = False
 
 
 class Folded:
@@ -56,19 +72,28 @@ class Folded:
 class Plan:
     """All projections of an app, compiled for folding.
 
+    Args:
+        transient: exceptions of handlers after which trying again by itself may help.
+
     Attributes:
         projections: in the order that indexes everything in `Folded`.
         makers: how a record is made, by projection.
         parked: by projection and aggregate (type, id): the sequence from which on events wait behind a dead letter.
     """
 
-    def __init__(self, types: Sequence[AggregateType[Any]], projections: Sequence[DeclaredProjection]) -> None:
+    def __init__(
+        self,
+        types: Sequence[AggregateType[Any]],
+        projections: Sequence[DeclaredProjection],
+        transient: tuple[type[Exception], ...] = TRANSIENT,
+    ) -> None:
+        self.transient = transient
         self.projections = list(projections)
         self.types = {declared.name: declared for declared in types}
         self.makers: list[Callable[..., Any]] = [
             p.columns.factory(numeric=p.kind == "tallies") if p.columns else _no_record for p in projections
         ]
-        self.parked: dict[tuple[str, str], dict[int, tuple[int, str]]] = {}
+        self.parked: dict[tuple[str, str], dict[int, Parked]] = {}
         self.row_indexes = {
             declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
             for declared in types
@@ -140,7 +165,7 @@ class Plan:
         Args:
             rows: the aggregate's records by projection, None where there is no row yet; updated in place.
             commits: (stream sequence, envelopes) in stream order.
-            last: the sequence folded before, or None if not known.
+            last: the sequence folded before, or None if it isn't known but from the rows.
             skip: projections that have folded these commits already.
 
         Returns:
@@ -153,6 +178,11 @@ class Plan:
         key = (aggregate, aggregate_id)
         parked = self.parked.get(key) if self.parked else None
         odd = bool(skip or parked)
+        indexes = self.row_indexes[aggregate]
+        if last is None:
+            for index in indexes:
+                if rows[index] is not None and index not in skip and not (parked and index in parked):
+                    last = max(last or 0, rows[index].eskernel_sequence)
         for stream_sequence, envelopes in commits:
             for envelope in envelopes:
                 sequence = envelope.sequence
@@ -160,11 +190,14 @@ class Plan:
                     last = sequence
                     continue
                 if last is not None and sequence != last + 1:
-                    raise HandlerFailed(EVERY, key, sequence, f"SequenceError: event {sequence} after {last}")
+                    why = f"SequenceError: event {sequence} after {last}"
+                    raise HandlerFailed(EVERY, key, sequence, why, "sequence")
                 last = sequence
                 entry = steps_by_type.get(envelope.type)
                 if entry is None:
-                    raise HandlerFailed(EVERY, key, sequence, f"InvalidMessage: no event named {envelope.type!r}")
+                    raise HandlerFailed(
+                        EVERY, key, sequence, f"InvalidMessage: no event named {envelope.type!r}", "event"
+                    )
                 version, decode_any, decode, steps = entry
                 if decode is None:
                     continue
@@ -176,27 +209,36 @@ class Plan:
                     )
                 except Exception as error:
                     why = f"{type(error).__name__}: stored {envelope.type}: {error}"
-                    raise HandlerFailed(EVERY, key, sequence, why) from error
+                    raise HandlerFailed(EVERY, key, sequence, why, "event") from error
                 index = EVERY
                 try:
                     for index, step in steps:
-                        if odd and (index in skip or (parked and index in parked and sequence >= parked[index][0])):
+                        if odd and (index in skip or (parked and index in parked and sequence >= parked[index].since)):
                             continue
                         step(rows, aggregate_id, event, envelope, stream_sequence, folded)
                 except Exception as error:
                     why = f"{type(error).__name__}: {error}"
-                    raise HandlerFailed(index, key, sequence, why) from error
+                    transient = isinstance(error, self.transient)
+                    raise HandlerFailed(index, key, sequence, why, "handler", transient) from error
             folded.count += len(envelopes)
-        for index in self.row_indexes[aggregate]:
+        for index in indexes:
             # once for all its events
-            if rows[index] is not None:
-                folded.rows[index][aggregate_id] = rows[index]
+            row = rows[index]
+            if row is None or index in skip:
+                continue
+            if parked and index in parked:
+                since = parked[index].since
+                done = [one.sequence for _, envelopes in commits for one in envelopes if one.sequence < since]
+                row.eskernel_sequence = max([*done, row.eskernel_sequence])
+            elif last:
+                row.eskernel_sequence = last
+            folded.rows[index][aggregate_id] = row
         return last or 0
 
     def _wait(
         self,
         key: tuple[str, str],
-        parked: dict[int, tuple[int, str]],
+        parked: dict[int, Parked],
         envelope: Envelope,
         stream_sequence: int,
         skip: frozenset[int],
@@ -208,10 +250,13 @@ class Plan:
             if projection.aggregate != key[0] or index in skip:
                 continue
             since = parked.get(index)
-            if since is None or envelope.sequence < since[0]:
+            if since is None or envelope.sequence < since.since:
                 left = True
             else:
-                folded.letters.append(Letter(index, key, envelope.sequence, stream_sequence, since[1]))
+                head = envelope.sequence == since.since
+                folded.letters.append(
+                    Letter(index, key, envelope.sequence, stream_sequence, since.error, head and since.transient)
+                )
         return not left
 
     def park(self, failure: HandlerFailed) -> None:
@@ -220,8 +265,8 @@ class Plan:
         for index, projection in enumerate(self.projections):
             if projection.aggregate == failure.aggregate[0] and failure.projection in (EVERY, index):
                 known = waiting.get(index)
-                if known is None or known[0] > failure.sequence:
-                    waiting[index] = (failure.sequence, failure.error)
+                if known is None or known.since > failure.sequence:
+                    waiting[index] = Parked(failure.sequence, failure.error, failure.transient)
 
 
 def _no_record(*_values: Any) -> Any:

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, MetaData, Table, delete, func, insert, inspect, select, update
+from sqlalchemy import BigInteger, Column, Connection, MetaData, Table, delete, func, insert, inspect, select, update
 from sqlalchemy.sql.elements import quoted_name
 
 from projections.declaration import DeclaredProjection
 from projections.errors import SchemaError
+from projections.records import SEQUENCE
 from projections.tables import checkpoint, dead_letter, projection
 
+FENCE = -2
+"""Set by whoever has changed something beside a partition's owner: it meets the fence and starts from what it finds."""
+LAYOUT = 2
+"""Of a generation's physical tables. One of an older layout is built anew at start. 2: rows have a sequence."""
 RETIRED_EPOCH = -1
 """Set at a cut-over: no owner ever has it, so whoever still writes the old generation is fenced."""
 
@@ -52,18 +57,22 @@ def generation(declared: DeclaredProjection, number: int) -> Generation:
                 constraint.name = f"{constraint.name}__{number}"
         for column in copied.columns:
             column.autoincrement = pattern.columns[column.name].autoincrement
+        if declared.kind == "rows":
+            copied.append_column(Column(SEQUENCE, BigInteger, nullable=False, server_default="0"))
         tables[pattern.name] = copied
     return Generation(declared, number, tables)
 
 
 def live_generation(connection: Connection, declared: DeclaredProjection) -> Generation | None:
-    """Return the generation that the view shows, if it has the declared version."""
+    """Return the generation that the view shows, if it has the declared version and this program's layout."""
     row = connection.execute(
-        select(projection.c.generation, projection.c.version).where(
+        select(projection.c.generation, projection.c.version, projection.c.layout).where(
             projection.c.name == declared.name, projection.c.state == "live"
         )
     ).first()
-    return generation(declared, row.generation) if row is not None and row.version == declared.version else None
+    if row is None or (row.version, row.layout) != (declared.version, LAYOUT):
+        return None
+    return generation(declared, row.generation)
 
 
 def create(connection: Connection, declared: DeclaredProjection, partitions: Sequence[int]) -> Generation:
@@ -79,6 +88,7 @@ def create(connection: Connection, declared: DeclaredProjection, partitions: Seq
             name=declared.name,
             generation=made.number,
             version=declared.version,
+            layout=LAYOUT,
             state="building",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -123,7 +133,7 @@ def show(connection: Connection, made: Generation) -> None:
     for name, table in made.tables.items():
         if inspect(connection).has_table(name) and name not in inspect(connection).get_view_names():
             raise SchemaError(f"a table named {name} exists and is not the kernel's; the view needs the name")
-        columns = ", ".join(quote(column.name) for column in table.columns)
+        columns = ", ".join(quote(column.name) for column in table.columns if column.name != SEQUENCE)
         connection.exec_driver_sql(f"DROP VIEW IF EXISTS {quote(name)}")
         connection.exec_driver_sql(f"CREATE VIEW {quote(name)} AS SELECT {columns} FROM {quote(table.name)}")
     connection.execute(

@@ -10,21 +10,29 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Column, LargeBinary, Table
+from sqlalchemy import BigInteger, Column, LargeBinary, Table
 from sqlalchemy import inspect as inspect_model
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import Mapper
+
+SEQUENCE = "eskernel_sequence"
+"""Column beside the model's own in the tables of `Rows`, which no view shows: the last event that a row has folded.
+With it a gap is noticed however long an aggregate was not in memory."""
 
 
 class Columns:
     """A model's columns in one fixed order: keys first, then the rest, by attribute name and by column.
 
+    Args:
+        sequenced: add the column that tells a row's last event.
+
     Attributes:
         names: attribute names, the first `keys` of which form the primary key.
+        shown: those of them that are the model's.
         table: the model's own table, the pattern for every generation's.
     """
 
-    def __init__(self, model: type) -> None:
+    def __init__(self, model: type, sequenced: bool = False) -> None:
         mapper: Mapper[Any] = inspect_model(model)
         table = mapper.local_table
         assert isinstance(table, Table)
@@ -33,6 +41,10 @@ class Columns:
         pairs.sort(key=lambda pair: not pair[1].primary_key)
         self.names: list[str] = [name for name, _ in pairs]
         self.columns: list[Column[Any]] = [column for _, column in pairs]  # type: ignore[misc]
+        self.shown = list(self.names)
+        if sequenced:
+            self.names.append(SEQUENCE)
+            self.columns.append(Column(SEQUENCE, BigInteger, nullable=False, default=0))
         self.keys = sum(1 for column in self.columns if column.primary_key)
 
     def problems(self, model: type, numeric: bool) -> list[str]:
@@ -42,6 +54,8 @@ class Columns:
             numeric: whether the non-key columns are counters.
         """
         found = []
+        if SEQUENCE in self.shown or SEQUENCE in self.table.columns:
+            found.append(f"{model.__name__}: the name {SEQUENCE} is the kernel's own; give the column another")
         for name, column in list(zip(self.names, self.columns, strict=True))[self.keys :]:
             where = f"{model.__name__}.{name}"
             if numeric and not _is_number(column):

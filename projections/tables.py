@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -25,6 +25,7 @@ projection = Table(
     Column("version", Integer, nullable=False),
     Column("state", String(16), nullable=False),
     Column("created", String(40), nullable=False),
+    Column("layout", Integer, nullable=False),
 )
 """Every copy of a projection's tables. state: building, live, retired."""
 
@@ -53,5 +54,28 @@ dead_letter = Table(
     Column("payload", LargeBinary, nullable=False),
     Column("error", Text, nullable=False),
     Column("failed", String(40), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_attempt", Float),
 )
-"""Events that a projection could not fold, and those that had to wait behind them."""
+"""Events that a projection could not fold, and those that had to wait behind them. attempts: how often its fold has
+failed; next_attempt: Unix time of the next automatic one, if there is to be one."""
+
+skipped_letter = Table(
+    "eskernel_skipped_letter",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("projection", String(128), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("partition", Integer, nullable=False),
+    Column("aggregate", String(128), nullable=False),
+    Column("aggregate_id", Text, nullable=False),
+    Column("stream_sequence", BigInteger, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("failed", String(40), nullable=False),
+    Column("skipped", String(40), nullable=False),
+    Column("who", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+)
+"""Dead letters that somebody decided to leave out: which, when, who, and why. Nothing deletes these rows."""

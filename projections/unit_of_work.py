@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from aggregates.commit import Envelope
 from projections.bulk import Bulk, key_parameters
 from projections.database import is_infrastructure
 from projections.errors import UNKNOWN, Fenced, HandlerFailed, KeyRefused
-from projections.fold import Folded, Letter, Plan
+from projections.fold import Folded, Letter, Parked, Plan
 from projections.generations import Generation
 from projections.projection import Recorded, Transaction
 from projections.tables import dead_letter
@@ -52,7 +53,7 @@ class Write:
     letters: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _line(error: str) -> str:
+def one_line(error: str) -> str:
     """Return an error's text as every database takes it."""
     return error.replace("\0", "\\0")[:4_000]
 
@@ -63,9 +64,13 @@ class Writer:
     Args:
         generations: one for each projection of the plan, in its order.
         epoch: what the checkpoints must carry for this writer to go on.
+        retry_after: seconds until an event is folded again whose handler failed with something transient.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, generations: Sequence[Generation], epoch: int) -> None:
+    def __init__(
+        self, engine: Engine, plan: Plan, generations: Sequence[Generation], epoch: int, retry_after: float = 1.0
+    ) -> None:
+        self.retry_after = retry_after
         self.engine = engine
         self.plan = plan
         self.generations = list(generations)
@@ -162,8 +167,10 @@ class Writer:
             "stream_sequence": letter.stream_sequence,
             "sequence": letter.sequence,
             "payload": payload,
-            "error": _line(letter.error),
+            "error": one_line(letter.error),
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+            "attempts": 1,
+            "next_attempt": time.time() + self.retry_after if letter.transient and self.retry_after else None,
         }
 
     def garbage(self, stream_sequence: int, subject: str, partition: int, payload: bytes, why: str) -> dict[str, Any]:
@@ -177,8 +184,10 @@ class Writer:
             "stream_sequence": stream_sequence,
             "sequence": 0,
             "payload": payload,
-            "error": _line(why),
+            "error": one_line(why),
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+            "attempts": 1,
+            "next_attempt": None,
         }
 
     def commit(self, write: Write) -> None:
@@ -255,7 +264,8 @@ class Writer:
                     function(instance, tx, [one])
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
-                raise HandlerFailed(index, (aggregate, one.meta.aggregate_id), one.meta.sequence, why) from error
+                key, transient = (aggregate, one.meta.aggregate_id), isinstance(error, self.plan.transient)
+                raise HandlerFailed(index, key, one.meta.sequence, why, "handler", transient) from error
 
     def load_rows(self, connection: Connection, aggregate: str, ids: Sequence[str]) -> dict[str, list[Any]]:
         """Return the stored records of these aggregates, by id and then by projection; absent rows are None."""
@@ -276,5 +286,6 @@ class Writer:
             index = index_of.get((row.projection, row.generation))
             if index is not None and row.sequence > 0:
                 waiting = self.plan.parked.setdefault((row.aggregate, row.aggregate_id), {})
-                if index not in waiting or row.sequence <= waiting[index][0]:
-                    waiting[index] = (row.sequence, row.error)
+                if index not in waiting or row.sequence <= waiting[index].since:
+                    # what comes waits behind it; whether it is tried again stands in the letter itself
+                    waiting[index] = Parked(row.sequence, row.error)

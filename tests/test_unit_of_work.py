@@ -16,7 +16,7 @@ from kernel import App
 from projections import Fenced, HandlerFailed, Recorded, Rows, SchemaError, Sql, Tallies, Tally, Transaction
 from projections.checkpoints import Position, claim, reached, register
 from projections.errors import UNKNOWN
-from projections.fold import EVERY
+from projections.fold import EVERY, Parked
 from projections.generations import retire_live
 from projections.tables import checkpoint, dead_letter
 from tests.conftest import Commit, ReadSide, envelopes
@@ -328,7 +328,7 @@ def test_a_handler_that_raises_parks_its_aggregate_and_the_rest_goes_on(
     assert folded_to(side, "b") == {"Pages": 4, "Totals": 4, "Lines": 4}
     # and afterwards, also for the next owner, what follows waits behind, for this projection alone
     side.claim()
-    assert side.plan.parked == {("Notebook", "b"): {projection: (2, failure.error)}}
+    assert side.plan.parked == {("Notebook", "b"): {projection: Parked(2, failure.error)}}
     assert side.project([commit(5, "b", ["later"], 4), commit(6, "a", ["more"], 2)]) == []
     later = everything(side)
     assert later["letters"] == [*found["letters"], (name, "b", 5, 5, b"5")]
@@ -406,13 +406,13 @@ def test_the_earliest_failure_of_an_aggregate_is_what_its_events_wait_behind(sid
     for sequence in (5, 2, 4):
         side.plan.park(HandlerFailed(0, book, sequence, f"error {sequence}"))
     side.plan.park(HandlerFailed(EVERY, book, 3, "error 3"))
-    assert side.plan.parked == {book: {0: (2, "error 2"), 1: (3, "error 3"), 2: (3, "error 3")}}
+    assert side.plan.parked == {book: {0: Parked(2, "error 2"), 1: Parked(3, "error 3"), 2: Parked(3, "error 3")}}
 
 
 def test_bytes_that_are_no_commit_are_kept(side: ReadSide) -> None:
     batch = [commit(1, "a", ["one"])]
     write = side.freeze(batch, side.fold(batch))
-    write.letters.append(side.writer.garbage(2, "books.evt.1.Notebook.x", b"\x00\xff garbage", "not a commit"))
+    write.letters.append(side.writer.garbage(2, "books.evt.1.Notebook.x", 1, b"\x00\xff garbage", "not a commit"))
     side.writer.commit(write)
     with side.engine.connect() as connection:
         (row,) = connection.execute(select(dead_letter)).all()

@@ -18,6 +18,7 @@ _COMMANDS: Final = {
     "query": ("query", "Ask the projection database."),
     "show": ("query", "Print an aggregate's state and events, also as of then."),
     "rebuild": ("rebuild", "Build a projection's tables anew from the log."),
+    "dead-letters": ("dead_letters", "List, show, retry, skip, export events that a projection could not fold."),
     "status": ("status", "Print health, positions, lag, jobs."),
 }
 
@@ -32,7 +33,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = import_module(f"kernel.cli.{_COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -55,6 +56,7 @@ def main() -> None:
     eskernel query "select * from balances"
     eskernel show Account alice --history
     eskernel rebuild Balances
+    eskernel dead-letters list
     eskernel status
 
     Commands find the service that runs on the data directory (.eskernel in this folder); --nats, --database and

@@ -24,6 +24,7 @@ from kernel.messages import CommandError
 from kernel.runtime import AlreadyRunning, NotRunning, find_running
 from kernel.settings import DEFAULT_DATA
 from projections import SchemaError
+from projections.dead_letters import NoSuchLetter
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
@@ -32,7 +33,7 @@ console = Console()
 errors = Console(stderr=True)
 
 _CODES: list[tuple[tuple[type[BaseException], ...], int]] = [
-    ((Rejected, CommandError), FAILED),
+    ((Rejected, CommandError, NoSuchLetter), FAILED),
     ((AppNotFound, DeclarationError, InvalidId, InvalidMessage, KeyError), USAGE),
     ((NotRunning, AlreadyRunning, ConnectionError, LogError, TimeoutError, QueryTimeout), UNREACHABLE),
     ((SchemaError, DBAPIError, OSError), FAILED),

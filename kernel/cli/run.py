@@ -90,6 +90,20 @@ _DEFAULTS = Settings()
     show_default=True,
     help="Seconds after which a dead or frozen worker has lost its partitions.",
 )
+@click.option(
+    "--retry-after",
+    type=click.FloatRange(0.01),
+    default=_DEFAULTS.retry_after,
+    show_default=True,
+    help="Seconds until a projection handler that failed with something transient is tried again; then doubled.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=_DEFAULTS.retries,
+    show_default=True,
+    help="How often that is tried before the event waits for `eskernel dead-letters`.",
+)
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @asynchronous
 async def run(app: str, workers: int, log_level: str, **options: Any) -> None:

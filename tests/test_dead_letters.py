@@ -1,0 +1,344 @@
+"""Dead letters in sequence: folded again in order, left out with a reason, and never in anybody else's way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, insert
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from aggregates import Aggregate, applies, event
+from aggregates.commit import Decision, encode
+from aggregates.declaration import declare
+from kernel import App
+from projections import Fenced, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
+from projections.fold import Folded
+from tests.conftest import Commit, ReadSide, envelopes
+
+BROKEN: set[str] = set()
+"""Texts that handlers stumble over at the moment."""
+
+
+@event
+class Told:
+    text: str
+
+
+class Story(Aggregate):
+    @applies
+    def told(self, event: Told) -> None:
+        pass
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Length(Base):
+    __tablename__ = "lengths"
+    story: Mapped[str] = mapped_column(primary_key=True)
+    events: Mapped[int] = mapped_column(default=0)
+    last: Mapped[str | None]
+
+
+class Total(Base):
+    __tablename__ = "story_totals"
+    text: Mapped[str] = mapped_column(primary_key=True)
+    times: Mapped[int] = mapped_column(default=0)
+
+
+class Sentence(Base):
+    __tablename__ = "sentences"
+    story: Mapped[str] = mapped_column(primary_key=True)
+    place: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+def stumble(name: str, text: str) -> None:
+    if f"{name} {text}" in BROKEN:
+        raise ValueError(f"{name} can't take {text}")
+    if f"slow {name} {text}" in BROKEN:
+        raise TimeoutError(f"{name} waited for {text}")
+
+
+class Lengths(Rows[Length], of=Story):
+    @applies
+    def told(self, row: Length, event: Told) -> None:
+        row.events += 1
+        stumble("row", event.text)
+        row.last = event.text
+
+
+class Totals(Tallies[Total], of=Story):
+    @applies
+    def told(self, tally: Tally[Total], event: Told) -> None:
+        stumble("tally", event.text)
+        tally[event.text].times += 1
+
+
+class Sentences(Sql, of=Story):
+    tables = (Sentence,)
+
+    @applies
+    def told(self, tx: Transaction, events: Sequence[Recorded[Told]]) -> None:
+        for one in events:
+            stumble("sql", one.event.text)
+            values = {"story": one.meta.aggregate_id, "place": one.meta.sequence, "text": one.event.text}
+            tx.execute(insert(tx.table(Sentence)).values(**values))
+
+
+@pytest.fixture
+def side(engine: Engine) -> StorySide:
+    BROKEN.clear()
+    return StorySide(engine, App("stories", aggregates=[Story], projections=[Lengths, Totals, Sentences]))
+
+
+class StorySide(ReadSide):
+    """Keeps the commits, so that letters hold the bytes that they would."""
+
+    stored: dict[int, bytes]
+
+    def freeze(self, commits: Sequence[Commit], folded: Folded) -> Any:
+        for _, aggregate, aggregate_id, _ in commits:
+            self.position.touch(self.subjects.partition(aggregate, aggregate_id))
+        moves = self.position.moves(self.generations, commits[-1][0])
+        return self.writer.freeze(
+            folded, moves, lambda one: (self.subjects.partition(*one.aggregate), self.stored[one.stream_sequence])
+        )
+
+    def tell(self, at: int, story: str, texts: Sequence[str], after: int = 0) -> Commit:
+        """Return a commit, and remember its bytes."""
+        if not hasattr(self, "stored"):
+            self.stored = {}
+        names = {one.cls: (one.name, one.version) for one in declare(Story).events.values()}
+        told = [Told(text) for text in texts]
+        self.stored[at] = encode("/stories/Story", story, names, [Decision("c", told)], after, "2013-01-01T12:00:00Z")
+        return at, "Story", story, envelopes(Story, told, after)
+
+    def retry(self, name: str, story: str, pause: float | None = None) -> dead_letters.Retried:
+        plan = dead_letters.plan_of(self.app.plan(), name)
+        return dead_letters.retry(self.engine, plan, name, "Story", story, pause)
+
+    def skip(self, name: str, story: str, reason: str = "because") -> dead_letters.Letter:
+        plan = dead_letters.plan_of(self.app.plan(), name)
+        return dead_letters.skip(self.engine, plan, name, "Story", story, "me", reason)
+
+
+def lengths(side: ReadSide) -> list[tuple[str, int, str | None]]:
+    return [(row.story, row.events, row.last) for row in side.rows(Length)]
+
+
+def park(side: StorySide, name: str, kind: str) -> None:
+    """Story b fails at its second event, for one projection; its third waits behind; story a goes on."""
+    BROKEN.add(f"{kind} bad")
+    side.project([side.tell(1, "b", ["good"]), side.tell(2, "a", ["good"]), side.tell(3, "b", ["bad", "later"], 1)])
+    side.project([side.tell(4, "b", ["last"], 3), side.tell(5, "a", ["more"], 1)])
+    (waiting,) = dead_letters.waiting(side.engine)
+    assert (waiting.projection, waiting.aggregate_id, waiting.sequence, waiting.events) == (name, "b", 2, 3)
+    assert (waiting.attempts, waiting.next_attempt) == (1, None)
+
+
+KINDS = [("Lengths", "row"), ("Totals", "tally"), ("Sentences", "sql")]
+
+
+def everything(side: ReadSide) -> Any:
+    return (
+        lengths(side),
+        [(row.text, row.times) for row in side.rows(Total)],
+        [(row.story, row.place, row.text) for row in side.rows(Sentence)],
+    )
+
+
+WHOLE = (
+    [("a", 2, "more"), ("b", 4, "last")],
+    [("bad", 1), ("good", 2), ("last", 1), ("later", 1), ("more", 1)],
+    [("a", 1, "good"), ("a", 2, "more"), ("b", 1, "good"), ("b", 2, "bad"), ("b", 3, "later"), ("b", 4, "last")],
+)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_retry_folds_what_waits_in_order_and_the_aggregate_goes_on(side: StorySide, name: str, kind: str) -> None:
+    park(side, name, kind)
+    BROKEN.clear()
+    assert side.retry(name, "b") == dead_letters.Retried(name, "Story", "b", 3, 0, "")
+    assert dead_letters.waiting(side.engine) == []
+    assert everything(side) == WHOLE
+    side.claim()
+    assert side.plan.parked == {}
+    assert side.project([side.tell(6, "b", ["again"], 4)]) == []
+    assert ("b", 5, "again") in lengths(side)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_retry_stops_at_the_first_event_that_fails_again(side: StorySide, name: str, kind: str) -> None:
+    park(side, name, kind)
+    before = everything(side)
+    assert side.retry(name, "b").folded == 0
+    assert everything(side) == before
+    (waiting,) = dead_letters.waiting(side.engine)
+    assert (waiting.events, waiting.attempts) == (3, 2)
+    BROKEN.clear()
+    BROKEN.add(f"{kind} last")
+    retried = side.retry(name, "b")
+    assert (retried.folded, retried.left) == (2, 1)
+    assert "can't take last" in retried.error
+    (waiting,) = dead_letters.waiting(side.engine)
+    assert (waiting.sequence, waiting.events, waiting.attempts) == (4, 1, 1)
+    assert "can't take last" in waiting.error
+    side.claim()
+    assert side.plan.parked[("Story", "b")].popitem()[1].since == 4
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_skip_leaves_out_the_head_and_keeps_who_and_why(side: StorySide, name: str, kind: str) -> None:
+    park(side, name, kind)
+    letter = side.skip(name, "b", "ticket 4711")
+    assert letter.event is not None
+    assert (letter.sequence, letter.event["data"]) == (2, {"text": "bad"})
+    (kept,) = dead_letters.skipped(side.engine)
+    assert (kept["who"], kept["reason"], kept["sequence"], kept["projection"]) == ("me", "ticket 4711", 2, name)
+    assert kept["skipped"]
+    assert side.retry(name, "b") == dead_letters.Retried(name, "Story", "b", 2, 0, "")
+    side.claim()
+    assert side.project([side.tell(6, "b", ["again"], 4)]) == []
+    assert dead_letters.waiting(side.engine) == []
+    expected = {
+        "Lengths": ("b", 4, "again"),
+        "Totals": [("again", 1), ("good", 2), ("last", 1), ("later", 1), ("more", 1)],
+        "Sentences": [1, 3, 4, 5],
+    }[name]
+    found = {
+        "Lengths": lengths(side)[1],
+        "Totals": [(row.text, row.times) for row in side.rows(Total)],
+        "Sentences": [row.place for row in side.rows(Sentence) if row.story == "b"],
+    }[name]
+    assert found == expected
+
+
+def test_after_skipping_everything_the_next_event_is_no_gap(side: StorySide) -> None:
+    park(side, "Lengths", "row")
+    for _ in range(3):
+        side.skip("Lengths", "b")
+    side.claim()
+    assert side.plan.parked == {}
+    assert side.project([side.tell(6, "b", ["again"], 4)]) == []
+    assert lengths(side)[1] == ("b", 2, "again")
+
+
+@pytest.mark.parametrize("act", ["retry", "skip"])
+def test_the_owner_of_the_partition_meets_the_fence_after_a_change(side: StorySide, act: str) -> None:
+    park(side, "Lengths", "row")
+    batch = [side.tell(6, "b", ["again"], 4)]
+    late = side.freeze(batch, side.fold(batch))
+    BROKEN.clear()
+    side.retry("Lengths", "b") if act == "retry" else side.skip("Lengths", "b")
+    with pytest.raises(Fenced):
+        side.writer.commit(late)
+    side.claim()
+    side.project(batch)
+    assert lengths(side)[1] == (("b", 5, "again") if act == "retry" else ("b", 1, "good"))
+
+
+def test_a_retry_that_folds_nothing_disturbs_nobody(side: StorySide) -> None:
+    park(side, "Lengths", "row")
+    side.retry("Lengths", "b")
+    side.project([side.tell(6, "a", ["on"], 2)])
+    assert lengths(side)[0] == ("a", 3, "on")
+
+
+def test_only_what_time_may_mend_is_tried_again_by_itself(side: StorySide) -> None:
+    BROKEN.add("slow row bad")
+    side.writer.retry_after = 30.0
+    before = time.time()
+    side.project([side.tell(1, "b", ["good"])])
+    side.project([side.tell(2, "b", ["bad", "later"], 1)])
+    (waiting,) = dead_letters.waiting(side.engine)
+    assert waiting.next_attempt is not None
+    assert before + 30 <= waiting.next_attempt <= time.time() + 30
+    assert dead_letters.due(side.engine, before) == []
+    assert dead_letters.due(side.engine, time.time() + 31) == [waiting]
+    side.retry("Lengths", "b", pause=60.0)
+    (waiting,) = dead_letters.waiting(side.engine)
+    assert waiting.attempts == 2
+    assert waiting.next_attempt is not None
+    assert waiting.next_attempt > time.time() + 50
+    side.retry("Lengths", "b", pause=None)
+    (waiting,) = dead_letters.waiting(side.engine)
+    assert (waiting.attempts, waiting.next_attempt) == (3, None)
+
+
+def test_letters_are_shown_with_their_events_and_bytes(side: StorySide) -> None:
+    park(side, "Lengths", "row")
+    found = dead_letters.letters(side.engine, "Lengths", "Story", "b")
+    assert [(one.sequence, one.stream_sequence) for one in found] == [(2, 3), (3, 3), (4, 4)]
+    assert [one.event["data"]["text"] for one in found if one.event] == ["bad", "later", "last"]
+    assert found[0].payload == side.stored[3]
+
+
+def test_what_does_not_wait_cannot_be_retried_or_skipped(side: StorySide) -> None:
+    park(side, "Lengths", "row")
+    for act in (side.retry, side.skip):
+        with pytest.raises(dead_letters.NoSuchLetter, match="dead-letters list"):
+            act("Lengths", "a")
+        with pytest.raises(dead_letters.NoSuchLetter):
+            act("Totals", "b")
+
+
+def test_quarantined_bytes_are_skipped_by_their_place(side: StorySide) -> None:
+    batch = [side.tell(1, "a", ["good"])]
+    write = side.freeze(batch, side.fold(batch))
+    write.letters += [side.writer.garbage(at, "stories.evt.1.Story.x", 1, b"\xff", "not a commit") for at in (7, 8)]
+    side.writer.commit(write)
+    assert [(one.projection, one.stream_sequence) for one in dead_letters.waiting(side.engine)] == [("", 7), ("", 8)]
+    assert dead_letters.counts(side.engine) == (0, 2)
+    left = dead_letters.skip(side.engine, None, "", "", "stories.evt.1.Story.x", "me", "noise", 8)
+    assert (left.payload, left.event) == (b"\xff", None)
+    assert [one.stream_sequence for one in dead_letters.waiting(side.engine)] == [7]
+    with pytest.raises(dead_letters.NoSuchLetter):
+        dead_letters.skip(side.engine, None, "", "", "stories.evt.1.Story.x", "me", "noise", 8)
+
+
+# sequences
+
+
+@pytest.mark.parametrize(("after", "told"), [(3, "event 4 after 2"), (1, "event 2 after 2")], ids=["gap", "repeat"])
+def test_a_gap_or_a_repeat_is_noticed_however_long_the_aggregate_slept(side: StorySide, after: int, told: str) -> None:
+    side.project([side.tell(1, "b", ["one", "two"])])
+    side.claim()  # nothing is in memory any more
+    (failure,) = side.project([side.tell(2, "b", ["odd"], after), side.tell(3, "a", ["good"])])
+    assert failure.kind == "sequence"
+    assert told in failure.error
+    assert lengths(side) == [("a", 1, "good"), ("b", 2, "two")]
+    assert {one.projection for one in dead_letters.waiting(side.engine)} == {"Lengths", "Totals", "Sentences"}
+    assert side.retry("Lengths", "b").left == 1
+    side.skip("Lengths", "b")
+    side.claim()
+    assert lengths(side)[1] == ("b", 2, "two")
+
+
+def test_the_sequence_column_is_nobodys_business(side: StorySide) -> None:
+    side.project([side.tell(1, "b", ["one", "two"])])
+    with side.engine.connect() as connection:
+        assert list(connection.exec_driver_sql("SELECT * FROM lengths").keys()) == ["story", "events", "last"]
+        assert connection.exec_driver_sql("SELECT eskernel_sequence FROM lengths__1").scalar() == 2
+
+
+def test_a_model_may_not_use_the_kernels_column() -> None:
+    class Other(DeclarativeBase):
+        pass
+
+    class Wrong(Other):
+        __tablename__ = "wrong"
+        story: Mapped[str] = mapped_column(primary_key=True)
+        eskernel_sequence: Mapped[int] = mapped_column(default=0)
+
+    class Wrongs(Rows[Wrong], of=Story):
+        @applies
+        def told(self, row: Wrong, event: Told) -> None:
+            pass
+
+    with pytest.raises(Exception, match="kernel's own"):
+        App("stories", aggregates=[Story], projections=[Wrongs])
