@@ -19,6 +19,10 @@ class AlreadyRunning(Exception):
     """Another service works on this data directory."""
 
 
+class WorkersFailed(Exception):
+    """A worker could not start; the message has the reason that it gave."""
+
+
 class NotRunning(Exception):
     """No running service was found, or more than one; the message says what to do."""
 

@@ -16,7 +16,7 @@ import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
 from kernel.health import HttpServer
-from kernel.runtime import DataDirectory, running_as
+from kernel.runtime import DataDirectory, WorkersFailed, running_as
 from kernel.server import EmbeddedServer, end_with_parent
 from kernel.settings import Settings
 from kernel.worker import REFUSED, describe
@@ -30,10 +30,6 @@ MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 15.0
 _SCRAPE = aiohttp.ClientTimeout(total=2)
 STEADY_S = 30.0
 """A worker that ran for so long starts again at once."""
-
-
-class WorkersFailed(Exception):
-    """No worker could start; the message has the reason that they gave."""
 
 
 @dataclass(slots=True)

@@ -28,9 +28,11 @@ class Shell:
         self.service: subprocess.Popen[bytes] | None = None
 
     def start(self, *arguments: str) -> None:
+        if not arguments or arguments[0].startswith("-"):
+            arguments = ("examples.bank:app", *arguments)
         with self.log.open("wb") as log:
             self.service = subprocess.Popen(
-                [sys.executable, "-m", "kernel.cli", "run", "examples.bank:app", *arguments],
+                [sys.executable, "-m", "kernel.cli", "run", *arguments],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=log,
@@ -48,6 +50,7 @@ class Shell:
         return self.service.wait(30)
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
+        """Run a command; return what it printed: its results, or its errors where it is to fail."""
         done = subprocess.run(
             [sys.executable, "-m", "kernel.cli", *arguments],
             cwd=self.folder,

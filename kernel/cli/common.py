@@ -21,7 +21,7 @@ from kernel.app import App, AppNotFound, load_app
 from kernel.client import Client, QueryTimeout
 from kernel.log import LogError
 from kernel.messages import CommandError
-from kernel.runtime import AlreadyRunning, NotRunning, find_running
+from kernel.runtime import AlreadyRunning, NotRunning, WorkersFailed, find_running
 from kernel.settings import DEFAULT_DATA
 from projections import SchemaError
 from projections.dead_letters import NoSuchLetter
@@ -35,6 +35,7 @@ errors = Console(stderr=True)
 _CODES: list[tuple[tuple[type[BaseException], ...], int]] = [
     ((Rejected, CommandError, NoSuchLetter), FAILED),
     ((AppNotFound, DeclarationError, InvalidId, InvalidMessage, KeyError), USAGE),
+    ((WorkersFailed,), UNREACHABLE),
     ((NotRunning, AlreadyRunning, ConnectionError, LogError, TimeoutError, QueryTimeout), UNREACHABLE),
     ((SchemaError, DBAPIError, OSError), FAILED),
 ]
