@@ -57,7 +57,7 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
         async def fenced() -> None:
             raise AssertionError("nobody else writes")
 
-        projector = Projector(app, log, log.subjects, engine, gateway.actors, gateway.residents, fenced)
+        projector = Projector(app, log, log.subjects, engine, gateway.actors, gateway.residents, lambda _: True, fenced)
         projector.own(frozenset(range(info.partitions)))
         started = time.perf_counter()
         running = asyncio.create_task(projector.run())

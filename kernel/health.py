@@ -38,7 +38,9 @@ class Health:
     """The components' states: the log, the database, the projection."""
 
     def __init__(self) -> None:
-        self.components = {name: Component() for name in ("log", "database", "leases", "projection", "commands")}
+        self.components = {
+            name: Component() for name in ("log", "appends", "database", "leases", "projection", "commands")
+        }
 
     @property
     def ready(self) -> bool:

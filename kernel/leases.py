@@ -76,16 +76,21 @@ class Leases:
         self._renewals = 0
         self._seen: tuple[str, ...] = ()
         self._unsettled = 0.0
+        self._joined = False
 
     async def start(self) -> None:
-        """Make the bucket, if nobody has, and become one of the workers.
+        """Make the bucket, if nobody has.
 
         Raises:
-            LogError: it can't be made or written.
+            LogError: it can't be made.
         """
         await self._appender.start()
         await self._create_bucket()
         self._wire.reconnections.append(self._reconnected)
+
+    async def join(self) -> None:
+        """Become one of the workers: from now on the others leave us our share."""
+        self._joined = True
         await self.renew()
 
     def _reconnected(self) -> None:
@@ -159,6 +164,8 @@ class Leases:
         return lost
 
     async def _renew_membership(self, mine: Lease | None) -> None:
+        if not self._joined:
+            return
         before = clock()
         try:
             revision = await self._put(f"w.{self.worker}", mine.revision if mine else 0)
@@ -297,6 +304,7 @@ class Leases:
             await self.release(list(self._held))
             if self._me is not None:
                 await self._delete(self._me)
+        self._me, self._joined = None, False
         self._held.clear()
         await self._appender.close()
 

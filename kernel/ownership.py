@@ -40,6 +40,7 @@ class Ownership:
         self._stop_nudges: Callable[[], Any] | None = None
         self._nudged = asyncio.Event()
         self._answering: asyncio.Task[None] | None = None
+        self._balancing: asyncio.Future[None] | None = None
         self._leaving = False
         self.members = Members((), frozenset())
 
@@ -49,18 +50,25 @@ class Ownership:
         Raises:
             LogError: the leases can't be had.
         """
-        await self._leases.start()
+        await self._leases.join()
         self._stop_nudges = await self._wire.listen(self._nudges, self._hear)
         self._answering = asyncio.create_task(self._answer_nudges())
-        await self.renew_leases()
+        await self._balance()
         self._nudge()
 
     async def renew_leases(self) -> None:
-        """Renew, let go of what was lost, give back what is too much, take what is free: one turn of the scheduler."""
+        """Renew, and let go of what was lost; then see to our share. One turn of the scheduler."""
+        if self._leaving:
+            return
+        await self._drop(await self._leases.renew())
+        if not self._turn.locked():  # a hand-over may take its time, and renewing must not wait for it
+            self._balancing = asyncio.ensure_future(self._balance())
+
+    async def _balance(self) -> None:
+        """Give back what is too much, take what is free."""
         async with self._turn:
             if self._leaving:
                 return
-            await self._drop(await self._leases.renew())
             try:
                 self.members = members = await self._leases.members()
             except LogError as error:
@@ -75,8 +83,7 @@ class Ownership:
 
     async def verify(self) -> None:
         """Make sure of what is still ours; the fence was met."""
-        if not self._turn.locked():  # a turn under way may be waiting for the projector, which is who asks
-            await self.renew_leases()
+        await self._drop(await self._leases.renew())
 
     async def _take(self, partitions: list[int]) -> None:
         MOVED.labels(direction="taken").inc(len(partitions))
@@ -141,7 +148,7 @@ class Ownership:
         while True:
             await self._nudged.wait()
             self._nudged.clear()
-            await self.renew_leases()
+            await self._balance()
 
     async def leave(self) -> None:
         """Stop taking commands and give back everything; the projector must have stopped."""

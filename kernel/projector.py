@@ -66,6 +66,7 @@ class Projector:
     another worker's costs less than a filter does on the server.
 
     Args:
+        holds: says whether a partition is still ours, as far as can be known without asking.
         verify: called when the fence was met: makes sure of what is still ours, and calls `own` if that has changed.
         retry_after: seconds until an event is folded again whose handler failed with something transient; 0 is never.
     """
@@ -78,12 +79,13 @@ class Projector:
         engine: Engine,
         actors: Actors,
         residents: Residents,
+        holds: Callable[[int], bool],
         verify: Callable[[], Coroutine[Any, Any, None]],
         retry_after: float = 0.0,
     ) -> None:
         self._app, self._log, self._subjects, self._engine = app, log, subjects, engine
         self._actors, self._residents, self._verify = actors, residents, verify
-        self._retry_after = retry_after
+        self._holds, self._retry_after = holds, retry_after
         self._plan = app.plan()
         self._position: Position
         self._writer: Writer
@@ -126,12 +128,13 @@ class Projector:
         pause = MIN_BACKOFF_S
         while not self._stopping:
             self._interrupted.clear()
-            self._owned = self._wanted
+            # to claim what may be another's by now would stop it for a moment
+            self._owned = frozenset(filter(self._holds, self._wanted))
             self._idle.set()
             if not self._owned:
                 self.state = NO_PARTITIONS
                 self.pending = 0
-                await self._interrupted.wait()
+                await self._rest(MAX_BACKOFF_S)
                 continue
             began_at = self.position
             try:

@@ -6,47 +6,33 @@ import asyncio
 import gc
 import logging
 import os
-import time
 from dataclasses import asdict
 from typing import Any
 
 import orjson
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from kernel.actors import Actors
 from kernel.app import App
 from kernel.commands import CommandGateway
 from kernel.health import Health, HttpServer
 from kernel.leases import Leases
-from kernel.log import JetStreamLog, LogError, open_log
+from kernel.log import JetStreamLog, open_log
 from kernel.log.wire import Wire, connect, publish_frame
-from kernel.metrics import (
-    APPENDS_IN_FLIGHT,
-    CONNECTED,
-    CONNECTION_EVENTS,
-    LAG,
-    LOOP_LAG,
-    PARKED,
-    QUARANTINED,
-    READ_BACKS,
-    RETRIES,
-)
+from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, READ_BACKS
 from kernel.ownership import Ownership
-from kernel.projector import NO_PARTITIONS, Projector
+from kernel.projector import Projector
 from kernel.rebuild import Progress, build_missing, clean_up
 from kernel.residents import Residents
 from kernel.runtime import DataDirectory, running_as, worker_name
 from kernel.scheduler import Scheduler
 from kernel.server import EmbeddedServer
 from kernel.settings import Settings
-from projections import dead_letters
+from kernel.watch import Watch
 from projections.checkpoints import register
-from projections.database import open_database, reads
+from projections.database import open_database
 
 logger = logging.getLogger("eskernel")
-
-BACKLOG_WARN = 10_000
-"""Commits behind which the projections are said to be behind; they have caught up below a tenth of it."""
 
 
 class Service:
@@ -81,8 +67,6 @@ class Service:
         self._actors: Actors | None = None
         self._projecting: asyncio.Task[None] | None = None
         self._frames: list[bytes] = []
-        self._names = {declared.name for declared in app.projections}
-        self._behind = False
         self._listening: list[Any] = []
         self._leases: Leases | None = None
         self._ownership: Ownership | None = None
@@ -133,8 +117,22 @@ class Service:
         self._listening.append(await wire.listen(log.subjects.commands(), self._gateway.receive, queue="workers"))
         await self._ownership.start()
         self._listening.append(await wire.listen(f"{self.app.name}.svc.status", self._status))
-        await self._probe()
-        self._schedule()
+        assert self._projector is not None
+        self._watch = Watch(
+            self.app,
+            settings,
+            wire,
+            log,
+            info.created,
+            engine,
+            self._projector,
+            leases,
+            self._ownership,
+            self.health,
+            self._lost,
+        )
+        await self._watch.probe()
+        self._schedule(self._watch, self._ownership, leases)
         await self.http.start()
         if not self.number:
             running = running_as(self.app.name, self._spec, self.nats_url, self.database_url, self.http.url)
@@ -179,6 +177,7 @@ class Service:
             engine,
             gateway.actors,
             self.residents,
+            leases.holds,
             self._verify,
             settings.retry_after if settings.retries else 0.0,
         )
@@ -192,18 +191,27 @@ class Service:
         assert self._ownership is not None
         await self._ownership.verify()
 
-    def _schedule(self) -> None:
-        settings = self.settings
-        assert self._ownership is not None
-        assert self._leases is not None
-        self.scheduler.every(self._leases.ttl / 3, self._ownership.renew_leases)
-        self.scheduler.every(0.5, self._passivate)
-        self.scheduler.every(1.0, self._publish_metrics)
-        self.scheduler.every(2.0, self._detect_backlog)
+    def _schedule(self, watch: Watch, ownership: Ownership, leases: Leases) -> None:
+        every = self.scheduler.every
+        every(leases.ttl / 3, ownership.renew_leases)
+        every(0.5, self._passivate)
+        every(1.0, self._publish_metrics)
+        every(5.0, watch.probe)
         if self.app.projections:
-            self.scheduler.every(min(1.0, settings.retry_after), self._retry_dead_letters)
-        self.scheduler.every(5.0, self._probe)
+            every(2.0, watch.detect_backlog)
+            every(min(1.0, self.settings.retry_after), watch.retry_dead_letters)
         self.scheduler.start()
+
+    async def _passivate(self) -> None:
+        while self.residents.sweep():  # noqa: ASYNC110 - gives way between slices
+            await asyncio.sleep(0)
+
+    def _publish_metrics(self) -> None:
+        assert self._gateway is not None
+        assert self._log is not None
+        self._gateway.publish_metrics()
+        READ_BACKS.set(self._log.appender.read_backs)
+        APPENDS_IN_FLIGHT.set(self._log.appender.pressure[1])
 
     # answers
 
@@ -247,102 +255,6 @@ class Service:
             "jobs": [asdict(job) for job in self.scheduler.jobs.values()],
         }
 
-    # jobs
-
-    async def _passivate(self) -> None:
-        while self.residents.sweep():  # noqa: ASYNC110 - gives way between slices
-            await asyncio.sleep(0)
-
-    def _publish_metrics(self) -> None:
-        assert self._gateway is not None
-        assert self._log is not None
-        self._gateway.publish_metrics()
-        READ_BACKS.set(self._log.appender.read_backs)
-        APPENDS_IN_FLIGHT.set(self._log.appender.pressure[1])
-
-    async def _detect_backlog(self) -> None:
-        """Compare the log's end with the projections' position; say so when they fall behind or have caught up."""
-        assert self._log is not None
-        assert self._projector is not None
-        if not self.app.projections:
-            return
-        behind = max(0, (await self._log.info()).last - self._projector.position)
-        LAG.set(behind)
-        if behind > BACKLOG_WARN and not self._behind:
-            logger.warning("the projections are %d commits behind", behind)
-        elif behind < BACKLOG_WARN // 10 and self._behind:
-            logger.info("the projections have caught up")
-        self._behind = behind > (BACKLOG_WARN // 10 if self._behind else BACKLOG_WARN)
-
-    async def _retry_dead_letters(self) -> None:
-        """Fold again what failed with something transient, where the partition is ours."""
-        assert self._engine is not None
-        engine, settings = self._engine, self.settings
-
-        def work() -> list[dead_letters.Retried]:
-            parked, quarantined = dead_letters.counts(engine)
-            PARKED.set(parked)
-            QUARANTINED.set(quarantined)
-            done = []
-            for one in dead_letters.due(engine, time.time()) if parked else ():
-                if self._holds(one.aggregate, one.aggregate_id) and one.projection in self._names:
-                    last = one.attempts >= settings.retries
-                    pause = None if last else min(settings.retry_after * 2**one.attempts, dead_letters.MAX_PAUSE_S)
-                    own = dead_letters.plan_of(self.app.plan(), one.projection)
-                    done.append(dead_letters.retry(engine, own, one.projection, one.aggregate, one.aggregate_id, pause))
-            return done
-
-        for one in await asyncio.to_thread(work):
-            RETRIES.labels(outcome="failed" if one.left else "ok").inc()
-            logger.log(
-                logging.WARNING if one.left else logging.INFO,
-                "retried %s %s for %s: %d folded, %d left%s",
-                one.aggregate, one.aggregate_id, one.projection, one.folded, one.left,
-                f": {one.error}" if one.left else "",
-            )  # fmt: skip
-
-    def _holds(self, aggregate: str, aggregate_id: str) -> bool:
-        assert self._log is not None
-        assert self._leases is not None
-        return self._leases.holds(self._log.subjects.partition(aggregate, aggregate_id))
-
-    async def _probe(self) -> None:
-        """Find out whether the log and the database answer, by asking them something."""
-        assert self._log is not None
-        assert self._engine is not None
-        components = self.health.components
-        started = time.perf_counter()
-        try:
-            await self._log.info()
-            components["log"].set(True, self.nats_url, time.perf_counter() - started)
-        except LogError as error:
-            components["log"].set(False, str(error), time.perf_counter() - started)
-            if self._wire is not None and self._wire.is_connected:
-                # the read loop can die while the client believes itself connected
-                await self._wire.force_reconnect()
-        started = time.perf_counter()
-        try:
-            await asyncio.to_thread(self._ask_database)
-            components["database"].set(True, self._engine.dialect.name, time.perf_counter() - started)
-        except Exception as error:
-            components["database"].set(False, str(error).splitlines()[0], time.perf_counter() - started)
-        assert self._projector is not None
-        state = self._projector.state if self.app.projections else "none"
-        components["projection"].set(state in ("running", "starting", "none", NO_PARTITIONS), state)
-        assert self._leases is not None
-        assert self._ownership is not None
-        held, share = len(self._leases.held), self._leases.share(self._ownership.members)
-        components["leases"].set(held > 0 or not share, f"holding {held} of {self._leases.partitions} partitions")
-        components["commands"].set(not self.stopped.is_set(), "taken" if not self.stopped.is_set() else "stopping")
-        begin = time.perf_counter()
-        await asyncio.sleep(0)
-        LOOP_LAG.set(time.perf_counter() - begin)
-
-    def _ask_database(self) -> None:
-        assert self._engine is not None
-        with reads(self._engine).connect() as connection:
-            connection.execute(text("SELECT 1"))
-
     # events
 
     def _connection(self, event: str) -> None:
@@ -372,6 +284,7 @@ class Service:
     async def stop(self) -> None:
         """Drain and stop: commands under way are answered, the last batch is committed."""
         self.stopped.set()
+        self.health.components["commands"].set(False, "stopping")
         if self._gateway is not None and not await self._gateway.drain(self.settings.drain):
             logger.warning("%d commands were not answered in time; their outcome is in the log", self._gateway.pending)
         for stop_listening in self._listening:

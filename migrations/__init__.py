@@ -10,6 +10,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 
+from projections.errors import SchemaError
+
 VERSION_TABLE = "eskernel_schema"
 
 
@@ -21,10 +23,22 @@ def _config(connection: Connection | None = None) -> Config:
 
 
 def upgrade(engine: Engine) -> None:
-    """Bring the kernel's tables to the newest revision; does nothing when they are."""
+    """Bring the kernel's tables to the newest revision; does nothing when they are.
+
+    Raises:
+        SchemaError: they are newer than this program.
+    """
     with engine.begin() as connection:
-        if current(connection) != head():
-            command.upgrade(_config(connection), "head")
+        found = current(connection)
+        if found == head():
+            return
+        scripts = ScriptDirectory.from_config(_config())
+        if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+            raise SchemaError(
+                f"the database has the kernel's tables of revision {found}, this program knows them up to {head()}: it "
+                "is older than the one that made them; run the newer one"
+            )
+        command.upgrade(_config(connection), "head")
 
 
 def head() -> str | None:

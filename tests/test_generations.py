@@ -262,6 +262,13 @@ def test_migrating_twice_changes_nothing(migrated: Engine) -> None:
     register(migrated, "books", "2013", 4, 0)
 
 
+def test_tables_of_a_newer_program_are_refused(migrated: Engine) -> None:
+    with migrated.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE {migrations.VERSION_TABLE} SET version_num = '9999'")
+    with pytest.raises(SchemaError, match=r"9999.*run the newer"):
+        migrations.upgrade(migrated)
+
+
 def test_an_empty_database_has_no_revision(engine: Engine) -> None:
     with engine.connect() as connection:
         assert migrations.current(connection) is None

@@ -29,6 +29,7 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
 async def worker(wire: Wire, app: str, name: str, ttl: float = 5.0) -> AsyncIterator[Leases]:
     leases = Leases(wire, app, name, PARTITIONS, ttl=ttl)
     await leases.start()
+    await leases.join()
     try:
         yield leases
     finally:

@@ -38,7 +38,7 @@ async def test_a_database_that_refuses_connections_is_waited_for(
         second = await asyncio.gather(*(client.execute(Notebook, f"n{n % 9}", Note("b")) for n in range(90)))
         assert service._projector is not None
         await wait_until(lambda: service._projector.state == "waiting for the database")
-        await service._probe()
+        await service._watch.probe()
         assert not service.health.ready
         with admin.connect() as connection:
             connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))

@@ -103,6 +103,7 @@ class Appender:
         self._burst_costs: deque[float] = deque(maxlen=8)
         self._closed = False
         self.read_backs = 0
+        self.refusal = ""
 
     async def start(self) -> None:
         """Subscribe to the acknowledgements and watch over the time-outs."""
@@ -215,6 +216,8 @@ class Appender:
         if ack.error is not None:
             self._refused(group, ack.error)
             return
+        if self.refusal:
+            self.refusal = ""
         if self._burst_left:
             self._measure()
         first = ack.seq - len(group) + 1
@@ -251,7 +254,8 @@ class Appender:
         elif error.err_code == _MESSAGE_TOO_LARGE:
             one.future.set_exception(PayloadTooLarge(f"{one.subject}: {error.description}"))
         elif error.err_code in _FULL or error.code in (429, 503):
-            one.future.set_exception(Unavailable(f"the log is full or busy: {error.description}"))
+            self.refusal = f"the log is full or busy: {error.description}"
+            one.future.set_exception(Unavailable(self.refusal))
         else:
             one.future.set_exception(LogError(f"{one.subject}: {error.description} ({error.err_code})"))
 

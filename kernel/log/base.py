@@ -60,6 +60,10 @@ class Batch(NamedTuple):
     pending: int
 
 
+class Replaced(LogError):
+    """The stream is not the one that this service works on: deleted, made anew, or restored from an older backup."""
+
+
 class StreamInfo(NamedTuple):
     """What a log says about itself.
 

@@ -12,7 +12,7 @@ import nats.errors
 import orjson
 
 from kernel.log.appender import Appender, GroupCommit
-from kernel.log.base import LogError, LogReader, Stored, StreamInfo, StreamMismatch, Unavailable
+from kernel.log.base import LogError, LogReader, Replaced, Stored, StreamInfo, StreamMismatch, Unavailable
 from kernel.log.reader import JetStreamReader
 from kernel.log.wire import Wire, header_of, publish_frame, status_of
 from kernel.subjects import Subjects
@@ -176,7 +176,12 @@ class JetStreamLog:
         return await call_api(self._wire, subject, body)
 
     async def info(self) -> StreamInfo:
-        answer = await self._ask(f"STREAM.INFO.{self.stream}", None)
+        try:
+            answer = await self._ask(f"STREAM.INFO.{self.stream}", None)
+        except ApiError as error:
+            if error.code == _STREAM_NOT_FOUND:
+                raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
+            raise
         state, config = answer["state"], answer["config"]
         return StreamInfo(
             created=str(answer["created"]),
@@ -234,6 +239,10 @@ def _config(subjects: Subjects, wire: Wire, replicas: int) -> dict[str, Any]:
     return config
 
 
+OLDEST = (2, 10)
+"""Oldest server that the tests run on."""
+
+
 async def open_log(
     wire: Wire, app: str, *, partitions: int = 64, replicas: int = 1, group_commit: GroupCommit = "auto"
 ) -> JetStreamLog:
@@ -245,6 +254,9 @@ async def open_log(
         StreamMismatch: a stream of that name exists and an event store can't be built on it.
         Unavailable: the server doesn't answer, or JetStream is not enabled.
     """
+    if server_version(wire) < OLDEST:
+        told, least = (".".join(map(str, pair)) for pair in (server_version(wire), OLDEST))
+        raise StreamMismatch(f"nats-server {told} is too old; {least} or newer is needed")
     wanted = _config(Subjects(app, partitions), wire, replicas)
     try:
         answer = await call_api(wire, f"STREAM.INFO.{app}", None)

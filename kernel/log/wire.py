@@ -1,10 +1,10 @@
 """A NATS connection with a short way for messages that come or go by the ten thousand.
 
 nats-py spends most of a message's time on its regular expressions, header objects and per-subscription queues. `Wire`
-is nats-py's own client (connecting, reconnecting, authentication, TLS, requests are all unchanged), with two
-additions: messages of subscriptions made with `listen` go straight from the socket's buffer to a function, their
-headers left as bytes; and `send` writes protocol frames that the caller has made. It leans on inner names of nats-py,
-which is why the version is pinned and `tests/test_wire.py` watches those names.
+is nats-py's own client (connecting, reconnecting, authentication and requests are unchanged; TLS that was asked for
+is insisted upon), with two additions: messages of subscriptions made with `listen` go straight from the socket's
+buffer to a function, their headers left as bytes; and `send` writes protocol frames that the caller has made. It
+leans on inner names of nats-py, which is why the version is pinned and `tests/test_wire.py` watches those names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
 Listener = Callable[[bytes, bytes, bytes, bytes | None], None]
@@ -111,6 +112,22 @@ class Wire(Client):
                 await subscription.unsubscribe()
 
         return stop
+
+    def _connect_command(self) -> bytes:
+        """Called by nats-py before credentials go out, at each connect and reconnect."""
+        server, writer = self._current_server, getattr(self._transport, "_io_writer", None)
+        wanted = "tls" in self.options or (server is not None and server.uri.scheme == "tls")
+        if wanted and writer is not None and writer.get_extra_info("ssl_object") is None:
+            # nats-py would go on in clear text
+            raise NatsError("nats: TLS was asked for, and the server does not offer it")
+        command: bytes = super()._connect_command()
+        return command
+
+    def revive(self) -> None:
+        """Go on reconnecting where that has ended, with an error that nats-py didn't expect."""
+        task = self._reconnection_task
+        if self.is_reconnecting and task is not None and task.done():
+            self._reconnection_task = asyncio.get_running_loop().create_task(self._attempt_reconnect())
 
     def send(self, frames: bytes) -> None:
         """Queue protocol frames for the socket. While disconnected they wait, and go after reconnecting."""

@@ -1,0 +1,12 @@
+"""The fault harness: a real service under a seeded schedule of faults, and a checker that shares no code with it.
+
+`python -m tests.faults --seeds 20` runs it; `--seed S` runs one schedule again. The folder's files:
+
+- `app.py`: the app that is run. `places.py`, `proxy.py`: servers, databases, the service's processes, the network.
+- `schedule.py`: which faults, from a seed. `faults.py`: how each is done and healed.
+- `clients.py`: the load, and what each sender was told.
+- `rules.py`, `checker.py`: the domain once more, as plain functions; what must hold of log, tables and answers.
+- `evidence.py`: reads log, tables and leftovers with nats-py and SQL. `driver.py`, `report.py`: one run; the table.
+
+Nothing in `rules.py`, `checker.py` and `evidence.py` imports the product.
+"""

@@ -1,0 +1,161 @@
+"""Reading what a run left behind: the stream with nats-py, the tables with SQL. It imports nothing of the product."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import nats
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.errors import NotFoundError
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import Connection, make_url
+
+from tests.faults.rules import Letter, Message, Tables, tank_of
+
+_BATCH = 500
+TOMBSTONES = ("DEL", "PURGE")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The whole stream."""
+
+    partitions: int
+    last: int
+    messages: list[Message]
+
+
+async def _connect(url: str) -> Any:
+    return await nats.connect(url, allow_reconnect=False, connect_timeout=10)
+
+
+async def read_stream(url: str, name: str) -> Stream:
+    """Read every message, with a consumer that is removed again."""
+    client = await _connect(url)
+    try:
+        js: JetStreamContext = client.jetstream(timeout=10)
+        info = await js.stream_info(name)
+        found = re.search(r"partitions=(\d+)", info.config.description or "")
+        assert found is not None, info.config.description
+        messages: list[Message] = []
+        if info.state.messages:
+            config = ConsumerConfig(
+                ack_policy=AckPolicy.NONE, deliver_policy=DeliverPolicy.ALL, inactive_threshold=30.0, mem_storage=True
+            )
+            subscription = await js.pull_subscribe("", stream=name, config=config)
+            consumer = (await subscription.consumer_info()).name
+            try:
+                while not messages or messages[-1].sequence < info.state.last_seq:
+                    for one in await subscription.fetch(_BATCH, timeout=10):
+                        meta = one.metadata
+                        stored = meta.timestamp.timestamp()
+                        messages.append(Message(meta.sequence.stream, one.subject, one.data, stored))
+            finally:
+                await js.delete_consumer(name, consumer)
+        return Stream(int(found[1]), info.state.last_seq, messages)
+    finally:
+        await client.close()
+
+
+async def readers(url: str, name: str, last: int) -> set[str]:
+    """Return the consumers of a stream that have got everything: those of workers that live.
+
+    A killed worker's consumer stays for a minute, and its pull requests with it, but gets nothing any more.
+    """
+    return {one.name for one in await _consumers(url, name) if one.delivered and one.delivered.stream_seq >= last}
+
+
+async def consumers(url: str, name: str) -> set[str]:
+    """Return all consumers of a stream."""
+    return {one.name for one in await _consumers(url, name)}
+
+
+async def _consumers(url: str, name: str) -> list[Any]:
+    client = await _connect(url)
+    try:
+        return list(await client.jetstream(timeout=10).consumers_info(name))
+    except NotFoundError:
+        return []
+    finally:
+        await client.close()
+
+
+async def keys(url: str, bucket: str) -> list[str]:
+    """Return the keys of a key-value bucket that are set; an absent bucket has none."""
+    client = await _connect(url)
+    try:
+        js: JetStreamContext = client.jetstream(timeout=10)
+        try:
+            info = await js.stream_info(f"KV_{bucket}", subjects_filter=">")
+        except NotFoundError:
+            return []
+        found = []
+        for subject in info.state.subjects or {}:
+            message = await js.get_last_msg(f"KV_{bucket}", subject)
+            headers = message.headers or {}
+            if headers.get("KV-Operation") not in TOMBSTONES and "Nats-Marker-Reason" not in headers:
+                found.append(subject.removeprefix(f"$KV.{bucket}."))
+        return sorted(found)
+    finally:
+        await client.close()
+
+
+class Reader:
+    """Reads the projection database."""
+
+    def __init__(self, url: str) -> None:
+        given = make_url(url)
+        if given.get_backend_name() == "postgresql":
+            given = given.set(drivername="postgresql+psycopg")
+        self._engine = create_engine(given)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def behind(self, app: str, stream: Stream) -> list[str]:
+        """Return which projections have not folded their partitions up to the stream's end, and missing garbage."""
+        ends: dict[int, int] = {}
+        garbage = 0
+        for message in stream.messages:
+            if tank_of(app, message.subject) is None or not message.payload.startswith(b'[{"specversion"'):
+                garbage += 1
+            else:
+                ends[int(message.subject.split(".")[2])] = message.sequence
+        with self._engine.connect() as connection:
+            stands = {(row[0], row[1]): row[2] for row in _rows(connection, _CHECKPOINTS)}
+            kept = _rows(connection, "SELECT count(*) FROM eskernel_dead_letter WHERE projection = ''")[0][0]
+        found = [
+            f"{projection} of partition {partition} is at {at}, its last event at {ends[partition]}"
+            for (projection, partition), at in sorted(stands.items())
+            if at < ends.get(partition, 0)
+        ]
+        missing = set(ends) - {partition for _, partition in stands}
+        found += [f"partition {partition} has no checkpoint" for partition in sorted(missing)]
+        return found + ([f"{kept} of {garbage} pieces of garbage are kept"] if kept < garbage else [])
+
+    def tables(self) -> Tables:
+        """Read every row."""
+        with self._engine.connect() as connection:
+            return Tables(
+                _rows(connection, "SELECT tank, level, events, last FROM levels"),
+                _rows(connection, "SELECT colour, times, amount FROM colours"),
+                _rows(connection, "SELECT tank, sequence, kind, amount, note FROM entries"),
+                [Letter(*row[:6], bytes(row[6])) for row in _rows(connection, _LETTERS)],
+            )
+
+
+_CHECKPOINTS = """
+    SELECT c.projection, c.partition, c.sequence FROM eskernel_checkpoint c
+    JOIN eskernel_projection p ON p.name = c.projection AND p.generation = c.generation WHERE p.state = 'live'"""
+_LETTERS = """
+    SELECT d.projection, d.partition, d.aggregate, d.aggregate_id, d.stream_sequence, d.sequence, d.payload
+    FROM eskernel_dead_letter d
+    LEFT JOIN eskernel_projection p ON p.name = d.projection AND p.generation = d.generation
+    WHERE d.projection = '' OR p.state = 'live' ORDER BY d.id"""
+
+
+def _rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in connection.execute(text(statement))]

@@ -1,0 +1,199 @@
+"""Doing the faults of a schedule, and undoing them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+import psutil
+
+from tests.faults.checker import Violation
+from tests.faults.clients import Load
+from tests.faults.places import Database, NatsServer, Service
+from tests.faults.proxy import Proxy
+from tests.faults.schedule import Fault, Kind
+
+PROGRESS = 20
+"""Commands that must get through for the service to count as working again."""
+PROGRESS_S = 45.0
+STOP_S = 60.0
+
+
+class Faults:
+    """Injects a schedule.
+
+    Attributes:
+        done: faults by kind. kills: SIGKILLs by victim.
+        violations: what is to be seen only while it happens: processes that outlive their parent, a stop that
+            doesn't end, a service that doesn't come back.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        server: NatsServer,
+        proxy: Proxy,
+        database: Database,
+        load: Load,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.service, self.server, self.proxy, self.database, self.load = service, server, proxy, database, load
+        self.done: Counter[str] = Counter()
+        self.kills: Counter[str] = Counter()
+        self.violations: list[Violation] = []
+        self.notes: list[str] = []
+        self._tell = tell
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._lasting: set[asyncio.Task[None]] = set()
+
+    async def run(self, schedule: list[Fault]) -> None:
+        """Inject one fault after the other, some while others last."""
+        for fault in schedule:
+            await asyncio.sleep(fault.pause)
+            self._tell(str(fault))
+            task = asyncio.create_task(self._inject(fault))
+            self._lasting.add(task)
+            task.add_done_callback(self._lasting.discard)
+            if fault.overlap:
+                continue
+            await task
+            if fault.settle:
+                await self._finish()
+                await self.settle(str(fault.kind))
+        await self._finish()
+
+    async def _finish(self) -> None:
+        while self._lasting:
+            await asyncio.gather(*self._lasting)
+
+    async def settle(self, after: str) -> None:
+        """Wait until commands get through again."""
+        wanted = self.load.acknowledged + PROGRESS
+        deadline = time.monotonic() + PROGRESS_S
+        while self.load.acknowledged < wanted:
+            if time.monotonic() > deadline:
+                self.violations.append(Violation("f", f"no {PROGRESS} commands in {PROGRESS_S:g} s after: {after}"))
+                return
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Stop injecting; nothing is healed."""
+        for task in list(self._lasting):
+            task.cancel()
+        await asyncio.gather(*self._lasting, return_exceptions=True)
+
+    async def _inject(self, fault: Fault) -> None:
+        self.done[fault.kind] += 1
+        match fault.kind:
+            case Kind.WORKER_KILL:
+                await self._kill_workers(fault, 1)
+            case Kind.WORKERS_KILL:
+                await self._kill_workers(fault, 99)
+            case Kind.WORKER_FREEZE | Kind.WORKER_PAUSE:
+                await self._freeze_worker(fault)
+            case Kind.PARENT_KILL:
+                async with self._locks["service"]:
+                    await self._kill_parent(fault)
+            case Kind.PARENT_STOP:
+                async with self._locks["service"]:
+                    await self._stop_parent()
+            case Kind.SERVER_KILL:
+                async with self._locks["server"]:
+                    await self.server.kill()
+                    self.kills["server"] += 1
+                    await asyncio.sleep(fault.seconds)
+                    await self.server.start()
+            case Kind.SERVER_FREEZE:
+                async with self._locks["server"]:
+                    self.server.send(signal.SIGSTOP)
+                    await asyncio.sleep(fault.seconds)
+                    self.server.send(signal.SIGCONT)
+            case Kind.CUT | Kind.HALF_OPEN | Kind.DELAY:
+                async with self._locks["network"]:
+                    await self._disturb(fault)
+            case Kind.DATABASE:
+                async with self._locks["database"]:
+                    await asyncio.to_thread(self.database.outage, fault.seconds)
+            case Kind.POISON:
+                self.load.poison(fault.choice)
+            case Kind.GARBAGE:
+                await self.load.publish_garbage(fault.choice)
+
+    async def _workers(self) -> list[psutil.Process]:
+        """Return the workers, waiting for one if there is none at the moment."""
+        for _ in range(100):
+            if found := await asyncio.to_thread(self.service.workers_alive):
+                return found
+            await asyncio.sleep(0.1)
+        self.notes.append("no worker was alive for 10 s")
+        return []
+
+    async def _kill_workers(self, fault: Fault, count: int) -> None:
+        async with self._locks["service"]:
+            workers = await self._workers()
+            place = fault.choice % max(1, len(workers))
+            for worker in (workers[place:] + workers[:place])[:count]:
+                try:
+                    worker.kill()
+                    self.kills["worker"] += 1
+                except psutil.NoSuchProcess:
+                    continue  # it went by itself
+        await asyncio.sleep(fault.seconds)
+
+    async def _freeze_worker(self, fault: Fault) -> None:
+        async with self._locks["service"]:
+            workers = await self._workers()
+            if not workers:
+                return
+            worker = workers[fault.choice % len(workers)]
+            try:
+                worker.suspend()
+            except psutil.NoSuchProcess:
+                return
+        try:
+            await asyncio.sleep(fault.seconds)
+        finally:
+            try:
+                worker.resume()
+            except psutil.NoSuchProcess:
+                pass  # somebody killed it meanwhile: the parent, or another fault
+
+    async def _kill_parent(self, fault: Fault) -> None:
+        await self.service.kill_parent()
+        self.kills["parent"] += 1
+        # a frozen worker can't see that its parent is gone before it goes on
+        if left := await self.service.none_left(15.0):
+            self.violations.append(Violation("e", f"processes outlived their killed parent by 15 s: {left}"))
+        await asyncio.sleep(fault.seconds)
+        self.service.start()
+
+    async def _stop_parent(self) -> None:
+        started = time.monotonic()
+        code = await self.service.terminate(STOP_S)
+        if code is None:
+            self.violations.append(Violation("e", f"SIGTERM did not end the service within {STOP_S:g} s"))
+        elif code != 0:
+            took = time.monotonic() - started
+            self.notes.append(f"stopped with exit code {code} after {took:.1f} s: {self.service.last_line()}")
+        if left := await self.service.none_left(5.0):
+            self.violations.append(Violation("e", f"processes outlived a stop: {left}"))
+        self.service.start()
+
+    async def _disturb(self, fault: Fault) -> None:
+        match fault.kind:
+            case Kind.CUT:
+                await self.proxy.refuse()
+                await asyncio.sleep(fault.seconds)
+                await self.proxy.start()
+            case Kind.HALF_OPEN:
+                self.proxy.lose_requests = fault.choice % 3 != 1
+                self.proxy.lose_answers = fault.choice % 3 != 0
+                await asyncio.sleep(fault.seconds)
+                self.proxy.cut()
+            case _:
+                self.proxy.delay = 0.05 + (fault.choice % 251) / 1000
+                await asyncio.sleep(fault.seconds)
+                self.proxy.delay = 0.0

