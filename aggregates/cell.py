@@ -13,7 +13,51 @@ from aggregates.errors import InvalidMessage, SequenceError
 
 A = TypeVar("A", bound=Aggregate)
 REMEMBERED_COMMANDS = 8
-"""How many of the latest commands a cell knows by id without asking the log."""
+"""How many of the latest commands a cell can answer for without asking the log."""
+
+
+class Seen:
+    """Every command id of an aggregate's history, in two bytes each: a Bloom filter that grows.
+
+    It may take a new id for a known one, about once in a hundred; never the other way round.
+    """
+
+    __slots__ = ("_bits", "_left", "_mask", "_older")
+
+    def __init__(self) -> None:
+        self._older: list[tuple[bytearray, int]] = []
+        self._bits = bytearray(_FIRST)
+        self._mask = _FIRST * 8 - 1
+        self._left = _FIRST // 2
+
+    def add(self, command_id: str) -> None:
+        """Remember an id."""
+        if not self._left:
+            self._older.append((self._bits, self._mask))
+            size = len(self._bits) * 4
+            self._bits, self._mask, self._left = bytearray(size), size * 8 - 1, size // 2
+        self._left -= 1
+        value, bits, mask = hash(command_id), self._bits, self._mask
+        for shift in _SHIFTS:
+            place = value >> shift & mask
+            bits[place >> 3] |= 1 << (place & 7)
+
+    def __contains__(self, command_id: str) -> bool:
+        value = hash(command_id)
+        return _all_set(self._bits, self._mask, value) or any(_all_set(*one, value) for one in self._older)
+
+
+_FIRST = 32
+"""Bytes of a filter's first part, room for half as many ids; each further part is four times as large."""
+_SHIFTS = (0, 13, 26, 39)
+
+
+def _all_set(bits: bytearray, mask: int, value: int) -> bool:
+    for shift in _SHIFTS:
+        place = value >> shift & mask
+        if not bits[place >> 3] & 1 << (place & 7):
+            return False
+    return True
 
 
 class Cell(Generic[A]):
@@ -24,9 +68,10 @@ class Cell(Generic[A]):
         version: how many events it has folded, which is the `sequence` of the last one.
         position: stream sequence of its last commit, 0 before the first; what the next append expects.
         commands: the latest command ids with the version and stream sequence each led to.
+        seen: all command ids, the latest and the older ones.
     """
 
-    __slots__ = ("commands", "declared", "position", "state", "version")
+    __slots__ = ("commands", "declared", "position", "seen", "state", "version")
 
     def __init__(self, declared: AggregateType[A], aggregate_id: str) -> None:
         self.declared = declared
@@ -34,6 +79,7 @@ class Cell(Generic[A]):
         self.version = 0
         self.position = 0
         self.commands: dict[str, tuple[int, int]] = {}
+        self.seen = Seen()
 
     def decide(self, command: Any, context: Context) -> list[Any]:
         """Return the events that the command leads to, without applying them.
@@ -91,6 +137,8 @@ class Cell(Generic[A]):
     def remember(self, command_id: str, version: int, position: int) -> None:
         """Keep the receipt of a command, and forget the oldest beyond the limit."""
         commands = self.commands
+        if command_id not in commands:
+            self.seen.add(command_id)
         commands[command_id] = (version, position)
         if len(commands) > REMEMBERED_COMMANDS:
             del commands[next(iter(commands))]

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from aggregates.context import uuid7
 from aggregates.errors import InvalidMessage
 from aggregates.messages import check_storable, dumps
+
+
+_COUNT = msgspec.Meta(ge=1, le=2**63 - 1)
 
 
 class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", "correlation_id": "correlationid"}):
@@ -34,9 +37,9 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
     id: str
     type: str
     time: str
-    sequence: int
+    sequence: Annotated[int, _COUNT]
     data: msgspec.Raw
-    dataversion: int = 1
+    dataversion: Annotated[int, _COUNT] = 1
     commandid: str = ""
     correlation_id: str | None = None
     causation_id: str | None = None

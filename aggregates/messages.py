@@ -130,9 +130,13 @@ def check_storable(event: Any) -> None:
     """Refuse what JSON would silently turn into null.
 
     Raises:
-        InvalidMessage: a number that is infinite or none.
+        InvalidMessage: a number that is infinite or none, or values nested too deep to look at.
     """
-    if _has_floats(type(event)) and _has_nonfinite(msgspec.to_builtins(event)):
+    try:
+        refused = _has_floats(type(event)) and _has_nonfinite(msgspec.to_builtins(event))
+    except RecursionError:
+        raise InvalidMessage(f"{type(event).__name__} holds values that are nested too deep") from None
+    if refused:
         raise InvalidMessage(f"{event!r} holds a number that is infinite or none, and JSON has no word for it")
 
 

@@ -14,7 +14,7 @@ from thespian.actors import Actor, ActorAddress, ActorSystem, PoisonMessage
 from thespian.system.simpleSystemBase import ActorSystemBase
 
 from aggregates import Context, Rejected
-from aggregates.cell import REMEMBERED_COMMANDS, Cell
+from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope
 from kernel.log.base import Conflict, LogError, PayloadTooLarge, UnknownOutcome
 from kernel.messages import CommandRequest, ErrorType
@@ -39,7 +39,7 @@ class Request:
         self.command = command
         self.reply = reply
         self.attempts = 0
-        self.searched = wire.attempt <= 1
+        self.searched = False
 
 
 class Gateway(Protocol):
@@ -302,7 +302,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             if known is not None:
                 self.gateway.succeed(self.address, request, known[0], known[1], True)
                 continue
-            if not request.searched and len(cell.commands) == REMEMBERED_COMMANDS:
+            if not request.searched and wire.command_id in cell.seen:
                 if not decisions:
                     # nothing is decided until it is known: what happens meanwhile could push it out of memory
                     self.loading = True

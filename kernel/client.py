@@ -168,7 +168,6 @@ class Client:
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, 1.0)
             attempt += 1
-            payload = orjson.dumps({**request, "attempt": attempt}, default=plain)
 
     async def _ask(self, subject: bytes, payload: bytes, timeout: float) -> Receipt:
         self._token += 1

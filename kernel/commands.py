@@ -218,7 +218,8 @@ class CommandGateway:
                 version,
                 self._now(),
             )
-        except (TypeError, ValueError) as error:
+        except Exception as error:
+            # whatever it is, a value nested too deep for instance, the actor waits for an answer
             self._tell(address, Appended(Unstorable(f"the events can't be stored: {error}")))
             return
         started = self._begun

@@ -36,7 +36,6 @@ class CommandRequest(msgspec.Struct):
     Attributes:
         command: the command's wire name.
         command_id: repeat it when repeating a command: it takes effect once.
-        attempt: greater than 1 when it was sent before, so that the whole history is searched for it.
     """
 
     aggregate: str
@@ -47,7 +46,6 @@ class CommandRequest(msgspec.Struct):
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
-    attempt: int = 1
 
 
 decode_request = msgspec.json.Decoder(CommandRequest).decode

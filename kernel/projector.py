@@ -105,6 +105,7 @@ class Projector:
         self._failures: list[HandlerFailed] = []
         self._garbage: list[dict[str, Any]] = []
         self._read_to = 0
+        self._write_began = 0.0
         self.pending = 0
         self.position = 0
         self.state = "starting"
@@ -343,10 +344,21 @@ class Projector:
 
     async def _write(self, write: Write) -> None:
         """Write a batch, trying again for as long as it is the database that fails."""
+        try:
+            await self._write_until_done(write)
+        finally:
+            self._write_began = 0.0
+
+    @property
+    def writing_for(self) -> float:
+        """Seconds that the database has been at the present batch."""
+        return time.perf_counter() - self._write_began if self._write_began else 0.0
+
+    async def _write_until_done(self, write: Write) -> None:
         backoff = 0.05
         DEAD_LETTERS.inc(len(write.letters))
         while True:
-            started = time.perf_counter()
+            started = self._write_began = time.perf_counter()
             try:
                 await self._in(self._write_pool, lambda: self._writer.commit(write))
             except (Fenced, HandlerFailed):
@@ -416,8 +428,8 @@ class Projector:
 
     def close(self) -> None:
         """Let go of the threads."""
-        self._write_pool.shutdown()
-        self._read_pool.shutdown()
+        for pool in (self._write_pool, self._read_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _batch_of(groups: list[Group]) -> list[tuple[tuple[str, str], Commits]]:

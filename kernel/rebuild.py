@@ -267,6 +267,9 @@ class Rebuild:
         write: Write | None = None
         try:
             transaction = await self._in(connection.begin)
+            if self._engine.dialect.name == "postgresql":
+                # views are replaced at the end of a long work: readers get more time to finish
+                await self._in(partial(connection.exec_driver_sql, "SET LOCAL lock_timeout = '60s'"))
             furthest = 0
             for one in made:
                 stood = await self._in(partial(generations.retire_live, connection, one.name))

@@ -83,6 +83,7 @@ class DataDirectory:
     def describe(self, running: Running) -> None:
         """Say where the service is, in one step that readers never see half done."""
         temporary = self.path / f"service.json.{os.getpid()}"
+        temporary.touch(mode=0o600)  # its URLs may hold passwords
         temporary.write_bytes(orjson.dumps(asdict(running), option=orjson.OPT_INDENT_2))
         temporary.replace(self.path / "service.json")
 

@@ -17,6 +17,8 @@ from kernel.metrics import JOBS
 
 logger = logging.getLogger("eskernel")
 JOB_TIMEOUT_S = 30.0
+JUMP_S = 1.0
+"""The wall clock is compared with one that nobody sets this often; a difference of this much is a jump."""
 
 
 @dataclass(slots=True)
@@ -37,11 +39,28 @@ class Job:
     error: str = ""
 
 
+class _Steady(AsyncIOScheduler):  # type: ignore[misc]
+    """APScheduler goes by the wall clock; this one notices when that is set, and lets all jobs run at once then."""
+
+    offset: float | None = None
+
+    def _process_jobs(self) -> float:
+        offset = time.time() - time.monotonic()
+        if self.offset is None or abs(offset - self.offset) > JUMP_S:
+            jumped, self.offset = self.offset is not None, offset
+            if jumped:
+                logger.warning("the clock was set; all jobs run now")
+                for job in self.get_jobs():
+                    job.modify(next_run_time=datetime.now(UTC))
+        wait = super()._process_jobs()
+        return min(wait or JUMP_S, JUMP_S)
+
+
 class Scheduler:
     """Runs jobs at intervals; one that fails or hangs does not stop the others."""
 
     def __init__(self) -> None:
-        self._scheduler = AsyncIOScheduler(timezone=UTC)
+        self._scheduler = _Steady(timezone=UTC)
         self.jobs: dict[str, Job] = {}
 
     def every(self, seconds: float, work: Callable[[], Any], name: str = "") -> None:
@@ -67,7 +86,16 @@ class Scheduler:
                 JOBS.labels(job=job.name, outcome="ok").inc()
             job.duration = time.perf_counter() - started
 
-        self._scheduler.add_job(run, "interval", seconds=seconds, id=job.name, max_instances=1, coalesce=True)
+        self._scheduler.add_job(
+            run,
+            "interval",
+            seconds=seconds,
+            id=job.name,
+            max_instances=1,
+            coalesce=True,
+            # late, after a freeze perhaps, is better than not at all
+            misfire_grace_time=None,
+        )
 
     def start(self) -> None:
         """Begin."""

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +30,7 @@ from kernel.scheduler import Scheduler
 from kernel.server import EmbeddedServer
 from kernel.settings import Settings
 from kernel.watch import Watch
-from projections.checkpoints import register
+from projections.checkpoints import knows, register
 from projections.database import open_database
 
 logger = logging.getLogger("eskernel")
@@ -58,6 +59,7 @@ class Service:
         self.database_url = ""
         self.durability = ""
         self._spec = spec
+        self._said = ("", 0.0)
         self._server: EmbeddedServer | None = None
         self._wire: Wire | None = None
         self._engine: Engine | None = None
@@ -98,6 +100,7 @@ class Service:
             partitions=settings.partitions,
             replicas=settings.replicas,
             group_commit=self._group_commit(),
+            create=not await asyncio.to_thread(knows, engine, self.app.name),
         )
         info = await log.info()
         self.durability = info.durability
@@ -132,6 +135,7 @@ class Service:
             self._lost,
         )
         await self._watch.probe()
+        log.appender.verify = self._watch.ask_log
         self._schedule(self._watch, self._ownership, leases)
         await self.http.start()
         if not self.number:
@@ -266,7 +270,11 @@ class Service:
             # nats-py gives up after some errors of the server; nothing would ever work again
             self._lost("the connection to NATS was closed for good; the lines before say why")
         else:
-            logger.warning("NATS: %s", event)
+            now = time.monotonic()
+            # while a server is away the same is said several times a second
+            if event != self._said[0] or now - self._said[1] > 10.0:
+                self._said = (event, now)
+                logger.warning("NATS: %s", event)
 
     def _is_connected(self) -> bool:
         return self._wire is not None and bool(self._wire.is_connected)

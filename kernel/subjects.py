@@ -82,17 +82,17 @@ class Subjects:
 
     def _parse(self, subject: str) -> Address:
         parts = subject.split(".")
-        if len(parts) != 5 or parts[0] != self.app or parts[1] != "evt" or not parts[2].isdigit():
+        if len(parts) != 5 or parts[0] != self.app or parts[1] != "evt":
             raise InvalidId(f"{subject!r} is not an event subject of {self.app}")
-        address = Address(subject, int(parts[2]), parts[3], unquote(parts[4]))
-        if address.partition != self.partition(address.aggregate, address.id):
-            raise InvalidId(f"{subject!r} is not in its partition")
+        address = self._address(parts[3], unquote(parts[4]))
+        if address.subject != subject:
+            raise InvalidId(f"{subject!r} is not an event subject of {self.app}; that one's is {address.subject!r}")
         return address
 
     def partition_of(self, subject: str) -> int:
         """Return the partition whose owner looks after a message, also after one that is no commit."""
         token = subject.split(".", 3)[2:3]
-        named = int(token[0]) if token and token[0].isdecimal() and len(token[0]) < 6 else self.partitions
+        named = int(token[0]) if token and token[0].isascii() and token[0].isdecimal() and len(token[0]) < 6 else self.partitions
         return named if named < self.partitions else fnv1a(subject) % self.partitions
 
     def events(self, partition: int | None = None) -> str:

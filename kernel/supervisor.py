@@ -79,6 +79,9 @@ class Supervisor:
         """
         try:
             await self._start()
+        except asyncio.CancelledError:
+            await self.stop()  # workers that are there already drain as ever
+            raise
         except BaseException:
             await self._close()
             raise

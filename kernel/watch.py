@@ -12,7 +12,7 @@ from sqlalchemy import Engine, text
 from kernel.app import App
 from kernel.health import Health
 from kernel.leases import Leases
-from kernel.log import JetStreamLog, LogError, Replaced, StreamInfo
+from kernel.log import JetStreamLog, LogError, Replaced, StreamInfo, Unavailable
 from kernel.log.wire import Wire
 from kernel.metrics import LAG, LOOP_LAG, PARKED, QUARANTINED, RETRIES
 from kernel.ownership import Ownership
@@ -23,6 +23,9 @@ from projections.database import reads
 
 logger = logging.getLogger("eskernel")
 
+DATABASE_S = 5.0
+WRITE_S = 10.0
+"""A batch that takes so long to write is said to be stuck."""
 BACKLOG_WARN = 10_000
 """Commits behind which the projections are said to be behind; they have caught up below a tenth of it."""
 
@@ -54,10 +57,12 @@ class Watch:
         self._health, self._lost = health, lost
         self._names = {declared.name for declared in app.projections}
         self._behind = False
+        self._asking: asyncio.Future[None] | None = None
+        self._asked = 0.0
 
     async def detect_backlog(self) -> None:
         """Compare the log's end with the projections' position; say so when they fall behind or have caught up."""
-        info = await self._ask_log()
+        info = await self.ask_log()
         behind = max(0, info.last - self._projector.position)
         LAG.set(behind)
         if behind > BACKLOG_WARN and not self._behind:
@@ -106,6 +111,8 @@ class Watch:
         refusal = self._log.appender.refusal
         components["appends"].set(not refusal, refusal or "taken")
         state = self._projector.state if self._names else "none"
+        if (writing := self._projector.writing_for) > WRITE_S:
+            state = f"writing a batch for {writing:.0f} s"
         components["projection"].set(state in ("running", "starting", "none", NO_PARTITIONS), state)
         held, share = len(self._leases.held), self._leases.share(self._ownership.members)
         components["leases"].set(held > 0 or not share, f"holding {held} of {self._leases.partitions} partitions")
@@ -117,41 +124,54 @@ class Watch:
     async def _probe_log(self) -> None:
         started = time.perf_counter()
         component = self._health.components["log"]
+        if not self._wire.is_connected:
+            self._wire.revive()
+            component.set(False, f"not connected: {self._wire.trouble or 'the connection was lost'}")
+            return
         try:
-            info = await self._ask_log()
+            info = await self.ask_log()
             component.set(True, f"{info.commits} commits, the last is {info.last}", time.perf_counter() - started)
         except Replaced as error:
             component.set(False, str(error), time.perf_counter() - started)
         except LogError as error:
-            component.set(False, str(error), time.perf_counter() - started)
+            why = f"{error}: {self._wire.trouble}" if self._wire.trouble else str(error)
+            component.set(False, why, time.perf_counter() - started)
             self._wire.revive()
-            if self._wire.is_connected:
-                # the read loop can die while the client believes itself connected
+            if isinstance(error, Unavailable) and self._wire.is_connected:
+                # the connection can be dead while the client believes itself connected
                 await self._wire.force_reconnect()
 
     async def _probe_database(self) -> None:
-        started = time.perf_counter()
         component = self._health.components["database"]
+        if self._asking is None or self._asking.done():
+            self._asked = time.perf_counter()
+            self._asking = asyncio.ensure_future(asyncio.to_thread(self._ask_database))
+        started = self._asked
         try:
-            await asyncio.to_thread(self._ask_database)
-            component.set(True, self._engine.dialect.name, time.perf_counter() - started)
+            async with asyncio.timeout(DATABASE_S):
+                await asyncio.shield(self._asking)
+        except TimeoutError:
+            component.set(False, f"no answer for {time.perf_counter() - started:.0f} s", time.perf_counter() - started)
         except Exception as error:
             component.set(False, str(error).splitlines()[0], time.perf_counter() - started)
+        else:
+            component.set(True, self._engine.dialect.name, time.perf_counter() - started)
 
-    async def _ask_log(self) -> StreamInfo:
+    async def ask_log(self) -> StreamInfo:
         """Ask the log, and make sure that it is the one that this service started with, and has not lost its end.
 
         Raises:
             Replaced: it is not; the service stops.
         """
-        position = self._projector.position  # as it was before asking: it moves on meanwhile
+        # as they were before asking: they move on meanwhile
+        position, acknowledged = self._projector.position, self._log.appender.highest
         try:
             info = await self._log.info()
             if info.created != self._created:
                 raise Replaced(f"the stream was created at {info.created}, the one at start at {self._created}")
-            if info.last < position:
+            if info.last < max(position, acknowledged):
                 raise Replaced(
-                    f"the log ends at {info.last}, and the projections have folded up to {position}: it was "
+                    f"the log ends at {info.last}, and had {max(position, acknowledged)} commits before: it was "
                     "truncated, or restored from an older backup"
                 )
         except Replaced as error:

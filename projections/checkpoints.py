@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, func, insert, select, update
+from sqlalchemy import Connection, Engine, func, insert, inspect, select, update
 
+from projections.database import reads
 from projections.declaration import DeclaredProjection
 from projections.errors import SchemaError
 from projections.generations import Generation, live_generation, positions
@@ -78,6 +79,14 @@ class Claim:
     epoch: int
     generations: list[Generation]
     position: Position
+
+
+def knows(engine: Engine, app: str) -> bool:
+    """Say whether this database was folded from an app's stream."""
+    if not inspect(engine).has_table(stream.name):
+        return False
+    with reads(engine).connect() as connection:
+        return connection.scalar(select(stream.c.app).where(stream.c.app == app)) is not None
 
 
 def register(engine: Engine, app: str, created: str, partitions: int, last: int) -> None:

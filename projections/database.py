@@ -7,11 +7,23 @@ from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from projections.errors import SchemaError
 
 _READS = "eskernel_reads"
+LOCK_TIMEOUT_S = 5
+_KEEP_ALIVE = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+"""A host that is gone is noticed after seconds rather than after hours."""
+_FAULTS_OF_DATA = ("0A", "21", "22", "23", "42", "P0")
+"""SQLSTATE classes of what a statement or its values are to blame for."""
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
 def database_url(text: str) -> URL:
@@ -39,7 +51,8 @@ def database_url(text: str) -> URL:
 def open_database(text: str, *, read_only: bool = False) -> Engine:
     """Return an engine.
 
-    Writers on SQLite begin with the write lock (`BEGIN IMMEDIATE`) in WAL mode, and wait for it up to 30 s. On both
+    Writers on SQLite begin with the write lock (`BEGIN IMMEDIATE`) in WAL mode, and wait for it for
+    seconds; so do those on PostgreSQL for the locks of others. Then they are told, and try again. On both
     databases a commit may be lost in a power cut, never torn: rows and checkpoint are one transaction, and what is
     missing is folded again from the log. So commits need not wait for the disk.
 
@@ -48,13 +61,14 @@ def open_database(text: str, *, read_only: bool = False) -> Engine:
     """
     url = database_url(text)
     if url.get_backend_name() == "postgresql":
-        options = "-c synchronous_commit=off"
+        options = f"-c synchronous_commit=off -c lock_timeout={LOCK_TIMEOUT_S * 1000}"
         if read_only:
             options += " -c default_transaction_read_only=on"
-        return create_engine(url, connect_args={"options": options, "connect_timeout": 10}, pool_pre_ping=read_only)
+        arguments = {"options": options, "connect_timeout": 10, **_KEEP_ALIVE}
+        return create_engine(url, connect_args=arguments, pool_pre_ping=read_only)
     if url.database and url.database != ":memory:":
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _record: Any) -> None:
@@ -83,6 +97,14 @@ def reads(engine: Engine) -> Engine:
 
 def is_infrastructure(error: BaseException) -> bool:
     """Say whether the database, and not the data or the statement, is to blame: then waiting and trying again helps."""
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    state = getattr(error.orig, "sqlstate", None)
+    if state:
+        return state == _INSUFFICIENT_PRIVILEGE or state[:2] not in _FAULTS_OF_DATA
     if isinstance(error, OperationalError | InterfaceError):
         return "no such" not in str(error.orig) and "syntax error" not in str(error.orig)
-    return isinstance(error, DBAPIError) and error.connection_invalidated
+    # SQLite: the file is damaged, or no database
+    return error.connection_invalidated or type(error) is DatabaseError

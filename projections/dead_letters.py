@@ -145,8 +145,9 @@ def letters(engine: Engine, name: str, aggregate: str, aggregate_id: str) -> lis
 
 
 def due(engine: Engine, now: float) -> list[Waiting]:
-    """Return what is to be folded again by now."""
-    return [one for one in waiting(engine) if one.next_attempt is not None and one.next_attempt <= now]
+    """Return what is to be folded again by now; a moment too far away was noted before the clock was set back."""
+    found = [(one, one.next_attempt) for one in waiting(engine)]
+    return [one for one, at in found if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
 
 
 def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: str, pause: float | None) -> Retried:

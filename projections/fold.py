@@ -98,6 +98,7 @@ class Plan:
             declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
             for declared in types
         }
+        self._wanted = {projection.aggregate for projection in projections}
         self._steps = {declared.name: self._compile(declared) for declared in types}
 
     def _compile(
@@ -174,6 +175,8 @@ class Plan:
         Raises:
             HandlerFailed: park the aggregate and fold the whole batch again, from stored rows.
         """
+        if aggregate not in self._wanted:
+            return commits[-1][1][-1].sequence
         steps_by_type = self._steps[aggregate]
         key = (aggregate, aggregate_id)
         parked = self.parked.get(key) if self.parked else None

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from sqlalchemy.engine import make_url
 
 from kernel.app import load_app
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
+from kernel.log.wire import shown
 from kernel.service import Service
 from kernel.settings import Settings
 from kernel.supervisor import Supervisor
@@ -154,10 +156,10 @@ async def run(app: str, workers: int, log_level: str, **options: Any) -> None:
 
 def _tell(service: Service | Supervisor, app: str) -> None:
     lines = {
-        "log": service.nats_url + (" (embedded)" if service.settings.nats is None else ""),
+        "log": shown(service.nats_url) + (" (embedded)" if service.settings.nats is None else ""),
         "workers": f"{len(service.workers)} processes" if isinstance(service, Supervisor) else "1, this process",
         "durability": service.durability,
-        "database": service.database_url,
+        "database": make_url(service.database_url).render_as_string(hide_password=True),
         "http": f"{service.http.url}/healthz  /readyz  /metrics",
         "data": str(service.directory.path),
     }

@@ -70,6 +70,11 @@ _decode_ack = msgspec.json.Decoder(_Ack).decode
 class Appender:
     """Sends appends over one connection and settles every one of them.
 
+    Attributes:
+        refusal: why the log takes nothing at the moment, or nothing.
+        highest: highest stream sequence acknowledged.
+        verify: asked after each reconnect, before anything is sent: raises where this is another log.
+
     Args:
         last: reads a subject's last commit from the leader.
         atomic: whether the server takes atomic batches.
@@ -104,6 +109,11 @@ class Appender:
         self._closed = False
         self.read_backs = 0
         self.refusal = ""
+        self.highest = 0
+        self.verify: Callable[[], Coroutine[Any, Any, Any]] | None = None
+        self._verified = asyncio.Event()
+        self._verified.set()
+        self._verifying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Subscribe to the acknowledgements and watch over the time-outs."""
@@ -135,13 +145,18 @@ class Appender:
         return self._wire.max_payload - 512
 
     @property
+    def _open(self) -> bool:
+        """Whether commits may go out: what is written while disconnected would go out unlooked at."""
+        return self._verified.is_set() and self._wire.is_connected
+
+    @property
     def pressure(self) -> tuple[int, int]:
         """Commits waiting to be sent, and messages in flight."""
         return len(self._waiting), self._messages_in_flight
 
     def _flush(self) -> None:
         self._scheduled = False
-        if not self._waiting:
+        if not self._waiting or not self._open:
             return
         now = time.perf_counter()
         frames: list[bytes] = []
@@ -218,6 +233,7 @@ class Appender:
             return
         if self.refusal:
             self.refusal = ""
+        self.highest = max(self.highest, ack.seq)
         if self._burst_left:
             self._measure()
         first = ack.seq - len(group) + 1
@@ -267,9 +283,27 @@ class Appender:
         self._burst_left = 0
         for group in groups:
             self._settle(group, "the connection was lost")
+        if self.verify is not None:
+            self._verified.clear()
+            if self._verifying is None or self._verifying.done():
+                self._verifying = self._loop.create_task(self._look(self.verify))
         if self._waiting and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
+
+    async def _look(self, verify: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Make sure, after a reconnect, that this is still the same log; until then nothing is appended."""
+        while not self._closed:
+            try:
+                await verify()
+            except Unavailable:
+                await asyncio.sleep(0.1)
+            except LogError:
+                return  # another log: nothing may be appended to it
+            else:
+                self._verified.set()
+                self._flush()
+                return
 
     async def _expire(self) -> None:
         while True:
@@ -307,6 +341,14 @@ class Appender:
         pause = 0.02
         give_up = one.started + self._deadline
         while not one.future.done():
+            if not self._open:
+                why = "the log can't be reached"
+                if time.perf_counter() >= give_up:
+                    one.future.set_exception(UnknownOutcome(f"{one.subject}: {why}; it may or may not have happened"))
+                    return
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.5)
+                continue
             self.read_backs += 1
             try:
                 last = await self._last(one.subject)
@@ -334,6 +376,8 @@ class Appender:
             return
         self._closed = True
         self._watch.cancel()
+        if self._verifying is not None:
+            self._verifying.cancel()
         for task in list(self._settling):
             task.cancel()
         self._wire.reconnections.remove(self._lost_connection)

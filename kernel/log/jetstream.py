@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import re
 import weakref
 from typing import Any
@@ -17,6 +18,7 @@ from kernel.log.reader import JetStreamReader
 from kernel.log.wire import Wire, header_of, publish_frame, status_of
 from kernel.subjects import Subjects
 
+logger = logging.getLogger("eskernel")
 FORMAT = 1
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
 _NOT_FOUND, _STREAM_NOT_FOUND = 10037, 10059
@@ -239,18 +241,29 @@ def _config(subjects: Subjects, wire: Wire, replicas: int) -> dict[str, Any]:
     return config
 
 
+_LOSING = ("max_age", "max_msgs_per_subject", "sealed", "mirror", "sources", "subject_transform")
 OLDEST = (2, 10)
 """Oldest server that the tests run on."""
 
 
 async def open_log(
-    wire: Wire, app: str, *, partitions: int = 64, replicas: int = 1, group_commit: GroupCommit = "auto"
+    wire: Wire,
+    app: str,
+    *,
+    partitions: int = 64,
+    replicas: int = 1,
+    group_commit: GroupCommit = "auto",
+    create: bool = True,
 ) -> JetStreamLog:
     """Return the app's log, creating its stream if there is none.
 
     An existing stream keeps the partition count that it was made with.
 
+    Args:
+        create: make a stream where there is none.
+
     Raises:
+        Replaced: there is none, and there should be.
         StreamMismatch: a stream of that name exists and an event store can't be built on it.
         Unavailable: the server doesn't answer, or JetStream is not enabled.
     """
@@ -263,6 +276,12 @@ async def open_log(
     except ApiError as error:
         if error.code != _STREAM_NOT_FOUND:
             raise
+        if not create:
+            # an empty one in its place would be in the way of a restore
+            raise Replaced(
+                f"the stream {app!r} is gone, and the database was folded from it: restore the stream, or start with "
+                "an empty database"
+            ) from None
         answer = await call_api(wire, f"STREAM.CREATE.{app}", wanted)
     config = answer["config"]
     found = _partitions(config)
@@ -271,6 +290,12 @@ async def open_log(
     if different := [name for name in needed if config.get(name) != wanted[name]]:
         details = "; ".join(f"{name} is {config.get(name)!r}, needed {wanted[name]!r}" for name in different)
         raise StreamMismatch(f"stream {app!r} can't carry an event log: {details}")
+    if losing := [name for name in _LOSING if config.get(name) and config[name] not in (-1, 0)]:
+        details = ", ".join(f"{name} is {config[name]!r}" for name in losing)
+        raise StreamMismatch(f"stream {app!r} would lose events, or is not its own: {details}")
+    state = answer.get("state") or {}
+    if missing := int(state.get("last_seq", 0)) - int(state.get("messages", 0)):
+        logger.warning("%d messages of the stream %s are missing: deleted, or lost by the server", missing, app)
     log = JetStreamLog(wire, app, found, group_commit if config.get("allow_atomic") else "never")
     await log.start()
     return log

@@ -10,6 +10,7 @@ leans on inner names of nats-py, which is why the version is pinned and `tests/t
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,18 @@ Listener = Callable[[bytes, bytes, bytes, bytes | None], None]
 """Called with subject, reply subject, payload, and the header bytes or None. It must not raise or block."""
 
 _M, _H = b"MH"
+CLOSE_S = 2.0
+_TIME_MENDS = (
+    "authorization violation",
+    "authentication expired",
+    "authentication revoked",
+    "authentication timeout",
+    "account authentication expired",
+    "maximum connections exceeded",
+    "maximum account active connections exceeded",
+    "server shutdown",
+)
+"""The server's reasons to close a connection after which it may take us again."""
 
 
 class _FrameParser(Parser):
@@ -85,6 +98,7 @@ class Wire(Client):
         self._ps = _FrameParser(self)
         self.listeners: dict[bytes, Listener] = {}
         self.reconnections: list[Callable[[], None]] = []
+        self.trouble = ""
 
     async def listen(self, subject: str, listener: Listener, queue: str = "", linger: float = 0.0) -> Callable[[], Any]:
         """Subscribe; return a coroutine function that unsubscribes. It survives reconnects as any subscription.
@@ -113,11 +127,63 @@ class Wire(Client):
 
         return stop
 
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except (OSError, NatsError, TimeoutError):
+            raise
+        except Exception as error:
+            # anything else would end nats-py's reconnecting for good
+            raise NatsError(f"nats: an answer that no NATS server gives: {error}") from error
+        self.trouble = ""
+        if self._reading_task is not None:
+            self._reading_task.add_done_callback(self._read_loop_ended)
+
+    def _read_loop_ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody else notices: nats-py goes on as if it were connected."""
+        if task is self._reading_task and self.is_connected:
+            self._again = asyncio.get_running_loop().create_task(self.force_reconnect())
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection and self._wants_tls() and info.get("tls_available"):
+            info["tls_required"] = True  # the server leaves the choice; nats-py goes by this alone
+        await super()._process_info(info, initial_connection)
+
+    async def _process_err(self, err_msg: str) -> None:
+        if any(known in err_msg.lower() for known in _TIME_MENDS):
+            # nats-py would close for good
+            error = NatsError(f"nats: {err_msg}")
+            await self._error_cb(error)
+            await self._process_op_err(error)
+        else:
+            await super()._process_err(err_msg)
+
+    async def _attempt_reconnect(self) -> None:
+        self._abort()
+        await super()._attempt_reconnect()
+
+    def _abort(self) -> None:
+        """Drop the old connection: closing it in order would wait for a dead peer to take what is unsent."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def close(self) -> None:
+        """Close for good, within seconds also where the other side is dead."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await super().close()
+        except TimeoutError:
+            self._abort()
+
+    def _wants_tls(self) -> bool:
+        server = self._current_server
+        return "tls" in self.options or (server is not None and server.uri.scheme == "tls")
+
     def _connect_command(self) -> bytes:
         """Called by nats-py before credentials go out, at each connect and reconnect."""
-        server, writer = self._current_server, getattr(self._transport, "_io_writer", None)
-        wanted = "tls" in self.options or (server is not None and server.uri.scheme == "tls")
-        if wanted and writer is not None and writer.get_extra_info("ssl_object") is None:
+        writer = getattr(self._transport, "_io_writer", None)
+        if self._wants_tls() and writer is not None and writer.get_extra_info("ssl_object") is None:
             # nats-py would go on in clear text
             raise NatsError("nats: TLS was asked for, and the server does not offer it")
         command: bytes = super()._connect_command()
@@ -126,7 +192,8 @@ class Wire(Client):
     def revive(self) -> None:
         """Go on reconnecting where that has ended, with an error that nats-py didn't expect."""
         task = self._reconnection_task
-        if self.is_reconnecting and task is not None and task.done():
+        if not self.is_closed and not self.is_connected and task is not None and task.done():
+            self._status = Client.RECONNECTING
             self._reconnection_task = asyncio.get_running_loop().create_task(self._attempt_reconnect())
 
     def send(self, frames: bytes) -> None:
@@ -166,6 +233,11 @@ def header_of(headers: bytes, name: bytes) -> bytes | None:
     return headers[start : headers.find(b"\r\n", start)].strip()
 
 
+def shown(url: str) -> str:
+    """Return a URL, or several with commas between, as it may be printed: without passwords."""
+    return re.sub(r"(//[^/@,]*?):[^/@,]*@|(//)[^/@:,]+@", lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***@", url)
+
+
 async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None = None, **options: Any) -> Wire:
     """Connect for good: the client reconnects for ever, and what happens to the connection is told to `on_event`.
 
@@ -178,6 +250,7 @@ async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None
     async def error(problem: Exception) -> None:
         causes.append(str(problem) or type(problem).__name__)
         del causes[:-5]
+        wire.trouble = causes[-1]
         if on_event is not None:
             on_event(f"error: {causes[-1]}")
 
@@ -225,6 +298,6 @@ async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None
         await wire.close()
         cause = causes[-1] if causes else str(failure)
         raise ConnectionError(
-            f"can't connect to NATS at {url}: {cause}; is the server running, are the credentials right?"
+            f"can't connect to NATS at {shown(url)}: {cause}; is the server running, are the credentials right?"
         )
     return wire
