@@ -18,9 +18,6 @@ from aggregates.errors import InvalidMessage
 from aggregates.messages import check_storable, dumps
 
 
-_COUNT = msgspec.Meta(ge=1, le=2**63 - 1)
-
-
 class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", "correlation_id": "correlationid"}):
     """One stored event before its data is decoded.
 
@@ -37,9 +34,9 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
     id: str
     type: str
     time: str
-    sequence: Annotated[int, _COUNT]
+    sequence: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
     data: msgspec.Raw
-    dataversion: Annotated[int, _COUNT] = 1
+    dataversion: int = 1
     commandid: str = ""
     correlation_id: str | None = None
     causation_id: str | None = None

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import appending, commanding, places, projecting, report, residents
+from benchmarks import appending, commanding, places, projecting, report, residents, sharing
 from benchmarks.report import Row
 
 OUT = Path(__file__).parent / "out" / "bench.json"
@@ -25,7 +25,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--year", action="store_true", help="all flights of the year, not those of a quarter")
     parser.add_argument("--million", action="store_true", help="a million activations, not 200,000")
     parser.add_argument(
-        "--only", action="append", choices=["append", "commands", "projection", "residents", "growth"], default=None
+        "--only",
+        action="append",
+        choices=["append", "commands", "projection", "workers", "residents", "growth"],
+        default=None,
     )
     parser.add_argument("--markdown", type=Path, help="write the table as Markdown too")
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
@@ -40,6 +43,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "append": lambda: appending.measure(path / "append"),
             "commands": lambda: commanding.measure(path / "commands", pg),
             "projection": lambda: projecting.measure(path / "projection", pg, 12 if arguments.year else 3),
+            "workers": lambda: sharing.measure(path / "workers", pg, 12 if arguments.year else 3),
             "residents": lambda: residents.measure(arguments.million),
             "growth": lambda: projecting.growth(path / "growth"),
         }

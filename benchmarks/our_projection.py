@@ -82,7 +82,7 @@ def _written(projector: Projector) -> bool:
 async def rebuild(app: App, log: JetStreamLog, url: str) -> float:
     """Build every projection by replay; return the log's commits per second, however often they were read."""
     info = await log.info()
-    with _database(app, url, info) as (engine, _):
+    with _database(app, url, info) as engine:
         started = time.perf_counter()
         await build_missing(app, log, engine)
         return info.commits / (time.perf_counter() - started)

@@ -233,6 +233,11 @@ class Service:
         if reply:
             self._publish(reply, orjson.dumps(self.status()), b"")
 
+    @property
+    def partitions(self) -> list[int]:
+        """The partitions that this worker holds."""
+        return sorted(self._leases.held) if self._leases is not None else []
+
     def status(self) -> dict[str, Any]:
         """Return what `eskernel status` shows."""
         assert self._projector is not None
@@ -245,7 +250,7 @@ class Service:
             "number": self.number,
             "pid": os.getpid(),
             "workers": list(self._ownership.members.workers),
-            "partitions": sorted(self._leases.held),
+            "partitions": self.partitions,
             "partition_count": self._leases.partitions,
             "durability": self.durability,
             "health": self.health.report(),

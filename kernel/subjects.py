@@ -92,7 +92,11 @@ class Subjects:
     def partition_of(self, subject: str) -> int:
         """Return the partition whose owner looks after a message, also after one that is no commit."""
         token = subject.split(".", 3)[2:3]
-        named = int(token[0]) if token and token[0].isascii() and token[0].isdecimal() and len(token[0]) < 6 else self.partitions
+        named = (
+            int(token[0])
+            if token and token[0].isascii() and token[0].isdecimal() and len(token[0]) < 6
+            else self.partitions
+        )
         return named if named < self.partitions else fnv1a(subject) % self.partitions
 
     def events(self, partition: int | None = None) -> str:

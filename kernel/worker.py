@@ -77,6 +77,7 @@ async def _work(number: int, order: dict[str, Any], parent: Parent) -> int:
             ready=service.health.ready,
             started=bool(service.http.url),
             durability=service.durability,
+            partitions=service.partitions,
             health=service.health.report()["components"],
         )
 

@@ -1,0 +1,153 @@
+"""The rows about several workers: the same backlog for one and for two, and how long a killed worker is missed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+from statistics import median
+
+from sqlalchemy import text
+
+import migrations
+from benchmarks import backlog, places
+from benchmarks.places import Postgres
+from benchmarks.report import Row
+from benchmarks.rounds import in_turns, rounded
+from examples.bank import Account, Deposit
+from examples.bank import app as bank
+from examples.flights import app as flights
+from kernel import Client, Settings
+from kernel.app import App
+from kernel.leases import Leases
+from kernel.log import JetStreamLog, StreamInfo, open_log
+from kernel.log.wire import connect
+from kernel.supervisor import Supervisor
+from projections import generations
+from projections.checkpoints import register
+from projections.database import open_database, reads
+
+KILLS = 5
+AIM_S = 5.0
+
+
+async def measure(path: Path, pg: Postgres, months: int) -> list[Row]:
+    """Measure projecting by one worker and by two, and the time until a killed worker's partitions move again."""
+    return [await _backlog(path / "backlog", pg, months), await _killed(path / "killed")]
+
+
+async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
+    async with places.nats(path / "nats") as url:
+        wire = await connect(url, name="bench")
+        log = await open_log(wire, flights.name, group_commit="never")
+        try:
+            count = await backlog.fill(flights, log, backlog.flight_commands(months))
+            info = await log.info()
+            numbers = itertools.count()
+
+            async def by(workers: int) -> float:
+                database = pg.database(f"sharing{next(numbers)}", relaxed=True)
+                settings = Settings(data=path / f"data{next(numbers)}", nats=url, database=database)
+                return count / await _project(flights, "examples.flights:app", settings, workers, log, info)
+
+            figures = await in_turns("workers", {"one": lambda: by(1), "two": lambda: by(2)})
+        finally:
+            await log.close()
+            await wire.close()
+    return Row(
+        f"live projection from a backlog by 2 worker processes on PostgreSQL: {count:,} events",
+        "events/s",
+        median(figures["two"]),
+        limit=median(figures["one"]),
+        aim="(none: what 2 cores allow)",
+        limit_is="1 worker process; nats-server, PostgreSQL and the workers share the machine's cores, which bounds it",
+        durability="process crash; after a power cut the rest is folded again (synchronous_commit=off)",
+        extra={"rounds": rounded(figures)},
+    )
+
+
+async def _project(app: App, spec: str, settings: Settings, workers: int, log: JetStreamLog, info: StreamInfo) -> float:
+    """Return the seconds from when all workers were let go until everything is projected."""
+    assert settings.database is not None
+    engine = open_database(settings.database)
+    migrations.upgrade(engine)
+    register(engine, app.name, info.created, info.partitions, info.last)
+    with engine.begin() as connection:
+        for declared in app.projections:
+            # live and empty: a service would rather build it by replay
+            generations.show(connection, generations.create(connection, declared, range(info.partitions)))
+    leases = Leases(log._wire, app.name, "bench", info.partitions, ttl=settings.lease)
+    await leases.start()
+    supervisor = Supervisor(app.name, spec, settings, workers, "error")
+    try:
+        async with leases.alone("start"):
+            # all are loaded and wait for the lease under which workers look after the tables
+            starting = asyncio.create_task(supervisor.start())
+            while not all(worker.told.get("durability") for worker in supervisor.workers):
+                assert not starting.done()
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+        begin = time.perf_counter()
+        query = text("SELECT count(*) FROM eskernel_checkpoint WHERE sequence < :last")
+        while True:
+            with reads(engine).connect() as connection:
+                if not connection.scalar(query, {"last": info.last}):
+                    break
+            await asyncio.sleep(0.01)
+        took = time.perf_counter() - begin
+        await starting
+        return took
+    finally:
+        await supervisor.stop()
+        await leases.close()
+        engine.dispose()
+
+
+async def _killed(path: Path) -> Row:
+    """Kill a worker, and wait for an answer from one of its partitions."""
+    settings = Settings(data=path)
+    supervisor = Supervisor(bank.name, "examples.bank:app", settings, 2, "error")
+    await supervisor.start()
+    took: list[float] = []
+    try:
+        async with await Client.connect(
+            bank, nats=supervisor.nats_url, database=supervisor.database_url, data=path
+        ) as client:
+            for number in range(KILLS):
+                await _settled(supervisor)
+                victim = supervisor.workers[number % 2]
+                owned = set(victim.told["partitions"])
+                name = next(
+                    name
+                    for name in map(str, itertools.count())
+                    if client.log.subjects.partition("Account", name) in owned
+                )
+                await client.execute(Account, name, Deposit(1))
+                assert victim.process is not None
+                os.kill(victim.process.pid, signal.SIGKILL)
+                begin = time.perf_counter()
+                await client.execute(Account, name, Deposit(1), timeout=60)
+                took.append(time.perf_counter() - begin)
+    finally:
+        await supervisor.stop()
+    return Row(
+        f"a killed worker's partitions answer again: median of {KILLS} kills, leases of {settings.lease:g} s",
+        "ms",
+        median(took) * 1e3,
+        aim=f"< {AIM_S:g} s",
+        met=median(took) < AIM_S,
+        durability="SIGKILL of one of two workers",
+        extra={"longest_ms": max(took) * 1e3, "shortest_ms": min(took) * 1e3},
+    )
+
+
+async def _settled(supervisor: Supervisor) -> None:
+    """Wait until the partitions are shared evenly, as the workers tell their parent."""
+    while True:
+        told = [worker.told.get("partitions", []) for worker in supervisor.workers]
+        if sorted(map(len, told)) == [32, 32] and not set(told[0]) & set(told[1]):
+            return
+        await asyncio.sleep(0.05)
