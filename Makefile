@@ -30,6 +30,15 @@ lint: $(READY) ## ruff and mypy --strict
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+faults: $(READY) ## break a service of two workers on purpose, and check everything (SEEDS=20, SEED=n, SECONDS=120)
+	@$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),20)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DATABASE),--database $(DATABASE))
+
+mutants: $(READY) ## plant bugs in a copy, one by one, and see that each is caught
+	@$(BIN)/python -m tests.mutants
+
+soak: $(READY) ## load with evictions; memory, files, threads, consumers must stay flat (MINUTES=20)
+	@$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),20) --markdown docs/soak.md --picture docs/soak.svg
+
 bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json (YEAR=1, MILLION=1: more)
 	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 
@@ -41,4 +50,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test lint faults mutants soak bench lock clean
