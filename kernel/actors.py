@@ -83,9 +83,9 @@ class Turn:
 
 
 class Fold:
-    """Fold these commits. `rows` are the stored records where the actor holds none."""
+    """Fold these commits. `rows` are the stored records where the actor holds none, `kept` the sequence beside them."""
 
-    __slots__ = ("address", "commits", "rows", "skip", "turn")
+    __slots__ = ("address", "commits", "kept", "rows", "skip", "turn")
 
     def __init__(
         self,
@@ -94,7 +94,9 @@ class Fold:
         commits: Sequence[tuple[int, Sequence[Envelope]]],
         rows: list[Any] | None,
         skip: frozenset[int],
+        kept: int | None = None,
     ) -> None:
+        self.kept = kept
         self.address = address
         self.turn = turn
         self.commits = commits
@@ -212,8 +214,9 @@ class AggregateActor(Actor):  # type: ignore[misc]
             self.rows, self.sequence = fold.rows, None
         self.address = address = fold.address
         try:
+            rows = self.rows or []
             self.sequence = turn.plan.fold(
-                address.aggregate, address.id, self.rows or [], fold.commits, turn.folded, self.sequence, fold.skip
+                address.aggregate, address.id, rows, fold.commits, turn.folded, self.sequence, fold.skip, fold.kept
             )
         except HandlerFailed as failure:
             turn.failure = failure

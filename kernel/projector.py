@@ -298,30 +298,32 @@ class Projector:
         for start in range(0, len(groups), SLICE):
             messages = []
             for group, resident in zip(groups[start : start + SLICE], residents[start : start + SLICE], strict=True):
-                rows = None
+                rows = kept = None
                 if not resident.has_rows:
-                    rows = stored[group.address.subject]
+                    rows, kept = stored[group.address.subject]
                     resident.has_rows = True
-                messages.append((resident.actor, Fold(group.address, turn, group.commits, rows, group.skip)))
+                messages.append((resident.actor, Fold(group.address, turn, group.commits, rows, group.skip, kept)))
             self._actors.send(messages)
             if start:
                 await asyncio.sleep(0)
         return turn
 
-    async def _load_rows(self, addresses: list[Address]) -> dict[str, list[Any]]:
-        """Load the stored rows of aggregates that wake up: one SELECT for all of them and each projection."""
+    async def _load_rows(self, addresses: list[Address]) -> dict[str, tuple[list[Any], int | None]]:
+        """Load the stored rows of aggregates that wake up, one SELECT for all of them and each projection.
+
+        Where there are none, the sequence of the last event is kept beside them.
+        """
         by_aggregate: dict[str, dict[str, str]] = {}
         for address in addresses:
             by_aggregate.setdefault(address.aggregate, {})[address.id] = address.subject
-        if not any(self._plan.row_indexes[aggregate] for aggregate in by_aggregate):
-            return {address.subject: [None] * len(self._plan.projections) for address in addresses}
 
-        def load() -> dict[str, list[Any]]:
-            found: dict[str, list[Any]] = {}
+        def load() -> dict[str, tuple[list[Any], int | None]]:
+            found: dict[str, tuple[list[Any], int | None]] = {}
             with reads(self._engine).connect() as connection:
                 for aggregate, subjects in by_aggregate.items():
                     rows = self._writer.load_rows(connection, aggregate, list(subjects))
-                    found.update((subjects[one], records) for one, records in rows.items())
+                    kept = self._writer.load_kept(connection, aggregate, rows)
+                    found.update((subjects[one], (records, kept.get(one))) for one, records in rows.items())
             return found
 
         return await self._in(self._read_pool, load)

@@ -29,12 +29,12 @@ class Build:
 
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self.plan, self.writer = plan, writer
-        self._cache: dict[tuple[str, str], tuple[list[Any], int]] = {}
+        self._cache: dict[tuple[str, str], tuple[list[Any], int, int | None]] = {}
         self._complete = True
 
     def missing(self, keys: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the aggregates whose stored rows must be given to `fold`."""
-        if self._complete or not any(self.plan.row_indexes.values()):
+        if self._complete:
             return []
         return [key for key in keys if key not in self._cache]
 
@@ -51,8 +51,10 @@ class Build:
             return
         with nullcontext(connection) if connection else reads(self.writer.engine).connect() as reading:
             for aggregate, ids in by_aggregate.items():
-                for aggregate_id, rows in self.writer.load_rows(reading, aggregate, ids).items():
-                    self._cache[aggregate, aggregate_id] = (rows, -1)
+                loaded = self.writer.load_rows(reading, aggregate, ids)
+                kept = self.writer.load_kept(reading, aggregate, loaded)
+                for aggregate_id, rows in loaded.items():
+                    self._cache[aggregate, aggregate_id] = (rows, -1, kept.get(aggregate_id))
 
     def fold(self, groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]]) -> Folded:
         """Fold a window, sorted by aggregate.
@@ -65,9 +67,9 @@ class Build:
         width = len(plan.projections)
         for key, commits in groups.items():
             known = cache.get(key)
-            rows, last = known if known is not None else ([None] * width, -1)
-            last = plan.fold(key[0], key[1], rows, commits, folded, None if last < 0 else last)
-            cache[key] = (rows, last)
+            rows, last, kept = known if known is not None else ([None] * width, -1, None)
+            last = plan.fold(key[0], key[1], rows, commits, folded, None if last < 0 else last, kept=kept)
+            cache[key] = (rows, last, None)
         return folded
 
     def trim(self) -> None:

@@ -192,13 +192,14 @@ def _fold(connection: Connection, writer: Writer, rows: Sequence[Row[Any]]) -> t
     aggregate, aggregate_id = rows[0].aggregate, rows[0].aggregate_id
     records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
     last = _last_skipped(connection, made, aggregate, aggregate_id)
-    if last is not None and records[0] is not None:
-        last = max(last, records[0].eskernel_sequence) if plan.row_indexes[aggregate] else last
+    kept = writer.load_kept(connection, aggregate, {aggregate_id: records}).get(aggregate_id)
+    if last is not None:
+        last = max(last, records[0].eskernel_sequence if records[0] is not None else 0, kept or 0)
     for done, row in enumerate(rows):
         folded = Folded(plan)
         try:
-            envelope = _envelope(row)
-            last = plan.fold(aggregate, aggregate_id, records, [(row.stream_sequence, [envelope])], folded, last)
+            commits = [(row.stream_sequence, [_envelope(row)])]
+            last = plan.fold(aggregate, aggregate_id, records, commits, folded, last, kept=kept)
             write = writer.freeze(folded, [], lambda _: (0, b""))
             with connection.begin_nested():
                 writer.apply(connection, write)
@@ -245,8 +246,8 @@ def skip(
         connection.execute(insert(skipped_letter).values(**kept, skipped=_now(), who=who, reason=reason))
         connection.execute(delete(dead_letter).where(dead_letter.c.id == row.id))
         if made is not None:
-            if made.projection.kind == "rows":
-                _count_as_folded(connection, made, aggregate_id, row.sequence)
+            assert plan is not None
+            _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
             _fence(connection, made, row.partition)
     return Letter(row.sequence, row.stream_sequence, row.error, _event(row), row.payload)
 
@@ -331,15 +332,19 @@ def _last_skipped(connection: Connection, made: Generation, aggregate: str, aggr
     return last
 
 
-def _count_as_folded(connection: Connection, made: Generation, aggregate_id: str, sequence: int) -> None:
+def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, aggregate_id: str, sequence: int) -> None:
     """The next event follows the one that was left out."""
+    (made,) = writer.generations
+    records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
+    if records[0] is None:
+        writer.keep(connection, 0, {aggregate_id: sequence})
+        return
     quote = connection.dialect.identifier_preparer.quote
-    table = next(iter(made.tables.values()))
     columns = made.projection.columns
     assert columns is not None
-    key = quote(columns.columns[0].name)
+    table, key = quote(next(iter(made.tables.values())).name), quote(columns.columns[0].name)
     connection.execute(
-        text(f"UPDATE {quote(table.name)} SET {SEQUENCE} = :sequence WHERE {key} = :id AND {SEQUENCE} < :sequence"),
+        text(f"UPDATE {table} SET {SEQUENCE} = :sequence WHERE {key} = :id AND {SEQUENCE} < :sequence"),
         {"sequence": sequence, "id": aggregate_id},
     )
 

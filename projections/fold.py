@@ -55,16 +55,18 @@ class Folded:
         rows: by projection, then by aggregate id: the record, or None where it was dropped.
         tallies: by projection: increments by key.
         events: by projection and handler: what `Sql` handlers will receive.
+        kept: by projection, then by aggregate id: the last event folded, where no row keeps it.
         letters: events that could not be folded, with those behind them.
         count: events folded.
     """
 
-    __slots__ = ("count", "events", "letters", "rows", "tallies")
+    __slots__ = ("count", "events", "kept", "letters", "rows", "tallies")
 
     def __init__(self, plan: Plan) -> None:
         self.rows: list[dict[str, Any]] = [{} for _ in plan.projections]
         self.tallies: list[Tally[Any]] = [Tally(make) for make in plan.makers]
         self.events: list[list[list[Recorded[Any]]]] = [[[] for _ in p.handlers] for p in plan.projections]
+        self.kept: list[dict[str, int]] = [{} for _ in plan.projections]
         self.letters: list[Letter] = []
         self.count = 0
 
@@ -78,6 +80,7 @@ class Plan:
     Attributes:
         projections: in the order that indexes everything in `Folded`.
         makers: how a record is made, by projection.
+        keepers: by aggregate type, the projection that keeps the sequence of the last event: its first `Rows`, if any.
         parked: by projection and aggregate (type, id): the sequence from which on events wait behind a dead letter.
     """
 
@@ -98,7 +101,11 @@ class Plan:
             declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
             for declared in types
         }
-        self._wanted = {projection.aggregate for projection in projections}
+        self.keepers: dict[str, int] = {}
+        for kind in ("rows", None):
+            for index, projection in enumerate(projections):
+                if kind in (None, projection.kind):
+                    self.keepers.setdefault(projection.aggregate, index)
         self._steps = {declared.name: self._compile(declared) for declared in types}
 
     def _compile(
@@ -160,6 +167,7 @@ class Plan:
         folded: Folded,
         last: int | None,
         skip: frozenset[int] = frozenset(),
+        kept: int | None = None,
     ) -> int:
         """Fold one aggregate's commits.
 
@@ -168,6 +176,7 @@ class Plan:
             commits: (stream sequence, envelopes) in stream order.
             last: the sequence folded before, or None if it isn't known but from the rows.
             skip: projections that have folded these commits already.
+            kept: the sequence folded before, as the database keeps it where the keeper has no row.
 
         Returns:
             the sequence of the last event.
@@ -175,7 +184,8 @@ class Plan:
         Raises:
             HandlerFailed: park the aggregate and fold the whole batch again, from stored rows.
         """
-        if aggregate not in self._wanted:
+        keeper = self.keepers.get(aggregate)
+        if keeper is None:
             return commits[-1][1][-1].sequence
         steps_by_type = self._steps[aggregate]
         key = (aggregate, aggregate_id)
@@ -186,6 +196,8 @@ class Plan:
             for index in indexes:
                 if rows[index] is not None and index not in skip and not (parked and index in parked):
                     last = max(last or 0, rows[index].eskernel_sequence)
+            if last is None and keeper not in skip and not (parked and keeper in parked):
+                last = kept
         for stream_sequence, envelopes in commits:
             for envelope in envelopes:
                 sequence = envelope.sequence
@@ -236,6 +248,16 @@ class Plan:
             elif last:
                 row.eskernel_sequence = last
             folded.rows[index][aggregate_id] = row
+        if (self.row_indexes[aggregate] and rows[keeper] is not None) or keeper in skip:
+            return last or 0
+        if parked and keeper in parked:
+            since = parked[keeper].since
+            done = [one.sequence for _, envelopes in commits for one in envelopes if one.sequence < since]
+            last_kept = max(done, default=0)
+        else:
+            last_kept = last or 0
+        if last_kept:
+            folded.kept[keeper][aggregate_id] = last_kept
         return last or 0
 
     def _wait(

@@ -14,7 +14,7 @@ from sqlalchemy.sql.elements import quoted_name
 from projections.declaration import DeclaredProjection
 from projections.errors import SchemaError
 from projections.records import SEQUENCE
-from projections.tables import checkpoint, dead_letter, projection
+from projections.tables import checkpoint, dead_letter, projection, sequence
 
 FENCE = -2
 """Set by whoever has changed something beside a partition's owner: it meets the fence and starts from what it finds."""
@@ -150,6 +150,7 @@ def drop(connection: Connection, declared: DeclaredProjection, number: int) -> N
     for kernel_table, column in (
         (checkpoint, checkpoint.c.projection),
         (dead_letter, dead_letter.c.projection),
+        (sequence, sequence.c.projection),
         (projection, projection.c.name),
     ):
         kernel_columns: Any = kernel_table.c

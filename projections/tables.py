@@ -40,6 +40,16 @@ checkpoint = Table(
 )
 """How far a generation has folded each partition, and the epoch of the owner that may go on."""
 
+sequence = Table(
+    "eskernel_sequence",
+    metadata,
+    Column("projection", String(128), primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("aggregate_id", Text, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+)
+"""The last event folded of aggregates that have no row to keep it in."""
+
 dead_letter = Table(
     "eskernel_dead_letter",
     metadata,

@@ -36,6 +36,28 @@ _ADVANCE = {
 }
 
 
+_KEEP = {
+    "sqlite": """
+        INSERT INTO eskernel_sequence (projection, generation, aggregate_id, sequence)
+        SELECT :projection, :generation, value->>0, value->>1 FROM json_each(:kept) WHERE true
+        ON CONFLICT (projection, generation, aggregate_id) DO UPDATE SET sequence = excluded.sequence""",
+    "postgresql": """
+        INSERT INTO eskernel_sequence (projection, generation, aggregate_id, sequence)
+        SELECT :projection, :generation, given->>0, CAST(given->>1 AS bigint)
+        FROM jsonb_array_elements(CAST(:kept AS jsonb)) AS given
+        ON CONFLICT (projection, generation, aggregate_id) DO UPDATE SET sequence = excluded.sequence""",
+}
+_KEPT = {
+    "sqlite": """
+        SELECT aggregate_id, sequence FROM eskernel_sequence WHERE projection = :projection
+        AND generation = :generation AND aggregate_id IN (SELECT value FROM json_each(:ids))""",
+    "postgresql": """
+        SELECT aggregate_id, sequence FROM eskernel_sequence WHERE projection = :projection
+        AND generation = :generation
+        AND aggregate_id IN (SELECT value FROM json_array_elements_text(CAST(:ids AS json)))""",
+}
+
+
 @dataclass(slots=True)
 class Write:
     """A batch ready to be written, holding nothing that later folds change.
@@ -48,7 +70,7 @@ class Write:
     """
 
     moves: list[tuple[str, int, int, int, int]]
-    statements: list[tuple[int, TextClause, list[dict[str, str]]]] = field(default_factory=list)
+    statements: list[tuple[int, TextClause, list[dict[str, Any]]]] = field(default_factory=list)
     sql: list[tuple[int, Callable[..., Any], list[Recorded[Any]]]] = field(default_factory=list)
     letters: list[dict[str, Any]] = field(default_factory=list)
 
@@ -76,6 +98,8 @@ class Writer:
         self.generations = list(generations)
         self.epoch = epoch
         self._advance = text(_ADVANCE[engine.dialect.name])
+        self._keep = text(_KEEP[engine.dialect.name])
+        self._kept = text(_KEPT[engine.dialect.name])
         self._bulk = [
             Bulk(p.columns, next(iter(g.tables.values())), engine.dialect) if p.columns is not None else None
             for p, g in zip(plan.projections, generations, strict=True)
@@ -97,6 +121,8 @@ class Writer:
         """
         write = Write(moves)
         for index, bulk in enumerate(self._bulk):
+            if kept := folded.kept[index]:
+                write.statements.append((index, self._keep, [self.keeping(index, kept)]))
             if bulk is None:
                 for handler, events in zip(self.plan.projections[index].handlers, folded.events[index], strict=True):
                     if events:
@@ -118,6 +144,15 @@ class Writer:
         if folded.letters:
             write.letters = [self._letter_row(one, *letter(one)) for one in folded.letters]
         return write
+
+    def keeping(self, index: int, kept: dict[str, int]) -> dict[str, Any]:
+        """Return the parameters that keep the sequences of aggregates without a row."""
+        made = self.generations[index]
+        return {"projection": made.name, "generation": made.number, "kept": orjson.dumps(list(kept.items())).decode()}
+
+    def keep(self, connection: Connection, index: int, kept: dict[str, int]) -> None:
+        """Keep the sequences of aggregates without a row."""
+        connection.execute(self._keep, self.keeping(index, kept))
 
     def _parameters(self, index: int, bulk: Bulk, rows: dict[str, Any]) -> list[dict[str, str]]:
         try:
@@ -211,7 +246,7 @@ class Writer:
         with self.engine.connect() as connection:
             for index, statement, parameters in write.statements:
                 bulk, aggregate = self._bulk[index], self.plan.projections[index].aggregate
-                if bulk is None or statement is bulk.delete:
+                if bulk is None or statement is bulk.delete or statement is self._keep:
                     continue
                 for key, one in bulk.one_by_one(parameters):
                     try:
@@ -276,6 +311,22 @@ class Writer:
             for key, row in bulk.load(connection, ids, self.plan.makers[index]).items():
                 loaded[key][index] = row
         return loaded
+
+    def load_kept(self, connection: Connection, aggregate: str, rows: dict[str, list[Any]]) -> dict[str, int]:
+        """Return the sequences of those among these aggregates whose keeper has no row.
+
+        Args:
+            rows: as `load_rows` returned them.
+        """
+        keeper = self.plan.keepers.get(aggregate)
+        if keeper is None:
+            return {}
+        made = self.generations[keeper]
+        bare = [one for one, records in rows.items() if records[keeper] is None]
+        if not bare:
+            return {}
+        parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps(bare).decode()}
+        return {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
 
     def load_parked(self, connection: Connection) -> None:
         """Fill the plan with the aggregates that wait behind dead letters."""

@@ -192,8 +192,11 @@ class ReadSide:
                 )
                 for aggregate in self.app.types
             }
+            kept = {aggregate: self.writer.load_kept(connection, aggregate, rows) for aggregate, rows in stored.items()}
         for (aggregate, aggregate_id), own in groups.items():
-            self.plan.fold(aggregate, aggregate_id, stored[aggregate][aggregate_id], own, folded, None)
+            rows = stored[aggregate][aggregate_id]
+            before = kept[aggregate].get(aggregate_id)
+            self.plan.fold(aggregate, aggregate_id, rows, own, folded, None, kept=before)
         return folded
 
     def freeze(self, commits: Sequence[Commit], folded: Folded) -> Write:

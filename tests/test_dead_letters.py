@@ -14,7 +14,7 @@ from aggregates import Aggregate, applies, event
 from aggregates.commit import Decision, encode
 from aggregates.declaration import declare
 from kernel import App
-from projections import Fenced, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
+from projections import DROP, Drop, Fenced, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
 from projections.fold import Folded
 from tests.conftest import Commit, ReadSide, envelopes
 
@@ -88,6 +88,19 @@ class Sentences(Sql, of=Story):
             stumble("sql", one.event.text)
             values = {"story": one.meta.aggregate_id, "place": one.meta.sequence, "text": one.event.text}
             tx.execute(insert(tx.table(Sentence)).values(**values))
+
+
+class End(Base):
+    __tablename__ = "ends"
+    story: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Ends(Rows[End], of=Story):
+    """Of stories that have ended there is no row."""
+
+    @applies
+    def told(self, row: End, event: Told) -> Drop | None:
+        return DROP if event.text == "end" else None
 
 
 @pytest.fixture
@@ -317,6 +330,24 @@ def test_a_gap_or_a_repeat_is_noticed_however_long_the_aggregate_slept(side: Sto
     side.skip("Lengths", "b")
     side.claim()
     assert lengths(side)[1] == ("b", 2, "two")
+
+
+@pytest.mark.parametrize("projections", [[Totals], [Sentences], [Ends], [Ends, Totals]], ids=str)
+def test_a_gap_is_noticed_where_there_is_no_row_to_tell(engine: Engine, projections: list[Any]) -> None:
+    BROKEN.clear()
+    side = StorySide(engine, App("stories", aggregates=[Story], projections=projections))
+    side.project([side.tell(1, "b", ["one", "end"]), side.tell(2, "a", ["one"])])
+    side.claim()
+    (failure,) = side.project([side.tell(3, "b", ["odd"], 3), side.tell(4, "a", ["two"], 1)])
+    assert (failure.kind, failure.aggregate) == ("sequence", ("Story", "b"))
+    name = projections[0].__name__
+    assert side.retry(name, "b").left == 1
+    side.skip(name, "b")
+    side.claim()
+    for other in projections[1:]:
+        side.skip(other.__name__, "b")
+    side.claim()
+    assert side.project([side.tell(5, "b", ["next"], 4)]) == []
 
 
 def test_the_sequence_column_is_nobodys_business(side: StorySide) -> None:

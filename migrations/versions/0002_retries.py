@@ -1,4 +1,4 @@
-"""Retries of dead letters, what was skipped, and the layout of a generation's tables."""
+"""Retries of dead letters, what was skipped, sequences, and the layout of a generation's tables."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,6 +12,13 @@ def upgrade() -> None:
     op.add_column("eskernel_projection", sa.Column("layout", sa.Integer, nullable=False, server_default="1"))
     op.add_column("eskernel_dead_letter", sa.Column("attempts", sa.Integer, nullable=False, server_default="1"))
     op.add_column("eskernel_dead_letter", sa.Column("next_attempt", sa.Float, nullable=True))
+    op.create_table(
+        "eskernel_sequence",
+        sa.Column("projection", sa.String(128), primary_key=True),
+        sa.Column("generation", sa.Integer, primary_key=True),
+        sa.Column("aggregate_id", sa.Text, primary_key=True),
+        sa.Column("sequence", sa.BigInteger, nullable=False),
+    )
     op.create_table(
         "eskernel_skipped_letter",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
