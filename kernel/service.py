@@ -103,6 +103,12 @@ class Service:
             create=not await asyncio.to_thread(knows, engine, self.app.name),
         )
         info = await log.info()
+        if settings.partitions not in (info.partitions, Settings().partitions):
+            logger.warning(
+                "the stream has %d partitions, not %d: that is fixed when it is made",
+                info.partitions,
+                settings.partitions,
+            )
         self.durability = info.durability
         if self._server is not None and settings.sync:
             self.durability = "acknowledged events are on disk: they survive a power cut"

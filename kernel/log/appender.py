@@ -9,6 +9,7 @@ measured on the appends themselves. Nothing waits to fill a batch: what piled up
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -21,6 +22,7 @@ from aggregates.context import uuid7
 from kernel.log.base import Conflict, LogError, PayloadTooLarge, Stored, Unavailable, UnknownOutcome
 from kernel.log.wire import Wire, publish_frame, status_of
 
+logger = logging.getLogger("eskernel")
 GroupCommit = Literal["auto", "always", "never"]
 
 MAX_IN_FLIGHT = 4_000
@@ -232,6 +234,7 @@ class Appender:
             self._refused(group, ack.error)
             return
         if self.refusal:
+            logger.info("the log takes commits again")
             self.refusal = ""
         self.highest = max(self.highest, ack.seq)
         if self._burst_left:
@@ -270,6 +273,10 @@ class Appender:
         elif error.err_code == _MESSAGE_TOO_LARGE:
             one.future.set_exception(PayloadTooLarge(f"{one.subject}: {error.description}"))
         elif error.err_code in _FULL or error.code in (429, 503):
+            if not self.refusal:
+                logger.warning(
+                    "the log is full or busy: %s; commands are refused until it takes commits", error.description
+                )
             self.refusal = f"the log is full or busy: {error.description}"
             one.future.set_exception(Unavailable(self.refusal))
         else:

@@ -71,7 +71,7 @@ class StreamInfo(NamedTuple):
         created: when the stream was made, which tells one from its successor of the same name.
         partitions: fixed when it was made.
         first: lowest stream sequence still there.
-        last: highest stream sequence so far, 0 before the first.
+        last: highest stream sequence of a commit that is there, 0 before the first.
         commits: how many there are.
         durability: a sentence for people: what survives which failure.
     """

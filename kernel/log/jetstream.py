@@ -185,12 +185,17 @@ class JetStreamLog:
                 raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
+        first, last, commits = (int(state[name]) for name in ("first_seq", "last_seq", "messages"))
+        if last - first + 1 > commits > 0:
+            # messages are missing, the newest perhaps: nobody should wait for those
+            found = await self.last(self.subjects.events())
+            last = found.sequence if found is not None else 0
         return StreamInfo(
             created=str(answer["created"]),
             partitions=_partitions(config),
-            first=int(state["first_seq"]),
-            last=int(state["last_seq"]),
-            commits=int(state["messages"]),
+            first=first,
+            last=last,
+            commits=commits,
             durability=_durability(config),
         )
 
@@ -293,6 +298,11 @@ async def open_log(
     if losing := [name for name in _LOSING if config.get(name) and config[name] not in (-1, 0)]:
         details = ", ".join(f"{name} is {config[name]!r}" for name in losing)
         raise StreamMismatch(f"stream {app!r} would lose events, or is not its own: {details}")
+    if int(config.get("num_replicas") or 1) < replicas:
+        logger.warning(
+            "the stream %s has %s replicas, not %d: `nats stream edit %s --replicas %d` changes that",
+            app, config.get("num_replicas"), replicas, app, replicas,
+        )  # fmt: skip
     state = answer.get("state") or {}
     if missing := int(state.get("last_seq", 0)) - int(state.get("messages", 0)):
         logger.warning("%d messages of the stream %s are missing: deleted, or lost by the server", missing, app)

@@ -27,7 +27,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--database", choices=["sqlite", "postgresql", "both"], default="both", help="both: by turns")
     parser.add_argument("--workers", type=int, default=2, help="0 starts the service without --workers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
-    parser.add_argument("--naive", action="store_true", help="repeat commands by Client.execute with their id alone")
     parser.add_argument("--consumers", action="store_true", help="also wait for consumers of killed workers to go")
     parser.add_argument("--keep", action="store_true", help="keep the directories of good runs too")
     return parser.parse_args()
@@ -46,7 +45,6 @@ async def run_all(chosen: argparse.Namespace, postgres: str) -> list[Result]:
         options = Options(
             workers=chosen.workers,
             postgres=postgres if kind == "postgresql" else "",
-            naive=chosen.naive,
             consumers=chosen.consumers,
             keep=chosen.keep,
         )

@@ -35,15 +35,10 @@ def _tank(chance: random.Random, hot: float = 0.5) -> str:
 
 
 class Load:
-    """Senders on some clients connected to the server, and one through the proxy.
+    """Senders on some clients connected to the server, and one through the proxy."""
 
-    Args:
-        naive: repeat a command with `Client.execute` and its id alone; otherwise say in the request that it is a
-            repetition, as docs/wire-format.md asks.
-    """
-
-    def __init__(self, app: str, direct: str, proxied: str, seed: int, naive: bool = False) -> None:
-        self.app_name, self.naive = app, naive
+    def __init__(self, app: str, direct: str, proxied: str, seed: int) -> None:
+        self.app_name = app
         self.attempts: list[Attempt] = []
         self.garbage: list[Garbage] = []
         self.problems: Counter[str] = Counter()
@@ -114,23 +109,19 @@ class Load:
             data = {"notes": notes, "amounts": [0 if poison else chance.randrange(-12, 21) for _ in notes]}
         return Attempt(f"{self._seed}-{number}", tank or _tank(chance), name, data)
 
-    async def _send(self, command: Attempt, client: int, timeout: float, again: bool) -> Attempt:
+    async def _send(self, command: Attempt, client: int, timeout: float) -> Attempt:
         """Send a command once, as far as its sender can tell, and note what it was told."""
         attempt = Attempt(command.command_id, command.tank, command.name, command.data, sent=time.time())
         self.attempts.append(attempt)
         try:
             sender = await self._client(client)
-            if again and not self.naive:
-                request = {"aggregate": "Tank", "id": command.tank, "command": command.name, "data": command.data}
-                receipt = await sender.send({**request, "command_id": command.command_id, "attempt": 2}, timeout)
-            else:
-                receipt = await sender.execute(
-                    Tank,
-                    command.tank,
-                    _COMMANDS[command.name](**command.data),
-                    command_id=command.command_id,
-                    timeout=timeout,
-                )
+            receipt = await sender.execute(
+                Tank,
+                command.tank,
+                _COMMANDS[command.name](**command.data),
+                command_id=command.command_id,
+                timeout=timeout,
+            )
         except Rejected as refusal:
             attempt.outcome, attempt.told = "refused", str(refusal)
         except TimeoutError:
@@ -160,31 +151,31 @@ class Load:
         while not self._stopping.is_set():
             command, client, style = self._command(chance), chance.randrange(4), chance.random()
             if style < 0.10:
-                await self._send(command, client, chance.uniform(0.001, 0.2), False)
+                await self._send(command, client, chance.uniform(0.001, 0.2))
                 self._spawn(self._repeat(command, chance.randrange(4), chance.uniform(0, 8)))
             elif style < 0.16:
-                await self._send(command, client, PATIENCE_S, False)
+                await self._send(command, client, PATIENCE_S)
                 self._spawn(self._repeat(command, chance.randrange(4), chance.uniform(0, 10)))
             elif style < 0.20:
                 await asyncio.gather(
-                    self._send(command, client, PATIENCE_S, False),
-                    self._send(command, (client + 1) % 4, PATIENCE_S, True),
+                    self._send(command, client, PATIENCE_S),
+                    self._send(command, (client + 1) % 4, PATIENCE_S),
                 )
             elif style < 0.24:
                 self._spawn(self._late(command, client, chance.uniform(1, 8)))
             else:
-                sent = await self._send(command, client, chance.choice([3.0, 12.0, PATIENCE_S]), False)
+                sent = await self._send(command, client, chance.choice([3.0, 12.0, PATIENCE_S]))
                 if sent.outcome == "unknown" and chance.random() < 0.7:
                     self._spawn(self._repeat(command, chance.randrange(4), chance.uniform(0, 3)))
             await self._rest(chance.uniform(0.0, 0.5))
 
     async def _repeat(self, command: Attempt, client: int, after: float) -> None:
         await self._rest(after)
-        await self._send(command, client, PATIENCE_S, True)
+        await self._send(command, client, PATIENCE_S)
 
     async def _late(self, command: Attempt, client: int, after: float) -> None:
         await self._rest(after)
-        await self._send(command, client, PATIENCE_S, False)
+        await self._send(command, client, PATIENCE_S)
 
     async def _rest(self, seconds: float) -> None:
         """The senders' pace; at the end nobody waits."""
@@ -210,9 +201,9 @@ class Load:
         self._spawn(self._insist(command, choice % 4))
 
     async def _insist(self, command: Attempt, client: int) -> None:
-        sent = await self._send(command, client, PATIENCE_S, False)
+        sent = await self._send(command, client, PATIENCE_S)
         while sent.outcome == "unknown" and not self._stopping.is_set():
-            sent = await self._send(command, client, PATIENCE_S, True)
+            sent = await self._send(command, client, PATIENCE_S)
 
     async def publish_garbage(self, choice: int) -> None:
         """Put bytes into the stream that are no commit, on subjects that no tank has."""

@@ -63,14 +63,12 @@ class Options:
     Attributes:
         workers: 0 starts the service without `--workers`: its process is the worker.
         postgres: URL of a PostgreSQL server; SQLite without it.
-        naive: see `Load`.
         consumers: wait until consumers of killed workers are gone, too.
         keep: keep the directory even if all is well.
     """
 
     workers: int = 2
     postgres: str = ""
-    naive: bool = False
     consumers: bool = False
     keep: bool = False
 
@@ -89,7 +87,7 @@ class Run:
             Postgres(options.postgres, self.app.replace("-", "_")) if options.postgres else Sqlite(self.directory)
         )
         self.service = Service(self.app, self.proxy.url, self.database.url, self.directory, options.workers)
-        self.load = Load(self.app, self.server.url, self.proxy.url, seed, options.naive)
+        self.load = Load(self.app, self.server.url, self.proxy.url, seed)
         self.faults = Faults(self.service, self.server, self.proxy, self.database, self.load, tell)
         self.violations: list[Violation] = []
 
