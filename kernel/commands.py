@@ -15,9 +15,10 @@ from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope, decode, encode, timestamp
 from aggregates.context import uuid7
 from aggregates.messages import parse
-from kernel.actors import Actors, Appended, Decide, Leave, Loaded, Request, Searched, Unstorable
+from kernel.actors import Actors
 from kernel.app import App
 from kernel.log.base import Conflict, EventLog, LogError, Stored
+from kernel.mailbox import Appended, Decide, Leave, Loaded, Request, Searched, Unstorable
 from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
 from kernel.metrics import ALERTS, APPEND_SECONDS, APPENDS, COMMANDS, COMMANDS_PENDING, LOADS
 from kernel.residents import Residents

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import orjson
 
+from kernel.log.api import NO_MESSAGE, NO_STREAM, ApiError, call_api
 from kernel.log.appender import Appender
 from kernel.log.base import Conflict, LogError, Stored
-from kernel.log.jetstream import ApiError, call_api
 from kernel.log.wire import Wire
 
 logger = logging.getLogger("eskernel")
-_NO_MESSAGE, _NO_STREAM, _NAME_IN_USE = 10037, 10059, 10058
+_NAME_IN_USE = 10058
 _MARGIN = 0.9
 """Of a lease's time that its holder counts on: clocks of two machines don't run equally fast."""
 
@@ -202,7 +202,7 @@ class Leases:
                 self._wire, f"STREAM.INFO.{self._stream}", {"subjects_filter": f"$KV.{self._bucket}.>"}
             )
         except ApiError as error:
-            if error.code == _NO_STREAM:
+            if error.code == NO_STREAM:
                 logger.warning("the leases' bucket is gone (a server started anew?); making it again")
                 await self._create_bucket()
                 return Members((), frozenset())
@@ -318,7 +318,7 @@ class Leases:
         try:
             answer = await call_api(self._wire, f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": subject}, 1.0)
         except ApiError as error:
-            if error.code == _NO_MESSAGE:
+            if error.code == NO_MESSAGE:
                 return None
             raise
         message = answer["message"]

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Engine
 
-from kernel.actors import Actors, DropRows, Fold, Turn
+from kernel.actors import Actors
 from kernel.app import App
 from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
+from kernel.mailbox import DropRows, Fold, Turn
 from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, FENCED, LAG, PARKINGS, POSITION
 from kernel.residents import Resident, Residents
 from kernel.sorting import Commits, Group, Sorter

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from thespian.actors import ActorAddress
 
-from kernel.actors import Actors, Passivate
+from kernel.actors import Actors
+from kernel.mailbox import Passivate
 from kernel.metrics import ACTIVATIONS, LIVE, PASSIVATIONS
 from kernel.subjects import Address
 

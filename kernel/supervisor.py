@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import orjson
-from prometheus_client.parser import text_string_to_metric_families
 
 from kernel.health import HttpServer
+from kernel.pages import merge, scrape
 from kernel.runtime import DataDirectory, WorkersFailed, running_as
 from kernel.server import EmbeddedServer, end_with_parent
 from kernel.settings import Settings
@@ -27,7 +26,6 @@ FROZEN_S = 15.0
 START_S = 3600.0
 """But one that starts may be building tables."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 15.0
-_SCRAPE = aiohttp.ClientTimeout(total=2)
 STEADY_S = 30.0
 """A worker that ran for so long starts again at once."""
 
@@ -239,43 +237,5 @@ class Supervisor:
 
     async def metrics(self) -> bytes:
         """Return the metrics of all workers, each sample with its worker's number."""
-        pages = await asyncio.gather(*(_scrape(one.told.get("http", "")) for one in self.workers))
+        pages = await asyncio.gather(*(scrape(one.told.get("http", "")) for one in self.workers))
         return merge({str(one.number): page for one, page in zip(self.workers, pages, strict=True) if page})
-
-
-async def _scrape(url: str) -> str:
-    if not url:
-        return ""
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as http,
-            http.get(f"{url}/metrics") as page,
-        ):
-            return await page.text()
-    except (aiohttp.ClientError, TimeoutError):
-        return ""
-
-
-def merge(pages: dict[str, str]) -> bytes:
-    """Return one page in Prometheus's text format from several, each sample labelled with its page's name."""
-    families: dict[str, list[str]] = {}
-    for name, page in pages.items():
-        for family in text_string_to_metric_families(page):
-            title = family.name + ("_total" if family.type == "counter" else "")
-            lines = families.setdefault(
-                family.name,
-                [f"# HELP {title} {_escaped(family.documentation)}", f"# TYPE {title} {family.type}"],
-            )
-            for sample in family.samples:
-                labels = {"worker": name, **sample.labels}
-                text = ",".join(f'{key}="{_quoted(value)}"' for key, value in labels.items())
-                lines.append(f"{sample.name}{{{text}}} {sample.value}")
-    return "".join(f"{line}\n" for lines in families.values() for line in lines).encode()
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n")
-
-
-def _quoted(text: str) -> str:
-    return _escaped(text).replace('"', '\\"')

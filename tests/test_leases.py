@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kernel.leases import Leases, Members, clock
-from kernel.log.jetstream import call_api
+from kernel.log.api import call_api
 from kernel.log.wire import Wire, connect
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]

@@ -25,8 +25,8 @@ from kernel.log import (
     find_log,
     open_log,
 )
+from kernel.log.api import call_api
 from kernel.log.base import LogReader
-from kernel.log.jetstream import call_api
 from kernel.log.wire import Wire, connect
 from kernel.server import EmbeddedServer
 

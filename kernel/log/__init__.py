@@ -14,8 +14,9 @@ from kernel.log.base import (
     Unavailable,
     UnknownOutcome,
 )
-from kernel.log.jetstream import JetStreamLog, find_log, open_log
+from kernel.log.jetstream import JetStreamLog
 from kernel.log.memory import MemoryLog
+from kernel.log.opening import find_log, open_log
 
 __all__ = [
     "Batch",

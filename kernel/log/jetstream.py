@@ -9,11 +9,11 @@ import re
 import weakref
 from typing import Any
 
-import nats.errors
 import orjson
 
+from kernel.log.api import API, NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
 from kernel.log.appender import Appender, GroupCommit
-from kernel.log.base import LogError, LogReader, Replaced, Stored, StreamInfo, StreamMismatch, Unavailable
+from kernel.log.base import LogReader, Replaced, Stored, StreamInfo, StreamMismatch, Unavailable
 from kernel.log.reader import JetStreamReader
 from kernel.log.wire import Wire, header_of, publish_frame, status_of
 from kernel.subjects import Subjects
@@ -21,45 +21,6 @@ from kernel.subjects import Subjects
 logger = logging.getLogger("eskernel")
 FORMAT = 1
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
-_NOT_FOUND, _STREAM_NOT_FOUND = 10037, 10059
-_API = "$JS.API"
-
-
-class ApiError(LogError):
-    """JetStream's API refused; carries its error code."""
-
-    def __init__(self, subject: str, error: dict[str, Any]) -> None:
-        super().__init__(f"{subject}: {error.get('description')} ({error.get('err_code')})")
-        self.code = int(error.get("err_code", 0))
-
-
-async def call_api(wire: Wire, subject: str, body: object, timeout: float = 5.0) -> dict[str, Any]:
-    """Ask the JetStream API.
-
-    Raises:
-        ApiError: it answered with an error.
-        Unavailable: it did not answer.
-    """
-    try:
-        message = await wire.request(f"{_API}.{subject}", orjson.dumps(body) if body else b"", timeout=timeout)
-    except nats.errors.NoRespondersError:
-        raise Unavailable("JetStream is not enabled on this server, or not yet ready") from None
-    except (nats.errors.Error, TimeoutError, OSError) as error:
-        raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        # before Python 3.12 wait_for swallows a cancellation that comes together with the answer
-        raise asyncio.CancelledError
-    answer: dict[str, Any] = orjson.loads(message.data)
-    if "error" in answer:
-        raise ApiError(subject, answer["error"])
-    return answer
-
-
-def server_version(wire: Wire) -> tuple[int, int]:
-    """Return the connected server's major and minor version."""
-    version = wire.connected_server_version
-    return version.major, version.minor
 
 
 class JetStreamLog:
@@ -93,7 +54,7 @@ class JetStreamLog:
         try:
             answer = await self._ask(f"STREAM.MSG.GET.{self.stream}", {"last_by_subj": subject})
         except ApiError as error:
-            if error.code == _NOT_FOUND:
+            if error.code == NO_MESSAGE:
                 return None
             raise
         message = answer["message"]
@@ -119,7 +80,7 @@ class JetStreamLog:
             request = orjson.dumps({"seq": after + 1, "next_by_subj": subject, "batch": 1000, "max_bytes": 16 << 20})
             self._wire.send(
                 publish_frame(
-                    f"{_API}.DIRECT.GET.{self.stream}".encode(), b"%b.%b" % (self._inbox.encode(), token), request
+                    f"{API}.DIRECT.GET.{self.stream}".encode(), b"%b.%b" % (self._inbox.encode(), token), request
                 )
             )
             try:
@@ -170,7 +131,7 @@ class JetStreamLog:
         return await self._reader(after, None if partition is None else self.subjects.events(partition))
 
     async def _reader(self, after: int, subject: str | None) -> JetStreamReader:
-        reader = JetStreamReader(self._wire, self._ask, _API, self.stream, after, subject)
+        reader = JetStreamReader(self._wire, self._ask, API, self.stream, after, subject)
         self._readers.add(reader)
         return reader
 
@@ -181,7 +142,7 @@ class JetStreamLog:
         try:
             answer = await self._ask(f"STREAM.INFO.{self.stream}", None)
         except ApiError as error:
-            if error.code == _STREAM_NOT_FOUND:
+            if error.code == NO_STREAM:
                 raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
@@ -192,7 +153,7 @@ class JetStreamLog:
             last = found.sequence if found is not None else 0
         return StreamInfo(
             created=str(answer["created"]),
-            partitions=_partitions(config),
+            partitions=partitions_of(config),
             first=first,
             last=last,
             commits=commits,
@@ -206,7 +167,8 @@ class JetStreamLog:
         await self._stop_listening()
 
 
-def _partitions(config: dict[str, Any]) -> int:
+def partitions_of(config: dict[str, Any]) -> int:
+    """Return the partition count that a stream was made with. Raises `StreamMismatch` if we have not made it."""
     found = _DESCRIPTION.match(config.get("description") or "")
     if found is None or int(found[1]) != FORMAT:
         raise StreamMismatch(
@@ -226,105 +188,3 @@ def _durability(config: dict[str, Any]) -> str:
         "acknowledged events survive a crash of the server's process; a power cut may lose as much as the server's "
         "sync_interval (2 minutes unless set; `always` loses nothing)"
     )
-
-
-def _config(subjects: Subjects, wire: Wire, replicas: int) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "name": subjects.app,
-        "description": f"eskernel format={FORMAT} partitions={subjects.partitions}",
-        "subjects": [subjects.events()],
-        "retention": "limits",
-        "discard": "new",
-        "storage": "file",
-        "num_replicas": replicas,
-        "allow_direct": True,
-        "deny_delete": True,
-        "deny_purge": True,
-    }
-    if server_version(wire) >= (2, 12):
-        config["allow_atomic"] = True
-    return config
-
-
-_LOSING = ("max_age", "max_msgs_per_subject", "sealed", "mirror", "sources", "subject_transform")
-OLDEST = (2, 10)
-"""Oldest server that the tests run on."""
-
-
-async def open_log(
-    wire: Wire,
-    app: str,
-    *,
-    partitions: int = 64,
-    replicas: int = 1,
-    group_commit: GroupCommit = "auto",
-    create: bool = True,
-) -> JetStreamLog:
-    """Return the app's log, creating its stream if there is none.
-
-    An existing stream keeps the partition count that it was made with.
-
-    Args:
-        create: make a stream where there is none.
-
-    Raises:
-        Replaced: there is none, and there should be.
-        StreamMismatch: a stream of that name exists and an event store can't be built on it.
-        Unavailable: the server doesn't answer, or JetStream is not enabled.
-    """
-    if server_version(wire) < OLDEST:
-        told, least = (".".join(map(str, pair)) for pair in (server_version(wire), OLDEST))
-        raise StreamMismatch(f"nats-server {told} is too old; {least} or newer is needed")
-    wanted = _config(Subjects(app, partitions), wire, replicas)
-    try:
-        answer = await call_api(wire, f"STREAM.INFO.{app}", None)
-    except ApiError as error:
-        if error.code != _STREAM_NOT_FOUND:
-            raise
-        if not create:
-            # an empty one in its place would be in the way of a restore
-            raise Replaced(
-                f"the stream {app!r} is gone, and the database was folded from it: restore the stream, or start with "
-                "an empty database"
-            ) from None
-        answer = await call_api(wire, f"STREAM.CREATE.{app}", wanted)
-    config = answer["config"]
-    found = _partitions(config)
-    # read back: older servers drop fields that they don't know without a word
-    needed = ("subjects", "retention", "discard", "storage", "allow_direct")
-    if different := [name for name in needed if config.get(name) != wanted[name]]:
-        details = "; ".join(f"{name} is {config.get(name)!r}, needed {wanted[name]!r}" for name in different)
-        raise StreamMismatch(f"stream {app!r} can't carry an event log: {details}")
-    if losing := [name for name in _LOSING if config.get(name) and config[name] not in (-1, 0)]:
-        details = ", ".join(f"{name} is {config[name]!r}" for name in losing)
-        raise StreamMismatch(f"stream {app!r} would lose events, or is not its own: {details}")
-    if int(config.get("num_replicas") or 1) < replicas:
-        logger.warning(
-            "the stream %s has %s replicas, not %d: `nats stream edit %s --replicas %d` changes that",
-            app, config.get("num_replicas"), replicas, app, replicas,
-        )  # fmt: skip
-    state = answer.get("state") or {}
-    if missing := int(state.get("last_seq", 0)) - int(state.get("messages", 0)):
-        logger.warning("%d messages of the stream %s are missing: deleted, or lost by the server", missing, app)
-    log = JetStreamLog(wire, app, found, group_commit if config.get("allow_atomic") else "never")
-    await log.start()
-    return log
-
-
-async def find_log(wire: Wire, app: str) -> JetStreamLog:
-    """Return the log of an app whose stream exists.
-
-    Raises:
-        Unavailable: there is no such stream, or the server doesn't answer.
-    """
-    try:
-        answer = await call_api(wire, f"STREAM.INFO.{app}", None)
-    except ApiError as error:
-        if error.code == _STREAM_NOT_FOUND:
-            raise Unavailable(f"there is no stream {app!r} on this server; has the service been started?") from None
-        raise
-    log = JetStreamLog(
-        wire, app, _partitions(answer["config"]), "auto" if answer["config"].get("allow_atomic") else "never"
-    )
-    await log.start()
-    return log

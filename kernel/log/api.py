@@ -1,0 +1,52 @@
+"""Asking JetStream's API."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import nats.errors
+import orjson
+
+from kernel.log.base import LogError, Unavailable
+from kernel.log.wire import Wire
+
+API = "$JS.API"
+NO_MESSAGE, NO_STREAM = 10037, 10059
+
+
+class ApiError(LogError):
+    """JetStream's API refused; carries its error code."""
+
+    def __init__(self, subject: str, error: dict[str, Any]) -> None:
+        super().__init__(f"{subject}: {error.get('description')} ({error.get('err_code')})")
+        self.code = int(error.get("err_code", 0))
+
+
+async def call_api(wire: Wire, subject: str, body: object, timeout: float = 5.0) -> dict[str, Any]:
+    """Ask the JetStream API.
+
+    Raises:
+        ApiError: it answered with an error.
+        Unavailable: it did not answer.
+    """
+    try:
+        message = await wire.request(f"{API}.{subject}", orjson.dumps(body) if body else b"", timeout=timeout)
+    except nats.errors.NoRespondersError:
+        raise Unavailable("JetStream is not enabled on this server, or not yet ready") from None
+    except (nats.errors.Error, TimeoutError, OSError) as error:
+        raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        # before Python 3.12 wait_for swallows a cancellation that comes together with the answer
+        raise asyncio.CancelledError
+    answer: dict[str, Any] = orjson.loads(message.data)
+    if "error" in answer:
+        raise ApiError(subject, answer["error"])
+    return answer
+
+
+def server_version(wire: Wire) -> tuple[int, int]:
+    """Return the connected server's major and minor version."""
+    version = wire.connected_server_version
+    return version.major, version.minor

@@ -1,0 +1,140 @@
+"""What actors are told, and what they ask: the messages between them and the asyncio side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from aggregates.cell import Cell
+from aggregates.commit import Decision, Envelope
+from kernel.messages import CommandRequest, ErrorType
+from kernel.subjects import Address
+from projections.errors import HandlerFailed
+from projections.fold import Folded, Plan
+
+
+class Request:
+    """A command on its way through an actor."""
+
+    __slots__ = ("attempts", "command", "reply", "searched", "wire")
+
+    def __init__(self, wire: CommandRequest, command: Any, reply: bytes) -> None:
+        self.wire = wire
+        self.command = command
+        self.reply = reply
+        self.attempts = 0
+        self.searched = False
+
+
+class Gateway(Protocol):
+    """What actors ask of the asyncio side. None of it blocks."""
+
+    def holds(self, partition: int) -> bool:
+        """Say whether this worker still holds the partition."""
+
+    def load(self, address: Address) -> None:
+        """Load the aggregate; answer with `Loaded`."""
+
+    def search(self, address: Address, request: Request) -> None:
+        """Look for the command in the whole history; answer with `Searched`."""
+
+    def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
+        """Append the decisions as one commit behind `cell.position`; answer with `Appended`."""
+
+    def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
+        """Answer the sender with a receipt."""
+
+    def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
+        """Answer the sender with an error."""
+
+    def alert(self, problem: str) -> None:
+        """Report a bug in the kernel."""
+
+
+class Unstorable(Exception):
+    """Events that JSON can't carry."""
+
+
+class Turn:
+    """What the actors of one batch share: the plan, where results go, and the first failure."""
+
+    __slots__ = ("failure", "folded", "plan")
+
+    def __init__(self, plan: Plan, folded: Folded) -> None:
+        self.plan = plan
+        self.folded = folded
+        self.failure: HandlerFailed | None = None
+
+
+class Fold:
+    """Fold these commits. `rows` are the stored records where the actor holds none, `kept` the sequence beside them."""
+
+    __slots__ = ("address", "commits", "kept", "rows", "skip", "turn")
+
+    def __init__(
+        self,
+        address: Address,
+        turn: Turn,
+        commits: Sequence[tuple[int, Sequence[Envelope]]],
+        rows: list[Any] | None,
+        skip: frozenset[int],
+        kept: int | None = None,
+    ) -> None:
+        self.kept = kept
+        self.address = address
+        self.turn = turn
+        self.commits = commits
+        self.rows = rows
+        self.skip = skip
+
+
+class Decide:
+    """Decide these commands, in order."""
+
+    __slots__ = ("address", "requests")
+
+    def __init__(self, address: Address, requests: list[Request]) -> None:
+        self.address = address
+        self.requests = requests
+
+
+class Loaded:
+    """The aggregate's cell, or why it can't be had."""
+
+    __slots__ = ("cell", "error")
+
+    def __init__(self, cell: Cell[Any] | None, error: tuple[ErrorType, str] | None = None) -> None:
+        self.cell = cell
+        self.error = error
+
+
+class Searched:
+    """Version and stream sequence that a repeated command led to, None if it is new, or why nobody knows."""
+
+    __slots__ = ("error", "found", "request")
+
+    def __init__(self, request: Request, found: tuple[int, int] | None, error: str = "") -> None:
+        self.request = request
+        self.found = found
+        self.error = error
+
+
+class Appended:
+    """Where the commit is in the stream, or why it is not."""
+
+    __slots__ = ("result",)
+
+    def __init__(self, result: int | Exception) -> None:
+        self.result = result
+
+
+class DropRows:
+    """Forget the folded rows: what is stored differs from them."""
+
+
+class Leave:
+    """The partition is no longer ours: forget the state, others may change it; what waits is for them."""
+
+
+class Passivate:
+    """Forget everything; the shell can serve another aggregate."""
