@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -10,28 +11,44 @@ import orjson
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from kernel.metrics import COMPONENT_OK
+
+logger = logging.getLogger("eskernel")
+
 
 @dataclass(slots=True)
 class Component:
     """One part of the service.
 
     Attributes:
+        name: what it is.
         ok: whether it works.
         detail: what is known, for people.
         latency: seconds that its last probe took.
         since: when `ok` last changed, in Unix time.
     """
 
+    name: str
     ok: bool = False
     detail: str = "starting"
     latency: float = 0.0
     since: float = 0.0
 
     def set(self, ok: bool, detail: str, latency: float = 0.0) -> None:
-        """Note the outcome of a probe."""
+        """Note the outcome of a probe; a change is logged."""
         if ok != self.ok or not self.since:
+            if not ok:
+                logger.warning("%s: %s", self.name, detail)
+            elif self.since:
+                logger.info("%s: works again", self.name)
             self.since = time.time()
+        COMPONENT_OK.labels(component=self.name).set(ok)
         self.ok, self.detail, self.latency = ok, detail, latency
+
+    def stop(self) -> None:
+        """Say that it ends because the service does, which is nothing to warn of."""
+        self.ok, self.detail, self.since = False, "stopping", time.time()
+        COMPONENT_OK.labels(component=self.name).set(0)
 
 
 class Health:
@@ -39,7 +56,7 @@ class Health:
 
     def __init__(self) -> None:
         self.components = {
-            name: Component() for name in ("log", "appends", "database", "leases", "projection", "commands")
+            name: Component(name) for name in ("log", "appends", "database", "leases", "projection", "commands")
         }
 
     @property

@@ -31,6 +31,7 @@ MOVED = Counter("eskernel_partitions_moved_total", "Partitions taken and given b
 LIVE = Gauge("eskernel_actors_live", "Aggregates with a live actor")
 ACTIVATIONS = Counter("eskernel_activations_total", "Aggregates activated")
 PASSIVATIONS = Counter("eskernel_passivations_total", "Aggregates passivated", ["reason"])
+COMPONENT_OK = Gauge("eskernel_component_ok", "1 while a component of the health report works", ["component"])
 CONNECTED = Gauge("eskernel_nats_connected", "1 while connected to NATS")
 CONNECTION_EVENTS = Counter("eskernel_nats_events_total", "What happened to the connection", ["event"])
 ALERTS = Counter("eskernel_kernel_alerts_total", "Failures that should not happen: bugs in the kernel")

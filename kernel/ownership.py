@@ -96,9 +96,8 @@ class Ownership:
     async def _listen(self, partition: int) -> None:
         if partition not in self._listening:
             subject = self._subjects.commands(partition)
-            self._listening[partition] = await self._wire.listen(
-                subject, self._gateway.receive, queue="workers", linger=LINGER_S
-            )
+            # no queue group: a connection that is dead and not yet known to be would get every second command
+            self._listening[partition] = await self._wire.listen(subject, self._gateway.receive, linger=LINGER_S)
 
     def _project(self) -> None:
         if self._projector is not None:

@@ -19,6 +19,7 @@ from kernel.commands import CommandGateway
 from kernel.health import Health, HttpServer
 from kernel.leases import Leases
 from kernel.log import JetStreamLog, open_log
+from kernel.log.api import version_text
 from kernel.log.wire import Wire, connect, publish_frame
 from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, READ_BACKS
 from kernel.ownership import Ownership
@@ -34,6 +35,10 @@ from projections.checkpoints import knows, register
 from projections.database import open_database
 
 logger = logging.getLogger("eskernel")
+
+
+LEAVE_S = 3.0
+"""For each thing that a stopping worker lets go of."""
 
 
 class Service:
@@ -82,6 +87,7 @@ class Service:
         try:
             await self._start()
         except BaseException:
+            self.stopped.set()
             await self._close()
             raise
 
@@ -112,7 +118,10 @@ class Service:
         self.durability = info.durability
         if self._server is not None and settings.sync:
             self.durability = "acknowledged events are on disk: they survive a power cut"
-        logger.info("log: %d commits in %d partitions; %s", info.commits, info.partitions, self.durability)
+        logger.info(
+            "log: %d commits (%d to %d) in %d partitions on nats-server %s; %s",
+            info.commits, info.first, info.last, info.partitions, version_text(wire), self.durability,
+        )  # fmt: skip
         self._leases = leases = Leases(
             wire, self.app.name, self.worker, info.partitions, ttl=settings.lease, replicas=settings.replicas
         )
@@ -301,9 +310,13 @@ class Service:
     # the end
 
     async def stop(self) -> None:
-        """Drain and stop: commands under way are answered, the last batch is committed."""
+        """Drain and stop: commands under way are answered, the last batch is committed, leases are given back.
+
+        All of it within the time that the settings give it, and a few seconds to let go.
+        """
+        deadline = time.monotonic() + self.settings.drain
         self.stopped.set()
-        self.health.components["commands"].set(False, "stopping")
+        self.health.components["commands"].stop()
         if self._gateway is not None and not await self._gateway.drain(self.settings.drain):
             logger.warning("%d commands were not answered in time; their outcome is in the log", self._gateway.pending)
         for stop_listening in self._listening:
@@ -314,12 +327,16 @@ class Service:
             await self._projector.stop()
         if self._projecting is not None:
             try:
-                async with asyncio.timeout(self.settings.drain):
+                async with asyncio.timeout(max(LEAVE_S, deadline - time.monotonic())):
                     await asyncio.shield(self._projecting)
             except TimeoutError:
                 logger.warning("the projection did not finish in time; the next start goes on from its checkpoint")
         if self._ownership is not None:
-            await self._ownership.close()
+            try:
+                async with asyncio.timeout(LEAVE_S):
+                    await self._ownership.close()
+            except TimeoutError:
+                logger.warning("the leases were not given back; they run out by themselves")
         await self._close()
 
     async def _close(self) -> None:

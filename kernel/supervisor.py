@@ -183,7 +183,7 @@ class Supervisor:
     async def stop(self) -> None:
         """Have every worker drain; kill those that don't come to an end."""
         self._stopping = True
-        deadline = time.monotonic() + 2 * self.settings.drain + 5.0
+        deadline = time.monotonic() + self.settings.drain + 15.0
         for worker in self._alive():
             worker.terminate()
         while self._alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - no event covers them all

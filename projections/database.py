@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from projections.errors import SchemaError
@@ -21,9 +21,11 @@ _KEEP_ALIVE = {
     "tcp_user_timeout": 20_000,
 }
 """A host that is gone is noticed after seconds rather than after hours."""
-_FAULTS_OF_DATA = ("0A", "21", "22", "23", "42", "P0")
+_FAULTS_OF_DATA = ("0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0")
 """SQLSTATE classes of what a statement or its values are to blame for."""
-_INSUFFICIENT_PRIVILEGE = "42501"
+_INSUFFICIENT_PRIVILEGE, _TRANSACTION_FAILED = "42501", "25P02"
+_SQLITE_ITSELF = {3, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 23, 26}
+"""PERM, BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, CORRUPT, FULL, CANTOPEN, PROTOCOL, AUTH, NOTADB."""
 
 
 def database_url(text: str) -> URL:
@@ -103,8 +105,9 @@ def is_infrastructure(error: BaseException) -> bool:
         return False
     state = getattr(error.orig, "sqlstate", None)
     if state:
-        return state == _INSUFFICIENT_PRIVILEGE or state[:2] not in _FAULTS_OF_DATA
-    if isinstance(error, OperationalError | InterfaceError):
-        return "no such" not in str(error.orig) and "syntax error" not in str(error.orig)
-    # SQLite: the file is damaged, or no database
-    return error.connection_invalidated or type(error) is DatabaseError
+        blamed = state[:2] in _FAULTS_OF_DATA or state == _TRANSACTION_FAILED
+        return not blamed or state == _INSUFFICIENT_PRIVILEGE
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if code is not None:
+        return code & 0xFF in _SQLITE_ITSELF
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)

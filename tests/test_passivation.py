@@ -20,7 +20,9 @@ Wait = Callable[..., Coroutine[Any, Any, Any]]
 
 def residents(limit: int, idle: float) -> Residents:
     log = MemoryLog("books")
-    gateway = CommandGateway(notebooks("books"), log, log.subjects, lambda *_message: None, 100, lambda _partition: True)
+    gateway = CommandGateway(
+        notebooks("books"), log, log.subjects, lambda *_message: None, 100, lambda _partition: True
+    )
     gateway.actors = Actors(gateway)
     gateway.residents = Residents(gateway.actors, limit, idle)
     return gateway.residents

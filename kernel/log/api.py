@@ -50,3 +50,9 @@ def server_version(wire: Wire) -> tuple[int, int]:
     """Return the connected server's major and minor version."""
     version = wire.connected_server_version
     return version.major, version.minor
+
+
+def version_text(wire: Wire) -> str:
+    """Return the connected server's version as people write it."""
+    version = wire.connected_server_version
+    return f"{version.major}.{version.minor}.{version.patch}"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import msgspec
 
 from aggregates.context import uuid7
-from kernel.log.base import Conflict, LogError, PayloadTooLarge, Stored, Unavailable, UnknownOutcome
+from kernel.log.base import Conflict, LogError, PayloadTooLarge, Replaced, Stored, Unavailable, UnknownOutcome
 from kernel.log.wire import Wire, publish_frame, status_of
 
 logger = logging.getLogger("eskernel")
@@ -273,14 +273,15 @@ class Appender:
         elif error.err_code == _MESSAGE_TOO_LARGE:
             one.future.set_exception(PayloadTooLarge(f"{one.subject}: {error.description}"))
         elif error.err_code in _FULL or error.code in (429, 503):
-            if not self.refusal:
-                logger.warning(
-                    "the log is full or busy: %s; commands are refused until it takes commits", error.description
-                )
-            self.refusal = f"the log is full or busy: {error.description}"
+            self._refuse(f"the log is full or busy: {error.description}")
             one.future.set_exception(Unavailable(self.refusal))
         else:
             one.future.set_exception(LogError(f"{one.subject}: {error.description} ({error.err_code})"))
+
+    def _refuse(self, why: str) -> None:
+        if not self.refusal:
+            logger.warning("%s; commands have to wait until the log takes commits", why)
+        self.refusal = why
 
     def _lost_connection(self) -> None:
         """After a reconnect: acknowledgements of what was in flight will not come any more."""
@@ -303,10 +304,10 @@ class Appender:
         while not self._closed:
             try:
                 await verify()
-            except Unavailable:
-                await asyncio.sleep(0.1)
-            except LogError:
+            except Replaced:
                 return  # another log: nothing may be appended to it
+            except LogError:
+                await asyncio.sleep(0.1)
             else:
                 self._verified.set()
                 self._flush()
@@ -319,6 +320,7 @@ class Appender:
             for token in [token for token, group in self._in_flight.items() if group[0].sent < overdue]:
                 group = self._in_flight.pop(token)
                 self._messages_in_flight -= len(group)
+                self._refuse(f"no acknowledgement for {self._timeout:g} s; is the server's disk full?")
                 self._settle(group, "no acknowledgement")
             if self._waiting and not self._scheduled:
                 self._scheduled = True
@@ -366,7 +368,7 @@ class Appender:
                     one.future.set_result(last.sequence)
                 elif (last.sequence if last is not None else 0) != one.expected:
                     one.future.set_exception(Conflict(one.subject, one.expected, last.sequence if last else 0, True))
-                elif time.perf_counter() < give_up:
+                elif time.perf_counter() < give_up and self._open:
                     frames: list[bytes] = []
                     self._send_one(one, time.perf_counter(), frames)
                     self._wire.send(b"".join(frames))

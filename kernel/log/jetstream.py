@@ -147,9 +147,10 @@ class JetStreamLog:
             raise
         state, config = answer["state"], answer["config"]
         first, last, commits = (int(state[name]) for name in ("first_seq", "last_seq", "messages"))
-        if last - first + 1 > commits > 0:
+        check_keeps_everything(config)
+        if last - first + 1 > commits or (last and not commits):
             # messages are missing, the newest perhaps: nobody should wait for those
-            found = await self.last(self.subjects.events())
+            found = await self.last(self.subjects.events()) if commits else None
             last = found.sequence if found is not None else 0
         return StreamInfo(
             created=str(answer["created"]),
@@ -165,6 +166,19 @@ class JetStreamLog:
         for reader in list(self._readers):
             await reader.close()
         await self._stop_listening()
+
+
+_LOSING = ("max_age", "max_msgs_per_subject", "sealed", "mirror", "sources", "subject_transform")
+
+
+def check_keeps_everything(config: dict[str, Any]) -> None:
+    """Raise `StreamMismatch` if a stream is set to lose events, or holds those of another."""
+    wrong = [name for name in _LOSING if config.get(name) and config[name] not in (-1, 0)]
+    if config.get("discard") != "new":
+        wrong.append("discard")
+    if wrong:
+        details = ", ".join(f"{name} is {config[name]!r}" for name in wrong)
+        raise StreamMismatch(f"stream {config['name']!r} would lose events, or is not its own: {details}")
 
 
 def partitions_of(config: dict[str, Any]) -> int:

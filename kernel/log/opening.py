@@ -8,7 +8,7 @@ from typing import Any
 from kernel.log.api import NO_STREAM, ApiError, call_api, server_version
 from kernel.log.appender import GroupCommit
 from kernel.log.base import Replaced, StreamMismatch, Unavailable
-from kernel.log.jetstream import FORMAT, JetStreamLog, partitions_of
+from kernel.log.jetstream import FORMAT, JetStreamLog, check_keeps_everything, partitions_of
 from kernel.log.wire import Wire
 from kernel.subjects import Subjects
 
@@ -33,7 +33,6 @@ def _config(subjects: Subjects, wire: Wire, replicas: int) -> dict[str, Any]:
     return config
 
 
-_LOSING = ("max_age", "max_msgs_per_subject", "sealed", "mirror", "sources", "subject_transform")
 OLDEST = (2, 10)
 """Oldest server that the tests run on."""
 
@@ -82,9 +81,7 @@ async def open_log(
     if different := [name for name in needed if config.get(name) != wanted[name]]:
         details = "; ".join(f"{name} is {config.get(name)!r}, needed {wanted[name]!r}" for name in different)
         raise StreamMismatch(f"stream {app!r} can't carry an event log: {details}")
-    if losing := [name for name in _LOSING if config.get(name) and config[name] not in (-1, 0)]:
-        details = ", ".join(f"{name} is {config[name]!r}" for name in losing)
-        raise StreamMismatch(f"stream {app!r} would lose events, or is not its own: {details}")
+    check_keeps_everything(config)
     if int(config.get("num_replicas") or 1) < replicas:
         logger.warning(
             "the stream %s has %s replicas, not %d: `nats stream edit %s --replicas %d` changes that",

@@ -160,6 +160,9 @@ class Wire(Client):
 
     async def _attempt_reconnect(self) -> None:
         self._abort()
+        for waiting in list(self._resp_map.values()):
+            if not waiting.done():  # its answer can't come any more
+                waiting.set_exception(NatsError("nats: the connection was lost"))
         await super()._attempt_reconnect()
 
     def _abort(self) -> None:
@@ -173,7 +176,7 @@ class Wire(Client):
         try:
             async with asyncio.timeout(CLOSE_S):
                 await super().close()
-        except TimeoutError:
+        except (TimeoutError, OSError):
             self._abort()
 
     def _wants_tls(self) -> bool:

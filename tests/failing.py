@@ -1,0 +1,343 @@
+"""What the tests of failure modes share: a server that can be reconfigured and restored, a service, and its numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client import REGISTRY
+from sqlalchemy import func, select
+
+from kernel import Client, Service, Settings
+from kernel.log.api import call_api
+from kernel.log.wire import Wire, connect
+from kernel.server import end_with_parent, find_binary
+from projections.database import open_database, reads
+from projections.tables import dead_letter
+from tests.apps import Note, Notebook, notebooks
+
+Wait = Callable[..., Coroutine[Any, Any, Any]]
+NAME_VARIABLE = "ESKERNEL_FAILING_APP"
+ROOT = Path(__file__).parent.parent
+
+# for `eskernel run tests.failing:app`
+app = notebooks(os.environ.get(NAME_VARIABLE, "failing"))
+
+
+def free_port() -> int:
+    """Return a free port that the system doesn't give to outgoing connections: it must stay ours while unused."""
+    while True:
+        port = random.randrange(10_000, 20_000)
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+class Server:
+    """A nats-server on a fixed port whose configuration and store can be changed.
+
+    Attributes:
+        password: that it asks for; none if empty.
+        jetstream, more: lines of its configuration, in the `jetstream` block and outside.
+        prefix: a command that starts it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.store = directory, directory / "store"
+        self.port = free_port()
+        self.password = self.jetstream = self.more = ""
+        self.prefix: list[str] = []
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        user = f"user:{self.password}@" if self.password else ""
+        return f"nats://{user}127.0.0.1:{self.port}"
+
+    def _configure(self) -> Path:
+        config = self.directory / "nats.conf"
+        users = f'authorization {{ user: user, password: "{self.password}" }}\n' if self.password else ""
+        config.write_text(
+            f'listen: "127.0.0.1:{self.port}"\n{users}{self.more}\n'
+            f'jetstream {{ store_dir: "{self.store}"\n{self.jetstream}\n}}\n'
+        )
+        return config
+
+    async def start(self) -> str:
+        config = self._configure()
+        with (self.directory / "nats.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.prefix, find_binary(), "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_parent(signal.SIGKILL),  # noqa: PLW1509
+            )
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            except OSError:
+                assert self.process.poll() is None, (self.directory / "nats.log").read_text()
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            else:
+                writer.close()
+                return self.url
+
+    def send(self, number: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    async def stop(self, how: int = signal.SIGTERM) -> None:
+        self.send(how)
+        if self.process is not None:
+            await asyncio.to_thread(self.process.wait)
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    def reload(self) -> None:
+        """Have it read its changed configuration."""
+        self._configure()
+        self.send(signal.SIGHUP)
+
+    def back_up(self) -> Path:
+        """Copy the store of the stopped server."""
+        copy = self.directory / f"backup-{time.monotonic_ns()}"
+        shutil.copytree(self.store, copy)
+        return copy
+
+    def restore(self, backup: Path) -> None:
+        """Put a copy in place of the stopped server's store."""
+        shutil.rmtree(self.store)
+        shutil.copytree(backup, self.store)
+
+
+@asynccontextmanager
+async def server(directory: Path, **options: Any) -> AsyncIterator[Server]:
+    made = Server(directory / "nats")
+    for name, value in options.items():
+        setattr(made, name, value)
+    await made.start()
+    try:
+        yield made
+    finally:
+        made.send(signal.SIGCONT)
+        await made.stop(signal.SIGKILL)
+
+
+@contextmanager
+def small_disk(place: Path, megabytes: int) -> Iterator[tuple[list[str], Path]]:
+    """Mount a small file system in a name space of its own, which ends with this.
+
+    Yields a command that runs others in there, and the way to the file system from outside.
+    """
+    place.mkdir(parents=True)
+    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs {place} && echo mounted && exec sleep 600"
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", mount],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=end_with_parent(signal.SIGKILL),  # noqa: PLW1509
+    )
+    assert holder.stdout is not None
+    try:
+        if holder.stdout.readline() != b"mounted\n":
+            pytest.skip("a small file system can't be mounted here")
+        yield (
+            ["nsenter", f"--wd={ROOT}", "--mount", "--target", str(holder.pid)],
+            Path(f"/proc/{holder.pid}/root{place}"),
+        )
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def fill(file: Path) -> None:
+    """Write until there is no room."""
+    descriptor = os.open(file, os.O_CREAT | os.O_WRONLY)
+    try:
+        while os.write(descriptor, bytes(4096)):
+            pass
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class Running:
+    """A service in this process, a client of it that has its own way to the server, and what was acknowledged."""
+
+    service: Service
+    client: Client
+    acknowledged: dict[str, int] = field(default_factory=dict)
+
+    async def note(self, count: int, ids: int = 10, text: str = "a", timeout: float = 20) -> list[Any]:
+        """Send commands and count what was acknowledged."""
+
+        async def one(number: int) -> Any:
+            name = f"n{number % ids}"
+            receipt = await self.client.execute(Notebook, name, Note(text), timeout=timeout)
+            self.acknowledged[name] = self.acknowledged.get(name, 0) + 1
+            return receipt
+
+        return await asyncio.gather(*(one(number) for number in range(count)))
+
+    async def component(self, name: str) -> dict[str, Any]:
+        """What /readyz says of a component, after a fresh probe."""
+        await self.service._watch.probe()
+        async with aiohttp.ClientSession() as http, http.get(f"{self.service.http.url}/readyz") as answer:
+            report = await answer.json()
+            assert answer.status == (200 if report["ready"] else 503)
+        found: dict[str, Any] = report["components"][name]
+        return found
+
+    async def check(self) -> None:
+        """All that was acknowledged is in the log and in the tables, and nothing was parked."""
+        receipts = await self.note(10)
+        pages = await self.client.query("select notebook, notes from pages", after=receipts, timeout=30)
+        assert {page["notebook"]: page["notes"] for page in pages} == self.acknowledged
+        total = sum(self.acknowledged.values())
+        assert (await self.client.query("select count(*) as n from lines"))[0]["n"] == total
+        assert (await self.client.query("select sum(times) as n from words"))[0]["n"] == total
+        assert parked(self.service.database_url) == 0
+        assert self.service.failure == ""
+
+
+@asynccontextmanager
+async def running(
+    name: str, directory: Path, nats: str, database: str = "", client: str = "", **more: Any
+) -> AsyncIterator[Running]:
+    """Run a service.
+
+    Args:
+        client: URL for the client, if it goes another way than the service.
+    """
+    database = database or f"sqlite:///{directory / 'projections.db'}"
+    service = Service(
+        notebooks(name), Settings(data=directory / "data", nats=nats, database=database, drain=2.0, **more)
+    )
+    await service.start()
+    try:
+        async with await Client.connect(service.app, nats=client or nats, database=database) as connected:
+            yield Running(service, connected)
+    finally:
+        async with asyncio.timeout(20):
+            await service.stop()
+
+
+def parked(database: str) -> int:
+    """Return how many dead letters there are."""
+    engine = open_database(database, read_only=True)
+    try:
+        with reads(engine).connect() as connection:
+            return connection.scalar(select(func.count()).select_from(dead_letter)) or 0
+    finally:
+        engine.dispose()
+
+
+def metric(name: str, **labels: str) -> float:
+    """Return a metric's value in this process."""
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def warned(caplog: pytest.LogCaptureFixture, *words: str) -> bool:
+    """Say whether a warning, or worse, has all these words."""
+    return any(
+        record.levelname in ("WARNING", "ERROR") and all(word in record.getMessage() for word in words)
+        for record in caplog.records
+    )
+
+
+@asynccontextmanager
+async def api(url: str) -> AsyncIterator[Callable[..., Coroutine[Any, Any, dict[str, Any]]]]:
+    """Yield a function that asks JetStream's API, as an operator's tools do."""
+    wire: Wire = await connect(url, name="operator")
+
+    async def ask(subject: str, body: object = None) -> dict[str, Any]:
+        return await call_api(wire, subject, body)
+
+    try:
+        yield ask
+    finally:
+        await wire.close()
+
+
+async def change_stream(url: str, stream: str, **config: Any) -> None:
+    """Change a stream's configuration, as an operator does."""
+    async with api(url) as ask:
+        found = (await ask(f"STREAM.INFO.{stream}"))["config"]
+        await ask(f"STREAM.UPDATE.{stream}", {**found, **config})
+
+
+class Process:
+    """The service as its user starts it, in a process of its own."""
+
+    def __init__(self, name: str, directory: Path, nats: str, database: str, *more: str) -> None:
+        self.log = directory / "service.log"
+        self._name = name
+        self._arguments = [sys.executable, "-m", "kernel.cli", "run", "tests.failing:app", "--nats", nats]
+        self._arguments += ["--database", database, "--data", str(directory / "data"), *more]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def wrap(self, command: list[str]) -> None:
+        """Have another command start it."""
+        self._arguments = [*command, *self._arguments]
+
+    async def start(self) -> None:
+        """Start it and wait until it says that it runs."""
+        self.launch()
+        assert self.process is not None
+        while "is running" not in self.said():
+            assert self.process.poll() is None, self.said()
+            await asyncio.sleep(0.02)
+
+    def launch(self) -> None:
+        self.log.unlink(missing_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._arguments,
+                cwd=ROOT,
+                env={**os.environ, NAME_VARIABLE: self._name, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_parent(signal.SIGKILL),  # noqa: PLW1509
+            )
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    async def wait(self, timeout: float = 20) -> int:
+        """Wait for its end; return its exit code."""
+        assert self.process is not None
+        return await asyncio.to_thread(self.process.wait, timeout)
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()

@@ -1,0 +1,356 @@
+"""Connections that fail: passwords, cuts, dead and slow links, TLS that isn't there. Time mends them all.
+
+Each is produced for real, and each ends the same way: what was acknowledged is stored, nobody is parked, and the
+service works again by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernel import Service, Settings
+from kernel.log.api import ApiError, call_api
+from kernel.log.wire import connect
+from tests.apps import notebooks
+from tests.failing import Running, Wait, free_port, metric, running, server, warned
+from tests.faults.proxy import Proxy
+
+
+@pytest.fixture
+async def proxy(nats_url: str) -> AsyncIterator[Proxy]:
+    """A way to the shared server that can fail."""
+    made = Proxy(free_port(), int(nats_url.rsplit(":", 1)[1]))
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest.fixture
+async def proxied(proxy: Proxy, nats_url: str, app_name: str, tmp_path: Path) -> AsyncIterator[Running]:
+    """A service behind the proxy; its client is not."""
+    async with running(app_name, tmp_path, proxy.url, client=nats_url) as service:
+        yield service
+        await proxy.heal()
+
+
+def stall(proxy: Proxy) -> None:
+    """Nothing more of today's connections is read, in either direction, and nobody is told; new connections work."""
+    for writer in proxy._writers:
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+
+# passwords
+
+
+async def test_a_wrong_password_at_start_is_named_and_no_password_is_shown(
+    app_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernel.service.connect", partial(connect, connect_timeout=1.0))
+    async with server(tmp_path, password="right-secret") as nats:
+        wrong = nats.url.replace("right-secret", "wrong-secret")
+        with pytest.raises(ConnectionError, match=r"Authorization Violation.*are the credentials right") as refused:
+            await Service(notebooks(app_name), Settings(data=tmp_path / "data", nats=wrong)).start()
+        assert "secret" not in str(refused.value)
+        async with running(app_name, tmp_path, nats.url) as service:
+            assert "secret" not in (await service.component("log"))["detail"]
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("how", ["restart", "reload"])
+async def test_a_password_that_is_wrong_for_a_while_is_waited_for(
+    app_name: str, tmp_path: Path, wait_until: Wait, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    async with server(tmp_path, password="right") as nats, running(app_name, tmp_path, nats.url) as service:
+        await service.note(20)
+        for password in ("another", "right"):
+            nats.password = password
+            if how == "restart":
+                await nats.restart()
+            else:
+                nats.reload()
+            if password == "another":
+                await wait_until(lambda: warned(caplog, "NATS", "Authorization Violation"))
+                assert metric("eskernel_nats_connected") == 0
+                assert service.service.failure == ""
+        await wait_until(lambda: metric("eskernel_nats_connected") == 1)
+        await service.check()
+
+
+async def test_health_names_the_wrong_password(app_name: str, tmp_path: Path, wait_until: Wait) -> None:
+    async with server(tmp_path, password="right") as nats, running(app_name, tmp_path, nats.url) as service:
+        nats.password = "another"
+        await nats.restart()
+
+        async def shown() -> bool:
+            log = await service.component("log")
+            return not log["ok"] and "authorization violation" in log["detail"].lower()
+
+        await wait_until(shown)
+        nats.password = "right"
+        await nats.restart()
+        await wait_until(lambda: metric("eskernel_nats_connected") == 1)
+
+
+async def test_a_permission_that_is_missing_is_named_in_the_log(
+    app_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the server answers nothing
+    denied = (
+        'authorization { users: [{ user: user, password: "right", '
+        'permissions: { publish: { deny: ["$JS.API.STREAM.CREATE.>"] } } }] }'
+    )
+    async with server(tmp_path, more=denied) as nats:
+        url = nats.url.replace("//", "//user:right@")
+        with pytest.raises(Exception, match=r"JetStream API STREAM"):
+            await Service(notebooks(app_name), Settings(data=tmp_path / "data", nats=url)).start()
+        assert warned(caplog, "permissions violation", "$js.api.stream.create")
+
+
+# networks
+
+
+async def test_cuts_in_the_middle_of_commands_lose_and_double_nothing(
+    proxied: Running, proxy: Proxy, wait_until: Wait
+) -> None:
+    proxy.delay = 0.05
+    for _ in range(4):
+        sending = asyncio.create_task(proxied.note(100))
+        await wait_until(lambda: proxied.service._log.appender.pressure[1])  # type: ignore[union-attr]
+        proxy.cut()
+        await sending
+    await proxied.check()
+
+
+async def test_a_network_that_is_away_is_shown_and_waited_for(
+    proxied: Running, proxy: Proxy, wait_until: Wait, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = metric("eskernel_nats_events_total", event="reconnected")
+    await proxy.refuse()
+    await wait_until(lambda: metric("eskernel_nats_connected") == 0)
+    assert warned(caplog, "NATS: disconnected")
+    sending = asyncio.create_task(proxied.note(50))
+    log = await proxied.component("log")
+    assert not log["ok"]
+    assert log["detail"]
+    await proxy.start()
+    await sending
+    assert metric("eskernel_nats_events_total", event="reconnected") > before
+    await proxied.check()
+    assert (await proxied.component("log"))["ok"]
+
+
+@pytest.mark.parametrize("unsent", [0, 20])
+async def test_a_half_open_connection_is_noticed_and_replaced(
+    proxied: Running, proxy: Proxy, wait_until: Wait, caplog: pytest.LogCaptureFixture, unsent: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Closing it in order would wait for unsent bytes that nobody will ever take."""
+    await proxied.note(20)
+    monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the question that a dead connection does not answer
+    stall(proxy)
+    assert proxied.service._wire is not None
+    proxied.service._wire.send(b"PUB nowhere 1000000\r\n%b\r\n" % bytes(1_000_000) * unsent)
+    assert not (await proxied.component("log"))["ok"]
+    await wait_until(lambda: warned(caplog, "NATS: reconnected"))
+    await wait_until(lambda: len(proxied.service.status()["partitions"]) == 64)
+    proxy.cut()
+    await proxied.check()
+
+
+async def test_commands_do_not_go_to_a_dead_connection_that_the_server_still_believes_in(
+    proxied: Running, proxy: Proxy, wait_until: Wait
+) -> None:
+    await proxied.note(20)
+    stall(proxy)
+    wire, back = proxied.service._wire, asyncio.Event()
+    assert wire is not None
+    wire.reconnections.append(back.set)
+    await wire.force_reconnect()
+    await back.wait()
+    await wait_until(lambda: len(proxied.service.status()["partitions"]) == 64)
+    # less time than a client takes to send a command again
+    await proxied.note(100, timeout=1.5)
+    proxy.cut()
+    await proxied.check()
+
+
+async def test_a_slow_link_slows_and_breaks_nothing(proxied: Running, proxy: Proxy) -> None:
+    lost = metric("eskernel_leases_lost_total")
+    proxy.delay = 0.25
+    await proxied.note(200)
+    await proxied.check()
+    assert (await proxied.component("log"))["latency"] >= 0.25
+    assert metric("eskernel_leases_lost_total") == lost
+
+
+async def test_somebody_else_on_the_servers_port_is_outwaited(
+    app_name: str, tmp_path: Path, wait_until: Wait, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes connections and says what no nats-server says."""
+    heard = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal heard
+        heard += 1
+        writer.write([b"HTTP/1.1 400 Bad Request\r\n\r\n", b"INFO\r\n", b"x" * 100_000, b"INFO {}\r\n"][heard % 4])
+        writer.close()
+
+    async with server(tmp_path) as nats, running(app_name, tmp_path, nats.url) as service:
+        await service.note(20)
+        await nats.stop()
+        stranger = await asyncio.start_server(answer, "127.0.0.1", nats.port)
+        try:
+            await wait_until(lambda: heard > 4)
+        finally:
+            stranger.close()
+        await nats.start()
+        await service.check()
+
+
+# nats-py's traps
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+async def test_a_dead_read_loop_is_noticed_and_replaced(proxied: Running, wait_until: Wait, how: str) -> None:
+    await proxied.note(20)
+    wire = proxied.service._wire
+    assert wire is not None
+    reading = wire._reading_task
+    if how == "cancelled":
+        reading.cancel()
+    else:
+        parse = wire._ps.parse
+
+        async def fail(data: bytes = b"") -> None:
+            wire._ps.parse = parse  # type: ignore[method-assign]
+            raise ValueError("a frame that nobody can read")
+
+        wire._ps.parse = fail  # type: ignore[method-assign]
+    await wait_until(reading.done)
+    await proxied.note(20)
+    await proxied.check()
+
+
+async def test_lost_pulls_are_sent_again(proxied: Running, wait_until: Wait, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests for events that got lost on the way: the reader hears no heartbeat, and asks anew."""
+    monkeypatch.setattr("kernel.log.reader.HEARTBEAT_S", 0.5)
+    wire = proxied.service._wire
+    assert wire is not None
+    send, lost = wire.send, 0
+
+    def lossy(frames: bytes) -> None:
+        nonlocal lost
+        if b"CONSUMER.MSG.NEXT" in frames and lost < 2:
+            lost += 1
+        else:
+            send(frames)
+
+    monkeypatch.setattr(wire, "send", lossy)
+    await wire.force_reconnect()
+    await wait_until(lambda: lost == 2)
+    await proxied.check()
+
+
+async def test_a_question_that_fails_after_a_reconnect_is_asked_again(
+    proxied: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a cluster without a leader: the server is there, and JetStream is not yet."""
+    assert proxied.service._log is not None
+    appender, failed = proxied.service._log.appender, 0
+    verify = appender.verify
+
+    async def later() -> None:
+        nonlocal failed
+        failed += 1
+        if failed <= 3:
+            error = {"code": 503, "err_code": 10008, "description": "JetStream system temporarily unavailable"}
+            raise ApiError("STREAM.INFO", error)
+        await verify()  # type: ignore[misc]
+
+    monkeypatch.setattr(appender, "verify", later)
+    await proxied.note(20)
+    await proxied.service._wire.force_reconnect()  # type: ignore[union-attr]
+    await proxied.note(10, timeout=5)
+    await proxied.check()
+    assert failed > 3
+
+
+async def test_every_command_sent_into_an_outage_is_answered(proxied: Running, proxy: Proxy, wait_until: Wait) -> None:
+    """No future is left that never resolves: not a client's, not an append's."""
+    await proxied.note(20)
+    proxy.lose_requests = True
+    sending = asyncio.create_task(proxied.note(100))
+    await wait_until(lambda: proxied.service._log.appender.pressure[1])  # type: ignore[union-attr]
+    proxy.cut()
+    await sending
+    await proxied.check()
+    assert proxied.service._gateway.pending == 0  # type: ignore[union-attr]
+    assert proxied.service._log.appender.pressure == (0, 0)  # type: ignore[union-attr]
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A certificate for 127.0.0.1, with its key beside it."""
+    directory = tmp_path_factory.mktemp("tls")
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout key.pem -out cert.pem "
+        "-days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    )
+    made = subprocess.run(command.split(), cwd=directory, capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("openssl can't make a certificate here")
+    yield directory / "cert.pem"
+
+
+def with_tls(certificate: Path, more: str = "") -> str:
+    return f'tls {{ cert_file: "{certificate}", key_file: "{certificate.with_name("key.pem")}" }}\n{more}'
+
+
+async def is_encrypted(wire: Any) -> bool:
+    return wire._transport._io_writer.get_extra_info("ssl_object") is not None
+
+
+async def test_a_tls_url_never_talks_in_clear(nats_url: str) -> None:
+    with pytest.raises(ConnectionError, match="TLS"):
+        await connect(nats_url.replace("nats://", "tls://"), name="private", connect_timeout=2)
+
+
+async def test_a_tls_url_is_encrypted_where_the_server_leaves_the_choice(tmp_path: Path, certificate: Path) -> None:
+    async with server(tmp_path, more=with_tls(certificate, "allow_non_tls: true")) as nats:
+        wire = await connect(
+            nats.url.replace("nats://", "tls://"), name="private", tls=ssl.create_default_context(cafile=certificate)
+        )
+        assert await is_encrypted(wire)
+        await wire.close()
+
+
+async def test_a_server_that_comes_back_without_tls_is_not_talked_to(
+    app_name: str, tmp_path: Path, certificate: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    async with server(tmp_path, more=with_tls(certificate)) as nats:
+        url = nats.url.replace("nats://", "tls://")
+        async with running(app_name, tmp_path, url) as service:
+            assert await is_encrypted(service.service._wire)
+            await service.note(20)
+            nats.more = ""
+            await nats.restart()
+            await wait_until(lambda: warned(caplog, "TLS") or metric("eskernel_nats_connected") == 1)
+            assert warned(caplog, "TLS")
+            assert metric("eskernel_nats_connected") == 0
+            nats.more = with_tls(certificate)
+            await nats.restart()
+            await service.check()
+            assert await is_encrypted(service.service._wire)

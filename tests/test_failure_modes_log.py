@@ -1,0 +1,354 @@
+"""A stream that is full, gone, made anew or restored from an older backup; and what a start makes sure of.
+
+Where going on would corrupt, the service stops, or does not start, and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernel import Client, CommandError, Service, Settings
+from kernel.log import LogError, StreamMismatch, find_log
+from kernel.log.wire import connect
+from projections import SchemaError
+from projections.database import open_database
+from tests.apps import Note, Notebook, notebooks
+from tests.failing import (
+    Process,
+    Running,
+    api,
+    change_stream,
+    fill,
+    free_port,
+    metric,
+    running,
+    server,
+    small_disk,
+    warned,
+)
+
+Caplog = pytest.LogCaptureFixture
+
+
+async def refused(name: str, directory: Path, nats: str) -> str:
+    """Start a service which must refuse; return what it says."""
+    with pytest.raises((SchemaError, LogError, ConnectionError)) as error:
+        async with running(name, directory, nats):
+            pass
+    return str(error.value)
+
+
+async def filled(name: str, directory: Path, nats: str, count: int = 20) -> dict[str, int]:
+    """Run a service, send commands, and stop; return what was acknowledged."""
+    async with running(name, directory, nats) as here:
+        await here.client.query("select 1", after=await here.note(count))
+        return here.acknowledged
+
+
+# full
+
+
+@pytest.mark.parametrize("limit", ["stream", "server"])
+async def test_a_full_log_refuses_commands_with_a_reason_until_there_is_room(
+    app_name: str, tmp_path: Path, limit: str
+) -> None:
+    async with server(tmp_path, jetstream="max_file_store: 1MB") as nats, running(app_name, tmp_path, nats.url) as here:
+        await here.note(20)
+        failed = metric("eskernel_appends_total", outcome="failed")
+        if limit == "stream":
+            await change_stream(nats.url, app_name, max_bytes=10_000)
+        big = Note("b" * 50_000)
+        with pytest.raises(CommandError) as said:
+            for n in range(30):
+                await here.client.execute(Notebook, f"big{n}", big, timeout=0.5)
+                here.acknowledged[f"big{n}"] = 1
+        assert said.value.type == "unavailable"
+        assert "full" in said.value.message
+        appends = await here.component("appends")
+        assert not appends["ok"]
+        assert "full" in appends["detail"]
+        assert metric("eskernel_appends_total", outcome="failed") > failed
+        if limit == "stream":
+            await change_stream(nats.url, app_name, max_bytes=-1)
+        else:
+            nats.jetstream = "max_file_store: 100MB"
+            await nats.restart()
+        await here.check()
+        assert (await here.component("appends"))["ok"]
+
+
+async def test_a_log_server_whose_disk_is_full_is_shown(app_name: str, tmp_path: Path, caplog: Caplog) -> None:
+    """It answers everything but appends; and it has to be restarted when there is room again."""
+    with small_disk(tmp_path / "nats" / "store", 8) as (inside, seen):
+        async with (
+            server(tmp_path, prefix=inside) as nats,
+            running(app_name, tmp_path, nats.url) as here,
+        ):
+            await here.note(20)
+            here.service._log.appender._timeout = 1.0  # type: ignore[union-attr]
+            fill(seen / "filler")
+            with pytest.raises((CommandError, TimeoutError)):
+                await here.client.execute(Notebook, "big", Note("b" * 100_000), timeout=2.5)
+            appends = await here.component("appends")
+            (seen / "filler").unlink()
+            await nats.restart()
+            await here.note(20)
+            here.acknowledged["big"] = 1
+            await here.check()
+            assert not appends["ok"]
+            assert "no acknowledgement" in appends["detail"]
+
+
+async def test_what_fails_and_works_again_is_logged_and_counted(
+    nats_url: str, app_name: str, tmp_path: Path, caplog: Caplog
+) -> None:
+    async with running(app_name, tmp_path, nats_url) as here:
+        await here.note(20)
+        await change_stream(nats_url, app_name, max_bytes=1_000)
+        with pytest.raises(CommandError):
+            await here.client.execute(Notebook, "n0", Note("a"), timeout=0.1)
+        assert not (await here.component("appends"))["ok"]
+        assert warned(caplog, "appends", "full")
+        assert metric("eskernel_component_ok", component="appends") == 0
+        await change_stream(nats_url, app_name, max_bytes=-1)
+        await here.check()
+        assert (await here.component("appends"))["ok"]
+        assert metric("eskernel_component_ok", component="appends") == 1
+
+
+# gone, made anew, restored: while the service runs
+
+
+async def stopped(here: Running, *words: str) -> None:
+    """Wait until the service has stopped by itself, saying why."""
+    async with asyncio.timeout(15):
+        await here.service.stopped.wait()
+    assert all(word in here.service.failure for word in words), here.service.failure
+
+
+async def test_a_stream_that_is_deleted_stops_the_service(
+    nats_url: str, app_name: str, tmp_path: Path, caplog: Caplog
+) -> None:
+    async with running(app_name, tmp_path, nats_url) as here:
+        await here.note(20)
+        async with api(nats_url) as ask:
+            await ask(f"STREAM.DELETE.{app_name}")
+        await stopped(here, app_name, "gone")
+        assert warned(caplog, "stopping", "gone")
+
+
+async def test_a_stream_that_is_made_anew_stops_the_service(nats_url: str, app_name: str, tmp_path: Path) -> None:
+    async with running(app_name, tmp_path, nats_url) as here:
+        await here.note(20)
+        async with api(nats_url) as ask:
+            config = (await ask(f"STREAM.INFO.{app_name}"))["config"]
+            await ask(f"STREAM.DELETE.{app_name}")
+            await ask(f"STREAM.CREATE.{app_name}", config)
+        await stopped(here, "created")
+
+
+async def test_a_stream_restored_from_an_older_backup_stops_the_service_before_it_acknowledges_anything(
+    app_name: str, tmp_path: Path
+) -> None:
+    async with server(tmp_path) as nats:
+        async with running(app_name, tmp_path, nats.url) as here:
+            await here.client.query("select 1", after=await here.note(20))
+            stored = (await here.client.log.info()).last
+        await nats.stop()
+        older = nats.back_up()
+        await nats.start()
+        async with running(app_name, tmp_path, nats.url) as here:
+            await here.client.query("select 1", after=await here.note(50))
+            await nats.stop()
+            nats.restore(older)
+            # it waits for the server, and would begin an aggregate's history on the older log
+            sending = asyncio.create_task(here.client.execute(Notebook, "new", Note("a"), timeout=1.5))
+            await nats.start()
+            await stopped(here, "older backup")
+            with pytest.raises((CommandError, TimeoutError)):
+                await sending
+            wire = await connect(nats.url, name="checker")
+            log = await find_log(wire, app_name)
+            assert (await log.info()).last == stored
+            await log.close()
+            await wire.close()
+
+
+async def test_the_process_ends_with_the_reason_and_an_exit_code(nats_url: str, app_name: str, tmp_path: Path) -> None:
+    process = Process(app_name, tmp_path, nats_url, f"sqlite:///{tmp_path / 'p.db'}")
+    await process.start()
+    try:
+        async with api(nats_url) as ask:
+            await ask(f"STREAM.DELETE.{app_name}")
+        assert await process.wait() == 1
+        assert "gone" in process.said().splitlines()[-1]
+    finally:
+        process.close()
+
+
+# the same, at start
+
+
+async def test_a_stream_that_is_gone_is_not_made_again_over_a_database_that_knows_it(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    """An empty stream of its name would be in the way of the backup."""
+    await filled(app_name, tmp_path, nats_url)
+    async with api(nats_url) as ask:
+        await ask(f"STREAM.DELETE.{app_name}")
+        assert "restore" in await refused(app_name, tmp_path, nats_url)
+        with pytest.raises(LogError, match="not found"):
+            await ask(f"STREAM.INFO.{app_name}")
+
+
+async def test_a_stream_that_was_made_anew_is_refused_at_start(nats_url: str, app_name: str, tmp_path: Path) -> None:
+    await filled(app_name, tmp_path, nats_url)
+    async with api(nats_url) as ask:
+        config = (await ask(f"STREAM.INFO.{app_name}"))["config"]
+        await ask(f"STREAM.DELETE.{app_name}")
+        await ask(f"STREAM.CREATE.{app_name}", config)
+    assert "created" in await refused(app_name, tmp_path, nats_url)
+
+
+async def test_a_stream_restored_from_an_older_backup_is_refused_until_the_newer_one_is_back(
+    app_name: str, tmp_path: Path
+) -> None:
+    async with server(tmp_path) as nats:
+        await filled(app_name, tmp_path, nats.url)
+        await nats.stop()
+        older = nats.back_up()
+        await nats.start()
+        acknowledged = await filled(app_name, tmp_path, nats.url, 50)
+        await nats.stop()
+        newer = nats.back_up()
+        nats.restore(older)
+        await nats.start()
+        assert "restored from an older backup" in await refused(app_name, tmp_path, nats.url)
+        await nats.stop()
+        nats.restore(newer)
+        await nats.start()
+        async with running(app_name, tmp_path, nats.url) as here:
+            here.acknowledged = {name: count + 2 for name, count in acknowledged.items()}
+            await here.check()
+
+
+async def test_a_truncated_store_is_refused(app_name: str, tmp_path: Path) -> None:
+    async with server(tmp_path) as nats:
+        await filled(app_name, tmp_path, nats.url, 100)
+        await nats.stop(signal.SIGKILL)
+        (block,) = nats.store.glob(f"**/{app_name}/msgs/1.blk")
+        block.write_bytes(block.read_bytes()[: block.stat().st_size // 2])
+        (block.parent / "index.db").unlink(missing_ok=True)
+        await nats.start()
+        assert "truncated" in await refused(app_name, tmp_path, nats.url)
+
+
+async def test_a_stream_with_another_partition_count_than_the_databases_is_refused(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    await filled(app_name, tmp_path, nats_url)
+    await change_stream(nats_url, app_name, description="eskernel format=1 partitions=32")
+    assert "64 partitions, the stream has 32" in await refused(app_name, tmp_path, nats_url)
+
+
+@pytest.mark.parametrize(
+    "harm", [{"max_age": 3_600_000_000_000}, {"max_msgs_per_subject": 5}, {"discard": "old", "max_msgs": 100}]
+)
+async def test_a_stream_that_forgets_events_is_refused(
+    nats_url: str, app_name: str, tmp_path: Path, harm: dict[str, Any]
+) -> None:
+    await filled(app_name, tmp_path, nats_url)
+    await change_stream(nats_url, app_name, **harm)
+    assert next(iter(harm)) in await refused(app_name, tmp_path, nats_url)
+
+
+async def test_a_stream_that_begins_to_forget_events_is_shown(
+    nats_url: str, app_name: str, tmp_path: Path, caplog: Caplog
+) -> None:
+    async with running(app_name, tmp_path, nats_url) as here:
+        await here.note(20)
+        await change_stream(nats_url, app_name, max_age=3_600_000_000_000)
+        log = await here.component("log")
+        assert not log["ok"]
+        assert "max_age" in log["detail"]
+        assert warned(caplog, "max_age")
+        await change_stream(nats_url, app_name, max_age=0)
+        assert (await here.component("log"))["ok"]
+        await here.check()
+
+
+async def test_commits_that_are_missing_are_told_and_hold_up_nothing(
+    app_name: str, tmp_path: Path, caplog: Caplog
+) -> None:
+    """What somebody's repair left of a stream has neither the first commits nor the last."""
+    async with server(tmp_path) as nats:
+        await filled(app_name, tmp_path, nats.url)
+        async with api(nats.url) as ask:
+            config = (await ask(f"STREAM.INFO.{app_name}"))["config"]
+            await ask(f"STREAM.DELETE.{app_name}")
+            await ask(f"STREAM.CREATE.{app_name}", {**config, "first_seq": 501})
+        (tmp_path / "projections.db").unlink()
+        async with asyncio.timeout(6), running(app_name, tmp_path, nats.url) as here:
+            assert warned(caplog, "500", "missing")
+            await here.check()
+
+
+async def test_a_database_of_a_newer_program_is_refused(nats_url: str, app_name: str, tmp_path: Path) -> None:
+    await filled(app_name, tmp_path, nats_url)
+    engine = open_database(f"sqlite:///{tmp_path / 'projections.db'}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE eskernel_schema SET version_num = '9999'")
+    engine.dispose()
+    said = await refused(app_name, tmp_path, nats_url)
+    assert "9999" in said
+    assert "newer" in said
+
+
+async def test_a_server_that_is_too_old_is_refused(app_name: str, tmp_path: Path) -> None:
+    """What it says of itself at the beginning of a connection is all that is needed here."""
+
+    async def old(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        info = {"server_id": "x", "version": "2.8.4", "max_payload": 1_048_576, "headers": True, "proto": 1}
+        writer.write(b"INFO %b\r\n" % json.dumps(info).encode())
+        while line := await reader.readline():
+            if line.startswith(b"PING"):
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    port = free_port()
+    listening = await asyncio.start_server(old, "127.0.0.1", port)
+    try:
+        with pytest.raises(StreamMismatch, match=r"2\.8.*too old.*2\.10"):
+            await Service(
+                notebooks(app_name), Settings(data=tmp_path / "data", nats=f"nats://127.0.0.1:{port}")
+            ).start()
+    finally:
+        listening.close()
+
+
+async def test_a_start_tells_what_there_is(
+    nats_url: str, app_name: str, tmp_path: Path, caplog: Caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await filled(app_name, tmp_path, nats_url, 20)
+    with caplog.at_level(logging.INFO, "eskernel"):
+        async with running(app_name, tmp_path, nats_url):
+            pass
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("log: ")]
+    assert "commits" in line
+    assert "64 partitions" in line
+    assert "power cut" in line
+    wire = await connect(nats_url, name="version")
+    assert f"nats-server {wire._server_info['version']}" in line
+    await wire.close()
+
+
+async def test_a_client_of_a_stream_that_is_gone_is_told(nats_url: str, app_name: str) -> None:
+    with pytest.raises(LogError, match="there is no stream"):
+        await Client.connect(notebooks(app_name), nats=nats_url)
