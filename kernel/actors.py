@@ -342,6 +342,10 @@ class Actors:
         self._router: ActorAddress = self._system.createActor(router)
         self._parents: dict[int, ActorAddress] = {}
 
+    def __len__(self) -> int:
+        """Return how many addresses Thespian has given out: it forgets none."""
+        return len(self._system._systemBase.actorRegistry)
+
     def spawn(self, partition: int, count: int) -> list[ActorAddress]:
         """Create shells under a partition's parent."""
         if partition not in self._parents:

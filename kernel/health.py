@@ -37,9 +37,9 @@ class Component:
     def set(self, ok: bool, detail: str, latency: float = 0.0) -> None:
         """Note the outcome of a probe; a change is logged."""
         if ok != self.ok or not self.since:
-            if not ok:
+            if self.ok:
                 logger.warning("%s: %s", self.name, detail)
-            elif self.since:
+            elif ok and self.since:
                 logger.info("%s: works again", self.name)
             self.since = time.time()
         COMPONENT_OK.labels(component=self.name).set(ok)

@@ -29,6 +29,7 @@ PARTITIONS = Gauge("eskernel_partitions_held", "Partitions that this worker hold
 LEASES_LOST = Counter("eskernel_leases_lost_total", "Partitions lost without having been given back")
 MOVED = Counter("eskernel_partitions_moved_total", "Partitions taken and given back", ["direction"])
 LIVE = Gauge("eskernel_actors_live", "Aggregates with a live actor")
+SHELLS = Gauge("eskernel_actor_shells", "Actors that exist, live or empty and kept for reuse")
 ACTIVATIONS = Counter("eskernel_activations_total", "Aggregates activated")
 PASSIVATIONS = Counter("eskernel_passivations_total", "Aggregates passivated", ["reason"])
 COMPONENT_OK = Gauge("eskernel_component_ok", "1 while a component of the health report works", ["component"])

@@ -388,6 +388,8 @@ class Projector:
         try:
             await pending.task
         except HandlerFailed as failure:
+            logger.error("parked for %s: %s", self._name(failure.projection), failure)
+            PARKINGS.labels(reason=failure.kind).inc()
             self._failures.append(self._writer.blame(failure, _batch_of(pending.groups)))
             raise
         finally:

@@ -21,7 +21,7 @@ from kernel.leases import Leases
 from kernel.log import JetStreamLog, open_log
 from kernel.log.api import version_text
 from kernel.log.wire import Wire, connect, publish_frame
-from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, READ_BACKS
+from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, READ_BACKS, SHELLS
 from kernel.ownership import Ownership
 from kernel.projector import Projector
 from kernel.rebuild import Progress, build_missing, clean_up
@@ -230,6 +230,8 @@ class Service:
         assert self._log is not None
         self._gateway.publish_metrics()
         READ_BACKS.set(self._log.appender.read_backs)
+        assert self._actors is not None
+        SHELLS.set(len(self._actors))
         APPENDS_IN_FLIGHT.set(self._log.appender.pressure[1])
 
     # answers

@@ -1,0 +1,1 @@
+"""Deliberate bugs, each of which a test must catch: `python -m tests.mutants`."""

@@ -1,0 +1,468 @@
+"""The mutants: for each promise of the kernel, the line that keeps it, broken on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A deliberate bug.
+
+    Attributes:
+        promise: what it breaks.
+        file: where it is, from the project's folder.
+        old: text that is there exactly once.
+        new: what stands there instead.
+        tests: pytest's names of the tests of which one must fail.
+    """
+
+    name: str
+    promise: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+UNIT = "tests/test_unit_of_work.py"
+LOG = "tests/test_log_contract.py"
+COMMANDS = "tests/test_commands.py"
+LETTERS = "tests/test_dead_letters.py"
+SERVICE = "tests/test_service.py"
+OWN = "tests/test_mutants_caught.py"
+
+MUTANTS = [
+    # one transaction, fenced
+    Mutant(
+        "fence-epoch-sqlite",
+        "who has an older epoch writes nothing",
+        "projections/unit_of_work.py",
+        "AND sequence = given.value->>3 AND epoch = :epoch",
+        "AND sequence = given.value->>3 AND (epoch = :epoch OR 1)",
+        (f"{UNIT}::test_a_write_of_another_epoch_is_fenced_and_leaves_nothing",),
+    ),
+    Mutant(
+        "fence-epoch-postgresql",
+        "who has an older epoch writes nothing",
+        "projections/unit_of_work.py",
+        "AND sequence = CAST(given->>3 AS bigint) AND epoch = :epoch",
+        "AND sequence = CAST(given->>3 AS bigint) AND (epoch = :epoch OR true)",
+        (f"{UNIT}::test_a_write_of_another_epoch_is_fenced_and_leaves_nothing",),
+    ),
+    Mutant(
+        "fence-ignored",
+        "a checkpoint that did not move stops the write",
+        "projections/unit_of_work.py",
+        "if moved != len(write.moves):",
+        "if moved > len(write.moves):",
+        (f"{UNIT}::test_one_moved_checkpoint_of_several_fences_the_whole_write",),
+    ),
+    Mutant(
+        "claim-keeps-epoch",
+        "whoever takes over fences the one before",
+        "projections/checkpoints.py",
+        "values(epoch=stream.c.epoch + 1)",
+        "values(epoch=stream.c.epoch)",
+        (f"{UNIT}::test_a_claim_fences_the_partitions_that_it_names_and_no_others",),
+    ),
+    Mutant(
+        "retired-not-fenced",
+        "after a cut-over nobody writes to the old copy",
+        "projections/generations.py",
+        "connection.execute(update(checkpoint).where(where).values(epoch=RETIRED_EPOCH))",
+        "pass",
+        (f"{UNIT}::test_a_retired_generation_is_fenced",),
+    ),
+    Mutant(
+        "checkpoint-apart",
+        "rows and checkpoint in one transaction",
+        "projections/unit_of_work.py",
+        """            with self.engine.begin() as connection:
+                self.apply(connection, write)
+""",
+        """            with self.engine.begin() as connection:
+                self.apply(connection, Write(write.moves))
+            with self.engine.begin() as connection:
+                self.apply(connection, Write([], write.statements, write.sql, write.letters))
+""",
+        (f"{UNIT}::test_a_statement_that_fails_leaves_neither_rows_nor_checkpoints",),
+    ),
+    Mutant(
+        "stale-folded-again",
+        "a projection sees each event once",
+        "projections/checkpoints.py",
+        "if one[partition] >= sequence)",
+        "if one[partition] < 0)",
+        (f"{OWN}::test_a_projection_that_is_behind_the_others_is_folded_alone",),
+    ),
+    Mutant(
+        "folded-by-some-folded-again",
+        "a projection sees each event once, wherever the others are",
+        "projections/fold.py",
+        "if odd and (index in skip or (",
+        "if odd and ((",
+        (f"{OWN}::test_a_projection_that_is_behind_the_others_is_folded_alone",),
+    ),
+    # appending
+    Mutant(
+        "expected-not-sent",
+        "of two appends behind the same commit one is refused",
+        "kernel/log/appender.py",
+        r"""headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % one.expected""",
+        r"""headers = b"NATS/1.0\r\n\r\n" """,
+        (f"{LOG}::test_an_append_with_a_stale_expected_sequence_conflicts_and_tells_the_actual_one",),
+    ),
+    Mutant(
+        "expected-not-sent-in-batches",
+        "of two appends behind the same commit one is refused",
+        "kernel/log/appender.py",
+        r"""b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n"
+""",
+        r"""b"NATS/1.0\r\nNobody-Reads-This: %d\r\n"
+""",
+        (f"{LOG}::test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece",),
+    ),
+    Mutant(
+        "batch-conflict-hits-all",
+        "a conflict refuses the guilty commit only",
+        "kernel/log/appender.py",
+        """            frames: list[bytes] = []
+            for one in group:
+                self._send_one(one, time.perf_counter(), frames)
+            self._wire.send(b"".join(frames))
+            return
+        one = group[0]
+""",
+        """            for one in group:
+                if not one.future.done():
+                    one.future.set_exception(Conflict(one.subject, one.expected, None))
+            return
+        one = group[0]
+""",
+        (f"{LOG}::test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece",),
+    ),
+    Mutant(
+        "ack-before-commit",
+        "a receipt means that the commit is in the log",
+        "kernel/actors.py",
+        """            self.deciding = deciding
+            self.gateway.append(""",
+        """            for request, reached in deciding:
+                cell.remember(request.wire.command_id, reached, cell.position + 1)
+                self.gateway.succeed(self.address, request, reached, cell.position + 1, False)
+            self.deciding = []
+            self.gateway.append(""",
+        (f"{OWN}::test_a_command_is_answered_when_its_append_is_acknowledged_and_not_before",),
+    ),
+    Mutant(
+        "uncertain-taken-as-stored",
+        "an append whose answer is lost is read back",
+        "kernel/log/appender.py",
+        "task = self._loop.create_task(self._find_out(one, why))",
+        "one.future.set_result(one.expected + 1)\n                continue",
+        (f"{LOG}::test_appends_that_got_lost_on_the_way_are_sent_again",),
+    ),
+    Mutant(
+        "uncertain-sent-again-unread",
+        "an append whose answer is lost is read back",
+        "kernel/log/appender.py",
+        "task = self._loop.create_task(self._find_out(one, why))",
+        "one.attempts = 0\n                self._waiting.append(one)\n                continue",
+        (f"{LOG}::test_appends_whose_answers_are_lost_settle_as_what_they_became",),
+    ),
+    Mutant(
+        "uncertain-told-unavailable",
+        "an append whose answer is lost is read back",
+        "kernel/log/appender.py",
+        "task = self._loop.create_task(self._find_out(one, why))",
+        "one.future.set_exception(Unavailable(why))\n                continue",
+        (f"{LOG}::test_appends_whose_answers_are_lost_settle_as_what_they_became",),
+    ),
+    Mutant(
+        "resent-conflict-certain",
+        "a conflict of an append that was sent twice is looked into",
+        "kernel/log/appender.py",
+        " or (error.err_code == _WRONG_LAST_SEQUENCE and one.attempts > 1)",
+        "",
+        (f"{OWN}::test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into",),
+    ),
+    Mutant(
+        "other-log-appended-to",
+        "nothing is acknowledged on a log that was replaced",
+        "kernel/log/appender.py",
+        "self._verified.clear()",
+        "pass",
+        (
+            "tests/test_failure_modes_log.py::"
+            "test_a_stream_restored_from_an_older_backup_stops_the_service_before_it_acknowledges_anything",
+        ),
+    ),
+    # commands
+    Mutant(
+        "dedupe-removed",
+        "a repeated command takes effect once",
+        "kernel/actors.py",
+        """            known = cell.commands.get(wire.command_id)
+            if known is not None:
+                self.gateway.succeed(self.address, request, known[0], known[1], True)
+                continue
+            if not request.searched and wire.command_id in cell.seen:
+""",
+        """            if False:
+""",
+        (f"{COMMANDS}::test_a_command_repeated_with_its_id_gets_its_first_receipt",),
+    ),
+    Mutant(
+        "dedupe-forgets",
+        "a repeated command takes effect once, however late",
+        "kernel/actors.py",
+        "if not request.searched and wire.command_id in cell.seen:",
+        "if False:",
+        (f"{COMMANDS}::test_a_repeated_command_is_found_however_long_ago_it_was",),
+    ),
+    Mutant(
+        "dedupe-not-within-a-commit",
+        "a command that comes twice at once takes effect once",
+        "kernel/actors.py",
+        " or any(one.wire.command_id == wire.command_id for one, _ in deciding)",
+        "",
+        (f"{COMMANDS}::test_a_command_that_arrives_twice_at_once_takes_effect_once",),
+    ),
+    Mutant(
+        "uncertain-conflict-not-searched",
+        "what may lie below another's commit is looked for",
+        "kernel/actors.py",
+        "request.searched = False",
+        "request.searched = True",
+        (f"{COMMANDS}::test_an_append_that_may_lie_below_somebody_elses_is_looked_for",),
+    ),
+    Mutant(
+        "busy-evicted",
+        "an aggregate with something under way stays",
+        "kernel/residents.py",
+        "if resident.busy == 0:",
+        "if resident.busy >= 0:",
+        ("tests/test_passivation.py::test_a_busy_aggregate_never_goes",),
+    ),
+    # leases
+    Mutant(
+        "deadline-after-renewal",
+        "a lease is counted on no longer than the bucket keeps it",
+        "kernel/leases.py",
+        """            if self._held.get(partition) is lease:
+                self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)""",
+        """            if self._held.get(partition) is lease:
+                self._held[partition] = Lease(revision, clock() + self.ttl * _MARGIN)""",
+        ("tests/test_leases.py::test_the_deadline_counts_from_before_the_request",),
+    ),
+    Mutant(
+        "deadline-after-taking",
+        "a lease is counted on no longer than the bucket keeps it",
+        "kernel/leases.py",
+        """runs out by itself
+        self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)""",
+        """runs out by itself
+        self._held[partition] = Lease(revision, clock() + self.ttl * _MARGIN)""",
+        (f"{OWN}::test_the_deadline_of_a_lease_just_taken_counts_from_before_the_request",),
+    ),
+    Mutant(
+        "lapsed-lease-held",
+        "a lease that has run out is not held",
+        "kernel/leases.py",
+        "return lease is not None and lease.deadline > clock()",
+        "return lease is not None",
+        ("tests/test_workers.py::test_a_thawed_worker_refuses_commands_and_can_write_nothing[sqlite]",),
+    ),
+    Mutant(
+        "decides-without-lease",
+        "who does not hold the lease decides nothing",
+        "kernel/actors.py",
+        "if not self.gateway.holds(self.address.partition):",
+        "if False:",
+        ("tests/test_workers.py::test_a_thawed_worker_refuses_commands_and_can_write_nothing[sqlite]",),
+    ),
+    Mutant(
+        "state-kept-when-lost",
+        "a partition that comes back is decided on what others wrote",
+        "kernel/actors.py",
+        """            elif kind is Leave:
+                self._leave()
+""",
+        """            elif kind is Leave:
+                pass
+""",
+        (f"{OWN}::test_what_was_known_of_a_partition_is_forgotten_when_it_is_lost",),
+    ),
+    Mutant(
+        "lease-deleted-before-projection-let-go",
+        "others find everything written when a partition is free",
+        "kernel/ownership.py",
+        """        if self._projector is not None:
+            try:
+                async with asyncio.timeout(HAND_OVER_S):
+""",
+        """        await self._leases.release(partitions)
+        if self._projector is not None:
+            try:
+                async with asyncio.timeout(HAND_OVER_S):
+""",
+        (f"{OWN}::test_a_lease_is_given_back_when_the_projection_has_let_go_and_not_before",),
+    ),
+    Mutant(
+        "lease-deleted-before-commands-answered",
+        "commands under way are answered before a partition is free",
+        "kernel/ownership.py",
+        "if not await self._gateway.let_go(partitions, HAND_OVER_S):",
+        "if not await self._gateway.let_go(partitions, 0.0):",
+        (f"{OWN}::test_a_lease_is_given_back_when_its_commands_are_answered_and_not_before",),
+    ),
+    Mutant(
+        "projection-lets-go-at-once",
+        "others find everything written when a partition is free",
+        "kernel/projector.py",
+        "while self._owned - self._wanted:",
+        "while False:",
+        (f"{OWN}::test_a_lease_is_given_back_when_the_projection_has_let_go_and_not_before",),
+    ),
+    # dead letters
+    Mutant(
+        "refused-write-not-parked",
+        "what a statement refuses waits alone",
+        "kernel/projector.py",
+        """        for failure in self._failures:
+""",
+        """        for failure in ():
+""",
+        (f"{SERVICE}::test_a_poisoned_aggregate_waits_alone_and_only_for_that_projection[sqlite-poison sql]",),
+    ),
+    Mutant(
+        "successors-dropped",
+        "what comes behind a dead letter waits",
+        "projections/fold.py",
+        "if since is None or envelope.sequence < since.since:",
+        "if since is None or envelope.sequence != since.since:",
+        (f"{LETTERS}::test_a_retry_folds_what_waits_in_order_and_the_aggregate_goes_on",),
+    ),
+    Mutant(
+        "successors-folded",
+        "what comes behind a dead letter is not folded",
+        "projections/fold.py",
+        "(parked and index in parked and sequence >= parked[index].since)",
+        "(parked and index in parked and sequence == parked[index].since)",
+        (f"{LETTERS}::test_a_retry_folds_what_waits_in_order_and_the_aggregate_goes_on",),
+    ),
+    Mutant(
+        "parked-forgotten-at-restart",
+        "what waits goes on waiting after a restart",
+        "projections/unit_of_work.py",
+        "if index is not None and row.sequence > 0:",
+        "if index is not None and row.sequence < 0:",
+        (f"{SERVICE}::test_parked_aggregates_stay_parked_over_a_restart[sqlite]",),
+    ),
+    Mutant(
+        "gap-unnoticed-after-sleep",
+        "a gap is noticed however long the aggregate slept",
+        "projections/fold.py",
+        "last = max(last or 0, rows[index].eskernel_sequence)",
+        "pass",
+        (f"{LETTERS}::test_a_gap_or_a_repeat_is_noticed_however_long_the_aggregate_slept",),
+    ),
+    Mutant(
+        "gap-unnoticed-without-row",
+        "a gap is noticed where no row tells of it",
+        "projections/fold.py",
+        "last = kept",
+        "pass",
+        (f"{LETTERS}::test_a_gap_is_noticed_where_there_is_no_row_to_tell",),
+    ),
+    Mutant(
+        "retry-unfenced",
+        "the owner of the partition notices a retry",
+        "projections/dead_letters.py",
+        "_fence(connection, made, rows[0].partition)",
+        "pass",
+        (f"{LETTERS}::test_the_owner_of_the_partition_meets_the_fence_after_a_change",),
+    ),
+    Mutant(
+        "skip-unfenced",
+        "the owner of the partition notices a skip",
+        "projections/dead_letters.py",
+        "_fence(connection, made, row.partition)",
+        "pass",
+        (f"{LETTERS}::test_the_owner_of_the_partition_meets_the_fence_after_a_change",),
+    ),
+    Mutant(
+        "skip-leaves-gap",
+        "the event behind a skipped one follows it",
+        "projections/dead_letters.py",
+        "aggregate_id, row.sequence)",
+        "aggregate_id, 0)",
+        (f"{LETTERS}::test_after_skipping_everything_the_next_event_is_no_gap",),
+    ),
+    Mutant(
+        "garbage-stops-projection",
+        "bytes that are no commit stop no projection",
+        "kernel/sorting.py",
+        "except (InvalidMessage, InvalidId) as error:",
+        "except InvalidId as error:",
+        (f"{SERVICE}::test_garbage_on_the_stream_is_kept_aside_and_stops_nothing[sqlite]",),
+    ),
+    Mutant(
+        "garbage-lost",
+        "bytes that are no commit are kept",
+        "kernel/projector.py",
+        "write.letters += self._garbage",
+        "pass",
+        (f"{SERVICE}::test_garbage_on_the_stream_is_kept_aside_and_stops_nothing[sqlite]",),
+    ),
+    Mutant(
+        "infrastructure-parks-postgresql",
+        "a database that is away or takes no writes parks nobody",
+        "projections/database.py",
+        "    if state:\n",
+        "    if state:\n        return False\n    if state:\n",
+        (f"{OWN}::test_a_database_that_takes_no_writes_is_not_blamed_on_an_aggregate",),
+    ),
+    Mutant(
+        "infrastructure-parks-sqlite",
+        "a database that is away or takes no writes parks nobody",
+        "projections/database.py",
+        "    if state:\n",
+        "    if not state:\n        return False\n    if state:\n",
+        (f"{OWN}::test_a_database_that_takes_no_writes_is_not_blamed_on_an_aggregate",),
+    ),
+    # the log itself, and copies of what was folded from it
+    Mutant(
+        "cut-over-misses-the-rest",
+        "a rebuild misses nothing that the live copy had",
+        "kernel/rebuild.py",
+        "while self._at < furthest:",
+        "while False:",
+        (f"{OWN}::test_at_a_cut_over_the_new_copy_has_what_the_old_one_had",),
+    ),
+    Mutant(
+        "truncated-log-accepted",
+        "a truncated log is noticed",
+        "projections/checkpoints.py",
+        "if furthest > last:",
+        "if furthest > last + 1_000_000:",
+        (f"{SERVICE}::test_a_truncated_log_is_noticed_at_start[sqlite]",),
+    ),
+    Mutant(
+        "history-gap-accepted",
+        "an aggregate's events are numbered without gaps",
+        "aggregates/cell.py",
+        "if envelope.sequence != self.version + 1:",
+        "if envelope.sequence <= self.version:",
+        ("tests/test_properties_domain.py::test_a_gap_or_a_repeat_anywhere_is_a_sequence_error",),
+    ),
+    Mutant(
+        "read-your-writes-unwaited",
+        "a query after a receipt includes it",
+        "kernel/client.py",
+        "if at < receipt.sequence}",
+        "if at < 0}",
+        (f"{SERVICE}::test_a_query_after_a_receipt_says_how_far_the_projection_got[sqlite]",),
+    ),
+]
