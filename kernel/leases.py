@@ -77,6 +77,7 @@ class Leases:
         self._seen: tuple[str, ...] = ()
         self._unsettled = 0.0
         self._joined = False
+        self._writing = asyncio.Lock()
 
     async def start(self) -> None:
         """Make the bucket, if nobody has.
@@ -148,17 +149,17 @@ class Leases:
 
         A lease whose renewal got no answer is kept until its deadline.
         """
-        mine, partitions = self._me, list(self._held)
-        await asyncio.gather(self._renew_membership(mine), *(self._renew(partition) for partition in partitions))
-        lost = [one for one in partitions if one not in self._held]
-        for partition, lease in list(self._held.items()):
-            if lease.deadline <= clock():
+        # one at a time: two renewals of a key would be in each other's way
+        async with self._writing:
+            mine, partitions = self._me, list(self._held)
+            _, *kept = await asyncio.gather(self._renew_membership(mine), *(self._renew(one) for one in partitions))
+            lost = [one for one, still in zip(partitions, kept, strict=True) if not still]
+            for partition in lost:
                 del self._held[partition]
-                lost.append(partition)
-        if mine is not None and self._me is None:
-            # the bucket has forgotten us, perhaps all of us: the others are not gone because they are not there yet
-            self._unsettled = clock() + self.ttl
-            await self._renew_membership(None)
+            if mine is not None and self._me is None:
+                # the bucket has forgotten us, perhaps all of us: the others are not gone for not being there yet
+                self._unsettled = clock() + self.ttl
+                await self._renew_membership(None)
         if lost:
             logger.warning("lost %d of %d leases", len(lost), len(partitions))
         return lost
@@ -176,20 +177,19 @@ class Leases:
         else:
             self._me = Lease(revision, before + self.ttl * _MARGIN)
 
-    async def _renew(self, partition: int) -> None:
+    async def _renew(self, partition: int) -> bool:
+        """Renew one lease; say whether it can still be counted on."""
         lease = self._held[partition]
         # the bucket counts from when it stores the renewal, which is later than this moment
         before = clock()
         try:
             revision = await self._put(f"p.{partition}", lease.revision)
         except Conflict:
-            if self._held.get(partition) is lease:
-                del self._held[partition]
+            return False
         except LogError:
-            pass  # nobody knows; its deadline stands
-        else:
-            if self._held.get(partition) is lease:
-                self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)
+            return lease.deadline > clock()  # nobody knows
+        self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)
+        return True
 
     async def members(self) -> Members:
         """Return who is there and what is held, by anybody.
@@ -254,8 +254,9 @@ class Leases:
 
     async def release(self, partitions: Iterable[int]) -> None:
         """Give partitions back at once, rather than let them run out."""
-        leases = [lease for one in partitions if (lease := self._held.pop(one, None)) is not None]
-        await asyncio.gather(*(self._delete(lease) for lease in leases))
+        async with self._writing:
+            leases = [lease for one in partitions if (lease := self._held.pop(one, None)) is not None]
+            await asyncio.gather(*(self._delete(lease) for lease in leases))
 
     async def _delete(self, lease: Lease) -> None:
         try:

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import nats.errors
+
 from kernel.commands import CommandGateway
 from kernel.leases import Leases, Members
 from kernel.log.base import LogError
@@ -71,14 +73,14 @@ class Ownership:
                 return
             try:
                 self.members = members = await self._leases.members()
-            except LogError as error:
+                if surplus := self._leases.surplus(members):
+                    logger.info("giving back %d partitions: there are %d workers", len(surplus), len(members.workers))
+                    await self._give_back(frozenset(surplus))
+                elif got := await self._leases.acquire(members):
+                    await self._take(got)
+            except (LogError, nats.errors.Error, OSError) as error:
+                # the next turn goes on from what there is
                 logger.warning("leases: %s", error)
-                return
-            if surplus := self._leases.surplus(members):
-                logger.info("giving back %d partitions: there are %d workers", len(surplus), len(members.workers))
-                await self._give_back(frozenset(surplus))
-            elif got := await self._leases.acquire(members):
-                await self._take(got)
             PARTITIONS.set(len(self._leases.held))
 
     async def verify(self) -> None:
