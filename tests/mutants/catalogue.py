@@ -250,10 +250,14 @@ MUTANTS = [
         "deadline-after-renewal",
         "a lease is counted on no longer than the bucket keeps it",
         "kernel/leases.py",
-        """            if self._held.get(partition) is lease:
-                self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)""",
-        """            if self._held.get(partition) is lease:
-                self._held[partition] = Lease(revision, clock() + self.ttl * _MARGIN)""",
+        """        self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)
+        return True
+
+    async def members""",
+        """        self._held[partition] = Lease(revision, clock() + self.ttl * _MARGIN)
+        return True
+
+    async def members""",
         ("tests/test_leases.py::test_the_deadline_counts_from_before_the_request",),
     ),
     Mutant(
