@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import json
+import logging
 import os
 import shutil
 import signal
@@ -17,8 +18,11 @@ from typing import IO
 
 from kernel.log.base import Unavailable
 
+logger = logging.getLogger("eskernel")
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
+CHECK_S = 0.2
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 15.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -59,6 +63,7 @@ class EmbeddedServer:
         self.url = ""
         self._binary = binary
         self._process: subprocess.Popen[bytes] | None = None
+        self._wanted = False
 
     @property
     def pid(self) -> int:
@@ -85,6 +90,7 @@ class EmbeddedServer:
                 raise
             self.url = await self._launch(-1)
         known.write_text(self.url.rsplit(":", 1)[-1])
+        self._wanted = True
         return self.url
 
     async def _launch(self, port: int) -> str:
@@ -107,7 +113,7 @@ class EmbeddedServer:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (url := _read_ports(ports)):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                await self.stop()
+                await self._end()
                 raise Unavailable(f"nats-server did not start: {self._log_tail()}")
             await asyncio.sleep(0.01)
         return url
@@ -123,8 +129,28 @@ class EmbeddedServer:
             preexec_fn=end_with_parent(signal.SIGTERM),  # noqa: PLW1509
         )
 
+    async def keep(self) -> None:
+        """Start the server again, at the same place, whenever it ends without having been stopped."""
+        pause = MIN_BACKOFF_S
+        while True:
+            await asyncio.sleep(CHECK_S)
+            if self.pid or not self._wanted:
+                continue
+            logger.error("nats-server has ended; starting it again: %s", self._log_tail())
+            try:
+                await self._launch(_read_port(self.directory / "nats.port"))
+                pause = MIN_BACKOFF_S
+            except Unavailable as error:
+                logger.warning("%s; trying again in %.1f s", error, pause)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, MAX_BACKOFF_S)
+
     async def stop(self) -> None:
         """Stop the server, letting it close its store."""
+        self._wanted = False
+        await self._end()
+
+    async def _end(self) -> None:
         process, self._process = self._process, None
         if process is None or process.poll() is not None:
             return

@@ -66,6 +66,7 @@ class Service:
         self._spec = spec
         self._said = ("", 0.0)
         self._server: EmbeddedServer | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._wire: Wire | None = None
         self._engine: Engine | None = None
         self._log: JetStreamLog | None = None
@@ -174,7 +175,9 @@ class Service:
 
     async def _start_server(self) -> str:
         self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.sync)
-        return await self._server.start()
+        url = await self._server.start()
+        self._keeping = asyncio.create_task(self._server.keep())
+        return url
 
     def _group_commit(self) -> Any:
         if self._server is not None and self.settings.group_commit == "auto":
@@ -359,6 +362,8 @@ class Service:
             self._actors.close()
         if self._engine is not None:
             self._engine.dispose()
+        if self._keeping is not None:
+            self._keeping.cancel()
         if self._server is not None:
             await self._server.stop()
         self.directory.release()

@@ -91,7 +91,7 @@ class Supervisor:
             self._server = EmbeddedServer(self.directory.path / "nats", sync=settings.sync)
             if settings.group_commit == "auto":
                 settings = replace(settings, group_commit="always" if settings.sync else "never")
-        self.nats_url = settings.nats or await self._embedded().start()
+        self.nats_url = settings.nats or await self._start_server()
         self.database_url = settings.database or f"sqlite:///{self.directory.path / 'projections.db'}"
         order = describe(
             self._spec,
@@ -99,7 +99,7 @@ class Supervisor:
             replace(settings, nats=self.nats_url, database=self.database_url, port=0, host="127.0.0.1"),
             self._log_level,
         )
-        self._tasks = [asyncio.create_task(self._keep(worker, order)) for worker in self.workers]
+        self._tasks += [asyncio.create_task(self._keep(worker, order)) for worker in self.workers]
         self._tasks.append(asyncio.create_task(self._watch()))
         for worker in self.workers:
             await worker.ready.wait()
@@ -109,9 +109,11 @@ class Supervisor:
         await self.http.start()
         self.directory.describe(running_as(self.app, self._spec, self.nats_url, self.database_url, self.http.url))
 
-    def _embedded(self) -> EmbeddedServer:
+    async def _start_server(self) -> str:
         assert self._server is not None
-        return self._server
+        url = await self._server.start()
+        self._tasks.append(asyncio.create_task(self._server.keep()))
+        return url
 
     async def _keep(self, worker: Worker, order: bytes) -> None:
         """Run one worker, again and again, until the stop."""

@@ -96,3 +96,17 @@ async def test_a_server_that_is_killed_and_comes_back_is_ridden_out(
         assert (await client.query("select times from words"))[0]["times"] == sum(sent) + 20
     await service.stop()
     await server.stop()
+
+
+async def test_the_embedded_server_is_started_again_when_it_dies(app_name: str, tmp_path: Path) -> None:
+    service = Service(notebooks(app_name), Settings(data=tmp_path))
+    await service.start()
+    async with await Client.connect(service.app, data=tmp_path) as client:
+        await client.execute(Notebook, "n", Note("a"))
+        assert service._server is not None
+        os.kill(service._server.pid, signal.SIGKILL)
+        receipt = await client.execute(Notebook, "n", Note("b"), timeout=60)
+        assert receipt.version == 2
+        assert await client.query("select notes from pages", after=receipt, timeout=30) == [{"notes": 2}]
+    await service.stop()
+    assert not service._server.pid
