@@ -77,11 +77,8 @@ class Supervisor:
         """
         try:
             await self._start()
-        except asyncio.CancelledError:
-            await self.stop()  # workers that are there already drain as ever
-            raise
         except BaseException:
-            await self._close()
+            await self.stop()  # workers that are there already drain as ever
             raise
 
     async def _start(self) -> None:
