@@ -36,6 +36,9 @@ from projections.errors import HandlerFailed
 
 MAX_DECISIONS = 100
 """Commands decided together in one commit."""
+Verdict = tuple[ErrorType, str] | None
+"""What a command led to: an error and its message, nothing at all (`None`), or events (`APPENDED`)."""
+APPENDED: Verdict = ("failed", "appended")
 _MOVED = "the aggregate's partition has moved to another worker"
 MAX_ATTEMPTS = 8
 """Decisions of one command against ever newer state before giving up."""
@@ -63,7 +66,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         self.rows: list[Any] | None = None
         self.sequence: int | None = None
         self.stash: list[Request] | None = None
-        self.deciding: list[tuple[Request, int]] | None = None
+        self.deciding: list[tuple[Request, int, Verdict]] | None = None
         self.loading = False
         self.alone = False
         self.left = False
@@ -180,10 +183,10 @@ class AggregateActor(Actor):  # type: ignore[misc]
         limit = 1 if self.alone else MAX_DECISIONS
         version = cell.version
         decisions: list[Decision] = []
-        deciding: list[tuple[Request, int]] = []
+        deciding: list[tuple[Request, int, Verdict]] = []
         for place, request in enumerate(requests):
             wire = request.wire
-            if len(decisions) == limit or any(one.wire.command_id == wire.command_id for one, _ in deciding):
+            if len(decisions) == limit or any(one[0].wire.command_id == wire.command_id for one in deciding):
                 self.stash = requests[place:]
                 break
             known = cell.commands.get(wire.command_id)
@@ -199,16 +202,20 @@ class AggregateActor(Actor):  # type: ignore[misc]
                     return
                 self.stash = requests[place:]
                 break
+            verdict: Verdict = None
+            events: list[Any] = []
             try:
                 events = cell.decide(request.command, Context(wire.command_id))
             except Rejected as rejection:
-                self._fail(request, "rejected", str(rejection))
-                continue
+                verdict = "rejected", str(rejection)
             except Exception as error:
-                self._fail(request, "failed", f"{type(error).__name__}: {error}")
-                continue
+                verdict = "failed", f"{type(error).__name__}: {error}"
             if not events:
-                self.gateway.succeed(self.address, request, cell.version, cell.position, False)
+                if decisions:
+                    # it rests on events that are not in the log yet, and perhaps never will be
+                    deciding.append((request, cell.version, verdict))
+                else:
+                    self._conclude(request, cell.version, cell.position, verdict)
                 continue
             try:
                 cell.evolve(events)
@@ -216,14 +223,14 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 # an applier failed halfway: only the log knows the state now
                 self._fail(request, "failed", f"{type(error).__name__} while applying: {error}")
                 self.cell = None
-                self.stash = [one for one, _ in deciding] + requests[place + 1 :]
+                self.stash = [one[0] for one in deciding] + requests[place + 1 :]
                 self._next()
                 return
             request.attempts += 1
             decisions.append(
                 Decision(wire.command_id, events, wire.correlation_id, wire.causation_id, wire.traceparent)
             )
-            deciding.append((request, cell.version))
+            deciding.append((request, cell.version, APPENDED))
         if decisions:
             self.deciding = deciding
             self.gateway.append(self.address, cell, version, decisions)
@@ -237,12 +244,13 @@ class AggregateActor(Actor):  # type: ignore[misc]
         if isinstance(result, int) and cell is not None:
             cell.position = result
             self.alone = False
-            for request, version in deciding:
-                cell.remember(request.wire.command_id, version, result)
-                self.gateway.succeed(self.address, request, version, result, False)
+            for request, version, verdict in deciding:
+                if verdict is APPENDED:
+                    cell.remember(request.wire.command_id, version, result)
+                self._conclude(request, version, result, verdict)
         else:
             self.cell = None  # it has folded events that are not in the log, as far as we know
-            again = [request for request, _ in deciding]
+            again = [request for request, _, _ in deciding]
             if isinstance(result, PayloadTooLarge | Unstorable) and len(again) > 1:
                 self.alone = True  # one of them is to blame, or all together: one by one
             elif isinstance(result, Conflict):
@@ -254,14 +262,22 @@ class AggregateActor(Actor):  # type: ignore[misc]
                     again.remove(request)
                     self._fail(request, "conflict", f"{self.address.aggregate} {self.address.id} kept changing")
             else:
-                for request in again:
-                    self._fail(request, _error_type(result), str(result))
+                for request, _, verdict in deciding:
+                    # what appended nothing is only told that it was decided on what was not stored
+                    self._fail(request, _error_type(result) if verdict is APPENDED else "unavailable", str(result))
                 again = []
             if again:
                 self.stash = again + (self.stash or [])
         if self.left:
             self._forget_cell()
         self._next()
+
+    def _conclude(self, request: Request, version: int, sequence: int, verdict: Verdict) -> None:
+        assert self.address is not None
+        if verdict is None or verdict is APPENDED:
+            self.gateway.succeed(self.address, request, version, sequence, False)
+        else:
+            self._fail(request, *verdict)
 
     def _fail(self, request: Request, type: ErrorType, message: str) -> None:
         assert self.address is not None

@@ -14,8 +14,10 @@ import pytest
 from aggregates import InvalidId, Rejected
 from aggregates.commit import Decision, decode, encode
 from aggregates.context import uuid7
+from examples.bank import Account, Deposit
 from kernel import App, Client, CommandError, Overloaded, Service, Settings
-from tests.apps import Explode, Note, Notebook, Noted, NoteTwice, Weigh, notebooks
+from kernel.log import Unavailable
+from tests.apps import Explode, Note, Notebook, Noted, NoteTwice, Weigh, bank, notebooks
 
 
 @pytest.fixture
@@ -263,3 +265,39 @@ async def test_a_client_without_a_service_says_so(nats_url: str, app_name: str, 
     async with await Client.connect(app, nats=nats_url) as client:
         with pytest.raises(TimeoutError, match="no answer to Note"):
             await client.execute(Notebook, "n", Note("one"), timeout=0.3)
+
+
+async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two withdrawals at once: the second is refused because of the first, whose append then fails."""
+    service = Service(bank(app_name), Settings(data=tmp_path, nats=nats_url))
+    await service.start()
+    async with await Client.connect(service.app, nats=nats_url) as client:
+        await client.execute(Account, "a", Deposit(100))
+        assert service._log is not None
+        append, failed = service._log.append, []
+
+        def fail_once(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+            if failed:
+                return append(subject, expected, payload)
+            failed.append(payload)
+            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            future.set_exception(Unavailable("not now"))
+            return future
+
+        monkeypatch.setattr(service._log, "append", fail_once)
+        answers: list[bytes] = []
+        gateway = service._gateway
+        assert gateway is not None
+        monkeypatch.setattr(gateway, "_publish", lambda _subject, payload, _reply: answers.append(payload))
+        partition = client.log.subjects.commands(client.log.subjects.partition("Account", "a")).encode()
+        for cents in (100, 50):
+            request = b'{"aggregate":"Account","id":"a","command":"Withdraw","data":{"cents":%d}}' % cents
+            gateway.receive(partition, b"reply", request, None)
+        async with asyncio.timeout(10):
+            while len(answers) < 2:
+                await asyncio.sleep(0)
+    await service.stop()
+    assert failed
+    assert all(b'"unavailable"' in answer for answer in answers), answers

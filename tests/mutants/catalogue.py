@@ -143,12 +143,22 @@ MUTANTS = [
         (f"{LOG}::test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece",),
     ),
     Mutant(
+        "refusal-before-commit",
+        "a refusal rests on what is in the log",
+        "kernel/actors.py",
+        """                if decisions:
+                    # it rests""",
+        """                if False:
+                    # it rests""",
+        ("tests/test_commands.py::test_a_refusal_waits_until_what_it_rests_on_is_stored",),
+    ),
+    Mutant(
         "ack-before-commit",
         "a receipt means that the commit is in the log",
         "kernel/actors.py",
         """            self.deciding = deciding
             self.gateway.append(""",
-        """            for request, reached in deciding:
+        """            for request, reached, _ in deciding:
                 cell.remember(request.wire.command_id, reached, cell.position + 1)
                 self.gateway.succeed(self.address, request, reached, cell.position + 1, False)
             self.deciding = []
@@ -225,7 +235,7 @@ MUTANTS = [
         "dedupe-not-within-a-commit",
         "a command that comes twice at once takes effect once",
         "kernel/actors.py",
-        " or any(one.wire.command_id == wire.command_id for one, _ in deciding)",
+        " or any(one[0].wire.command_id == wire.command_id for one in deciding)",
         "",
         (f"{COMMANDS}::test_a_command_that_arrives_twice_at_once_takes_effect_once",),
     ),
