@@ -36,7 +36,7 @@ class Worker:
     def __init__(self, limit: int) -> None:
         self.subjects = Subjects(app.name, 64)
         log = MemoryLog()
-        gateway = CommandGateway(app, log, self.subjects, lambda _subject, _payload: None, 10_000)
+        gateway = CommandGateway(app, log, self.subjects, lambda *_: None, 10_000, lambda _: True)
         self.alerts: list[str] = []
         gateway.alert = self.alerts.append  # type: ignore[method-assign]
         gateway.actors = self.actors = Actors(gateway)

@@ -26,13 +26,14 @@ from kernel.log.wire import Wire
 
 logger = logging.getLogger("eskernel")
 _NAME_IN_USE = 10058
+_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _MARGIN = 0.9
 """Of a lease's time that its holder counts on: clocks of two machines don't run equally fast."""
 
 
 def clock() -> float:
     """Return seconds of a clock that nobody sets, and that goes on while the machine is suspended."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    return time.clock_gettime(_CLOCK)
 
 
 @dataclass(slots=True)
