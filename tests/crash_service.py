@@ -12,9 +12,7 @@ from tests.apps import notebooks
 
 async def main(name: str, data: str, nats: str, database: str) -> None:
     embedded = None if nats == "embedded" else nats
-    # the next one waits until the leases of the one that was killed have run out
-    settings = Settings(data=Path(data), nats=embedded, database=database, max_actors=20, lease=0.5)
-    service = Service(notebooks(name), settings)
+    service = Service(notebooks(name), Settings(data=Path(data), nats=embedded, database=database, max_actors=20))
     await service.start()
     print(service.nats_url, flush=True)
     await service.stopped.wait()
