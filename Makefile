@@ -31,7 +31,7 @@ lint: $(READY) ## ruff and mypy --strict
 	@$(BIN)/mypy
 
 faults: $(READY) ## break a service of two workers on purpose, and check everything (SEEDS=20, SEED=n, SECONDS=120)
-	@$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),20)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DATABASE),--database $(DATABASE))
+	@$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) --seeds $(or $(SEEDS),$(if $(SEED),1,20)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DATABASE),--database $(DATABASE))
 
 mutants: $(READY) ## plant bugs in a copy, one by one, and see that each is caught
 	@$(BIN)/python -m tests.mutants
