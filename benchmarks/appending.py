@@ -12,7 +12,8 @@ from benchmarks import places
 from benchmarks.report import Row
 from benchmarks.rounds import in_turns, medians, rounded
 from kernel.log import JetStreamLog, open_log
-from kernel.log.wire import connect
+from kernel.log.dialing import connect
+from kernel.settings.sources import settings_of
 
 EVENTS, EVENTS_SYNCED, RIVAL_SYNCED, EVENTS_AWAITED = 60_000, 20_000, 6_000, 1_500
 
@@ -25,7 +26,7 @@ async def measure(path: Path) -> list[Row]:
 async def _plain(path: Path) -> Row:
     async with places.nats(path) as url:
         wire, client = await connect(url, name="bench"), await nats.connect(url)
-        log = await open_log(wire, "bench", group_commit="never")
+        log = await open_log(wire, "bench", settings_of({"jetstream.group_commit": "never"}))
         try:
             task = _task(log, EVENTS)
             figures = await in_turns(
@@ -55,7 +56,7 @@ async def _plain(path: Path) -> Row:
 async def _synced(path: Path) -> Row:
     async with places.nats(path, sync=True) as url:
         wire, client = await connect(url, name="bench"), await nats.connect(url)
-        log = await open_log(wire, "bench", group_commit="always")
+        log = await open_log(wire, "bench", settings_of({"jetstream.group_commit": "always"}))
         try:
             task, few, short = (_task(log, count) for count in (EVENTS_SYNCED, RIVAL_SYNCED, EVENTS_AWAITED))
             few.last = short.last = task.last

@@ -48,11 +48,11 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
             log,
             log.subjects,
             lambda _subject, _payload, _reply: None,
-            settings.max_commands,
+            settings.commands.pending,
             lambda _partition: True,
         )
         gateway.actors = Actors(gateway)
-        gateway.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
+        gateway.residents = Residents(gateway.actors, settings.passivation.count, settings.passivation.idle)
 
         async def fenced() -> None:
             raise AssertionError("nobody else writes")

@@ -17,7 +17,9 @@ from benchmarks.rounds import in_turns, medians, rounded
 from examples.bank import app as bank
 from examples.flights import app as flights
 from kernel.log import JetStreamLog, open_log
-from kernel.log.wire import Wire, connect
+from kernel.log.dialing import connect
+from kernel.log.wire import Wire
+from kernel.settings.sources import settings_of
 
 SAMPLE = 2_000
 SURVIVES = {
@@ -70,7 +72,7 @@ async def measure(path: Path, pg: Postgres, months: int) -> list[Row]:
     sample = rival_projection.events(backlog.flight_commands(1), SAMPLE)
     async with places.nats(path / "nats") as url:
         wire = await connect(url, name="bench")
-        log = await open_log(wire, flights.name, group_commit="never")
+        log = await open_log(wire, flights.name, settings_of({"jetstream.group_commit": "never"}))
         try:
             count = await backlog.fill(flights, log, backlog.flight_commands(months))
             bench = Bench(path, pg, wire, log)
@@ -147,7 +149,7 @@ async def growth(path: Path) -> list[Row]:
         try:
             for (name, accounts), url in zip(sizes.items(), (small, large), strict=True):
                 wires.append(await connect(url, name="bench"))
-                logs[name] = await open_log(wires[-1], bank.name, group_commit="never")
+                logs[name] = await open_log(wires[-1], bank.name, settings_of({"jetstream.group_commit": "never"}))
                 await backlog.fill(bank, logs[name], backlog.deposits(accounts, GROWTH_EACH))
             run = our_projection
 

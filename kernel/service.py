@@ -20,7 +20,8 @@ from kernel.health import Health, HttpServer
 from kernel.leases import Leases
 from kernel.log import JetStreamLog, open_log
 from kernel.log.api import version_text
-from kernel.log.wire import Wire, connect, publish_frame
+from kernel.log.dialing import dial
+from kernel.log.wire import Wire, publish_frame
 from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, READ_BACKS, SHELLS
 from kernel.ownership import Ownership
 from kernel.projector import Projector
@@ -28,7 +29,7 @@ from kernel.rebuild import Progress, build_missing, clean_up
 from kernel.residents import Residents
 from kernel.runtime import DataDirectory, running_as, worker_name
 from kernel.scheduler import Scheduler
-from kernel.server import EmbeddedServer
+from kernel.server import EmbeddedServer, embedded_commits
 from kernel.settings import Settings
 from kernel.watch import Watch
 from projections.checkpoints import knows, register
@@ -55,7 +56,7 @@ class Service:
         self.health = Health()
         self.scheduler = Scheduler()
         self.directory = DataDirectory(self.settings.data, app.name)
-        self.http = HttpServer(self.health, self.settings.host, self.settings.port)
+        self.http = HttpServer(self.health, self.settings.http)
         self.stopped = asyncio.Event()
         self.failure = ""
         self.number = number
@@ -96,35 +97,33 @@ class Service:
         settings = self.settings
         if not self.number:
             self.directory.hold()
-        self.nats_url = settings.nats or await self._start_server()
-        self.database_url = settings.database or f"sqlite:///{self.directory.path / 'projections.db'}"
-        self._engine = engine = open_database(self.database_url)
-        self._wire = wire = await connect(self.nats_url, name=f"eskernel {self.app.name}", on_event=self._connection)
+        self.nats_url = await self._start_server() if settings.embedded else ",".join(settings.connection.servers)
+        self.database_url = settings.database.url or f"sqlite:///{self.directory.path / 'projections.db'}"
+        self._engine = engine = open_database(self.database_url, **settings.database.options())
+        self._wire = wire = await dial(
+            settings,
+            name=f"eskernel {self.app.name}",
+            url=self.nats_url if settings.embedded else "",
+            on_event=self._connection,
+        )
         CONNECTED.set(1)
         log = self._log = await open_log(
             wire,
             self.app.name,
-            partitions=settings.partitions,
-            replicas=settings.replicas,
-            group_commit=self._group_commit(),
+            embedded_commits(settings),
             create=not await asyncio.to_thread(knows, engine, self.app.name),
+            worker=self.worker,
         )
         info = await log.info()
-        if settings.partitions not in (info.partitions, Settings().partitions):
-            logger.warning(
-                "the stream has %d partitions, not %d: that is fixed when it is made",
-                info.partitions,
-                settings.partitions,
-            )
         self.durability = info.durability
-        if self._server is not None and settings.sync:
+        if self._server is not None and settings.stream.sync:
             self.durability = "acknowledged events are on disk: they survive a power cut"
         logger.info(
             "log: %d commits (%d to %d) in %d partitions on nats-server %s; %s",
             info.commits, info.first, info.last, info.partitions, version_text(wire), self.durability,
         )  # fmt: skip
         self._leases = leases = Leases(
-            wire, self.app.name, self.worker, info.partitions, ttl=settings.lease, replicas=settings.replicas
+            wire, self.app.name, self.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
         )
         await leases.start()
         async with leases.alone("start"):
@@ -135,7 +134,7 @@ class Service:
         assert self._ownership is not None
         self._listening.append(await wire.listen(log.subjects.commands(), self._gateway.receive, queue="workers"))
         await self._ownership.start()
-        self._listening.append(await wire.listen(f"{self.app.name}.svc.status", self._status))
+        self._listening.append(await wire.listen(log.subjects.service("status"), self._status))
         assert self._projector is not None
         self._watch = Watch(
             self.app,
@@ -155,7 +154,7 @@ class Service:
         self._schedule(self._watch, self._ownership, leases)
         await self.http.start()
         if not self.number:
-            running = running_as(self.app.name, self._spec, self.nats_url, self.database_url, self.http.url)
+            running = running_as(self.app.name, self._spec, settings, self.nats_url, self.database_url, self.http.url)
             self.directory.describe(running)
         # what is here now stays: the collector need not look at it again and again
         gc.collect()
@@ -174,24 +173,21 @@ class Service:
             clean_up(engine, declared)
 
     async def _start_server(self) -> str:
-        self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.sync)
+        self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.stream.sync)
         url = await self._server.start()
         self._keeping = asyncio.create_task(self._server.keep())
         return url
-
-    def _group_commit(self) -> Any:
-        if self._server is not None and self.settings.group_commit == "auto":
-            return "always" if self.settings.sync else "never"
-        return self.settings.group_commit
 
     def _start_worker(self, log: JetStreamLog, engine: Engine, leases: Leases) -> None:
         settings = self.settings
         assert self._wire is not None
         self._gateway = gateway = CommandGateway(
-            self.app, log, log.subjects, self._publish, settings.max_commands, leases.holds
+            self.app, log, log.subjects, self._publish, settings.commands.pending, leases.holds
         )
         self._actors = gateway.actors = Actors(gateway)
-        gateway.residents = self.residents = Residents(gateway.actors, settings.max_actors, settings.idle)
+        gateway.residents = self.residents = Residents(
+            gateway.actors, settings.passivation.count, settings.passivation.idle
+        )
         self._projector = projector = Projector(
             self.app,
             log,
@@ -201,7 +197,7 @@ class Service:
             self.residents,
             leases.holds,
             self._verify,
-            settings.retry_after if settings.retries else 0.0,
+            settings,
         )
         self._ownership = Ownership(
             self._wire, log.subjects, leases, gateway, projector if self.app.projections else None
@@ -218,10 +214,10 @@ class Service:
         every(leases.ttl / 3, ownership.renew_leases)
         every(0.5, self._passivate)
         every(1.0, self._publish_metrics)
-        every(5.0, watch.probe)
+        every(self.settings.connection.health_check_interval, watch.probe)
         if self.app.projections:
             every(2.0, watch.detect_backlog)
-            every(min(1.0, self.settings.retry_after), watch.retry_dead_letters)
+            every(min(1.0, self.settings.dead_letters.retry_after), watch.retry_dead_letters)
         self.scheduler.start()
 
     async def _passivate(self) -> None:

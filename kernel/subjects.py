@@ -61,12 +61,13 @@ class Subjects:
     """The subjects of one app.
 
     Args:
-        app: the app's name: letters, digits, `-` and `_`.
+        prefix: first token, or tokens, of all of them: the app's name, or what the settings say.
         partitions: how many partitions its stream was created with.
     """
 
-    def __init__(self, app: str, partitions: int) -> None:
-        self.app = app
+    def __init__(self, prefix: str, partitions: int) -> None:
+        self.prefix = prefix
+        self._first = prefix.count(".") + 1
         self.partitions = partitions
         self.address = lru_cache(maxsize=65_536)(self._address)
         self.parse = lru_cache(maxsize=65_536)(self._parse)
@@ -78,20 +79,20 @@ class Subjects:
     def _address(self, aggregate: str, aggregate_id: str) -> Address:
         token = encode_id(aggregate_id)
         partition = self.partition(aggregate, aggregate_id)
-        return Address(f"{self.app}.evt.{partition}.{aggregate}.{token}", partition, aggregate, aggregate_id)
+        return Address(f"{self.prefix}.evt.{partition}.{aggregate}.{token}", partition, aggregate, aggregate_id)
 
     def _parse(self, subject: str) -> Address:
-        parts = subject.split(".")
-        if len(parts) != 5 or parts[0] != self.app or parts[1] != "evt":
-            raise InvalidId(f"{subject!r} is not an event subject of {self.app}")
-        address = self._address(parts[3], unquote(parts[4]))
+        parts = subject.split(".")[self._first :]
+        if len(parts) != 4 or parts[0] != "evt" or not subject.startswith(f"{self.prefix}."):
+            raise InvalidId(f"{subject!r} is not an event subject of {self.prefix}")
+        address = self._address(parts[2], unquote(parts[3]))
         if address.subject != subject:
-            raise InvalidId(f"{subject!r} is not an event subject of {self.app}; that one's is {address.subject!r}")
+            raise InvalidId(f"{subject!r} is not an event subject of {self.prefix}; that one's is {address.subject!r}")
         return address
 
     def partition_of(self, subject: str) -> int:
         """Return the partition whose owner looks after a message, also after one that is no commit."""
-        token = subject.split(".", 3)[2:3]
+        token = subject.split(".", self._first + 2)[self._first + 1 : self._first + 2]
         named = (
             int(token[0])
             if token and token[0].isascii() and token[0].isdecimal() and len(token[0]) < 6
@@ -101,8 +102,12 @@ class Subjects:
 
     def events(self, partition: int | None = None) -> str:
         """Return the filter for all events, or for those of one partition."""
-        return f"{self.app}.evt.>" if partition is None else f"{self.app}.evt.{partition}.>"
+        return f"{self.prefix}.evt.>" if partition is None else f"{self.prefix}.evt.{partition}.>"
 
     def commands(self, partition: int | str | None = None) -> str:
         """Return where commands go: those of one partition, or (`None`) those whose sender doesn't know it."""
-        return f"{self.app}.cmd" if partition is None else f"{self.app}.cmd.{partition}"
+        return f"{self.prefix}.cmd" if partition is None else f"{self.prefix}.cmd.{partition}"
+
+    def service(self, what: str) -> str:
+        """Return where workers are asked about something: `status`, `leases`, `limits`."""
+        return f"{self.prefix}.svc.{what}"

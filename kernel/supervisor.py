@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import orjson
 from kernel.health import HttpServer
 from kernel.pages import merge, scrape
 from kernel.runtime import DataDirectory, WorkersFailed, running_as
-from kernel.server import EmbeddedServer, end_with_parent
+from kernel.server import EmbeddedServer, embedded_commits, end_with_parent
 from kernel.settings import Settings
+from kernel.settings.sources import changed
 from kernel.worker import REFUSED, describe
 
 logger = logging.getLogger("eskernel")
@@ -56,13 +57,13 @@ class Supervisor:
     it dies its workers die with it.
     """
 
-    def __init__(self, app: str, spec: str, settings: Settings, workers: int, log_level: str) -> None:
+    def __init__(self, app: str, spec: str, settings: Settings) -> None:
         self.app, self.settings = app, settings
         self.directory = DataDirectory(settings.data, app)
-        self.workers = [Worker(number) for number in range(1, workers + 1)]
-        self.http = HttpServer(self, settings.host, settings.port)
+        self.workers = [Worker(number) for number in range(1, settings.workers + 1)]
+        self.http = HttpServer(self, settings.http)
         self.nats_url = self.database_url = self.durability = ""
-        self._spec, self._log_level = spec, log_level
+        self._spec = spec
         self._server: EmbeddedServer | None = None
         self.stopped = asyncio.Event()
         self.failure = ""
@@ -83,18 +84,22 @@ class Supervisor:
 
     async def _start(self) -> None:
         self.directory.hold()
-        settings = self.settings
-        if settings.nats is None:
-            self._server = EmbeddedServer(self.directory.path / "nats", sync=settings.sync)
-            if settings.group_commit == "auto":
-                settings = replace(settings, group_commit="always" if settings.sync else "never")
-        self.nats_url = settings.nats or await self._start_server()
-        self.database_url = settings.database or f"sqlite:///{self.directory.path / 'projections.db'}"
+        settings = embedded_commits(self.settings)
+        self.nats_url = await self._start_server() if settings.embedded else ",".join(settings.connection.servers)
+        self.database_url = settings.database.url or f"sqlite:///{self.directory.path / 'projections.db'}"
         order = describe(
             self._spec,
             str(Path.cwd()),
-            replace(settings, nats=self.nats_url, database=self.database_url, port=0, host="127.0.0.1"),
-            self._log_level,
+            changed(
+                settings,
+                {
+                    "connection.servers": self.nats_url,
+                    "database.url": self.database_url,
+                    "http.port": 0,
+                    "http.host": "127.0.0.1",
+                    "http.token": None,
+                },
+            ),
         )
         self._tasks += [asyncio.create_task(self._keep(worker, order)) for worker in self.workers]
         self._tasks.append(asyncio.create_task(self._watch()))
@@ -104,10 +109,12 @@ class Supervisor:
                 raise WorkersFailed(worker.failed)
         self.durability = self.workers[0].told.get("durability", "")
         await self.http.start()
-        self.directory.describe(running_as(self.app, self._spec, self.nats_url, self.database_url, self.http.url))
+        self.directory.describe(
+            running_as(self.app, self._spec, self.settings, self.nats_url, self.database_url, self.http.url)
+        )
 
     async def _start_server(self) -> str:
-        assert self._server is not None
+        self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.stream.sync)
         url = await self._server.start()
         self._tasks.append(asyncio.create_task(self._server.keep()))
         return url

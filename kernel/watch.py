@@ -92,8 +92,8 @@ class Watch:
             if not self._leases.holds(partition) or one.projection not in self._names:
                 continue
             pause = None
-            if one.attempts < self._settings.retries:
-                pause = min(self._settings.retry_after * 2**one.attempts, dead_letters.MAX_PAUSE_S)
+            if one.attempts < self._settings.dead_letters.retries:
+                pause = min(self._settings.dead_letters.retry_after * 2**one.attempts, dead_letters.MAX_PAUSE_S)
             plan = dead_letters.plan_of(self._app.plan(), one.projection)
             try:
                 done.append(

@@ -11,8 +11,6 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,22 +19,16 @@ from kernel.app import load_app
 from kernel.scheduler import Scheduler
 from kernel.service import Service
 from kernel.settings import Settings
+from kernel.settings.sources import written
 
 REFUSED = 4
 """Exit code of a worker that could not start, which starting again would not mend."""
 BEAT_S = 1.0
 
 
-def describe(spec: str, directory: str, settings: Settings, log_level: str) -> bytes:
+def describe(spec: str, directory: str, settings: Settings) -> bytes:
     """Return the line that tells a worker what to run."""
-    return orjson.dumps(
-        {
-            "spec": spec,
-            "directory": directory,
-            "settings": {**asdict(settings), "data": str(settings.data)},
-            "log_level": log_level,
-        }
-    )
+    return orjson.dumps({"spec": spec, "directory": directory, "settings": written(settings)})
 
 
 class Parent:
@@ -54,8 +46,7 @@ class Parent:
             pass  # it is gone; standard input says so too
 
 
-async def _work(number: int, order: dict[str, Any], parent: Parent) -> int:
-    settings = Settings(**{**order["settings"], "data": Path(order["settings"]["data"])})
+async def _work(number: int, order: dict[str, Any], settings: Settings, parent: Parent) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -122,9 +113,10 @@ def main() -> None:
         format=f"%(asctime)s %(levelname)-7s [{number}] %(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("eskernel").setLevel(order["log_level"].upper())
+    settings = Settings.model_validate(order["settings"])
+    logging.getLogger("eskernel").setLevel(settings.logging.level.upper())
     sys.path.insert(0, order["directory"])
-    sys.exit(asyncio.run(_work(number, order, parent)))
+    sys.exit(asyncio.run(_work(number, order, settings, parent)))
 
 
 if __name__ == "__main__":

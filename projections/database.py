@@ -13,7 +13,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from projections.errors import SchemaError
 
 _READS = "eskernel_reads"
-LOCK_TIMEOUT_S = 5
 _KEEP_ALIVE = {
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -50,7 +49,17 @@ def database_url(text: str) -> URL:
     return url
 
 
-def open_database(text: str, *, read_only: bool = False) -> Engine:
+def open_database(
+    text: str,
+    *,
+    read_only: bool = False,
+    pool_size: int = 5,
+    max_overflow: int = 5,
+    pool_timeout: float = 10.0,
+    pool_recycle: float = -1,
+    connect_timeout: float = 10.0,
+    lock_timeout: float = 5.0,
+) -> Engine:
     """Return an engine.
 
     Writers on SQLite begin with the write lock (`BEGIN IMMEDIATE`) in WAL mode, and wait for it for
@@ -60,17 +69,31 @@ def open_database(text: str, *, read_only: bool = False) -> Engine:
 
     Args:
         read_only: refuse writes; for queries that people type.
+        pool_size, max_overflow: connections kept open, and further ones when those are in use.
+        pool_timeout: seconds to wait for a connection when all are in use.
+        pool_recycle: age in seconds at which a connection is replaced; -1 never.
+        connect_timeout: seconds for making a connection (PostgreSQL).
+        lock_timeout: seconds to wait for somebody else's lock.
     """
     url = database_url(text)
+    pool: dict[str, Any] = {
+        "pool_size": pool_size,
+        "max_overflow": max_overflow,
+        "pool_timeout": pool_timeout,
+        "pool_recycle": int(pool_recycle),
+    }
     if url.get_backend_name() == "postgresql":
-        options = f"-c synchronous_commit=off -c lock_timeout={LOCK_TIMEOUT_S * 1000}"
+        options = f"-c synchronous_commit=off -c lock_timeout={int(lock_timeout * 1000)}"
         if read_only:
             options += " -c default_transaction_read_only=on"
-        arguments = {"options": options, "connect_timeout": 10, **_KEEP_ALIVE}
-        return create_engine(url, connect_args=arguments, pool_pre_ping=read_only)
-    if url.database and url.database != ":memory:":
+        arguments = {"options": options, "connect_timeout": int(connect_timeout), **_KEEP_ALIVE}
+        return create_engine(url, connect_args=arguments, pool_pre_ping=read_only, **pool)
+    shared = url.database in (None, "", ":memory:")  # such a database is its one connection
+    if url.database and not shared:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S, "check_same_thread": False})
+    engine = create_engine(
+        url, connect_args={"timeout": lock_timeout, "check_same_thread": False}, **({} if shared else pool)
+    )
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _record: Any) -> None:

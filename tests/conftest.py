@@ -19,12 +19,17 @@ from sqlalchemy import create_engine, select, text
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import Session
 
+import kernel.log
 import migrations
 from aggregates import Aggregate
 from aggregates.commit import Decision, Envelope, decode, encode
 from aggregates.declaration import declare
 from kernel import App
+from kernel.log import JetStreamLog
+from kernel.log.wire import Wire
 from kernel.server import EmbeddedServer
+from kernel.settings import Settings
+from kernel.settings.sources import settings_of
 from kernel.subjects import Subjects
 from projections.checkpoints import claim, register
 from projections.database import open_database
@@ -34,6 +39,35 @@ from projections.generations import create, show
 from projections.unit_of_work import Write, Writer
 
 T = TypeVar("T")
+_SHORT = {
+    "nats": "connection.servers",
+    "database": "database.url",
+    "max_actors": "passivation.count",
+    "idle": "passivation.idle",
+    "max_commands": "commands.pending",
+    "retry_after": "dead_letters.retry_after",
+    "retries": "dead_letters.retries",
+    "sync": "stream.sync",
+    "partitions": "stream.partitions",
+    "group_commit": "jetstream.group_commit",
+    "host": "http.host",
+    "port": "http.port",
+}
+
+
+def settings_for(data: Path, **values: Any) -> Settings:
+    """Return settings for a service in a directory; some have short names here, others `section__name`."""
+    return settings_of(
+        {"data": data}
+        | {_SHORT.get(name, name.replace("__", ".")): value for name, value in values.items() if value is not None}
+    )
+
+
+async def open_log(wire: Wire, app: str, *, create: bool = True, **values: Any) -> JetStreamLog:
+    """Open an app's log with some settings, named as for `settings_for`."""
+    return await kernel.log.open_log(wire, app, settings_for(Path(), **values), create=create)
+
+
 OLD_SERVER = Path(__file__).parent.parent / ".venv" / "nats-2.10" / "bin" / "nats-server"
 
 # a failing example is printed as a blob for @reproduce_failure, so that it can be run again anywhere

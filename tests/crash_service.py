@@ -6,13 +6,14 @@ import asyncio
 import sys
 from pathlib import Path
 
-from kernel import Service, Settings
+from kernel import Service
 from tests.apps import notebooks
+from tests.conftest import settings_for
 
 
 async def main(name: str, data: str, nats: str, database: str) -> None:
     embedded = None if nats == "embedded" else nats
-    service = Service(notebooks(name), Settings(data=Path(data), nats=embedded, database=database, max_actors=20))
+    service = Service(notebooks(name), settings_for(Path(data), nats=embedded, database=database, max_actors=20))
     await service.start()
     print(service.nats_url, flush=True)
     await service.stopped.wait()

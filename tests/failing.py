@@ -22,16 +22,18 @@ import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy import func, select
 
-from kernel import Client, Service, Settings
+from kernel import Client, Service
 from kernel.log.api import call_api
-from kernel.log.wire import Wire, connect
+from kernel.log.dialing import connect
+from kernel.log.wire import Wire
 from kernel.server import end_with_parent, find_binary
 from projections.database import open_database, reads
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks
+from tests.conftest import settings_for
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
-NAME_VARIABLE = "ESKERNEL_FAILING_APP"
+NAME_VARIABLE = "FAILING_APP"
 ROOT = Path(__file__).parent.parent
 
 # for `eskernel run tests.failing:app`
@@ -238,7 +240,7 @@ async def running(
     """
     database = database or f"sqlite:///{directory / 'projections.db'}"
     service = Service(
-        notebooks(name), Settings(data=directory / "data", nats=nats, database=database, drain=2.0, **more)
+        notebooks(name), settings_for(directory / "data", nats=nats, database=database, drain=2.0, **more)
     )
     await service.start()
     try:

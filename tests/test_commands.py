@@ -15,14 +15,15 @@ from aggregates import InvalidId, Rejected
 from aggregates.commit import Decision, decode, encode
 from aggregates.context import uuid7
 from examples.bank import Account, Deposit
-from kernel import App, Client, CommandError, Overloaded, Service, Settings
+from kernel import App, Client, CommandError, Overloaded, Service
 from kernel.log import Unavailable
 from tests.apps import Explode, Note, Notebook, Noted, NoteTwice, Weigh, bank, notebooks
+from tests.conftest import settings_for
 
 
 @pytest.fixture
 async def service(nats_url: str, app_name: str, tmp_path: Path) -> AsyncIterator[Service]:
-    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=nats_url))
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url))
     await service.start()
     yield service
     await service.stop()
@@ -240,7 +241,7 @@ async def test_ids_are_any_text(client: Client) -> None:
 async def test_beyond_the_limit_commands_are_refused_with_a_time_to_retry_after(
     nats_url: str, app_name: str, tmp_path: Path
 ) -> None:
-    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=nats_url, max_commands=10))
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, max_commands=10))
     await service.start()
     async with await Client.connect(service.app, nats=nats_url) as client:
         wire = {"aggregate": "Notebook", "command": "Note", "data": {"text": "a"}}
@@ -259,7 +260,7 @@ async def test_beyond_the_limit_commands_are_refused_with_a_time_to_retry_after(
 
 async def test_a_client_without_a_service_says_so(nats_url: str, app_name: str, tmp_path: Path) -> None:
     app: App = notebooks(app_name)
-    service = Service(app, Settings(data=tmp_path, nats=nats_url))
+    service = Service(app, settings_for(tmp_path, nats=nats_url))
     await service.start()
     await service.stop()
     async with await Client.connect(app, nats=nats_url) as client:
@@ -271,7 +272,7 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two withdrawals at once: the second is refused because of the first, whose append then fails."""
-    service = Service(bank(app_name), Settings(data=tmp_path, nats=nats_url))
+    service = Service(bank(app_name), settings_for(tmp_path, nats=nats_url))
     await service.start()
     async with await Client.connect(service.app, nats=nats_url) as client:
         await client.execute(Account, "a", Deposit(100))

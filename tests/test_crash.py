@@ -15,7 +15,7 @@ import pytest
 from aggregates.commit import decode
 from kernel import Client
 from kernel.log import find_log
-from kernel.log.wire import connect
+from kernel.log.dialing import connect
 from tests.apps import Note, Notebook, notebooks
 
 KILLS = 10
@@ -47,8 +47,8 @@ class Worker:
 async def test_ten_kills_at_random_moments_lose_and_double_nothing(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, server: str
 ) -> None:
-    seed = int(os.environ.get("ESKERNEL_SEED", random.randrange(1 << 30)))
-    print(f"ESKERNEL_SEED={seed}")
+    seed = int(os.environ.get("TEST_SEED", random.randrange(1 << 30)))
+    print(f"TEST_SEED={seed}")
     chance = random.Random(seed)
     nats = "embedded" if server == "embedded" else nats_url
     worker = Worker(app_name, str(tmp_path / "data"), nats, database_url)

@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from kernel.log import Unavailable, open_log
-from kernel.log.wire import connect
+from kernel.log import Unavailable
+from kernel.log.dialing import connect
 from kernel.server import EmbeddedServer, find_binary
+from tests.conftest import open_log
 
 ROOT = Path(__file__).parent.parent
 OWNER = """

@@ -10,16 +10,16 @@ import asyncio
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel import Service, Settings
+from kernel import Service
 from kernel.log.api import ApiError, call_api
-from kernel.log.wire import connect
+from kernel.log.dialing import connect
 from tests.apps import notebooks
+from tests.conftest import settings_for
 from tests.failing import Running, Wait, free_port, metric, running, server, warned
 from tests.faults.proxy import Proxy
 
@@ -51,13 +51,14 @@ def stall(proxy: Proxy) -> None:
 
 
 async def test_a_wrong_password_at_start_is_named_and_no_password_is_shown(
-    app_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    app_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kernel.service.connect", partial(connect, connect_timeout=1.0))
     async with server(tmp_path, password="right-secret") as nats:
         wrong = nats.url.replace("right-secret", "wrong-secret")
-        with pytest.raises(ConnectionError, match=r"Authorization Violation.*are the credentials right") as refused:
-            await Service(notebooks(app_name), Settings(data=tmp_path / "data", nats=wrong)).start()
+        with pytest.raises(
+            ConnectionError, match=r"Authorization Violation.*the server refused the credentials in the URL"
+        ) as refused:
+            await Service(notebooks(app_name), settings_for(tmp_path / "data", nats=wrong)).start()
         assert "secret" not in str(refused.value)
         async with running(app_name, tmp_path, nats.url) as service:
             assert "secret" not in (await service.component("log"))["detail"]
@@ -110,7 +111,7 @@ async def test_a_permission_that_is_missing_is_named_in_the_log(
     async with server(tmp_path, more=denied) as nats:
         url = nats.url.replace("//", "//user:right@")
         with pytest.raises(Exception, match=r"JetStream API STREAM"):
-            await Service(notebooks(app_name), Settings(data=tmp_path / "data", nats=url)).start()
+            await Service(notebooks(app_name), settings_for(tmp_path / "data", nats=url)).start()
         assert warned(caplog, "permissions violation", "$js.api.stream.create")
 
 
@@ -239,10 +240,16 @@ async def test_a_dead_read_loop_is_noticed_and_replaced(proxied: Running, wait_u
     await proxied.check()
 
 
-async def test_lost_pulls_are_sent_again(proxied: Running, wait_until: Wait, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lost_pulls_are_sent_again(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests for events that got lost on the way: the reader hears no heartbeat, and asks anew."""
-    monkeypatch.setattr("kernel.log.reader.HEARTBEAT_S", 0.5)
-    wire = proxied.service._wire
+    async with running(app_name, tmp_path, nats_url, consumer__heartbeat=0.5) as here:
+        await _lose_pulls(here, wait_until, monkeypatch)
+
+
+async def _lose_pulls(here: Running, wait_until: Wait, monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = here.service._wire
     assert wire is not None
     send, lost = wire.send, 0
 
@@ -256,7 +263,7 @@ async def test_lost_pulls_are_sent_again(proxied: Running, wait_until: Wait, mon
     monkeypatch.setattr(wire, "send", lossy)
     await wire.force_reconnect()
     await wait_until(lambda: lost == 2)
-    await proxied.check()
+    await here.check()
 
 
 async def test_a_question_that_fails_after_a_reconnect_is_asked_again(

@@ -230,7 +230,7 @@ async def test_an_exhausted_pool_is_waited_for(
         engine = here.service._engine
         assert engine is not None
         engine.pool._timeout = 0.2  # type: ignore[attr-defined]
-        taken = [engine.raw_connection() for _ in range(15 - engine.pool.checkedout())]  # type: ignore[attr-defined]
+        taken = [engine.raw_connection() for _ in range(10 - engine.pool.checkedout())]  # type: ignore[attr-defined]
         await behind(here)
         await until_shown(here, "projection", wait_until, "waiting for the database")
         for one in taken:

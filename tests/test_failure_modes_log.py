@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from kernel import Client, CommandError, Service, Settings
+from kernel import Client, CommandError, Service
 from kernel.log import LogError, StreamMismatch, find_log
-from kernel.log.wire import connect
+from kernel.log.dialing import connect
 from projections import SchemaError
 from projections.database import open_database
 from tests.apps import Note, Notebook, notebooks
+from tests.conftest import settings_for
 from tests.failing import (
     Process,
     Running,
@@ -326,9 +327,7 @@ async def test_a_server_that_is_too_old_is_refused(app_name: str, tmp_path: Path
     listening = await asyncio.start_server(old, "127.0.0.1", port)
     try:
         with pytest.raises(StreamMismatch, match=r"2\.8.*too old.*2\.10"):
-            await Service(
-                notebooks(app_name), Settings(data=tmp_path / "data", nats=f"nats://127.0.0.1:{port}")
-            ).start()
+            await Service(notebooks(app_name), settings_for(tmp_path / "data", nats=f"nats://127.0.0.1:{port}")).start()
     finally:
         listening.close()
 

@@ -14,7 +14,7 @@ import pytest
 
 from kernel import Client
 from kernel.leases import bucket_of
-from kernel.log.wire import connect
+from kernel.log.dialing import connect
 from projections import dead_letters
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks

@@ -343,8 +343,8 @@ def test_a_schedule_follows_from_its_seed_and_has_every_fault() -> None:
 
 @pytest.mark.timeout(180)
 async def test_two_workers_hold_through_a_short_schedule(postgres_url: str) -> None:
-    seed = int(os.environ.get("ESKERNEL_SEED", random.randrange(1 << 30)))
-    print(f"ESKERNEL_SEED={seed}")
+    seed = int(os.environ.get("TEST_SEED", random.randrange(1 << 30)))
+    print(f"TEST_SEED={seed}")
     postgres = postgres_url if seed % 2 else ""  # one database a run: it is the long harness that does both
     result = await Run(seed, short_plan(seed), Options(postgres=postgres), print).run()
     print("\n".join(tell(result)))

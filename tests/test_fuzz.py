@@ -1,6 +1,6 @@
 """Whatever bytes arrive, at the command endpoint, at the decoder, or in the stream itself: nobody else is harmed.
 
-A failure prints its seed; ESKERNEL_SEED=<seed> runs the same inputs again.
+A failure prints its seed; TEST_SEED=<seed> runs the same inputs again.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from aggregates import Aggregate, InvalidMessage, applies, command, event, handles
 from aggregates.commit import Decision, Envelope, decode, encode
 from examples.bank import Account, Balances
-from kernel import App, Client, Service, Settings
+from kernel import App, Client, Service
 from kernel.messages import ErrorType
 from kernel.metrics import ALERTS
 from projections import Rows
 from projections.database import open_database
 from projections.tables import dead_letter
 from tests.apps import Lines, Note, Notebook, Noted, Pages, Words
+from tests.conftest import settings_for
 
 COUNT = 100_000
 WINDOW = 1_000
@@ -42,8 +43,8 @@ Wait = Callable[..., Coroutine[Any, Any, Any]]
 
 @pytest.fixture
 def dice() -> random.Random:
-    seed = int(os.environ.get("ESKERNEL_SEED") or random.SystemRandom().getrandbits(32))
-    print(f"ESKERNEL_SEED={seed}")
+    seed = int(os.environ.get("TEST_SEED") or random.SystemRandom().getrandbits(32))
+    print(f"TEST_SEED={seed}")
     return random.Random(seed)
 
 
@@ -117,7 +118,7 @@ def bank_and_notebooks(name: str) -> App:
 
 @pytest.fixture
 async def service(nats_url: str, app_name: str, tmp_path: Path) -> AsyncIterator[Service]:
-    service = Service(bank_and_notebooks(app_name), Settings(data=tmp_path, nats=nats_url, drain=0.5))
+    service = Service(bank_and_notebooks(app_name), settings_for(tmp_path, nats=nats_url, drain=0.5))
     await service.start()
     yield service
     await service.stop()
@@ -288,7 +289,7 @@ async def test_a_command_with_a_deep_value_is_answered_and_its_aggregate_goes_on
     nats_url: str, app_name: str, tmp_path: Path, depth: int
 ) -> None:
     service = Service(
-        App(app_name, aggregates=[Box], projections=[Lids]), Settings(data=tmp_path, nats=nats_url, drain=0.5)
+        App(app_name, aggregates=[Box], projections=[Lids]), settings_for(tmp_path, nats=nats_url, drain=0.5)
     )
     await service.start()
     alerts = ALERTS._value.get()

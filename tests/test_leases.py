@@ -12,7 +12,8 @@ import pytest
 
 from kernel.leases import Leases, Members, clock
 from kernel.log.api import call_api
-from kernel.log.wire import Wire, connect
+from kernel.log.dialing import connect
+from kernel.log.wire import Wire
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 PARTITIONS = 8

@@ -23,12 +23,13 @@ from kernel.log import (
     StreamMismatch,
     Unavailable,
     find_log,
-    open_log,
 )
 from kernel.log.api import call_api
 from kernel.log.base import LogReader
-from kernel.log.wire import Wire, connect
+from kernel.log.dialing import connect
+from kernel.log.wire import Wire
 from kernel.server import EmbeddedServer
+from tests.conftest import open_log
 
 Log = MemoryLog | JetStreamLog
 PARTITIONS = 8
@@ -393,10 +394,10 @@ async def test_a_reader_waits_for_new_commits(log: Log) -> None:
 
 async def test_a_reader_with_nothing_to_read_returns_an_empty_batch(log: Log) -> None:
     reader = await log.read(0)
-    assert await reader.next(10, timeout=0.05) == ([], 0)
+    assert await reader.next(10, timeout=0.05) == ([], 0, 0.0)
     made = await fill(log, 5)
     assert await drain(reader, 5) == made
-    assert await reader.next(10, timeout=0.05) == ([], 0)
+    assert await reader.next(10, timeout=0.05) == ([], 0, 0.0)
     await reader.close()
 
 

@@ -15,17 +15,18 @@ from sqlalchemy.exc import DBAPIError
 
 from aggregates.commit import Decision, encode
 from examples.bank import Account, Deposit, Deposited, Withdraw
-from kernel import App, Client, Service, Settings
+from kernel import App, Client, Service
 from kernel.leases import Leases, Members
-from kernel.log import find_log, open_log
+from kernel.log import find_log
 from kernel.log.base import Conflict, Stored, Unavailable
-from kernel.log.wire import Wire, connect
+from kernel.log.dialing import connect
+from kernel.log.wire import Wire
 from kernel.rebuild import Rebuild
 from projections.checkpoints import reached
 from projections.database import open_database
 from projections.unit_of_work import Write, Writer
 from tests.apps import Note, Notebook, Noted, Page, notebooks
-from tests.conftest import ReadSide, envelopes
+from tests.conftest import ReadSide, envelopes, open_log, settings_for
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
 
 @asynccontextmanager
 async def running(app: App, nats: str, tmp_path: Path) -> AsyncIterator[tuple[Service, Client]]:
-    service = Service(app, Settings(data=tmp_path, nats=nats))
+    service = Service(app, settings_for(tmp_path, nats=nats))
     await service.start()
     try:
         async with await Client.connect(app, nats=nats, database=service.database_url) as client:

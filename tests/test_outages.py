@@ -12,11 +12,12 @@ from typing import Any
 from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.engine import make_url
 
-from kernel import Client, Service, Settings
+from kernel import Client, Service
 from kernel.server import EmbeddedServer
 from projections.database import open_database
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks
+from tests.conftest import settings_for
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -24,7 +25,7 @@ Wait = Callable[..., Coroutine[Any, Any, Any]]
 async def test_a_database_that_refuses_connections_is_waited_for(
     nats_url: str, postgres_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
-    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=nats_url, database=fresh_postgres))
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, database=fresh_postgres))
     await service.start()
     name = make_url(fresh_postgres).database
     admin = create_engine(make_url(postgres_url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
@@ -59,7 +60,7 @@ async def test_a_server_that_is_killed_and_comes_back_is_ridden_out(
 ) -> None:
     server = EmbeddedServer(tmp_path / "nats")
     url = await server.start()
-    service = Service(notebooks(app_name), Settings(data=tmp_path / "data", nats=url, database=database_url))
+    service = Service(notebooks(app_name), settings_for(tmp_path / "data", nats=url, database=database_url))
     await service.start()
     stop = asyncio.Event()
     sent = [0] * 20
@@ -99,7 +100,7 @@ async def test_a_server_that_is_killed_and_comes_back_is_ridden_out(
 
 
 async def test_the_embedded_server_is_started_again_when_it_dies(app_name: str, tmp_path: Path) -> None:
-    service = Service(notebooks(app_name), Settings(data=tmp_path))
+    service = Service(notebooks(app_name), settings_for(tmp_path))
     await service.start()
     async with await Client.connect(service.app, data=tmp_path) as client:
         await client.execute(Notebook, "n", Note("a"))

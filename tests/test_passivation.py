@@ -8,12 +8,13 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from kernel import Client, Service, Settings
+from kernel import Client, Service
 from kernel.actors import Actors
 from kernel.commands import CommandGateway
 from kernel.log import MemoryLog
 from kernel.residents import Residents
 from tests.apps import Note, Notebook, notebooks
+from tests.conftest import settings_for
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -76,7 +77,7 @@ async def test_with_hardly_any_room_every_number_is_right(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path
 ) -> None:
     service = Service(
-        notebooks(app_name), Settings(data=tmp_path, nats=nats_url, database=database_url, max_actors=3, idle=0.01)
+        notebooks(app_name), settings_for(tmp_path, nats=nats_url, database=database_url, max_actors=3, idle=0.01)
     )
     await service.start()
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
@@ -98,7 +99,7 @@ async def test_with_hardly_any_room_every_number_is_right(
 async def test_an_idle_service_passivates_everything(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
-    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=nats_url, idle=0.1))
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, idle=0.1))
     await service.start()
     async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
         await asyncio.gather(*(client.execute(Notebook, f"n{n}", Note("word")) for n in range(50)))

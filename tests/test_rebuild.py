@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, inspect
 
-from kernel import Client, Service, Settings
+from kernel import Client, Service
 from kernel.app import App
 from kernel.rebuild import Progress, Rebuild, clean_up
 from projections import Rows, applies
 from projections.database import open_database
 from tests.apps import Lines, Note, Notebook, Noted, Page, Words, notebooks
+from tests.conftest import settings_for
 
 TABLES = {"Pages": "select * from pages order by 1", "Words": "select * from words order by 1",
           "Lines": "select * from lines order by 1, 2"}  # fmt: skip
 
 
 async def start(nats_url: str, database_url: str, tmp_path: Path, app: App) -> Service:
-    service = Service(app, Settings(data=tmp_path / "data", nats=nats_url, database=database_url))
+    service = Service(app, settings_for(tmp_path / "data", nats=nats_url, database=database_url))
     await service.start()
     return service
 

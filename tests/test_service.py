@@ -19,12 +19,13 @@ from projections import SchemaError
 from projections.database import open_database
 from projections.tables import dead_letter, stream
 from tests.apps import Note, Notebook, Page, bank, notebooks
+from tests.conftest import settings_for
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def settings(tmp_path: Path, nats_url: str, database_url: str, **more: object) -> Settings:
-    return Settings(data=tmp_path / "data", nats=nats_url, database=database_url, **more)  # type: ignore[arg-type]
+    return settings_for(tmp_path / "data", nats=nats_url, database=database_url, **more)  # type: ignore[arg-type]
 
 
 async def note(client: Client, count: int, notebooks: int = 10, text: str = "hello") -> list[Receipt]:
@@ -230,12 +231,12 @@ async def test_a_second_service_takes_its_share_and_gives_it_back_when_it_stops(
 
 
 async def test_a_data_directory_has_one_service(nats_url: str, app_name: str, tmp_path: Path) -> None:
-    first = Service(bank(app_name), Settings(data=tmp_path, nats=nats_url))
+    first = Service(bank(app_name), settings_for(tmp_path, nats=nats_url))
     await first.start()
     with pytest.raises(AlreadyRunning, match="--data"):
-        await Service(bank(app_name), Settings(data=tmp_path, nats=nats_url)).start()
+        await Service(bank(app_name), settings_for(tmp_path, nats=nats_url)).start()
     await first.stop()
-    again = Service(bank(app_name), Settings(data=tmp_path, nats=nats_url))
+    again = Service(bank(app_name), settings_for(tmp_path, nats=nats_url))
     await again.start()
     await again.stop()
 
@@ -271,7 +272,7 @@ async def test_a_truncated_log_is_noticed_at_start(
 
 
 async def test_health_and_metrics_are_served(nats_url: str, app_name: str, tmp_path: Path) -> None:
-    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=nats_url))
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url))
     await service.start()
     async with aiohttp.ClientSession() as http:
         for path, text in (("/healthz", "alive"), ("/readyz", '"ready":true'), ("/metrics", "eskernel_actors_live")):
@@ -282,7 +283,7 @@ async def test_health_and_metrics_are_served(nats_url: str, app_name: str, tmp_p
 
 
 async def test_the_same_service_runs_on_an_older_server(old_nats_url: str, app_name: str, tmp_path: Path) -> None:
-    service = Service(notebooks(app_name), Settings(data=tmp_path, nats=old_nats_url))
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=old_nats_url))
     await service.start()
     async with await Client.connect(service.app, nats=old_nats_url, database=service.database_url) as client:
         rows = await client.query("select sum(notes) as n from pages", after=await note(client, 300))
@@ -293,7 +294,7 @@ async def test_the_same_service_runs_on_an_older_server(old_nats_url: str, app_n
 async def test_a_connection_closed_for_good_ends_the_service_with_a_reason(
     nats_url: str, app_name: str, tmp_path: Path
 ) -> None:
-    service = Service(bank(app_name), Settings(data=tmp_path, nats=nats_url))
+    service = Service(bank(app_name), settings_for(tmp_path, nats=nats_url))
     await service.start()
     assert service._wire is not None
     # as nats-py does by itself after some of the server's errors
@@ -306,4 +307,4 @@ async def test_a_connection_closed_for_good_ends_the_service_with_a_reason(
 
 async def test_a_server_that_is_not_there_is_named(app_name: str, tmp_path: Path) -> None:
     with pytest.raises((ConnectionError, Unavailable), match=r"nats://127\.0\.0\.1:9"):
-        await Service(bank(app_name), Settings(data=tmp_path, nats="nats://127.0.0.1:9")).start()
+        await Service(bank(app_name), settings_for(tmp_path, nats="nats://127.0.0.1:9")).start()

@@ -17,7 +17,8 @@ from nats.aio.client import Client
 from nats.protocol import parser
 from nats.protocol.parser import Parser
 
-from kernel.log.wire import Wire, _FrameParser, connect, header_of, publish_frame, status_of
+from kernel.log.dialing import connect
+from kernel.log.wire import Wire, _FrameParser, header_of, publish_frame, status_of
 
 # what kernel/log/wire.py leans on
 
@@ -25,7 +26,7 @@ from kernel.log.wire import Wire, _FrameParser, connect, header_of, publish_fram
 def test_the_pinned_version_of_nats_py_is_installed() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     pins = [line for line in project["dependencies"] if line.startswith("nats-py")]
-    assert pins == [f"nats-py=={version('nats-py')}"]
+    assert pins == [f"nats-py[nkeys]=={version('nats-py')}"]
 
 
 def test_the_inner_names_of_nats_py_are_there() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from kernel import Client, Service, Settings
+from kernel import Client, Service
 from kernel.log import Conflict
-from kernel.log.wire import connect
+from kernel.log.dialing import connect
 from kernel.messages import CommandError
 from tests.apps import Note, Notebook, notebooks
+from tests.conftest import settings_for
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -25,7 +26,7 @@ async def workers(
 ) -> AsyncIterator[list[Service]]:
     """Services that share the partitions evenly, in this process."""
     services = [
-        Service(notebooks(app), Settings(data=tmp_path / str(n), nats=nats, database=database, lease=1.0, **more))
+        Service(notebooks(app), settings_for(tmp_path / str(n), nats=nats, database=database, lease=1.0, **more))
         for n in range(count)
     ]
     try:
@@ -106,7 +107,7 @@ async def test_partitions_move_under_load_without_a_command_lost_or_refused(
                 for number in range(20):
                     group.create_task(lane(number))
                 second = Service(
-                    services[0].app, Settings(data=tmp_path / "2", nats=nats_url, database=database_url, lease=1.0)
+                    services[0].app, settings_for(tmp_path / "2", nats=nats_url, database=database_url, lease=1.0)
                 )
                 await second.start()
                 await wait_until(lambda: len(second.status()["partitions"]) == 32)
@@ -171,7 +172,7 @@ async def test_a_partition_that_comes_back_is_decided_on_what_others_have_writte
             for n in range(30):
                 await client.execute(Notebook, f"n{n}", Note("one"))
             second = Service(
-                services[0].app, Settings(data=tmp_path / "2", nats=nats_url, database=database_url, lease=1.0)
+                services[0].app, settings_for(tmp_path / "2", nats=nats_url, database=database_url, lease=1.0)
             )
             await second.start()
             await wait_until(lambda: len(second.status()["partitions"]) == 32)
@@ -209,7 +210,7 @@ async def test_workers_that_start_at_once_build_the_tables_once(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
     services = [
-        Service(notebooks(app_name), Settings(data=tmp_path / str(n), nats=nats_url, database=database_url))
+        Service(notebooks(app_name), settings_for(tmp_path / str(n), nats=nats_url, database=database_url))
         for n in range(3)
     ]
     await asyncio.gather(*(service.start() for service in services))

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 import orjson
 from rich.console import Console
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from aggregates import DeclarationError, InvalidId, InvalidMessage, Rejected
@@ -20,13 +21,16 @@ from aggregates.messages import plain
 from kernel.app import App, AppNotFound, load_app
 from kernel.client import Client, QueryTimeout
 from kernel.log import LogError
+from kernel.log.dialing import dial
+from kernel.log.wire import Wire
 from kernel.messages import CommandError
 from kernel.runtime import AlreadyRunning, NotRunning, WorkersFailed, find_running
-from kernel.settings import DEFAULT_DATA
+from kernel.settings import Settings
+from kernel.settings.sources import SettingsError, changed, load
 from projections import SchemaError
+from projections.database import open_database
 from projections.dead_letters import NoSuchLetter
 
-F = TypeVar("F", bound=Callable[..., Any])
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
 console = Console()
@@ -34,7 +38,7 @@ errors = Console(stderr=True)
 
 _CODES: list[tuple[tuple[type[BaseException], ...], int]] = [
     ((Rejected, CommandError, NoSuchLetter), FAILED),
-    ((AppNotFound, DeclarationError, InvalidId, InvalidMessage, KeyError), USAGE),
+    ((AppNotFound, SettingsError, DeclarationError, InvalidId, InvalidMessage, KeyError), USAGE),
     ((WorkersFailed,), UNREACHABLE),
     ((NotRunning, AlreadyRunning, ConnectionError, LogError, TimeoutError, QueryTimeout), UNREACHABLE),
     ((SchemaError, DBAPIError, OSError), FAILED),
@@ -46,16 +50,80 @@ class Target:
     """A running app, as the options or the data directory name it."""
 
     app: App
-    nats: str
-    database: str | None
+    settings: Settings
+
+    @property
+    def database(self) -> str | None:
+        """URL of the projection database, if it is known."""
+        return self.settings.database.url
+
+    def engine(self, *, read_only: bool = False) -> Engine:
+        """Open the projection database.
+
+        Raises:
+            click.UsageError: nobody has said where it is.
+        """
+        if self.database is None:
+            raise click.UsageError("--nats needs --database too, the URL that the service was started with")
+        return open_database(self.database, read_only=read_only, **self.settings.database.options())
 
     async def client(self) -> Client:
         """Connect to it."""
-        return await Client.connect(self.app, nats=self.nats, database=self.database)
+        return await Client.connect(self.app, self.settings)
+
+    async def wire(self) -> Wire:
+        """Connect to its NATS server."""
+        return await dial(self.settings, name=f"eskernel cli {self.app.name}")
 
 
-def target_options(command: F) -> F:
-    """Add the options that say which service is meant."""
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What the options say about which service is meant."""
+
+    app: str | None
+    data: Path | None
+    config: Path | None
+    nats: str | None
+    database: str | None
+
+    def find(self) -> Target:
+        """Return the service that is meant.
+
+        Raises:
+            NotRunning, AppNotFound, SettingsError, click.UsageError: it can't be found; what to do.
+        """
+        given = {"data": self.data, "connection.servers": self.nats, "database.url": self.database}
+        settings = load(self.config, {name: value for name, value in given.items() if value is not None}).settings
+        app = self.app
+        if not settings.embedded:
+            if app is None or ":" not in app:
+                raise click.UsageError("--nats, or servers in the settings, need --app package.module:variable")
+            return Target(load_app(app), settings)
+        loaded = load_app(app) if app is not None and ":" in app else None
+        running = find_running(settings.data, loaded.name if loaded is not None else app)
+        if loaded is None:
+            sys.path.insert(0, running.directory)
+            loaded = load_app(running.spec)
+        found = running.as_settings()
+        return Target(loaded, changed(found, {"database.url": self.database}) if self.database else found)
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which service is meant; the command gets them as `where`."""
+
+    @functools.wraps(command)
+    def gathered(
+        *args: Any,
+        app: str | None,
+        data: Path | None,
+        config: Path | None,
+        nats: str | None,
+        database: str | None,
+        **options: Any,
+    ) -> Any:
+        return command(*args, where=Where(app, data, config, nats, database), **options)
+
+    added: Callable[..., Any] = gathered
     for option in (
         click.option(
             "--app", metavar="SPEC", help="The app, as package.module:variable; or the name of a running one."
@@ -63,29 +131,18 @@ def target_options(command: F) -> F:
         click.option(
             "--data",
             type=click.Path(path_type=Path),
-            default=DEFAULT_DATA,
-            show_default=True,
-            help="Data directory of the running service.",
+            help="Data directory of the running service.  [default: .eskernel]",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Settings of the service, where it is not one that runs here.  [default: eskernel.toml, if there]",
         ),
         click.option("--nats", metavar="URL", help="A NATS server, instead of the running service's; needs --app."),
         click.option("--database", metavar="URL", help="A projection database, instead of the running service's."),
     ):
-        command = option(command)
-    return command
-
-
-def find_target(app: str | None, data: Path, nats: str | None, database: str | None) -> Target:
-    """Return the service that the options mean."""
-    if nats is not None:
-        if app is None or ":" not in app:
-            raise click.UsageError("--nats needs --app package.module:variable")
-        return Target(load_app(app), nats, database)
-    loaded = load_app(app) if app is not None and ":" in app else None
-    running = find_running(data, loaded.name if loaded is not None else app)
-    if loaded is None:
-        sys.path.insert(0, running.directory)
-        loaded = load_app(running.spec)
-    return Target(loaded, running.nats, database or running.database)
+        added = option(added)
+    return added
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -23,16 +22,15 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import (
     FAILED,
     USAGE,
+    Where,
     asynchronous,
     console,
     errors,
     fail,
-    find_target,
     print_json,
     target_options,
 )
 from projections import dead_letters as letters
-from projections.database import open_database
 from projections.dead_letters import NoSuchLetter, Waiting
 
 MAX_ERROR = 60
@@ -57,11 +55,9 @@ def dead_letters() -> None:
     """
 
 
-def _open(app: str | None, data: Path, nats: str | None, database: str | None) -> tuple[App, Engine]:
-    target = find_target(app, data, nats, database)
-    if target.database is None:
-        raise click.UsageError("--nats needs --database too: dead letters are in the projection database")
-    return target.app, open_database(target.database)
+def _open(where: Where) -> tuple[App, Engine]:
+    target = where.find()
+    return target.app, target.engine()
 
 
 @dead_letters.command(name="list", epilog=EXIT_CODES)
@@ -71,11 +67,10 @@ def _open(app: str | None, data: Path, nats: str | None, database: str | None) -
 @target_options
 @asynchronous
 async def list_(
-    projection: str | None, skipped: bool, as_json: bool, app: str | None, data: Path, nats: str | None,
-    database: str | None,
+    projection: str | None, skipped: bool, as_json: bool, where: Where
 ) -> None:  # fmt: skip
     """List the aggregates that wait, for which projection, since which event, and why."""
-    loaded, engine = _open(app, data, nats, database)
+    loaded, engine = _open(where)
     if projection is not None:
         loaded.projection(projection)
     if skipped:
@@ -124,11 +119,10 @@ def _next(one: Waiting) -> str:
 @target_options
 @asynchronous
 async def show(
-    aggregate: str, aggregate_id: str, projection: str | None, as_json: bool, app: str | None, data: Path,
-    nats: str | None, database: str | None,
+    aggregate: str, aggregate_id: str, projection: str | None, as_json: bool, where: Where
 ) -> None:  # fmt: skip
     """Show what waits of one aggregate: the event that failed, why, and those behind it."""
-    loaded, engine = _open(app, data, nats, database)
+    loaded, engine = _open(where)
     loaded.type_of(aggregate)
     shown = []
     for one in await _chosen(engine, projection, aggregate, aggregate_id):
@@ -170,7 +164,7 @@ async def _chosen(engine: Engine, projection: str | None, aggregate: str, aggreg
 @asynchronous
 async def retry(
     aggregate: str | None, aggregate_id: str | None, projection: str | None, everything: bool, as_json: bool,
-    app: str | None, data: Path, nats: str | None, database: str | None,
+    where: Where
 ) -> None:  # fmt: skip
     """Fold what waits again, from the first event on, up to one that fails.
 
@@ -178,7 +172,7 @@ async def retry(
     """
     if everything == (aggregate is not None) or (aggregate is None) != (aggregate_id is None):
         raise click.UsageError("name one aggregate and its id, or say --all")
-    loaded, engine = _open(app, data, nats, database)
+    loaded, engine = _open(where)
     if projection is not None:
         loaded.projection(projection)
     if aggregate is not None and aggregate_id is not None:
@@ -224,7 +218,7 @@ async def retry(
 @asynchronous
 async def skip(
     aggregate: str | None, aggregate_id: str | None, projection: str | None, quarantine: int | None, reason: str,
-    who: str, app: str | None, data: Path, nats: str | None, database: str | None,
+    who: str, where: Where
 ) -> None:  # fmt: skip
     """Leave out the first event that waits of one aggregate, for good; those behind it wait for a retry.
 
@@ -235,7 +229,7 @@ async def skip(
         raise click.UsageError("--reason must say something")
     if (quarantine is None) != (aggregate is not None and aggregate_id is not None):
         raise click.UsageError("name one aggregate and its id, or --quarantine SEQUENCE")
-    loaded, engine = _open(app, data, nats, database)
+    loaded, engine = _open(where)
     if quarantine is not None:
         found = await asyncio.to_thread(letters.waiting, engine, "")
         one = next((one for one in found if one.stream_sequence == quarantine), None)
@@ -265,11 +259,9 @@ async def skip(
 @click.option("--output", type=click.File("wb"), default="-", help="A file instead of standard output.")
 @target_options
 @asynchronous
-async def export(
-    projection: str | None, output: IO[bytes], app: str | None, data: Path, nats: str | None, database: str | None
-) -> None:
+async def export(projection: str | None, output: IO[bytes], where: Where) -> None:
     """Write every dead letter as one line of JSON, with the bytes of its commit (base64 where they are no text)."""
-    _, engine = _open(app, data, nats, database)
+    _, engine = _open(where)
     for one in await asyncio.to_thread(letters.waiting, engine, projection):
         found = await asyncio.to_thread(letters.letters, engine, one.projection, one.aggregate, one.aggregate_id)
         for letter in found:

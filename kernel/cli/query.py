@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +14,7 @@ from rich.table import Table
 from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import FAILED, asynchronous, console, fail, find_target, print_json, target_options
+from kernel.cli.common import FAILED, Where, asynchronous, console, fail, print_json, target_options
 
 MAX_BYTES_SHOWN = 60
 
@@ -26,15 +25,13 @@ MAX_BYTES_SHOWN = 60
 @click.option("--csv", "as_csv", is_flag=True, help="Print the rows as CSV with a header.")
 @target_options
 @asynchronous
-async def query(
-    sql: str, as_json: bool, as_csv: bool, app: str | None, data: Path, nats: str | None, database: str | None
-) -> None:
+async def query(sql: str, as_json: bool, as_csv: bool, where: Where) -> None:
     """Ask the projection database. It can't be changed from here.
 
     \b
     eskernel query "select * from balances order by cents desc limit 10"
     """
-    target = find_target(app, data, nats, database)
+    target = where.find()
     async with await target.client() as client:
         rows = await client.query(sql)
     if as_json:
@@ -73,17 +70,7 @@ def _cell(value: Any) -> str:
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
-async def show(
-    aggregate: str,
-    id: str,
-    history: bool,
-    at: str | None,
-    as_json: bool,
-    app: str | None,
-    data: Path,
-    nats: str | None,
-    database: str | None,
-) -> None:
+async def show(aggregate: str, id: str, history: bool, at: str | None, as_json: bool, where: Where) -> None:
     """Print an aggregate's state, folded from the log; with --at, as it was then.
 
     \b
@@ -91,7 +78,7 @@ async def show(
     eskernel show Account alice --at 3
     eskernel show Account alice --at 2026-01-31T12:00
     """
-    target = find_target(app, data, nats, database)
+    target = where.find()
     declared = target.app.type_of(aggregate)
     until = _until(at)
     async with await target.client() as client:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import asynchronous, console, errors, find_target, print_json, target_options
+from kernel.cli.common import Where, asynchronous, console, errors, print_json, target_options
 from kernel.rebuild import Progress as Step
 from kernel.rebuild import Rebuild, Rebuilt, clean_up
 from projections import SchemaError
-from projections.database import open_database
 
 
 @click.command(epilog=EXIT_CODES)
@@ -22,15 +20,7 @@ from projections.database import open_database
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; the progress bar is left out.")
 @target_options
 @asynchronous
-async def rebuild(
-    projection: str | None,
-    everything: bool,
-    as_json: bool,
-    app: str | None,
-    data: Path,
-    nats: str | None,
-    database: str | None,
-) -> None:
+async def rebuild(projection: str | None, everything: bool, as_json: bool, where: Where) -> None:
     """Build a PROJECTION's tables anew from the log, while the service runs.
 
     The new copy is filled beside the live one, which stays as it is until both change places in one transaction.
@@ -38,13 +28,11 @@ async def rebuild(
     """
     if bool(projection) == everything:
         raise click.UsageError("name a projection, or give --all")
-    target = find_target(app, data, nats, database)
-    if target.database is None:
-        raise click.UsageError("give --database, the URL that the service was started with")
+    target = where.find()
     wanted = target.app.projections if everything else [target.app.projection(projection or "")]
     if not wanted:
         raise SchemaError(f"{target.app.name} has no projections")
-    engine = open_database(target.database)
+    engine = target.engine()
     async with await target.client() as client:
         with _bar(as_json) as bar:
             task = bar.add_task(", ".join(one.name for one in wanted), total=None, rate="")

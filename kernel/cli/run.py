@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,115 +20,97 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
 from kernel.log.wire import shown
 from kernel.service import Service
-from kernel.settings import Settings
+from kernel.settings.sources import Loaded, SettingsError, leaves, load, parse_assignment
 from kernel.supervisor import Supervisor
 
-_DEFAULTS = Settings()
+_OPTIONS: list[tuple[str, str, str, click.Choice[str] | None]] = [
+    ("--data", "data", "DIRECTORY", None),
+    ("--nats", "connection.servers", "URL", None),
+    ("--database", "database.url", "URL", None),
+    ("--workers", "workers", "N", None),
+    ("--partitions", "stream.partitions", "N", None),
+    ("--replicas", "stream.replicas", "N", None),
+    ("--group-commit", "jetstream.group_commit", "", click.Choice(["auto", "always", "never"])),
+    ("--host", "http.host", "ADDRESS", None),
+    ("--port", "http.port", "PORT", None),
+    ("--max-actors", "passivation.count", "N", None),
+    ("--idle", "passivation.idle", "SECONDS", None),
+    ("--max-commands", "commands.pending", "N", None),
+    ("--lease", "lease", "SECONDS", None),
+    ("--retry-after", "dead_letters.retry_after", "SECONDS", None),
+    ("--retries", "dead_letters.retries", "N", None),
+    ("--drain", "drain", "SECONDS", None),
+    ("--log-level", "logging.level", "", click.Choice(["debug", "info", "warning", "error"])),
+    ("--log-format", "logging.format", "", click.Choice(["text", "json"])),
+]
+"""Short ways to write settings on the command line; `--set` writes any."""
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that lead to settings; the command gets them as `loaded`."""
+
+    @functools.wraps(command)
+    def gathered(*args: Any, config: Path | None, assignments: tuple[str, ...], **options: Any) -> Any:
+        given = {}
+        for _, name, _, _ in _OPTIONS:
+            if (value := options.pop(name.replace(".", "_"))) is not None:
+                given[name] = value
+        if options.pop("sync"):
+            given["stream.sync"] = True
+        try:
+            loaded = load(config, given | dict(map(parse_assignment, assignments)))
+        except SettingsError as error:
+            explain(error)
+        return command(*args, loaded=loaded, **options)
+
+    added: Callable[..., Any] = gathered
+    fields = dict(leaves())
+    added = click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any setting, such as stream.max_bytes=10GiB."
+    )(added)
+    added = click.option("--sync", is_flag=True, help="Embedded server: wait for the disk at every commit.")(added)
+    for option, name, metavar, kind in reversed(_OPTIONS):
+        described = (fields[name].description or "").replace("\n", " ").split(". ")[0].rstrip(".")
+        default = fields[name].default
+        shown = f"  [default: {default}]" if default not in (None, ()) else ""
+        added = click.option(
+            option, name.replace(".", "_"), type=kind, metavar=metavar or None, help=f"{described}.{shown}"
+        )(added)
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="TOML file with settings.  [default: eskernel.toml, if there]",
+    )(added)
 
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("app")
-@click.option("--data", type=click.Path(path_type=Path), default=_DEFAULTS.data, show_default=True)
-@click.option("--nats", metavar="URL", help="A NATS server with JetStream; without it an embedded one is started.")
-@click.option("--database", metavar="URL", help="postgresql://... or sqlite:///file; without it SQLite in --data.")
-@click.option(
-    "--partitions",
-    type=click.IntRange(1, 4096),
-    default=_DEFAULTS.partitions,
-    show_default=True,
-    help="Used when the stream is created.",
-)
-@click.option(
-    "--replicas",
-    type=click.IntRange(1, 5),
-    default=_DEFAULTS.replicas,
-    show_default=True,
-    help="Used when the stream is created.",
-)
-@click.option("--sync", is_flag=True, help="Embedded server: wait for the disk at every commit.")
-@click.option(
-    "--group-commit", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
-    help="Whether commits that are ready together go out as one atomic batch; auto measures the server.",
-)  # fmt: skip
-@click.option("--host", default=_DEFAULTS.host, show_default=True, help="Where HTTP listens.")
-@click.option("--port", type=click.IntRange(0, 65535), default=_DEFAULTS.port, help="HTTP port; a free one by default.")
-@click.option(
-    "--max-actors",
-    type=click.IntRange(1),
-    default=_DEFAULTS.max_actors,
-    show_default=True,
-    help="Aggregates that stay live.",
-)
-@click.option(
-    "--idle",
-    type=click.FloatRange(0),
-    default=_DEFAULTS.idle,
-    show_default=True,
-    help="Seconds until an unused aggregate goes.",
-)
-@click.option(
-    "--max-commands",
-    type=click.IntRange(1),
-    default=_DEFAULTS.max_commands,
-    show_default=True,
-    help="Commands under way at once.",
-)
-@click.option(
-    "--drain",
-    type=click.FloatRange(0),
-    default=_DEFAULTS.drain,
-    show_default=True,
-    help="Seconds that a stop waits for commands.",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    default=1,
-    show_default=True,
-    help="Processes that share the partitions; the same command on another machine joins them.",
-)
-@click.option(
-    "--lease",
-    type=click.FloatRange(0.5, 60),
-    default=_DEFAULTS.lease,
-    show_default=True,
-    help="Seconds after which a dead or frozen worker has lost its partitions.",
-)
-@click.option(
-    "--retry-after",
-    type=click.FloatRange(0.01),
-    default=_DEFAULTS.retry_after,
-    show_default=True,
-    help="Seconds until a projection handler that failed with something transient is tried again; then doubled.",
-)
-@click.option(
-    "--retries",
-    type=click.IntRange(0),
-    default=_DEFAULTS.retries,
-    show_default=True,
-    help="How often that is tried before the event waits for `eskernel dead-letters`.",
-)
-@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@settings_options
 @asynchronous
-async def run(app: str, workers: int, log_level: str, **options: Any) -> None:
+async def run(app: str, loaded: Loaded) -> None:
     """Run an APP, named as package.module:variable, until SIGTERM or Ctrl-C.
 
     \b
     eskernel run examples.bank:app
     eskernel run examples.bank:app --workers 2
     eskernel run examples.bank:app --nats nats://host:4222 --database postgresql://user@host/name
+    eskernel run examples.bank:app --config production.toml --set stream.replicas=3
+
+    Settings come from a TOML file, the environment (ESKERNEL_STREAM__REPLICAS=3) and the command line; the later one
+    wins. `eskernel config show` lists all, docs/configuration.md explains them.
 
     A stop drains: commands under way are answered and the last batch is written. A second signal stops at once;
     the next start goes on from what was written.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
-    logging.getLogger("eskernel").setLevel(log_level.upper())
-    loaded, settings = load_app(app), Settings(**options)
+    settings = loaded.settings
+    logging.getLogger("eskernel").setLevel(settings.logging.level.upper())
+    found = load_app(app)
     service: Service | Supervisor
-    if workers == 1:
-        service = Service(loaded, settings, spec=app)
+    if settings.workers == 1:
+        service = Service(found, settings, spec=app)
     else:
-        service = Supervisor(loaded.name, app, settings, workers, log_level)
+        service = Supervisor(found.name, app, settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -142,7 +126,7 @@ async def run(app: str, workers: int, log_level: str, **options: Any) -> None:
     await asyncio.wait(waiting[:2], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         await starting
-        _tell(service, loaded.name)
+        _tell(service, found.name)
         await asyncio.wait(waiting[1:], return_when=asyncio.FIRST_COMPLETED)
         console.print("stopping: answering what is under way ...", highlight=False)
         await service.stop()
@@ -156,7 +140,7 @@ async def run(app: str, workers: int, log_level: str, **options: Any) -> None:
 
 def _tell(service: Service | Supervisor, app: str) -> None:
     lines = {
-        "log": shown(service.nats_url) + (" (embedded)" if service.settings.nats is None else ""),
+        "log": shown(service.nats_url) + (" (embedded)" if service.settings.embedded else ""),
         "workers": f"{len(service.workers)} processes" if isinstance(service, Supervisor) else "1, this process",
         "durability": service.durability,
         "database": make_url(service.database_url).render_as_string(hide_password=True),

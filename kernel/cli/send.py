@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ from aggregates import InvalidMessage
 from aggregates.context import uuid7
 from aggregates.messages import dumps, parse
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import asynchronous, console, find_target, print_json, target_options
+from kernel.cli.common import Where, asynchronous, console, print_json, target_options
 
 
 @click.command(epilog=EXIT_CODES)
@@ -36,10 +35,7 @@ async def send(
     command_id: str | None,
     timeout: float,
     as_json: bool,
-    app: str | None,
-    data: Path,
-    nats: str | None,
-    database: str | None,
+    where: Where,
 ) -> None:
     """Send a COMMAND to one AGGREGATE and print its receipt.
 
@@ -49,7 +45,7 @@ async def send(
 
     A command that the aggregate rejects exits with 1 and its reason.
     """
-    target = find_target(app, data, nats, database)
+    target = where.find()
     declared = target.app.type_of(aggregate)
     if command not in declared.commands:
         raise KeyError(f"{aggregate} has no command {command!r}; it has {', '.join(sorted(declared.commands))}")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 import orjson
-from sqlalchemy import func, select
+from sqlalchemy import Engine, func, select
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import UNREACHABLE, asynchronous, console, fail, find_target, print_json, target_options
-from kernel.log.wire import connect, publish_frame, status_of
-from projections.database import open_database
+from kernel.cli.common import UNREACHABLE, Target, Where, asynchronous, console, fail, print_json, target_options
+from kernel.log.wire import publish_frame, shown, status_of
+from kernel.subjects import Subjects
 from projections.tables import checkpoint, dead_letter, projection
 
 ANSWER_S = 2.0
@@ -25,15 +24,15 @@ ANSWER_S = 2.0
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
-async def status(as_json: bool, app: str | None, data: Path, nats: str | None, database: str | None) -> None:
+async def status(as_json: bool, where: Where) -> None:
     """Print what the workers are doing: health, who owns which partitions, position and lag, live actors, jobs.
 
     Exits with 1 when a worker is not ready or does not answer, or partitions have no owner.
     """
-    target = find_target(app, data, nats, database)
-    report = await _ask(target.app.name, target.nats)
+    target = where.find()
+    report = await ask_workers(target)
     if target.database is not None:
-        report["projections"] = await asyncio.to_thread(_projections, target.database)
+        report["projections"] = await asyncio.to_thread(_projections, target.engine(read_only=True))
     if as_json:
         print_json(report)
     else:
@@ -42,9 +41,11 @@ async def status(as_json: bool, app: str | None, data: Path, nats: str | None, d
         sys.exit(1)
 
 
-async def _ask(app: str, url: str) -> dict[str, Any]:
+async def ask_workers(target: Target) -> dict[str, Any]:
     """Ask all workers at once; each names the others, so that a missing one is noticed."""
-    wire = await connect(url, name="eskernel status")
+    app, url = target.app.name, shown(",".join(target.settings.connection.servers))
+    subjects = Subjects(target.settings.stream.subject_prefix or app, 1)
+    wire = await target.wire()
     told: dict[str, dict[str, Any]] = {}
     known: set[str] = set()
     complete = asyncio.Event()
@@ -65,7 +66,7 @@ async def _ask(app: str, url: str) -> dict[str, Any]:
     try:
         inbox = wire.new_inbox()
         await wire.listen(inbox, answered)
-        wire.send(publish_frame(f"{app}.svc.status".encode(), inbox.encode(), b""))
+        wire.send(publish_frame(subjects.service("status").encode(), inbox.encode(), b""))
         try:
             async with asyncio.timeout(ANSWER_S):
                 await complete.wait()
@@ -88,8 +89,7 @@ async def _ask(app: str, url: str) -> dict[str, Any]:
     }
 
 
-def _projections(url: str) -> list[dict[str, Any]]:
-    engine = open_database(url, read_only=True)
+def _projections(engine: Engine) -> list[dict[str, Any]]:
     with engine.connect() as connection:
         rows = connection.execute(
             select(

@@ -11,7 +11,6 @@ import orjson
 from kernel.log.base import LogError, Unavailable
 from kernel.log.wire import Wire
 
-API = "$JS.API"
 NO_MESSAGE, NO_STREAM = 10037, 10059
 
 
@@ -23,15 +22,20 @@ class ApiError(LogError):
         self.code = int(error.get("err_code", 0))
 
 
-async def call_api(wire: Wire, subject: str, body: object, timeout: float = 5.0) -> dict[str, Any]:
+async def call_api(wire: Wire, subject: str, body: object, timeout: float | None = None) -> dict[str, Any]:
     """Ask the JetStream API.
+
+    Args:
+        timeout: seconds; the connection's own otherwise.
 
     Raises:
         ApiError: it answered with an error.
         Unavailable: it did not answer.
     """
     try:
-        message = await wire.request(f"{API}.{subject}", orjson.dumps(body) if body else b"", timeout=timeout)
+        message = await wire.request(
+            f"{wire.api}.{subject}", orjson.dumps(body) if body else b"", timeout=timeout or wire.request_timeout
+        )
     except nats.errors.NoRespondersError:
         raise Unavailable("JetStream is not enabled on this server, or not yet ready") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:

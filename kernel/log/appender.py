@@ -14,19 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from aggregates.context import uuid7
 from kernel.log.base import Conflict, LogError, PayloadTooLarge, Replaced, Stored, Unavailable, UnknownOutcome
 from kernel.log.wire import Wire, publish_frame, status_of
+from kernel.settings.nats import GroupCommit
 
 logger = logging.getLogger("eskernel")
-GroupCommit = Literal["auto", "always", "never"]
 
 MAX_IN_FLIGHT = 4_000
-"""Messages sent and not acknowledged; the server drops publications beyond 10,000."""
+"""The server drops publications beyond 10,000."""
 MAX_GROUP = 1_000
 """Messages in an atomic batch; the server's own limit."""
 MAX_GROUP_BYTES = 4 * 1024 * 1024
@@ -82,6 +82,7 @@ class Appender:
         atomic: whether the server takes atomic batches.
         timeout: seconds to wait for an acknowledgement before reading back what happened.
         deadline: seconds after which an append whose outcome can't be found out is given up as unknown.
+        max_in_flight: messages sent and not acknowledged.
     """
 
     def __init__(
@@ -93,12 +94,13 @@ class Appender:
         group_commit: GroupCommit = "auto",
         timeout: float = 5.0,
         deadline: float = 30.0,
+        max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         self._wire = wire
         self._last = last
         self._atomic = atomic and group_commit != "never"
         self.grouping = self._atomic and group_commit == "always"
-        self._timeout, self._deadline = timeout, deadline
+        self._timeout, self._deadline, self._max_in_flight = timeout, deadline, max_in_flight
         self._waiting: deque[Append] = deque()
         self._in_flight: dict[int, list[Append]] = {}
         self._messages_in_flight = 0
@@ -166,7 +168,7 @@ class Appender:
             while self._waiting and len(self._in_flight) < MAX_GROUPS_IN_FLIGHT:
                 self._send_group(self._take_group(), now, frames)
         else:
-            room = MAX_IN_FLIGHT - self._messages_in_flight
+            room = self._max_in_flight - self._messages_in_flight
             count = min(room, len(self._waiting))
             if self._atomic and count >= 16 and not self._in_flight:
                 self._burst_left = self._burst_size = count

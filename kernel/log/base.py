@@ -54,10 +54,17 @@ class Stored(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a reader got at once: commits in stream order, and how many more wait behind them."""
+    """What a reader got at once.
+
+    Attributes:
+        commits: in stream order.
+        pending: how many more wait behind them.
+        oldest: when the first of them was appended, in Unix time by the log's clock; 0 where that is not known.
+    """
 
     commits: list[Stored]
     pending: int
+    oldest: float = 0.0
 
 
 class Replaced(LogError):
@@ -89,6 +96,9 @@ class LogReader(Protocol):
 
     async def next(self, limit: int, timeout: float | None = None) -> Batch:
         """Return what is there, at most `limit` commits; wait for the first, up to `timeout` seconds."""
+
+    def acknowledge(self, sequence: int) -> None:
+        """Say that all up to here is done with; for the log's own monitoring, the reader does not go back to it."""
 
     async def close(self) -> None:
         """Give back what the reader holds."""

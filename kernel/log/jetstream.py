@@ -6,16 +6,18 @@ import asyncio
 import base64
 import logging
 import re
+import secrets
 import weakref
 from typing import Any
 
 import orjson
 
-from kernel.log.api import API, NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
-from kernel.log.appender import Appender, GroupCommit
+from kernel.log.api import NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
+from kernel.log.appender import Appender
 from kernel.log.base import LogReader, Replaced, Stored, StreamInfo, StreamMismatch, Unavailable
 from kernel.log.reader import JetStreamReader
 from kernel.log.wire import Wire, header_of, publish_frame, status_of
+from kernel.settings import Settings
 from kernel.subjects import Subjects
 
 logger = logging.getLogger("eskernel")
@@ -24,15 +26,35 @@ _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
 
 
 class JetStreamLog:
-    """One app's stream. Made by `open_log` (which creates it) or `find_log` (which does not)."""
+    """One app's stream. Made by `open_log` (which looks after the stream) or `find_log` (which does not).
 
-    def __init__(self, wire: Wire, app: str, partitions: int, group_commit: GroupCommit = "auto") -> None:
-        self.subjects = Subjects(app, partitions)
-        self.stream = app
+    Args:
+        atomic: the stream takes atomic batches.
+        worker: for the names of consumers.
+    """
+
+    def __init__(
+        self, wire: Wire, subjects: Subjects, stream: str, settings: Settings, atomic: bool, worker: str = ""
+    ) -> None:
+        self.subjects = subjects
+        self.stream = stream
         self._wire = wire
+        self._consumer = settings.consumer
+        self._worker = worker or secrets.token_hex(4)
+        self._checked = settings.stream.existing != "skip"
+        self._may_lose = settings.stream.may_lose_events
+        jetstream = settings.jetstream
         # both came to nats-server with a version; before, the server would ignore the fields
         self._batch_get = server_version(wire) >= (2, 11)
-        self.appender = Appender(wire, self.last, atomic=server_version(wire) >= (2, 12), group_commit=group_commit)
+        self.appender = Appender(
+            wire,
+            self.last,
+            atomic=atomic and server_version(wire) >= (2, 12),
+            group_commit=jetstream.group_commit,
+            timeout=jetstream.publish_timeout,
+            deadline=jetstream.publish_deadline,
+            max_in_flight=jetstream.max_in_flight,
+        )
         self._gets: dict[bytes, tuple[list[Stored], asyncio.Future[int]]] = {}
         self._get_token = 0
         self._readers: weakref.WeakSet[JetStreamReader] = weakref.WeakSet()
@@ -80,7 +102,9 @@ class JetStreamLog:
             request = orjson.dumps({"seq": after + 1, "next_by_subj": subject, "batch": 1000, "max_bytes": 16 << 20})
             self._wire.send(
                 publish_frame(
-                    f"{API}.DIRECT.GET.{self.stream}".encode(), b"%b.%b" % (self._inbox.encode(), token), request
+                    f"{self._wire.api}.DIRECT.GET.{self.stream}".encode(),
+                    b"%b.%b" % (self._inbox.encode(), token),
+                    request,
                 )
             )
             try:
@@ -131,7 +155,7 @@ class JetStreamLog:
         return await self._reader(after, None if partition is None else self.subjects.events(partition))
 
     async def _reader(self, after: int, subject: str | None) -> JetStreamReader:
-        reader = JetStreamReader(self._wire, self._ask, API, self.stream, after, subject)
+        reader = JetStreamReader(self._wire, self._ask, self.stream, after, subject, self._consumer, self._worker)
         self._readers.add(reader)
         return reader
 
@@ -147,7 +171,8 @@ class JetStreamLog:
             raise
         state, config = answer["state"], answer["config"]
         first, last, commits = (int(state[name]) for name in ("first_seq", "last_seq", "messages"))
-        check_keeps_everything(config)
+        if self._checked:
+            check_keeps_everything(config, self._may_lose)
         if last - first + 1 > commits or (last and not commits):
             # messages are missing, the newest perhaps: nobody should wait for those
             found = await self.last(self.subjects.events()) if commits else None
@@ -168,13 +193,19 @@ class JetStreamLog:
         await self._stop_listening()
 
 
-_LOSING = ("max_age", "max_msgs_per_subject", "sealed", "mirror", "sources", "subject_transform")
+_LOSING = ("max_age",)
+_NOT_ITS_OWN = ("max_msgs_per_subject", "sealed", "mirror", "sources", "subject_transform")
 
 
-def check_keeps_everything(config: dict[str, Any]) -> None:
-    """Raise `StreamMismatch` if a stream is set to lose events, or holds those of another."""
-    wrong = [name for name in _LOSING if config.get(name) and config[name] not in (-1, 0)]
-    if config.get("discard") != "new":
+def check_keeps_everything(config: dict[str, Any], may_lose: bool = False) -> None:
+    """Raise `StreamMismatch` if a stream is set to lose events, or holds those of another.
+
+    Args:
+        may_lose: that was asked for twice: only the latter is refused.
+    """
+    names = _NOT_ITS_OWN if may_lose else _LOSING + _NOT_ITS_OWN
+    wrong = [name for name in names if config.get(name) and config[name] not in (-1, 0)]
+    if config.get("discard") != "new" and not may_lose:
         wrong.append("discard")
     if wrong:
         details = ", ".join(f"{name} is {config[name]!r}" for name in wrong)

@@ -91,5 +91,8 @@ class _MemoryReader:
         parse = self._log.subjects.parse
         return [one for one in everything[start:] if parse(one.subject).partition == self._partition]
 
+    def acknowledge(self, sequence: int) -> None:
+        pass
+
     async def close(self) -> None:
         pass

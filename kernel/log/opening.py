@@ -1,114 +1,228 @@
-"""Finding an app's stream, or making it; refusing one that an event log can't be built on."""
+"""Finding an app's stream, making it, or changing it; refusing one that an event log can't be built on."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
-from kernel.log.api import NO_STREAM, ApiError, call_api, server_version
-from kernel.log.appender import GroupCommit
+from kernel.log.api import NO_STREAM, ApiError, call_api, server_version, version_text
 from kernel.log.base import Replaced, StreamMismatch, Unavailable
 from kernel.log.jetstream import FORMAT, JetStreamLog, check_keeps_everything, partitions_of
 from kernel.log.wire import Wire
+from kernel.settings import Settings, Stream
 from kernel.subjects import Subjects
 
 logger = logging.getLogger("eskernel")
+OLDEST = (2, 10)
+"""Oldest server that the tests run on."""
+_NEEDED = ("subjects", "retention", "storage", "allow_direct")
+"""Without these it is no event log, and they can't be changed once there are events."""
+_UNSET = {"max_age": 0, "max_bytes": -1, "max_msgs": -1, "compression": "none", "num_replicas": 1}
+_SETTING = {
+    "subjects": "subject_prefix",
+    "num_replicas": "replicas",
+    "max_msgs": "max_messages",
+}
 
 
-def _config(subjects: Subjects, wire: Wire, replicas: int) -> dict[str, Any]:
+class Difference(NamedTuple):
+    """One field in which a stream is not what the settings say."""
+
+    field: str
+    found: Any
+    wanted: Any
+
+    def __str__(self) -> str:
+        setting = _SETTING.get(self.field, self.field)
+        key = f" (stream.{setting})" if setting in Stream.model_fields else ""
+        return f"{self.field}{key} is {self.found!r}, wanted {self.wanted!r}"
+
+
+def wanted_config(app: str, settings: Stream, version: tuple[int, int]) -> dict[str, Any]:
+    """Return the stream's configuration as the settings say, for a server of that version."""
+    subjects = Subjects(settings.subject_prefix or app, settings.partitions)
     config: dict[str, Any] = {
-        "name": subjects.app,
-        "description": f"eskernel format={FORMAT} partitions={subjects.partitions}",
+        "name": settings.name or app,
+        "description": f"eskernel format={FORMAT} partitions={settings.partitions}",
         "subjects": [subjects.events()],
-        "retention": "limits",
-        "discard": "new",
-        "storage": "file",
-        "num_replicas": replicas,
+        "retention": settings.retention,
+        "storage": settings.storage,
+        "num_replicas": settings.replicas,
+        "max_age": int(settings.max_age * 1e9),
+        "max_bytes": int(settings.max_bytes) or -1,
+        "max_msgs": settings.max_messages or -1,
+        "discard": settings.discard,
+        "compression": settings.compression,
         "allow_direct": True,
         "deny_delete": True,
         "deny_purge": True,
     }
-    if server_version(wire) >= (2, 12):
+    if version >= (2, 12):
         config["allow_atomic"] = True
     return config
 
 
-OLDEST = (2, 10)
-"""Oldest server that the tests run on."""
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[Difference]:
+    """Return the fields in which a stream differs from what is wanted, but for its name and partition count."""
+    different = []
+    for field, value in wanted.items():
+        if field in ("name", "description"):
+            continue
+        unset = _UNSET.get(field, False if isinstance(value, bool) else None)
+        if (found.get(field) or unset) != (value or unset):
+            different.append(Difference(field, found.get(field, unset), value))
+    return different
+
+
+def check_server(wire: Wire) -> None:
+    """Raise `StreamMismatch` if the server is too old."""
+    if server_version(wire) < OLDEST:
+        least = ".".join(map(str, OLDEST))
+        raise StreamMismatch(f"nats-server {version_text(wire)} is too old; {least} or newer is needed")
+
+
+async def find_config(wire: Wire, name: str) -> dict[str, Any] | None:
+    """Return what the server says about a stream, None where there is none. Raises `LogError`."""
+    try:
+        return await call_api(wire, f"STREAM.INFO.{name}", None)
+    except ApiError as error:
+        if error.code == NO_STREAM:
+            return None
+        raise
 
 
 async def open_log(
-    wire: Wire,
-    app: str,
-    *,
-    partitions: int = 64,
-    replicas: int = 1,
-    group_commit: GroupCommit = "auto",
-    create: bool = True,
+    wire: Wire, app: str, settings: Settings | None = None, *, create: bool = True, worker: str = ""
 ) -> JetStreamLog:
-    """Return the app's log, creating its stream if there is none.
+    """Return the app's log, looking after its stream as `settings.stream.existing` says.
 
     An existing stream keeps the partition count that it was made with.
 
     Args:
         create: make a stream where there is none.
+        worker: for the names of consumers.
 
     Raises:
         Replaced: there is none, and there should be.
-        StreamMismatch: a stream of that name exists and an event store can't be built on it.
+        StreamMismatch: a stream of that name exists and an event store can't be built on it, or not as wanted.
         Unavailable: the server doesn't answer, or JetStream is not enabled.
     """
-    if server_version(wire) < OLDEST:
-        told, least = (".".join(map(str, pair)) for pair in (server_version(wire), OLDEST))
-        raise StreamMismatch(f"nats-server {told} is too old; {least} or newer is needed")
-    wanted = _config(Subjects(app, partitions), wire, replicas)
-    try:
-        answer = await call_api(wire, f"STREAM.INFO.{app}", None)
-    except ApiError as error:
-        if error.code != NO_STREAM:
-            raise
-        if not create:
-            # an empty one in its place would be in the way of a restore
-            raise Replaced(
-                f"the stream {app!r} is gone, and the database was folded from it: restore the stream, or start with "
-                "an empty database"
-            ) from None
-        answer = await call_api(wire, f"STREAM.CREATE.{app}", wanted)
+    settings = settings or Settings()
+    stream = settings.stream
+    check_server(wire)
+    wanted = wanted_config(app, stream, server_version(wire))
+    name = wanted["name"]
+    answer = await find_config(wire, name)
+    if answer is None:
+        answer = await _create(wire, wanted, stream, create)
+    else:
+        answer = await _keep(wire, answer, wanted, stream)
     config = answer["config"]
-    found = partitions_of(config)
-    # read back: older servers drop fields that they don't know without a word
-    needed = ("subjects", "retention", "discard", "storage", "allow_direct")
-    if different := [name for name in needed if config.get(name) != wanted[name]]:
-        details = "; ".join(f"{name} is {config.get(name)!r}, needed {wanted[name]!r}" for name in different)
-        raise StreamMismatch(f"stream {app!r} can't carry an event log: {details}")
-    check_keeps_everything(config)
-    if int(config.get("num_replicas") or 1) < replicas:
+    partitions = partitions_of(config)
+    if stream.existing != "skip":
+        check_keeps_everything(config, stream.may_lose_events)
+    if partitions != stream.partitions and "partitions" in stream.model_fields_set:
         logger.warning(
-            "the stream %s has %s replicas, not %d: `nats stream edit %s --replicas %d` changes that",
-            app, config.get("num_replicas"), replicas, app, replicas,
-        )  # fmt: skip
+            "the stream has %d partitions, not %d: that is fixed when it is made", partitions, stream.partitions
+        )
+    if stream.may_lose_events:
+        logger.warning("stream.may_lose_events: the server may delete events of %s; %s", name, _losing(config))
     state = answer.get("state") or {}
     if missing := int(state.get("last_seq", 0)) - int(state.get("messages", 0)):
-        logger.warning("%d messages of the stream %s are missing: deleted, or lost by the server", missing, app)
-    log = JetStreamLog(wire, app, found, group_commit if config.get("allow_atomic") else "never")
-    await log.start()
-    return log
+        logger.warning("%d messages of the stream %s are missing: deleted, or lost by the server", missing, name)
+    return await _start(wire, app, config, settings, worker)
 
 
-async def find_log(wire: Wire, app: str) -> JetStreamLog:
+async def find_log(wire: Wire, app: str, settings: Settings | None = None, *, worker: str = "") -> JetStreamLog:
     """Return the log of an app whose stream exists.
 
     Raises:
         Unavailable: there is no such stream, or the server doesn't answer.
     """
-    try:
-        answer = await call_api(wire, f"STREAM.INFO.{app}", None)
-    except ApiError as error:
-        if error.code == NO_STREAM:
-            raise Unavailable(f"there is no stream {app!r} on this server; has the service been started?") from None
-        raise
-    log = JetStreamLog(
-        wire, app, partitions_of(answer["config"]), "auto" if answer["config"].get("allow_atomic") else "never"
-    )
+    settings = settings or Settings()
+    name = settings.stream.name or app
+    answer = await find_config(wire, name)
+    if answer is None:
+        raise Unavailable(f"there is no stream {name!r} on this server; has the service been started?")
+    return await _start(wire, app, answer["config"], settings, worker)
+
+
+async def _start(wire: Wire, app: str, config: dict[str, Any], settings: Settings, worker: str) -> JetStreamLog:
+    subjects = Subjects(settings.stream.subject_prefix or app, partitions_of(config))
+    log = JetStreamLog(wire, subjects, config["name"], settings, bool(config.get("allow_atomic")), worker)
     await log.start()
     return log
+
+
+async def _create(wire: Wire, wanted: dict[str, Any], stream: Stream, create: bool) -> dict[str, Any]:
+    name = wanted["name"]
+    if not create:
+        # an empty one in its place would be in the way of a restore
+        raise Replaced(
+            f"the stream {name!r} is gone, and the database was folded from it: restore the stream, or start with "
+            "an empty database"
+        )
+    if stream.existing in ("validate", "skip"):
+        raise StreamMismatch(
+            f"there is no stream {name!r}, and stream.existing = {stream.existing!r} never makes one; make it, or "
+            "use 'create'"
+        )
+    answer = await call_api(wire, f"STREAM.CREATE.{name}", wanted)
+    # read back: older servers drop fields that they don't know without a word
+    if lost := differences(answer["config"], wanted):
+        raise StreamMismatch(
+            f"nats-server {version_text(wire)} made the stream {name!r} otherwise than asked: {_listed(lost)}"
+        )
+    return answer
+
+
+async def _keep(wire: Wire, answer: dict[str, Any], wanted: dict[str, Any], stream: Stream) -> dict[str, Any]:
+    """Take an existing stream, as far as it fits."""
+    config, name = answer["config"], wanted["name"]
+    partitions_of(config)
+    different = differences(config, wanted)
+    if stream.existing == "skip" or not different:
+        return answer
+    if stream.existing == "validate":
+        raise StreamMismatch(f"stream {name!r} is not as the settings say: {_listed(different)}")
+    if fatal := [one for one in different if one.field in _NEEDED]:
+        raise StreamMismatch(f"stream {name!r} can't carry this event log: {_listed(fatal)}")
+    if stream.existing == "update":
+        return await _update(wire, answer, wanted, different)
+    # those that lose events are the caller's to refuse
+    logger.warning(
+        "stream %s differs from the settings, and stays as it is: %s; stream.existing = 'update' changes it",
+        name,
+        _listed(different),
+    )
+    return answer
+
+
+async def _update(
+    wire: Wire, answer: dict[str, Any], wanted: dict[str, Any], different: list[Difference]
+) -> dict[str, Any]:
+    name, state = wanted["name"], answer["state"]
+    for field, stored in (("max_bytes", state["bytes"]), ("max_msgs", state["messages"])):
+        if 0 < wanted[field] < stored:
+            raise StreamMismatch(
+                f"stream {name!r} holds {stored} already, more than {Difference(field, stored, wanted[field])}: the "
+                "server might delete events; nothing was changed"
+            )
+    changed = {**answer["config"], **{one.field: one.wanted for one in different}}
+    try:
+        updated = await call_api(wire, f"STREAM.UPDATE.{name}", changed)
+    except ApiError as error:
+        raise StreamMismatch(
+            f"stream {name!r} could not be changed: {error}; wanted were {_listed(different)}"
+        ) from None
+    for one in different:
+        logger.warning("stream %s changed: %s was %r, is %r", name, one.field, one.found, one.wanted)
+    return updated
+
+
+def _listed(different: list[Difference]) -> str:
+    return "; ".join(map(str, different))
+
+
+def _losing(config: dict[str, Any]) -> str:
+    return ", ".join(f"{name} is {config.get(name)!r}" for name in ("max_age", "max_bytes", "max_msgs", "discard"))

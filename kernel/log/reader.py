@@ -1,4 +1,4 @@
-"""Reading JetStream in order, fast: an ephemeral pull consumer without acknowledgements, two requests outstanding.
+"""Reading JetStream in order, fast: an ephemeral pull consumer, two requests outstanding.
 
 The consumer's own position is worth nothing to us (checkpoints in SQL are the truth), so when anything is odd, a
 missed heartbeat, a gap in the consumer's count, a reconnect, a server's refusal, the reader makes a new consumer
@@ -8,7 +8,9 @@ behind the last commit that it handed out.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,14 +18,15 @@ import orjson
 
 from kernel.log.base import Batch, LogError, Stored
 from kernel.log.wire import Wire, header_of, publish_frame, status_of
+from kernel.settings import Consumer
 
-HEARTBEAT_S = 2.0
 PULL_EXPIRES_S = 30.0
-WINDOW = 8_000
-"""Commits in one pull request; two are outstanding."""
 MAX_SUBJECTS = 200_000
 """Subjects whose text is kept."""
 
+READ_AHEAD = 128_000
+"""Commits that the server delivers ahead of acknowledgements, unless told: four wide batches."""
+_numbers = itertools.count(1)
 Api = Callable[..., Any]
 
 
@@ -33,11 +36,19 @@ class JetStreamReader:
     Args:
         api: asks the JetStream API.
         subject: filter, or None to read the whole stream unfiltered, which is the fastest.
+        worker: for the consumer's name.
     """
 
-    def __init__(self, wire: Wire, api: Api, prefix: str, stream: str, after: int, subject: str | None) -> None:
-        self._wire, self._api, self._prefix, self._stream = wire, api, prefix, stream
+    def __init__(
+        self, wire: Wire, api: Api, stream: str, after: int, subject: str | None, settings: Consumer, worker: str
+    ) -> None:
+        self._wire, self._api, self._stream = wire, api, stream
         self._after, self._subject = after, subject
+        self._settings, self._worker = settings, worker
+        self._window, self._heartbeat = settings.window, settings.heartbeat
+        self._acknowledging = settings.ack_policy == "all"
+        # the last message of each batch handed out, not yet acknowledged
+        self._handed: deque[tuple[int, bytes]] = deque()
         self._buffer: list[tuple[bytes, bytes, bytes]] = []
         self._subjects: dict[bytes, str] = {}
         self._arrived = asyncio.Event()
@@ -57,27 +68,35 @@ class JetStreamReader:
         """Make a consumer behind what was handed out."""
         await self._drop()
         config: dict[str, Any] = {
-            "deliver_policy": "by_start_sequence" if self._after else "all",
-            "ack_policy": "none",
+            "name": f"{self._settings.name_prefix}-{self._worker}-{next(_numbers)}",
+            "deliver_policy": "by_start_sequence" if self._after else self._settings.deliver_policy,
+            "ack_policy": self._settings.ack_policy,
+            "replay_policy": self._settings.replay_policy,
             "mem_storage": True,
             "num_replicas": 1,
-            "inactive_threshold": 60_000_000_000,
-            "max_waiting": 8,
+            "inactive_threshold": int(self._settings.inactive_threshold * 1e9),
+            "max_waiting": self._settings.max_waiting,
         }
+        if self._acknowledging:
+            config["ack_wait"] = int(self._settings.ack_wait * 1e9)
+            config["max_deliver"] = self._settings.max_deliver
+            config["max_ack_pending"] = self._settings.max_ack_pending or READ_AHEAD
         if self._after:
             config["opt_start_seq"] = self._after + 1
         if self._subject is not None:
             config["filter_subject"] = self._subject
-        answer = await self._api(f"CONSUMER.CREATE.{self._stream}", {"stream_name": self._stream, "config": config})
+        where = ".".join(filter(None, (f"CONSUMER.CREATE.{self._stream}.{config['name']}", self._subject)))
+        answer = await self._api(where, {"stream_name": self._stream, "config": config})
         self._consumer = answer["name"]
         self._buffer.clear()
+        self._handed.clear()
         self._requested = self._delivered = 0
         self._broken = False
         self._heard = time.monotonic()
         # a new inbox each time: late messages of the old consumer must not be taken for the new one's
         self._inbox = self._wire.new_inbox()
         self._stop_listening = await self._wire.listen(self._inbox, self._receive)
-        self._next = f"{self._prefix}.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}".encode()
+        self._next = f"{self._wire.api}.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}".encode()
         self._pull()
 
     def _receive(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
@@ -96,15 +115,15 @@ class JetStreamReader:
             self._break()
 
     def _pull(self) -> None:
-        while not self._broken and self._requested + len(self._buffer) <= WINDOW:
+        while not self._broken and self._requested + len(self._buffer) <= self._window:
             request = orjson.dumps(
                 {
-                    "batch": WINDOW,
+                    "batch": self._window,
                     "expires": int(PULL_EXPIRES_S * 1e9),
-                    "idle_heartbeat": int(HEARTBEAT_S * 1e9),
+                    "idle_heartbeat": int(self._heartbeat * 1e9),
                 }
             )
-            self._requested += WINDOW
+            self._requested += self._window
             self._wire.send(publish_frame(self._next, self._inbox.encode(), request))
 
     async def next(self, limit: int, timeout: float | None = None) -> Batch:
@@ -124,14 +143,14 @@ class JetStreamReader:
                 continue
             self._pull()
             self._arrived.clear()
-            wait = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, deadline - time.monotonic())
+            wait = self._heartbeat if deadline is None else min(self._heartbeat, deadline - time.monotonic())
             if wait <= 0:
                 return Batch([], 0)
             try:
                 async with asyncio.timeout(wait):
                     await self._arrived.wait()
             except TimeoutError:
-                if time.monotonic() - self._heard > 2.5 * HEARTBEAT_S:
+                if time.monotonic() - self._heard > 2.5 * self._heartbeat:
                     self._broken = True
 
     def _take(self, limit: int) -> Batch | None:
@@ -147,6 +166,11 @@ class JetStreamReader:
             self._broken = True
             return None
         self._delivered += len(taken)
+        if self._acknowledging:
+            if any(reply.split(b".", offset)[offset - 1] != b"1" for _, reply, _ in taken):
+                self._broken = True  # delivered again: what came in between is behind it
+                return None
+            self._handed.append((int(last[offset]), taken[-1][1]))
         sequences: Iterable[int] = range(int(first[offset]), int(last[offset]) + 1)
         if int(last[offset]) - int(first[offset]) != len(taken) - 1:
             sequences = [int(reply.split(b".", offset + 1)[offset]) for _, reply, _ in taken]
@@ -159,7 +183,15 @@ class JetStreamReader:
             for sequence, (subject, _, payload) in zip(sequences, taken, strict=True)
         ]
         self._after = commits[-1].sequence
-        return Batch(commits, int(last[offset + 3]))
+        return Batch(commits, int(last[offset + 3]), int(first[offset + 2]) / 1e9)
+
+    def acknowledge(self, sequence: int) -> None:
+        """See `LogReader.acknowledge`."""
+        reply = b""
+        while self._handed and self._handed[0][0] <= sequence:
+            reply = self._handed.popleft()[1]
+        if reply and not self._broken:
+            self._wire.send(publish_frame(reply, b"", b"+ACK"))
 
     async def _drop(self) -> None:
         if self._stop_listening is not None:

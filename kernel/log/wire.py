@@ -91,7 +91,14 @@ class _FrameParser(Parser):
 
 
 class Wire(Client):
-    """nats-py's client with `listen` and `send`."""
+    """nats-py's client with `listen` and `send`.
+
+    Attributes:
+        reconnections: called after each reconnect.
+        trouble: the last error of the connection, until it works again.
+        api: prefix of JetStream's API.
+        request_timeout: seconds for an answer of it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +106,8 @@ class Wire(Client):
         self.listeners: dict[bytes, Listener] = {}
         self.reconnections: list[Callable[[], None]] = []
         self.trouble = ""
+        self.api = "$JS.API"
+        self.request_timeout = 5.0
 
     async def listen(self, subject: str, listener: Listener, queue: str = "", linger: float = 0.0) -> Callable[[], Any]:
         """Subscribe; return a coroutine function that unsubscribes. It survives reconnects as any subscription.
@@ -239,68 +248,3 @@ def header_of(headers: bytes, name: bytes) -> bytes | None:
 def shown(url: str) -> str:
     """Return a URL, or several with commas between, as it may be printed: without passwords."""
     return re.sub(r"(//[^/@,]*?):[^/@,]*@|(//)[^/@:,]+@", lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***@", url)
-
-
-async def connect(url: str, *, name: str, on_event: Callable[[str], None] | None = None, **options: Any) -> Wire:
-    """Connect for good: the client reconnects for ever, and what happens to the connection is told to `on_event`.
-
-    Raises:
-        ConnectionError: no server answered; the message has the cause that the server gave, where it gave one.
-    """
-    wire = Wire()
-    causes: list[str] = []
-
-    async def error(problem: Exception) -> None:
-        causes.append(str(problem) or type(problem).__name__)
-        del causes[:-5]
-        wire.trouble = causes[-1]
-        if on_event is not None:
-            on_event(f"error: {causes[-1]}")
-
-    async def disconnected() -> None:
-        if on_event is not None:
-            on_event("disconnected")
-
-    async def reconnected() -> None:
-        if on_event is not None:
-            on_event("reconnected")
-        for callback in wire.reconnections:
-            callback()
-
-    async def closed() -> None:
-        if on_event is not None:
-            on_event("closed")
-
-    settings: dict[str, Any] = {
-        "allow_reconnect": True,
-        "max_reconnect_attempts": -1,
-        "reconnect_time_wait": 0.25,
-        "connect_timeout": 5,
-        "ping_interval": 10,
-        "max_outstanding_pings": 2,
-        "pending_size": 64 * 1024 * 1024,
-        **options,
-    }
-    connecting = asyncio.ensure_future(
-        wire.connect(
-            url.split(","),
-            name=name,
-            error_cb=error,
-            disconnected_cb=disconnected,
-            reconnected_cb=reconnected,
-            closed_cb=closed,
-            **settings,
-        )
-    )
-    done, _ = await asyncio.wait({connecting}, timeout=settings["connect_timeout"])
-    if not done:
-        connecting.cancel()
-        await asyncio.wait({connecting})
-    failure = None if done and not connecting.exception() else (connecting.exception() if done else "no answer")
-    if failure is not None:
-        await wire.close()
-        cause = causes[-1] if causes else str(failure)
-        raise ConnectionError(
-            f"can't connect to NATS at {shown(url)}: {cause}; is the server running, are the credentials right?"
-        )
-    return wire

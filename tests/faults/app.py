@@ -16,7 +16,7 @@ from aggregates import Aggregate, Rejected, applies, command, event, handles
 from kernel import App
 from projections import Recorded, Rows, Sql, Tallies, Tally, Transaction
 
-NAME_VARIABLE = "ESKERNEL_FAULTS_APP"
+NAME_VARIABLE = "FAULTS_APP"
 LIMIT = 100
 
 

@@ -1,0 +1,244 @@
+"""Connecting to NATS as the settings say: where to, who we are, how sure of the server we want to be."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nkeys
+from nats.aio.client import Server
+
+from kernel.log.wire import Wire, shown
+from kernel.settings import Connection, JetStream, Security, Settings
+
+logger = logging.getLogger("eskernel")
+_CREDENTIALS = ("-----BEGIN NATS USER JWT-----", "-----BEGIN USER NKEY SEED-----")
+_FINAL = ("authorization violation", "certificate", "tls", "nkeys", "maximum connections")
+"""What a server says that trying again at start would not mend."""
+
+
+class BadCredentials(ConnectionError):
+    """A file or an option of `security` can't be used; the message names it."""
+
+
+async def dial(settings: Settings, *, name: str, url: str = "", on_event: Callable[[str], None] | None = None) -> Wire:
+    """Connect as the settings say.
+
+    Args:
+        name: of the client, where the settings have none.
+        url: the embedded server's, where that is meant.
+
+    Raises:
+        BadCredentials: see there.
+        ConnectionError: no server answered; the message has the cause, and which option it points to.
+    """
+    connection = settings.connection
+    servers = [url] if url else list(connection.servers)
+    options = {**connection_options(connection), **security_options(settings.security)}
+    return await connect(
+        servers, name=connection.name or name, on_event=on_event, security=settings.security,
+        jetstream=settings.jetstream, **options,
+    )  # fmt: skip
+
+
+def connection_options(connection: Connection) -> dict[str, Any]:
+    """Return nats-py's options for these settings."""
+    return {
+        "allow_reconnect": connection.max_reconnects != 0,
+        "max_reconnect_attempts": connection.max_reconnects,
+        "reconnect_time_wait": connection.reconnect_wait,
+        "reconnect_to_server_handler": _backing_off(connection),
+        "connect_timeout": connection.connect_timeout,
+        "ping_interval": connection.ping_interval,
+        "max_outstanding_pings": connection.max_missed_pings,
+    }
+
+
+def _backing_off(connection: Connection) -> Callable[[list[Server], dict[str, Any]], tuple[Server, float]]:
+    def choose(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
+        """The server that was tried least, after a pause that doubles with each round of attempts."""
+        chosen = min(servers, key=lambda server: server.reconnects)
+        pause = 0.0
+        if chosen.reconnects:
+            doubled = connection.reconnect_wait * 2.0 ** min(chosen.reconnects - 1, 32)
+            pause = min(doubled, connection.reconnect_max_wait)
+        spread = connection.reconnect_jitter * random.random()
+        return chosen, pause * (1 + spread) if pause else connection.reconnect_wait * spread
+
+    return choose
+
+
+def security_options(security: Security) -> dict[str, Any]:
+    """Return nats-py's options for these settings.
+
+    Raises:
+        BadCredentials: a file is missing, or is not what it should be.
+    """
+    options: dict[str, Any] = {}
+    if security.token is not None:
+        options["token"] = security.token.get_secret_value()
+    if security.user is not None and security.password is not None:
+        options.update(user=security.user, password=security.password.get_secret_value())
+    if security.nkey_file is not None:
+        seed = _read("nkey_file", security.nkey_file).strip()
+        try:
+            nkeys.from_seed(seed).wipe()
+        except Exception:
+            raise BadCredentials(f"security.nkey_file: {security.nkey_file} holds no nkey seed (`SU...`)") from None
+        options["nkeys_seed"] = str(security.nkey_file)
+    if security.credentials_file is not None:
+        text = _read("credentials_file", security.credentials_file).decode(errors="replace")
+        if missing := [part for part in _CREDENTIALS if part not in text]:
+            raise BadCredentials(
+                f"security.credentials_file: {security.credentials_file} has no {missing[0]!r} in it; it should be "
+                "the file that `nsc generate creds` writes"
+            )
+        options["user_credentials"] = str(security.credentials_file)
+    if security.tls:
+        options["tls"] = _context(security)
+    return options
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadCredentials(f"security.{name}: {path}: {error.strerror}") from None
+
+
+def _context(security: Security) -> ssl.SSLContext:
+    if security.ca_file is not None:
+        _read("ca_file", security.ca_file)
+    try:
+        context = ssl.create_default_context(cafile=security.ca_file)
+    except ssl.SSLError as error:
+        raise BadCredentials(f"security.ca_file: {security.ca_file} holds no certificates: {error}") from None
+    if security.client_certificate is not None and security.client_key is not None:
+        _read("client_certificate", security.client_certificate)
+        _read("client_key", security.client_key)
+        try:
+            context.load_cert_chain(security.client_certificate, security.client_key)
+        except ssl.SSLError as error:
+            raise BadCredentials(
+                f"security.client_certificate {security.client_certificate} and security.client_key "
+                f"{security.client_key} can't be used together: {error.reason or error}"
+            ) from None
+    if security.skip_verify:
+        logger.warning(
+            "security.skip_verify: the server's certificate is NOT verified; whoever is in between can read and "
+            "change everything"
+        )
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _pointing(cause: str, security: Security, in_url: bool) -> str:
+    """Return what a refusal points to: the option, or file, that is likely wrong."""
+    low = cause.lower()
+    if "authorization violation" in low or "authentication" in low:
+        if security.token is not None:
+            return "the server refused security.token"
+        if security.user is not None:
+            return f"the server refused security.user {security.user!r} or its security.password"
+        if security.nkey_file is not None:
+            return f"the server does not know the nkey of security.nkey_file {security.nkey_file}"
+        if security.credentials_file is not None:
+            return f"the server refused security.credentials_file {security.credentials_file}"
+        if in_url:
+            return "the server refused the credentials in the URL"
+        return "the server wants credentials: see the section `security` of the settings"
+    if "certificate verify failed" in low:
+        signed = f"by security.ca_file {security.ca_file}" if security.ca_file else "by one that this system trusts"
+        return f"the server's certificate is not for this host, or not signed {signed}; see security.ca_file"
+    if "alert" in low or "certificate required" in low or "bad certificate" in low or "unknown ca" in low:
+        if security.client_certificate is None:
+            return "the server wants a client certificate: security.client_certificate and security.client_key"
+        return f"the server does not accept security.client_certificate {security.client_certificate}"
+    if "tls was asked for" in low:
+        return "the settings ask for TLS (security.tls_required, or what implies it)"
+    return "is the server running, are the credentials right?"
+
+
+async def connect(
+    url: str | Sequence[str],
+    *,
+    name: str,
+    on_event: Callable[[str], None] | None = None,
+    security: Security | None = None,
+    jetstream: JetStream | None = None,
+    **options: Any,
+) -> Wire:
+    """Connect; the client reconnects by itself, and what happens to the connection is told to `on_event`.
+
+    Args:
+        url: servers; a text may have several, with commas between.
+        options: nats-py's, in place of those that the default settings lead to.
+
+    Raises:
+        ConnectionError: no server answered; the message has the cause that the server gave, where it gave one.
+    """
+    servers = url.split(",") if isinstance(url, str) else list(url)
+    security = security or Security()
+    wire = Wire()
+    if jetstream is not None:
+        wire.api, wire.request_timeout = jetstream.prefix, jetstream.request_timeout
+    causes: list[str] = []
+    final = asyncio.Event()
+
+    async def error(problem: Exception) -> None:
+        causes.append(str(problem) or type(problem).__name__)
+        del causes[:-5]
+        wire.trouble = causes[-1]
+        if len(servers) == 1 and any(known in causes[-1].lower() for known in _FINAL):
+            final.set()
+        if on_event is not None:
+            on_event(f"error: {causes[-1]}")
+
+    async def disconnected() -> None:
+        if on_event is not None:
+            on_event("disconnected")
+
+    async def reconnected() -> None:
+        if on_event is not None:
+            on_event("reconnected")
+        for callback in wire.reconnections:
+            callback()
+
+    async def closed() -> None:
+        if on_event is not None:
+            on_event("closed")
+
+    settings = {**connection_options(Connection()), "pending_size": 64 * 1024 * 1024, **options}
+    connecting = asyncio.ensure_future(
+        wire.connect(
+            servers,
+            name=name,
+            error_cb=error,
+            disconnected_cb=disconnected,
+            reconnected_cb=reconnected,
+            closed_cb=closed,
+            **settings,
+        )
+    )
+    refused = asyncio.ensure_future(final.wait())
+    # one attempt at each server
+    patience = settings["connect_timeout"] * len(servers)
+    await asyncio.wait({connecting, refused}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    refused.cancel()
+    if connecting.done() and connecting.exception() is None:
+        return wire
+    if not connecting.done():
+        connecting.cancel()
+        await asyncio.wait({connecting})
+    failure = "no answer" if connecting.cancelled() else connecting.exception()
+    await wire.close()
+    cause = causes[-1] if causes else str(failure)
+    raise ConnectionError(
+        f"can't connect to NATS at {shown(','.join(servers))}: {cause}; {_pointing(cause, security, any('@' in one for one in servers))}"
+    )
