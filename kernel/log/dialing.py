@@ -238,7 +238,7 @@ async def connect(
         await asyncio.wait({connecting})
     failure = "no answer" if connecting.cancelled() else connecting.exception()
     await wire.close()
-    cause = causes[-1] if causes else str(failure)
-    raise ConnectionError(
-        f"can't connect to NATS at {shown(','.join(servers))}: {cause}; {_pointing(cause, security, any('@' in one for one in servers))}"
-    )
+    # what a server said tells more than that it hung up afterwards
+    telling = [one for one in causes if any(known in one.lower() for known in _FINAL)] or causes or [str(failure)]
+    hint = _pointing(telling[-1], security, any("@" in one for one in servers))
+    raise ConnectionError(f"can't connect to NATS at {shown(','.join(servers))}: {telling[-1]}; {hint}")
