@@ -167,16 +167,18 @@ async def test_a_cluster_has_replicated_streams_that_survive_a_server(tmp_path: 
         assert made.cluster.leader is not None
         followers = [one.name for one in made.cluster.replicas or []]
         assert {made.cluster.leader, *followers} == {"n0", "n1", "n2"}
-        leader, follower = (members[int(name[1:])] for name in (made.cluster.leader, followers[0]))
+        leader, follower = (members[int(str(name)[1:])] for name in (made.cluster.leader, followers[0]))
         await follower.kill()
         async with connected(leader.url) as client:
             assert (await client.jetstream().publish("s", b"1")).seq == 1
         await follower.start()
 
 
-async def test_a_cluster_may_have_another_size(tmp_path: Path) -> None:
+async def test_a_cluster_may_have_another_size_and_is_stopped_at_the_end(tmp_path: Path) -> None:
     async with cluster(tmp_path, 2) as members:
         assert (await members[1].monitored("jsz"))["meta_cluster"]["cluster_size"] == 2
+        pids = [member.pid for member in members]
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 async def test_a_domain_is_a_matter_of_configuration(tmp_path: Path, binary: str) -> None:
