@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "aggregates": {"aggregates", "msgspec", "orjson"},
     "projections": {"projections", "aggregates", "sqlalchemy", "msgspec", "orjson"},
     "migrations": {"migrations", "projections", "alembic", "sqlalchemy"},
-    "kernel/log": {"kernel", "aggregates", "nats", "msgspec", "orjson"},
+    "kernel/log": {"kernel", "aggregates", "nats", "nkeys", "msgspec", "orjson"},
+    "kernel/settings": {"kernel", "annotated_types", "pydantic", "pydantic_settings", "orjson"},
 }
 MUST_NOT_IMPORT = {
     "kernel": {"examples", "benchmarks", "tests"},
