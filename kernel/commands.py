@@ -20,7 +20,18 @@ from kernel.app import App
 from kernel.log.base import Conflict, EventLog, LogError, Stored
 from kernel.mailbox import Appended, Decide, Leave, Loaded, Request, Searched, Unstorable
 from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
-from kernel.metrics import ALERTS, APPEND_SECONDS, APPENDS, COMMANDS, COMMANDS_PENDING, LOADS
+from kernel.metrics import (
+    ALERTS,
+    APPEND_SECONDS,
+    APPENDS,
+    COMMAND_SECONDS,
+    COMMANDS,
+    COMMANDS_PENDING,
+    LOAD_SECONDS,
+    LOADS,
+    count_error_of,
+    observe_all,
+)
 from kernel.residents import Residents
 from kernel.subjects import Address, Subjects
 
@@ -65,7 +76,10 @@ class CommandGateway:
         self._told: list[tuple[Any, Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._loads = asyncio.Semaphore(MAX_LOADS)
-        self._outcomes: dict[str, int] = {}
+        # since the metrics were last brought up to date: answers by aggregate, command, outcome; and their times
+        self._outcomes: dict[tuple[str, str, str], int] = {}
+        self._times: list[float] = []
+        self._arrived = 0.0
         self._appended = 0
         self._moment = ""
         self._begun = 0.0
@@ -82,6 +96,7 @@ class CommandGateway:
 
     def _handle_inbox(self) -> None:
         inbox, self._inbox = self._inbox, []
+        self._arrived = time.perf_counter()
         by_address: dict[Address, list[Request]] = {}
         for subject, reply, payload in inbox:
             if self._draining:
@@ -133,7 +148,7 @@ class CommandGateway:
             return
         if not wire.command_id:
             wire.command_id = uuid7()
-        by_address.setdefault(address, []).append(Request(wire, command, reply))
+        by_address.setdefault(address, []).append(Request(wire, command, reply, self._arrived))
         self._pending += 1
         self._pending_in[address.partition] += 1
         self._idle.clear()
@@ -149,7 +164,8 @@ class CommandGateway:
     def _refuse(
         self, reply: bytes, type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None
     ) -> None:
-        self._outcomes[type] = self._outcomes.get(type, 0) + 1
+        answer = "", "", type
+        self._outcomes[answer] = self._outcomes.get(answer, 0) + 1
         if reply:
             self._publish(reply, encode_error(type, message, command_id, retry_after), b"")
 
@@ -170,6 +186,7 @@ class CommandGateway:
     async def _load(self, address: Address) -> None:
         cell = Cell(self._app.types[address.aggregate], address.id)
         LOADS.inc()
+        started = time.perf_counter()
         error: tuple[ErrorType, str] | None = None
         try:
             async with self._loads:
@@ -189,6 +206,7 @@ class CommandGateway:
             error = ("failed", f"the stored history can't be read: {problem}")
         except Exception as problem:
             error = ("failed", f"{type(problem).__name__} while replaying: {problem}")
+        LOAD_SECONDS.observe(time.perf_counter() - started)
         self._tell(address, Loaded(None if error else cell, error))
 
     def search(self, address: Address, request: Request) -> None:
@@ -251,13 +269,13 @@ class CommandGateway:
         self._moment = ""
 
     def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
-        self._answered(address, "duplicate" if duplicate else "ok")
+        self._answered(address, request, "duplicate" if duplicate else "ok")
         if request.reply:
             receipt = Receipt(version, sequence, address.partition, request.wire.command_id, duplicate)
             self._publish(request.reply, encode_receipt(receipt), b"")
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
-        self._answered(address, type)
+        self._answered(address, request, type)
         if type == "failed":
             logger.warning("%s %s: %s failed: %s", address.aggregate, address.id, request.wire.command, message)
         if request.reply:
@@ -270,8 +288,10 @@ class CommandGateway:
 
     # the rest
 
-    def _answered(self, address: Address, outcome: str) -> None:
-        self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
+    def _answered(self, address: Address, request: Request, outcome: str) -> None:
+        answer = address.aggregate, request.wire.command, outcome
+        self._outcomes[answer] = self._outcomes.get(answer, 0) + 1
+        self._times.append(time.perf_counter() - request.arrived)
         resident = self.residents.find(address.subject)
         if resident is not None:
             resident.busy -= 1
@@ -305,8 +325,11 @@ class CommandGateway:
     def publish_metrics(self) -> None:
         """Bring the counters up to date; a job does it, so that a command pays nothing for them."""
         outcomes, self._outcomes = self._outcomes, {}
-        for outcome, count in outcomes.items():
-            COMMANDS.labels(outcome=outcome).inc(count)
+        for (aggregate, command, outcome), count in outcomes.items():
+            COMMANDS.labels(aggregate=aggregate, command=command, outcome=outcome).inc(count)
+            count_error_of(outcome, count)
+        times, self._times = self._times, []
+        observe_all(COMMAND_SECONDS, times)
         COMMANDS_PENDING.set(self._pending)
         appended, self._appended = self._appended, 0
         APPENDS.labels(outcome="ok").inc(appended)

@@ -14,11 +14,16 @@ from projections.fold import Folded, Plan
 
 
 class Request:
-    """A command on its way through an actor."""
+    """A command on its way through an actor.
 
-    __slots__ = ("attempts", "command", "reply", "searched", "wire")
+    Attributes:
+        arrived: when, by the performance counter.
+    """
 
-    def __init__(self, wire: CommandRequest, command: Any, reply: bytes) -> None:
+    __slots__ = ("arrived", "attempts", "command", "reply", "searched", "wire")
+
+    def __init__(self, wire: CommandRequest, command: Any, reply: bytes, arrived: float = 0.0) -> None:
+        self.arrived = arrived
         self.wire = wire
         self.command = command
         self.reply = reply

@@ -22,7 +22,21 @@ from kernel.actors import Actors
 from kernel.app import App
 from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
 from kernel.mailbox import DropRows, Fold, Turn
-from kernel.metrics import BATCH_EVENTS, BATCH_SECONDS, BATCHES, DEAD_LETTERS, EVENTS, FENCED, LAG, PARKINGS, POSITION
+from kernel.metrics import (
+    BATCH_EVENTS,
+    BATCH_SECONDS,
+    BATCHES,
+    DEAD_LETTERS,
+    ERRORS,
+    EVENTS,
+    FENCED,
+    FOLD_SECONDS,
+    LAG,
+    LOG_EVENTS,
+    PARKINGS,
+    POSITION,
+    ROWS,
+)
 from kernel.residents import Resident, Residents
 from kernel.settings import Settings
 from kernel.sorting import Commits, Group, Sorter
@@ -257,6 +271,8 @@ class Projector:
 
     async def _project(self, batch: Batch) -> None:
         """Fold one batch and hand it to the database, behind the one being written."""
+        began = time.perf_counter()
+        LOG_EVENTS.inc(len(batch.commits))
         groups = await self._sorter.sort(batch.commits)
         self._batch = batch.commits
         self.pending = batch.pending
@@ -270,6 +286,9 @@ class Projector:
             resident.busy += 1  # from here until it is written
         try:
             folded, write = await self._fold_or_park(groups, residents, moves)
+            FOLD_SECONDS.observe(time.perf_counter() - began)
+            for index, count in folded.written().items():
+                ROWS.labels(projection=self._name(index)).inc(count)
             write.letters += self._garbage
             self._garbage = []
             await self._settle()
@@ -296,6 +315,7 @@ class Projector:
                     failure = self._writer.blame(refused, _batch_of(groups))
             logger.error("parked for %s: %s", self._name(failure.projection), failure)
             PARKINGS.labels(reason=failure.kind).inc()
+            ERRORS.labels(kind="handler").inc()
             await self._settle()
             self._plan.park(failure)
             self._drop_rows(residents)
@@ -377,6 +397,7 @@ class Projector:
                 raise
             except Exception as error:
                 BATCHES.labels(outcome="failed").inc()
+                ERRORS.labels(kind="database").inc()
                 if not is_infrastructure(error) or self._interrupted.is_set():
                     raise
                 self.state = "waiting for the database"
@@ -400,6 +421,7 @@ class Projector:
         except HandlerFailed as failure:
             logger.error("parked for %s: %s", self._name(failure.projection), failure)
             PARKINGS.labels(reason=failure.kind).inc()
+            ERRORS.labels(kind="handler").inc()
             self._failures.append(self._writer.blame(failure, _batch_of(pending.groups)))
             raise
         finally:

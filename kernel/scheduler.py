@@ -13,7 +13,7 @@ from typing import Any
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from kernel.metrics import JOBS
+from kernel.metrics import JOB_SECONDS, JOBS
 
 logger = logging.getLogger("eskernel")
 JOB_TIMEOUT_S = 30.0
@@ -85,6 +85,7 @@ class Scheduler:
                 job.error = ""
                 JOBS.labels(job=job.name, outcome="ok").inc()
             job.duration = time.perf_counter() - started
+            JOB_SECONDS.labels(job=job.name).set(job.duration)
 
         self._scheduler.add_job(
             run,

@@ -22,7 +22,16 @@ from kernel.log import JetStreamLog, open_log
 from kernel.log.api import version_text
 from kernel.log.dialing import dial
 from kernel.log.wire import Wire, publish_frame
-from kernel.metrics import APPENDS_IN_FLIGHT, CONNECTED, CONNECTION_EVENTS, READ_BACKS, SHELLS
+from kernel.metrics import (
+    APPENDS_IN_FLIGHT,
+    APPENDS_QUEUED,
+    CONNECTED,
+    CONNECTION_EVENTS,
+    READ_BACKS,
+    RECONNECTS,
+    SHELLS,
+    count_connection_error,
+)
 from kernel.ownership import Ownership
 from kernel.projector import Projector
 from kernel.rebuild import Progress, build_missing, clean_up
@@ -76,6 +85,7 @@ class Service:
         self._actors: Actors | None = None
         self._projecting: asyncio.Task[None] | None = None
         self._frames: list[bytes] = []
+        self._read_backs = 0
         self._listening: list[Any] = []
         self._leases: Leases | None = None
         self._ownership: Ownership | None = None
@@ -228,10 +238,13 @@ class Service:
         assert self._gateway is not None
         assert self._log is not None
         self._gateway.publish_metrics()
-        READ_BACKS.set(self._log.appender.read_backs)
+        READ_BACKS.inc(self._log.appender.read_backs - self._read_backs)
+        self._read_backs = self._log.appender.read_backs
         assert self._actors is not None
         SHELLS.set(len(self._actors))
-        APPENDS_IN_FLIGHT.set(self._log.appender.pressure[1])
+        queued, in_flight = self._log.appender.pressure
+        APPENDS_QUEUED.set(queued)
+        APPENDS_IN_FLIGHT.set(in_flight)
 
     # answers
 
@@ -284,6 +297,10 @@ class Service:
 
     def _connection(self, event: str) -> None:
         CONNECTION_EVENTS.labels(event=event.split(":", maxsplit=1)[0]).inc()
+        if event == "reconnected":
+            RECONNECTS.inc()
+        elif event.startswith("error"):
+            count_connection_error(event)
         CONNECTED.set(event == "reconnected" or (event.startswith("error") and self._is_connected()))
         if self.stopped.is_set():
             return

@@ -70,6 +70,14 @@ class Folded:
         self.letters: list[Letter] = []
         self.count = 0
 
+    def written(self) -> dict[int, int]:
+        """Return how many rows and tallies it amounts to, by projection."""
+        return {
+            index: len(rows) + len(self.tallies[index])
+            for index, rows in enumerate(self.rows)
+            if rows or self.tallies[index]
+        }
+
 
 class Plan:
     """All projections of an app, compiled for folding.

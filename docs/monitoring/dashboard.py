@@ -1,0 +1,143 @@
+"""The Grafana dashboard as text: `python docs/monitoring/dashboard.py > docs/monitoring/dashboard.json`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
+    (
+        "Commands",
+        [
+            ("Commands by outcome", "ops", [("sum by (outcome) (rate(eskernel_commands_total[1m]))", "{{outcome}}")]),
+            (
+                "Time to answer",
+                "s",
+                [
+                    (
+                        f"histogram_quantile({q}, sum by (le) (rate(eskernel_command_seconds_bucket[1m])))",
+                        f"p{100 * q:g}",
+                    )
+                    for q in (0.5, 0.9, 0.99)
+                ],
+            ),
+            ("Under way", "short", [("sum(eskernel_commands_pending)", "pending")]),
+            (
+                "By type",
+                "ops",
+                [("sum by (aggregate, command) (rate(eskernel_commands_total[1m]))", "{{aggregate}}.{{command}}")],
+            ),
+        ],
+    ),
+    (
+        "Log",
+        [
+            ("Appends", "ops", [("sum by (outcome) (rate(eskernel_appends_total[1m]))", "{{outcome}}")]),
+            (
+                "Time to acknowledge",
+                "s",
+                [
+                    (
+                        f"histogram_quantile({q}, sum by (le) (rate(eskernel_append_seconds_bucket[1m])))",
+                        f"p{100 * q:g}",
+                    )
+                    for q in (0.5, 0.99)
+                ],
+            ),
+            (
+                "Waiting",
+                "short",
+                [("sum(eskernel_appends_queued)", "queued"), ("sum(eskernel_appends_in_flight)", "in flight")],
+            ),
+            (
+                "Connection",
+                "short",
+                [
+                    ("min(eskernel_nats_connected)", "connected"),
+                    ("sum(increase(eskernel_nats_reconnects_total[5m]))", "reconnects in 5 min"),
+                ],
+            ),
+        ],
+    ),
+    (
+        "Projections",
+        [
+            ("Commits behind", "short", [("eskernel_projection_lag_commits", "{{worker}}")]),
+            ("Events projected", "ops", [("sum(rate(eskernel_events_folded_total[1m]))", "events")]),
+            (
+                "Batch: fold and write",
+                "s",
+                [
+                    ("histogram_quantile(0.9, sum by (le) (rate(eskernel_batch_fold_seconds_bucket[1m])))", "fold p90"),
+                    (
+                        "histogram_quantile(0.9, sum by (le) (rate(eskernel_batch_write_seconds_bucket[1m])))",
+                        "write p90",
+                    ),
+                ],
+            ),
+            (
+                "Rows written",
+                "ops",
+                [("sum by (projection) (rate(eskernel_rows_written_total[1m]))", "{{projection}}")],
+            ),
+            (
+                "Dead letters",
+                "short",
+                [("max(eskernel_parked_aggregates)", "parked"), ("max(eskernel_quarantined_messages)", "quarantined")],
+            ),
+        ],
+    ),
+    (
+        "Service",
+        [
+            ("Components", "short", [("min by (component) (eskernel_component_ok)", "{{component}}")]),
+            ("Live aggregates", "short", [("sum(eskernel_actors_live)", "live")]),
+            ("Passivations", "ops", [("sum by (reason) (rate(eskernel_passivations_total[1m]))", "{{reason}}")]),
+            ("Partitions", "short", [("eskernel_partitions_held", "{{worker}}")]),
+            ("Event loop late", "s", [("max(eskernel_loop_lag_seconds)", "late")]),
+            ("Errors", "ops", [("sum by (kind) (rate(eskernel_errors_total[1m]))", "{{kind}}")]),
+            ("Jobs that fail", "ops", [('sum by (job) (rate(eskernel_jobs_total{outcome="failed"}[5m]))', "{{job}}")]),
+            ("Memory", "bytes", [("process_resident_memory_bytes", "{{worker}}")]),
+        ],
+    ),
+]
+_SOURCE = {"type": "prometheus", "uid": "${source}"}
+
+
+def dashboard() -> dict[str, Any]:
+    """Return the dashboard as Grafana imports it."""
+    panels: list[dict[str, Any]] = []
+    y = 0
+    for title, row in _ROWS:
+        panels.append({"type": "row", "title": title, "gridPos": {"x": 0, "y": y, "w": 24, "h": 1}, "id": len(panels)})
+        y += 1
+        for place, (name, unit, queries) in enumerate(row):
+            x = place % 4 * 6
+            panels.append(
+                {
+                    "type": "timeseries",
+                    "title": name,
+                    "id": len(panels),
+                    "datasource": _SOURCE,
+                    "gridPos": {"x": x, "y": y + place // 4 * 7, "w": 6, "h": 7},
+                    "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+                    "targets": [
+                        {"refId": chr(65 + n), "expr": expr, "legendFormat": legend, "datasource": _SOURCE}
+                        for n, (expr, legend) in enumerate(queries)
+                    ],
+                }
+            )
+        y += (len(row) + 3) // 4 * 7
+    return {
+        "title": "eskernel",
+        "uid": "eskernel",
+        "schemaVersion": 39,
+        "refresh": "10s",
+        "time": {"from": "now-30m", "to": "now"},
+        "templating": {"list": [{"name": "source", "type": "datasource", "query": "prometheus", "label": "Source"}]},
+        "panels": panels,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(dashboard(), indent=1))

@@ -1,0 +1,85 @@
+"""The dashboard, the alert rules and the page of metrics say what the service has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+from prometheus_client import Histogram
+
+from kernel.metrics_page import declared, name_of, render
+
+DOCS = Path(__file__).parent.parent / "docs"
+FROM_THE_LIBRARY = {"process_resident_memory_bytes"}
+RULES = [
+    rule for group in yaml.safe_load((DOCS / "monitoring/alerts.yaml").read_text())["groups"] for rule in group["rules"]
+]
+DASHBOARD = json.loads((DOCS / "monitoring/dashboard.json").read_text())
+
+
+def scraped() -> set[str]:
+    names = set(FROM_THE_LIBRARY)
+    for metric in declared():
+        name = name_of(metric)
+        names.update({f"{name}_bucket", f"{name}_sum", f"{name}_count"} if isinstance(metric, Histogram) else {name})
+    return names
+
+
+def expressions() -> Iterator[Any]:
+    for rule in RULES:
+        yield pytest.param(rule["expr"], id=rule["alert"])
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            yield pytest.param(target["expr"], id=f"{panel['title']}-{target['refId']}".replace(" ", "-"))
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_an_expression_is_promql_and_its_metrics_exist(expression: str) -> None:
+    promql_parser.parse(expression)
+    named = set(re.findall(r"\b(?:eskernel|process|python)_[a-z_]+\b", expression))
+    assert named
+    assert named <= scraped()
+
+
+def test_an_expression_that_is_none_is_noticed() -> None:
+    with pytest.raises(ValueError, match=r"unclosed|invalid|unexpected|expected"):
+        promql_parser.parse("rate(eskernel_commands_total[5m]")
+
+
+def test_labels_used_in_expressions_are_those_of_the_metric() -> None:
+    labels = {name_of(metric): set(metric._labelnames) for metric in declared()}
+    for parameter in expressions():
+        for name, label in re.findall(r"(eskernel_[a-z_]+)\{([a-z]+)[=!]", parameter.values[0]):
+            assert label in labels[name], (name, label)
+
+
+def test_each_rule_says_what_is_wrong_and_what_to_do() -> None:
+    for rule in RULES:
+        assert rule["annotations"]["summary"] and rule["annotations"]["action"]
+        assert rule["labels"]["severity"] in ("warning", "critical")
+
+
+def test_the_dashboard_is_the_one_that_is_described() -> None:
+    spec = importlib.util.spec_from_file_location("dashboard", DOCS / "monitoring/dashboard.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.dashboard() == DASHBOARD
+
+
+def test_the_page_of_metrics_is_up_to_date() -> None:
+    assert (DOCS / "metrics.md").read_text() == render(), "make docs"
+
+
+def test_there_are_thirty_metrics_and_each_says_what_it_is() -> None:
+    found = list(declared())
+    assert len(found) >= 30
+    assert all(len(metric._documentation) > 10 for metric in found)
+    assert not {"id", "aggregate_id", "command_id", "subject"} & {label for one in found for label in one._labelnames}
