@@ -140,4 +140,4 @@ def dashboard() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dashboard(), indent=1))
+    print(json.dumps(dashboard(), indent=1))  # noqa: T201 - that is what it is for
