@@ -1,0 +1,1 @@
+"""What happens at three times the load that a service can bear: `python -m examples.overload`."""
