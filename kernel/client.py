@@ -91,7 +91,8 @@ class Client:
         except BaseException:
             await wire.close()
             raise
-        client = cls(app, wire, log, open_database(database, read_only=True) if database else None)
+        engine = open_database(database, read_only=True, **settings.database.options()) if database else None
+        client = cls(app, wire, log, engine)
         await wire.listen(f"{client._inbox.decode()}.*", client._answered)
         return client
 

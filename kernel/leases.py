@@ -61,6 +61,7 @@ class Leases:
     """The leases of one worker.
 
     Args:
+        app: name of the app's stream, after which the bucket is named: two streams of one app share nothing.
         worker: this worker's name, unlike any other's, now and before: letters, digits, `-`.
         ttl: seconds after which the bucket forgets a key that was not renewed.
     """

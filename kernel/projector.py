@@ -212,7 +212,7 @@ class Projector:
             self._plan.park(failure)
 
     async def _session(self) -> None:
-        reader = await self._log.read(self._position.lowest)
+        reader = await self._log.read(self._position.lowest, live=True)
         try:
             self._read_to = self._position.lowest
             last_quiet = time.monotonic()
@@ -246,6 +246,7 @@ class Projector:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if self._pending is not None and self._pending.task.done():
                     await self._settle()
+                    reader.acknowledge(self.position)
             return reading.result() if reading.done() else Batch([], 0)
         finally:
             stopping.cancel()

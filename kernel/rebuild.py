@@ -25,7 +25,6 @@ from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.log.base import EventLog, LogReader, Stored
-from kernel.subjects import Subjects
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -139,7 +138,6 @@ class Rebuild:
 
     async def _attempt(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()
-        self._subjects = Subjects(self._app.name, info.partitions)
         self._events = self._done = self._at = 0
         self._written: Groups = {}
         made = await self._in(partial(self._prepare, info.partitions))
@@ -229,7 +227,7 @@ class Rebuild:
     def _new_group(self, subject: str, groups: Groups) -> Commits | None:
         """Return the list for a subject's commits, or None if no projection here wants them."""
         try:
-            address = self._subjects.parse(subject)
+            address = self._log.subjects.parse(subject)
         except InvalidId:
             return None
         return groups.setdefault((address.aggregate, address.id), []) if address.aggregate in self._wanted else None
@@ -259,7 +257,7 @@ class Rebuild:
 
     def _letter(self, letter: Letter) -> tuple[int, bytes]:
         place = bisect_left(self._window_commits, letter.stream_sequence, key=attrgetter("sequence"))
-        return self._subjects.address(*letter.aggregate).partition, self._window_commits[place].payload
+        return self._log.subjects.address(*letter.aggregate).partition, self._window_commits[place].payload
 
     async def _cut_over(self, reader: LogReader, made: list[generations.Generation]) -> None:
         """In one transaction: stop the live generations, fold what they had beyond ours, and show ours instead."""

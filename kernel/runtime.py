@@ -56,7 +56,8 @@ class Running:
 
 def running_as(app: str, spec: str, settings: Settings, nats: str, database: str, http: str) -> Running:
     """Return the description of this process, for others to connect to the same places in the same way."""
-    known = written(changed(settings, {"connection.servers": nats, "database.url": database}))
+    places = {"connection.servers": nats, "database.url": database, "stream.sync": False}
+    known = written(changed(settings, places))
     return Running(app, spec, str(Path.cwd()), os.getpid(), nats, database, http, known)
 
 

@@ -21,6 +21,7 @@ from kernel.settings import Settings
 from kernel.settings.sources import changed
 
 logger = logging.getLogger("eskernel")
+SYNCED = "acknowledged events are on disk: they survive a power cut"
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 CHECK_S = 0.2

@@ -38,7 +38,7 @@ from kernel.rebuild import Progress, build_missing, clean_up
 from kernel.residents import Residents
 from kernel.runtime import DataDirectory, running_as, worker_name
 from kernel.scheduler import Scheduler
-from kernel.server import EmbeddedServer, embedded_commits
+from kernel.server import SYNCED, EmbeddedServer, embedded_commits
 from kernel.settings import Settings
 from kernel.watch import Watch
 from projections.checkpoints import knows, register
@@ -127,13 +127,13 @@ class Service:
         info = await log.info()
         self.durability = info.durability
         if self._server is not None and settings.stream.sync:
-            self.durability = "acknowledged events are on disk: they survive a power cut"
+            self.durability = SYNCED
         logger.info(
             "log: %d commits (%d to %d) in %d partitions on nats-server %s; %s",
             info.commits, info.first, info.last, info.partitions, version_text(wire), self.durability,
         )  # fmt: skip
         self._leases = leases = Leases(
-            wire, self.app.name, self.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
+            wire, log.stream, self.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
         )
         await leases.start()
         async with leases.alone("start"):

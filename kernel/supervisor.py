@@ -16,7 +16,7 @@ import orjson
 from kernel.health import HttpServer
 from kernel.pages import merge, scrape
 from kernel.runtime import DataDirectory, WorkersFailed, running_as
-from kernel.server import EmbeddedServer, embedded_commits, end_with_parent
+from kernel.server import SYNCED, EmbeddedServer, embedded_commits, end_with_parent
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 from kernel.worker import REFUSED, describe
@@ -98,6 +98,7 @@ class Supervisor:
                     "http.port": 0,
                     "http.host": "127.0.0.1",
                     "http.token": None,
+                    "stream.sync": False,
                 },
             ),
         )
@@ -107,7 +108,7 @@ class Supervisor:
             await worker.ready.wait()
             if worker.failed:
                 raise WorkersFailed(worker.failed)
-        self.durability = self.workers[0].told.get("durability", "")
+        self.durability = SYNCED if settings.stream.sync else self.workers[0].told.get("durability", "")
         await self.http.start()
         self.directory.describe(
             running_as(self.app, self._spec, self.settings, self.nats_url, self.database_url, self.http.url)

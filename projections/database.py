@@ -37,7 +37,7 @@ def database_url(text: str) -> URL:
         url = make_url(text)
     except ArgumentError:
         raise SchemaError(
-            f"{text!r} is not a database URL; use sqlite:///file.db or postgresql://user:password@host/name"
+            "database.url is not a URL; use sqlite:///file.db or postgresql://user:password@host/name"
         ) from None
     backend = url.get_backend_name()
     if backend == "postgresql":
@@ -56,8 +56,8 @@ def open_database(
     pool_size: int = 5,
     max_overflow: int = 5,
     pool_timeout: float = 10.0,
-    pool_recycle: float = -1,
-    connect_timeout: float = 10.0,
+    pool_recycle: int = -1,
+    connect_timeout: int = 10,
     lock_timeout: float = 5.0,
 ) -> Engine:
     """Return an engine.
@@ -80,13 +80,13 @@ def open_database(
         "pool_size": pool_size,
         "max_overflow": max_overflow,
         "pool_timeout": pool_timeout,
-        "pool_recycle": int(pool_recycle),
+        "pool_recycle": pool_recycle,
     }
     if url.get_backend_name() == "postgresql":
-        options = f"-c synchronous_commit=off -c lock_timeout={int(lock_timeout * 1000)}"
+        options = f"-c synchronous_commit=off -c lock_timeout={max(1, round(lock_timeout * 1000))}"
         if read_only:
             options += " -c default_transaction_read_only=on"
-        arguments = {"options": options, "connect_timeout": int(connect_timeout), **_KEEP_ALIVE}
+        arguments = {"options": options, "connect_timeout": connect_timeout, **_KEEP_ALIVE}
         return create_engine(url, connect_args=arguments, pool_pre_ping=read_only, **pool)
     shared = url.database in (None, "", ":memory:")  # such a database is its one connection
     if url.database and not shared:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from sqlalchemy.engine import make_url
 
 from kernel.app import load_app
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
-from kernel.log.wire import shown
 from kernel.service import Service
+from kernel.settings.base import shown
 from kernel.settings.sources import Loaded, SettingsError, leaves, load, parse_assignment
 from kernel.supervisor import Supervisor
 
@@ -143,7 +142,7 @@ def _tell(service: Service | Supervisor, app: str) -> None:
         "log": shown(service.nats_url) + (" (embedded)" if service.settings.embedded else ""),
         "workers": f"{len(service.workers)} processes" if isinstance(service, Supervisor) else "1, this process",
         "durability": service.durability,
-        "database": make_url(service.database_url).render_as_string(hide_password=True),
+        "database": shown(service.database_url),
         "http": f"{service.http.url}/healthz  /readyz  /metrics",
         "data": str(service.directory.path),
     }

@@ -12,7 +12,8 @@ from sqlalchemy import Engine, func, select
 
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import UNREACHABLE, Target, Where, asynchronous, console, fail, print_json, target_options
-from kernel.log.wire import publish_frame, shown, status_of
+from kernel.log.wire import publish_frame, status_of
+from kernel.settings.base import shown
 from kernel.subjects import Subjects
 from projections.tables import checkpoint, dead_letter, projection
 

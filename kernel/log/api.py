@@ -12,6 +12,7 @@ from kernel.log.base import LogError, Unavailable
 from kernel.log.wire import Wire
 
 NO_MESSAGE, NO_STREAM = 10037, 10059
+DEFAULT_PREFIX = "$JS.API"
 
 
 class ApiError(LogError):
@@ -37,7 +38,8 @@ async def call_api(wire: Wire, subject: str, body: object, timeout: float | None
             f"{wire.api}.{subject}", orjson.dumps(body) if body else b"", timeout=timeout or wire.request_timeout
         )
     except nats.errors.NoRespondersError:
-        raise Unavailable("JetStream is not enabled on this server, or not yet ready") from None
+        where = "" if wire.api == DEFAULT_PREFIX else f" at {wire.api} (jetstream.domain, jetstream.api_prefix)"
+        raise Unavailable(f"JetStream is not enabled on this server{where}, or not yet ready") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
     task = asyncio.current_task()

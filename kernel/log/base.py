@@ -5,6 +5,8 @@ from __future__ import annotations
 from asyncio import Future
 from typing import NamedTuple, Protocol
 
+from kernel.subjects import Subjects
+
 
 class LogError(Exception):
     """The log could not do what was asked."""
@@ -108,8 +110,11 @@ class EventLog(Protocol):
     """Commits by subject, each with its place in one stream.
 
     Attributes:
+        subjects: how its subjects are made and read.
         max_payload: most bytes a commit may have.
     """
+
+    subjects: Subjects
 
     @property
     def max_payload(self) -> int: ...
@@ -128,8 +133,13 @@ class EventLog(Protocol):
     async def last(self, subject: str) -> Stored | None:
         """Return the subject's last commit as the leader has it."""
 
-    async def read(self, after: int, partition: int | None = None) -> LogReader:
-        """Return a reader of everything, or of one partition, from the sequence behind `after`."""
+    async def read(self, after: int, partition: int | None = None, *, live: bool = False) -> LogReader:
+        """Return a reader of everything, or of one partition, from the sequence behind `after`.
+
+        Args:
+            live: its caller tells with `acknowledge` what is done with, and takes events at the pace that the log is
+                set to; others get everything as fast as they read.
+        """
 
     async def info(self) -> StreamInfo:
         """Return what the log says about itself. Raises `Unavailable`."""

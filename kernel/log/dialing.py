@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 import nkeys
 from nats.aio.client import Server
 
-from kernel.log.wire import Wire, shown
+from kernel.log.wire import Wire
 from kernel.settings import Connection, JetStream, Security, Settings
+from kernel.settings.base import shown
 
 logger = logging.getLogger("eskernel")
-_CREDENTIALS = ("-----BEGIN NATS USER JWT-----", "-----BEGIN USER NKEY SEED-----")
+_JWT = re.compile(r"-----BEGIN NATS USER JWT-----\r?\n([\w-]+\.[\w-]+\.[\w-]+)\r?\n")
+_SEED = re.compile(r"-----BEGIN USER NKEY SEED-----\r?\n(SU[A-Z2-7]+)\r?\n")
 _FINAL = ("authorization violation", "certificate", "tls", "nkeys", "maximum connections")
 """What a server says that trying again at start would not mend."""
 
@@ -39,7 +42,15 @@ async def dial(settings: Settings, *, name: str, url: str = "", on_event: Callab
     """
     connection = settings.connection
     servers = [url] if url else list(connection.servers)
+    if url and (given := sorted(settings.security.model_fields_set)):
+        raise BadCredentials(
+            f"security.{given[0]} is for servers of connection.servers; the embedded server takes anybody on this "
+            "machine, and no TLS"
+        )
     options = {**connection_options(connection), **security_options(settings.security)}
+    if "tls" not in options and any(one.startswith("tls://") for one in servers):
+        # also for servers that these name, and after reconnects
+        options["tls"] = _context(settings.security)
     return await connect(
         servers, name=connection.name or name, on_event=on_event, security=settings.security,
         jetstream=settings.jetstream, **options,
@@ -86,22 +97,32 @@ def security_options(security: Security) -> dict[str, Any]:
         options.update(user=security.user, password=security.password.get_secret_value())
     if security.nkey_file is not None:
         seed = _read("nkey_file", security.nkey_file).strip()
-        try:
-            nkeys.from_seed(seed).wipe()
-        except Exception:
-            raise BadCredentials(f"security.nkey_file: {security.nkey_file} holds no nkey seed (`SU...`)") from None
+        if not _is_seed(seed):
+            raise BadCredentials(f"security.nkey_file: {security.nkey_file} holds no user's nkey seed (`SU...`)")
         options["nkeys_seed"] = str(security.nkey_file)
     if security.credentials_file is not None:
         text = _read("credentials_file", security.credentials_file).decode(errors="replace")
-        if missing := [part for part in _CREDENTIALS if part not in text]:
+        found = _SEED.search(text)
+        missing = "" if _JWT.search(text) else "user's JWT"
+        if found is None or not _is_seed(found[1].encode()):
+            missing = missing or "user's nkey seed"
+        if missing:
             raise BadCredentials(
-                f"security.credentials_file: {security.credentials_file} has no {missing[0]!r} in it; it should be "
-                "the file that `nsc generate creds` writes"
+                f"security.credentials_file: {security.credentials_file} has no {missing} in it; it should be the "
+                "file that `nsc generate creds` writes"
             )
         options["user_credentials"] = str(security.credentials_file)
     if security.tls:
         options["tls"] = _context(security)
     return options
+
+
+def _is_seed(text: bytes) -> bool:
+    try:
+        nkeys.from_seed(bytearray(text)).wipe()
+    except Exception:
+        return False
+    return text.startswith(b"SU")
 
 
 def _read(name: str, path: Path) -> bytes:
@@ -122,11 +143,12 @@ def _context(security: Security) -> ssl.SSLContext:
         _read("client_certificate", security.client_certificate)
         _read("client_key", security.client_key)
         try:
-            context.load_cert_chain(security.client_certificate, security.client_key)
-        except ssl.SSLError as error:
+            # without the empty password OpenSSL would ask for one in the terminal
+            context.load_cert_chain(security.client_certificate, security.client_key, "")
+        except (ssl.SSLError, OSError) as error:
             raise BadCredentials(
                 f"security.client_certificate {security.client_certificate} and security.client_key "
-                f"{security.client_key} can't be used together: {error.reason or error}"
+                f"{security.client_key} can't be used together: {getattr(error, 'reason', '') or error}"
             ) from None
     if security.skip_verify:
         logger.warning(
@@ -193,9 +215,10 @@ async def connect(
 
     async def error(problem: Exception) -> None:
         causes.append(str(problem) or type(problem).__name__)
-        del causes[:-5]
+        del causes[: -max(5, len(servers))]
         wire.trouble = causes[-1]
-        if len(servers) == 1 and any(known in causes[-1].lower() for known in _FINAL):
+        # each was tried once
+        if len(causes) >= len(servers) and any(known in one.lower() for one in causes for known in _FINAL):
             final.set()
         if on_event is not None:
             on_event(f"error: {causes[-1]}")
@@ -215,6 +238,7 @@ async def connect(
             on_event("closed")
 
     settings = {**connection_options(Connection()), "pending_size": 64 * 1024 * 1024, **options}
+    reconnects, settings["allow_reconnect"] = settings["allow_reconnect"], True  # at the start each server is tried
     connecting = asyncio.ensure_future(
         wire.connect(
             servers,
@@ -232,6 +256,7 @@ async def connect(
     await asyncio.wait({connecting, refused}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
     refused.cancel()
     if connecting.done() and connecting.exception() is None:
+        wire.options["allow_reconnect"] = reconnects
         return wire
     if not connecting.done():
         connecting.cancel()

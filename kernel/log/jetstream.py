@@ -17,7 +17,7 @@ from kernel.log.appender import Appender
 from kernel.log.base import LogReader, Replaced, Stored, StreamInfo, StreamMismatch, Unavailable
 from kernel.log.reader import JetStreamReader
 from kernel.log.wire import Wire, header_of, publish_frame, status_of
-from kernel.settings import Settings
+from kernel.settings import Consumer, Settings
 from kernel.subjects import Subjects
 
 logger = logging.getLogger("eskernel")
@@ -39,7 +39,11 @@ class JetStreamLog:
         self.subjects = subjects
         self.stream = stream
         self._wire = wire
-        self._consumer = settings.consumer
+        self._live = settings.consumer
+        # a rebuild acknowledges nothing, and waits for nobody's pace
+        self._plain = settings.consumer.model_copy(
+            update={"ack_policy": "none", "max_ack_pending": 0, "replay_policy": "instant"}
+        )
         self._worker = worker or secrets.token_hex(4)
         self._checked = settings.stream.existing != "skip"
         self._may_lose = settings.stream.may_lose_events
@@ -93,7 +97,7 @@ class JetStreamLog:
 
     async def _get_batch(self, subject: str, after: int, into: list[Stored]) -> int:
         """Fetch up to 1,000 commits in one round trip; return how many are still there behind them."""
-        for _attempt in range(3):
+        for _attempt in range(2):
             self._get_token += 1
             token = b"%d" % self._get_token
             before = len(into)
@@ -108,7 +112,7 @@ class JetStreamLog:
                 )
             )
             try:
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(self._wire.request_timeout):
                     return await future
             except TimeoutError:
                 del into[before:]
@@ -139,11 +143,11 @@ class JetStreamLog:
         last = await self.last(subject)
         if last is None or last.sequence <= after:
             return []
-        reader = await self._reader(after, subject)
+        reader = await self._reader(after, subject, self._plain)
         try:
             found: list[Stored] = []
             while not found or found[-1].sequence < last.sequence:
-                batch = await reader.next(10_000, timeout=5.0)
+                batch = await reader.next(10_000, timeout=self._wire.request_timeout)
                 if not batch.commits:
                     raise Unavailable(f"reading {subject}: no answer from the stream")
                 found.extend(batch.commits)
@@ -151,11 +155,12 @@ class JetStreamLog:
         finally:
             await reader.close()
 
-    async def read(self, after: int, partition: int | None = None) -> LogReader:
-        return await self._reader(after, None if partition is None else self.subjects.events(partition))
+    async def read(self, after: int, partition: int | None = None, *, live: bool = False) -> LogReader:
+        subject = None if partition is None else self.subjects.events(partition)
+        return await self._reader(after, subject, self._live if live else self._plain)
 
-    async def _reader(self, after: int, subject: str | None) -> JetStreamReader:
-        reader = JetStreamReader(self._wire, self._ask, self.stream, after, subject, self._consumer, self._worker)
+    async def _reader(self, after: int, subject: str | None, settings: Consumer) -> JetStreamReader:
+        reader = JetStreamReader(self._wire, self._ask, self.stream, after, subject, settings, self._worker)
         self._readers.add(reader)
         return reader
 

@@ -52,7 +52,7 @@ class MemoryLog:
         known = self._by_subject.get(subject)
         return known[-1] if known else None
 
-    async def read(self, after: int, partition: int | None = None) -> LogReader:
+    async def read(self, after: int, partition: int | None = None, *, live: bool = False) -> LogReader:  # noqa: ARG002
         return _MemoryReader(self, after, partition)
 
     async def info(self) -> StreamInfo:

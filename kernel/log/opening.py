@@ -15,6 +15,8 @@ from kernel.subjects import Subjects
 logger = logging.getLogger("eskernel")
 OLDEST = (2, 10)
 """Oldest server that the tests run on."""
+ATOMIC = (2, 12)
+"""First server with atomic batches."""
 _NEEDED = ("subjects", "retention", "storage", "allow_direct")
 """Without these it is no event log, and they can't be changed once there are events."""
 _UNSET = {"max_age": 0, "max_bytes": -1, "max_msgs": -1, "compression": "none", "num_replicas": 1}
@@ -57,7 +59,7 @@ def wanted_config(app: str, settings: Stream, version: tuple[int, int]) -> dict[
         "deny_delete": True,
         "deny_purge": True,
     }
-    if version >= (2, 12):
+    if version >= ATOMIC:
         config["allow_atomic"] = True
     return config
 
@@ -122,9 +124,20 @@ async def open_log(
     if stream.existing != "skip":
         check_keeps_everything(config, stream.may_lose_events)
     if partitions != stream.partitions and "partitions" in stream.model_fields_set:
+        if stream.existing == "validate":
+            raise StreamMismatch(
+                f"stream {name!r} is not as the settings say: {Difference('partitions', partitions, stream.partitions)}"
+            )
         logger.warning(
             "the stream has %d partitions, not %d: that is fixed when it is made", partitions, stream.partitions
         )
+    if settings.jetstream.group_commit == "always" and not config.get("allow_atomic"):
+        why = (
+            "the stream was made without allow_atomic: stream.existing = 'update' adds it"
+            if server_version(wire) >= ATOMIC
+            else f"it needs nats-server {'.'.join(map(str, ATOMIC))} or newer, this is {version_text(wire)}"
+        )
+        raise StreamMismatch(f"jetstream.group_commit = 'always' can't be done: {why}; or use 'auto'")
     if stream.may_lose_events:
         logger.warning("stream.may_lose_events: the server may delete events of %s; %s", name, _losing(config))
     state = answer.get("state") or {}
@@ -209,6 +222,9 @@ async def _update(
                 "server might delete events; nothing was changed"
             )
     changed = {**answer["config"], **{one.field: one.wanted for one in different}}
+    if wanted["max_age"]:
+        # the server demands it, and events carry no ids for it to look at
+        changed["duplicate_window"] = min(changed.get("duplicate_window", 0), wanted["max_age"])
     try:
         updated = await call_api(wire, f"STREAM.UPDATE.{name}", changed)
     except ApiError as error:

@@ -119,7 +119,7 @@ class JetStreamReader:
             request = orjson.dumps(
                 {
                     "batch": self._window,
-                    "expires": int(PULL_EXPIRES_S * 1e9),
+                    "expires": int(max(PULL_EXPIRES_S, 3 * self._heartbeat) * 1e9),
                     "idle_heartbeat": int(self._heartbeat * 1e9),
                 }
             )

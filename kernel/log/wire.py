@@ -10,11 +10,10 @@ leans on inner names of nats-py, which is why the version is pinned and `tests/t
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from typing import Any
 
-from nats.aio.client import Client
+from nats.aio.client import Client, Srv
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
@@ -175,10 +174,23 @@ class Wire(Client):
         await super()._attempt_reconnect()
 
     def _abort(self) -> None:
-        """Drop the old connection: closing it in order would wait for a dead peer to take what is unsent."""
-        writer = getattr(self._transport, "_io_writer", None)
-        if writer is not None:
-            writer.transport.abort()
+        """Drop the old connection: closing it in order would wait for a dead peer to take what is unsent.
+
+        After a TLS handshake that failed it would wait for ever: the end is never told to the stream below.
+        """
+        transport: Any = self._transport
+        if getattr(transport, "_io_writer", None) is not None:
+            transport._io_writer.transport.abort()
+            transport._io_writer = None
+
+    async def _connect_to_server(self, server: Srv) -> None:
+        self._abort()  # nats-py forgets the last one, open as it may be
+        await super()._connect_to_server(server)
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        if not self.is_connected:
+            self._abort()
+        await super()._close(status, do_cbs)
 
     async def close(self) -> None:
         """Close for good, within seconds also where the other side is dead."""
@@ -243,8 +255,3 @@ def header_of(headers: bytes, name: bytes) -> bytes | None:
         return None
     start += len(name) + 3
     return headers[start : headers.find(b"\r\n", start)].strip()
-
-
-def shown(url: str) -> str:
-    """Return a URL, or several with commas between, as it may be printed: without passwords."""
-    return re.sub(r"(//[^/@,]*?):[^/@,]*@|(//)[^/@:,]+@", lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***@", url)

@@ -7,9 +7,10 @@ the texts here. Times are in seconds, sizes in bytes (`64MiB` is understood too)
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from annotated_types import Ge, Le
+from pydantic import model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kernel.settings.nats import Connection, Consumer, JetStream, Security, Stream
@@ -92,6 +93,15 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read nothing but what is given; `kernel.settings.sources.load` reads files and environment."""
         return (init_settings,)
+
+    @model_validator(mode="after")
+    def _its_own_server(self) -> Self:
+        if self.stream.sync and not self.embedded:
+            raise ValueError(
+                "stream.sync is for the embedded server; with connection.servers set `sync_interval: always` in the "
+                "configuration of those"
+            )
+        return self
 
     @property
     def embedded(self) -> bool:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, SecretStr, SerializationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    SecretStr,
+    SerializationInfo,
+)
 
 MIB = 1024 * 1024
 
 Seconds = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
+File = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+"""Absolute from the start: other commands are given it too, and run in other folders."""
 
 
 def _listed(value: Any) -> Any:
@@ -30,3 +43,16 @@ class Section(BaseModel):
     """A part of the tree."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """URLs may hold passwords."""
+        for name, value in super().__repr_args__():
+            if isinstance(value, tuple):
+                value = tuple(shown(one) if isinstance(one, str) else one for one in value)
+            yield name, shown(value) if isinstance(value, str) else value
+
+
+def shown(url: str) -> str:
+    """Return a URL, or several with commas between, as it may be printed: without passwords."""
+    hidden = re.sub(r"//([^/,:]*)(:[^/,]*)?@", lambda m: f"//{m[1]}:***@" if m[2] else "//***@", url)
+    return re.sub(r"([?&]\w*password)=[^&,]*", r"\1=***", hidden)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
-from kernel.settings.base import Count, Listed, Seconds, Secret, Section
+from kernel.settings.base import Count, File, Listed, Seconds, Secret, Section
 
 GroupCommit = Literal["auto", "always", "never"]
 
@@ -17,29 +17,50 @@ class Connection(Section):
     """The connection to NATS."""
 
     servers: Annotated[tuple[str, ...], Listed] = ()
-    """URLs of NATS servers, with commas between; all are tried in turn. Without any the embedded server is started."""
+    """URLs of NATS servers, `nats://host:4222` or `tls://host:4222`, with commas between; all are tried in turn.
+    Without any the embedded server is started."""
     name: str = ""
     """The client's name in the server's monitoring; `eskernel APP` unless set."""
     max_reconnects: Annotated[int, Ge(-1)] = -1
-    """Attempts to reconnect to each server before the service gives up and stops; -1 is for ever."""
+    """Failed attempts to reconnect to each server after which the service tries a last time, gives up and stops; -1 is
+    for ever, 0 stops it when the connection is lost."""
     reconnect_wait: Seconds = 0.25
-    """Pause before the first attempt to reconnect; doubled at each further one."""
+    """Pause before the second attempt to reconnect to a server, doubled at each further one; the first is made at
+    once."""
     reconnect_max_wait: Seconds = 5.0
-    """Longest pause between attempts to reconnect."""
+    """Longest pause between attempts to reconnect, but for the jitter."""
     reconnect_jitter: Annotated[float, Ge(0), Le(1)] = 0.2
-    """Share of the pause by which it is lengthened at random, so that many clients don't come back at once."""
+    """Share of the pause by which it is lengthened at random, so that many clients don't come back at once; before the
+    first attempt, which has no pause, it is that share of `reconnect_wait`."""
     connect_timeout: Seconds = 5.0
-    """For each attempt to connect."""
+    """For each attempt to connect; a start gives up after one such time for each server."""
     ping_interval: Seconds = 10.0
     """Between pings of the connection; the server answers each."""
     max_missed_pings: Count = 2
     """Pings without an answer after which the connection is given up."""
     health_check_interval: Seconds = 5.0
-    """Between health checks: a request to the log, a write to the database, and what else `/readyz` shows."""
+    """Between health checks: a request to the log, one to the database, and what else `/readyz` shows."""
+
+    @field_validator("servers")
+    @classmethod
+    def _urls(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
+        for one in servers:
+            try:
+                parts = urlsplit(one if "://" in one else f"nats://{one}")
+                right = parts.scheme in ("nats", "tls") and bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                right = False
+            if not right or parts.path.strip("/") or parts.query or parts.fragment:
+                # nothing of the text is told: what looks like a path may be half a password
+                raise ValueError(
+                    "a server's URL is nats://host:4222 or tls://host:4222; in names and passwords write / # ? @ , as "
+                    "%2F %23 %3F %40 %2C"
+                )
+        return servers
 
 
 class Security(Section):
-    """How the service proves who it is to NATS, and NATS to the service."""
+    """How the service proves who it is to NATS, and NATS to the service. For the servers of `connection.servers`."""
 
     token: Secret | None = None
     """Token."""
@@ -47,15 +68,15 @@ class Security(Section):
     """User name."""
     password: Secret | None = None
     """Password of the user."""
-    nkey_file: Path | None = None
+    nkey_file: File | None = None
     """File with an nkey's seed (`SU...`)."""
-    credentials_file: Path | None = None
+    credentials_file: File | None = None
     """Credentials file (`.creds`): a user's JWT and seed."""
-    client_certificate: Path | None = None
+    client_certificate: File | None = None
     """Certificate of this client, PEM; for servers that verify clients."""
-    client_key: Path | None = None
-    """Private key of the certificate, PEM."""
-    ca_file: Path | None = None
+    client_key: File | None = None
+    """Private key of the certificate, PEM, not encrypted."""
+    ca_file: File | None = None
     """Certificates, PEM, by one of which the server's has to be signed; the system's unless set."""
     skip_verify: bool = False
     """Take any certificate of the server: whoever is in between can read and change everything. For trials only."""
@@ -144,7 +165,7 @@ class Stream(Section):
     """Whether the server compresses the store."""
     sync: bool = False
     """Embedded server: wait for the disk at every commit, so that a power cut loses nothing. Elsewhere this is the
-    server's own setting `sync_interval: always`; the service says at start what it can know."""
+    server's own setting, `sync_interval: always`, and refused here."""
     may_lose_events: bool = False
     """Say so a second time where another setting deletes events. Aggregates whose first events are gone can't be
     loaded, and projections can't be rebuilt whole."""
@@ -171,7 +192,7 @@ class Stream(Section):
 class Consumer(Section):
     """The consumer by which the projections read the log. Its position is the checkpoint in SQL, not the server's."""
 
-    name_prefix: str = "eskernel"
+    name_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "eskernel"
     """Consumers are named `PREFIX-WORKER-NUMBER` in the server's monitoring."""
     deliver_policy: Literal["all", "new", "last", "last_per_subject", "by_start_time", "by_start_sequence"] = "all"
     """`all`: everything behind the checkpoint. The others leave out events, and are refused."""

@@ -21,10 +21,10 @@ class Database(Section):
     """Further connections when those are in use."""
     pool_timeout: Seconds = 10.0
     """For a connection when all are in use."""
-    pool_recycle: Annotated[float, Ge(-1)] = -1
-    """Age at which a connection is replaced; -1 never."""
-    connect_timeout: Annotated[float, Ge(1)] = 10.0
-    """For making a connection (PostgreSQL; whole seconds)."""
+    pool_recycle: Annotated[int, Ge(-1)] = -1
+    """Age at which a connection is replaced when it is next used; -1 never."""
+    connect_timeout: Annotated[int, Ge(2)] = 10
+    """For making a connection to PostgreSQL; whole seconds, at least two. SQLite's are made at once."""
     lock_timeout: Seconds = 5.0
     """For a lock that somebody else holds; then the batch is tried again."""
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import orjson
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -16,6 +16,7 @@ from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError as SourceError
 
 from kernel.settings import Settings
+from kernel.settings.base import shown
 
 PREFIX = "ESKERNEL_"
 DEFAULT_FILE = Path("eskernel.toml")
@@ -46,10 +47,7 @@ class _Environment(EnvSettingsSource):
     """Lists may be written with commas, not only as JSON."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        try:
-            return super().decode_complex_value(field_name, field, value)
-        except ValueError:
-            return value
+        return super().decode_complex_value(field_name, field, value) if _is_json(value) else value
 
 
 def load(
@@ -88,13 +86,17 @@ def load(
         problems.append(f"environment: {error}")
     for name, value in (given or {}).items():
         _merge(tree, _nested(name, value), "command line", origins)
+    given_as = {name.upper() for name in variables}
     for name, origin in origins.items():
         if origin == "environment":
-            origins[name] = PREFIX + name.upper().replace(".", "__")
+            # a whole section may be one variable
+            parts = name.upper().split(".")
+            spelled = [PREFIX + "__".join(parts[:count]) for count in range(len(parts), 0, -1)]
+            origins[name] = next((one for one in spelled if one in given_as), spelled[0])
     try:
-        settings = Settings.model_validate(tree)
-    except ValidationError as error:
-        problems += [_explain(one, origins) for one in error.errors(include_url=False)]
+        settings = _validated(tree, origins)
+    except SettingsError as error:
+        problems += error.problems
     if problems:
         raise SettingsError(problems)
     return Loaded(settings, origins)
@@ -105,18 +107,22 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     tree: Tree = {}
     for name, value in values.items():
         _merge(tree, _nested(name, value), "", {})
+    return _validated(tree, {})
+
+
+def _validated(tree: Tree, origins: Mapping[str, str]) -> Settings:
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise SettingsError([_explain(one, {}) for one in error.errors(include_url=False)]) from None
+        raise SettingsError([_explain(one, origins) for one in error.errors(include_url=False)]) from None
 
 
 def changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
-    """Return settings that differ in these dotted names."""
+    """Return settings that differ in these dotted names. Raises `SettingsError`."""
     tree = settings.model_dump(exclude_unset=True)
     for name, value in values.items():
         _merge(tree, _nested(name, value), "", {})
-    return Settings.model_validate(tree)
+    return _validated(tree, {})
 
 
 def written(settings: Settings) -> Tree:
@@ -145,8 +151,6 @@ def value_of(settings: Settings, name: str) -> Any:
 
 def shown_value(value: Any) -> Any:
     """Return a value as it may be printed: no secrets, no passwords in URLs."""
-    from kernel.log.wire import shown
-
     if isinstance(value, SecretStr):
         return "**********"
     if isinstance(value, BaseModel):
@@ -161,14 +165,19 @@ def shown_value(value: Any) -> Any:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """Return name and value of `name=value`; a value that is JSON is taken as such. Raises `SettingsError`."""
+    """Return name and value of `name=value`; lists and tables may be JSON. Raises `SettingsError`."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise SettingsError([f"{text!r}: write it as name=value, such as stream.replicas=3"])
     try:
-        return name, orjson.loads(value)
-    except orjson.JSONDecodeError:
-        return name, value
+        return name, orjson.loads(value) if _is_json(value) else value
+    except orjson.JSONDecodeError as error:
+        raise SettingsError([f"{name}: not JSON: {error}"]) from None
+
+
+def _is_json(value: Any) -> bool:
+    """Only lists and tables: a token of digits, or in quotes, stays the text that it is."""
+    return isinstance(value, str) and value.lstrip().startswith(("[", "{"))
 
 
 def _nested(name: str, value: Any) -> Tree:
@@ -227,22 +236,3 @@ def _explain(error: Any, origins: Mapping[str, str]) -> str:
         # a contradiction names its keys itself
         return f"{message}{where}"
     return f"{name}: {message[0].lower()}{message[1:]}{where}"
-
-
-def type_name(field: FieldInfo) -> str:
-    """Return a setting's type for people."""
-    choices = get_args(field.annotation)
-    if choices and all(isinstance(one, str) for one in choices):
-        return " \\| ".join(f"`{one}`" for one in choices)
-    text = str(field.annotation)
-    names = {
-        "ByteSize": "bytes",
-        "SecretStr": "secret",
-        "Path": "path",
-        "tuple[str": "list",
-        "tuple[": "list of numbers",
-    }
-    for part, name in {**names, "dict": "table", "bool": "yes/no", "float": "number", "int": "integer"}.items():
-        if part in text:
-            return name
-    return "text"
