@@ -42,6 +42,12 @@ soak: $(READY) ## load with evictions; memory, files, threads, consumers must st
 bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json (YEAR=1, MILLION=1: more)
 	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 
+docs: $(READY) ## write docs/configuration.md from the settings
+	@$(BIN)/python -m kernel.settings.document > docs/configuration.md
+
+settings-table: $(READY) ## run the tests that show each setting's effect; writes docs/settings-tested.md
+	@$(BIN)/python -m pytest -m setting --settings-table docs/settings-tested.md
+
 lock: ## renew requirements.lock from pyproject.toml
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
 	@$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --all-extras \
@@ -50,4 +56,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults mutants soak bench lock clean
+.PHONY: help setup demo test lint faults mutants soak bench docs settings-table lock clean

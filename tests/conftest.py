@@ -27,7 +27,7 @@ from aggregates.declaration import declare
 from kernel import App
 from kernel.log import JetStreamLog
 from kernel.log.wire import Wire
-from kernel.server import EmbeddedServer
+from kernel.server import EmbeddedServer, find_binary
 from kernel.settings import Settings
 from kernel.settings.sources import settings_of
 from kernel.subjects import Subjects
@@ -38,6 +38,7 @@ from projections.fold import Folded
 from projections.generations import create, show
 from projections.unit_of_work import Write, Writer
 
+pytest_plugins = ["tests.settings_table"]
 T = TypeVar("T")
 _SHORT = {
     "nats": "connection.servers",
@@ -108,6 +109,12 @@ def old_nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not OLD_SERVER.exists():
         pytest.skip("nats-server 2.10 is not in .venv/nats-2.10; `make setup` installs it")
     yield from _server(tmp_path_factory.mktemp("nats-2.10"), binary=str(OLD_SERVER))
+
+
+@pytest.fixture(params=["2.15", "2.10"])
+def binary(request: pytest.FixtureRequest) -> str:
+    """A nats-server's executable; the test runs once with each version."""
+    return find_binary() if request.param == "2.15" else str(OLD_SERVER)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from nats.aio.client import Client
 from nats.js.api import StreamConfig
 from nats.js.errors import APIError
 
-from kernel.server import find_binary
 from tests.conftest import OLD_SERVER
 from tests.failing import ROOT
 from tests.servers import (
@@ -50,12 +49,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture(params=["2.15", "2.10"])
-def binary(request: pytest.FixtureRequest) -> str:
-    """A nats-server's executable; the test runs once with each version."""
-    return find_binary() if request.param == "2.15" else str(OLD_SERVER)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,19 +197,20 @@ def _merge(into: Tree, more: Mapping[str, Any], origin: str, origins: dict[str, 
             origins[name] = origin
 
 
-def _names() -> list[str]:
-    return [name for name, _ in leaves()]
+def variable_of(name: str) -> str:
+    """Return the environment variable of a dotted name."""
+    return PREFIX + name.upper().replace(".", "__")
 
 
-def _nearest(name: str) -> str:
-    names = _names()
-    found = difflib.get_close_matches(name, names, 1, 0.6)
+def _nearest(name: str, spelled: Callable[[str], str] = str) -> str:
+    names = [one for one, _ in leaves()]
+    last = name.rsplit(".", 1)[-1]
+    # the right word in the wrong section, or the wrong word in the right one
+    found = [one for one in names if one.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(name, names, 1, 0.6)
     if not found:
-        # the right word in the wrong section, perhaps
-        last = name.rsplit(".", 1)[-1]
         tails = difflib.get_close_matches(last, [one.rsplit(".", 1)[-1] for one in names], 1, 0.75)
-        found = [one for one in names if tails and one.rsplit(".", 1)[-1] == tails[0]][:1]
-    return f"; the nearest is {found[0]}" if found else "; `eskernel config show` lists all"
+        found = [one for one in names if tails and one.rsplit(".", 1)[-1] == tails[0]]
+    return f"; the nearest is {spelled(found[0])}" if found else "; `eskernel config show` lists all"
 
 
 def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
@@ -220,8 +221,7 @@ def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
             continue
         dotted = name[len(PREFIX) :].lower().replace("__", ".")
         if dotted.split(".")[0] not in sections:
-            nearest = _nearest(dotted).replace(".", "__") if "__" in name else _nearest(dotted)
-            problems.append(f"{name}: no such setting{nearest}")
+            problems.append(f"{name}: no such setting{_nearest(dotted, variable_of)}")
     return problems
 
 
