@@ -25,7 +25,7 @@ class Cell(Generic[A]):
         version: how many events it has folded, which is the `sequence` of the last one.
         position: stream sequence of its last commit, 0 before the first; what the next append expects.
         commands: the latest command ids with the version and stream sequence each led to.
-        seen: all command ids, the latest and the older ones.
+        seen: the ids of the commands before those.
     """
 
     __slots__ = ("commands", "declared", "position", "seen", "state", "version")
@@ -92,10 +92,10 @@ class Cell(Generic[A]):
         self.position = position
 
     def remember(self, command_id: str, version: int, position: int) -> None:
-        """Keep the receipt of a command, and forget the oldest beyond the limit."""
+        """Keep the receipt of a command; of the oldest beyond the limit only that it was seen."""
         commands = self.commands
-        if command_id not in commands:
-            self.seen.add(command_id)
         commands[command_id] = (version, position)
         if len(commands) > REMEMBERED_COMMANDS:
-            del commands[next(iter(commands))]
+            oldest = next(iter(commands))
+            del commands[oldest]
+            self.seen.add(oldest)

@@ -43,15 +43,21 @@ class Context:
 
     Attributes:
         command_id: the id of the command being decided.
-        now: the moment of decision (UTC).
     """
 
-    __slots__ = ("_random", "command_id", "now")
+    __slots__ = ("_now", "_random", "command_id")
 
     def __init__(self, command_id: str, now: datetime | None = None) -> None:
         self.command_id = command_id
-        self.now = now or datetime.now(UTC)
+        self._now = now
         self._random: random.Random | None = None
+
+    @property
+    def now(self) -> datetime:
+        """The moment of decision (UTC)."""
+        if self._now is None:
+            self._now = datetime.now(UTC)
+        return self._now
 
     @property
     def random(self) -> random.Random:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform, overload
 
 import msgspec
@@ -148,6 +149,11 @@ def _has_nonfinite(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_has_nonfinite, value))
 
 
+@cache
+def _field_names(cls: type) -> frozenset[str]:
+    return frozenset(field.name for field in fields(cls))
+
+
 def parse(cls: type[T], data: object) -> T:
     """Make a message from untrusted JSON data.
 
@@ -156,10 +162,11 @@ def parse(cls: type[T], data: object) -> T:
     """
     if not isinstance(data, dict):
         raise InvalidMessage(f"{cls.__name__}: expected an object of fields, got {type(data).__name__}")
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    if unknown := [key for key in data if key not in known]:
+    known = _field_names(cls)  # type: ignore[arg-type]
+    if not known >= data.keys():
+        unknown = next(key for key in data if key not in known)
         raise InvalidMessage(
-            f"{cls.__name__}: unknown field {unknown[0]!r}; it has {', '.join(sorted(known)) or 'no fields'}"
+            f"{cls.__name__}: unknown field {unknown!r}; it has {', '.join(sorted(known)) or 'no fields'}"
         )
     try:
         return msgspec.convert(data, cls, str_keys=True)

@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+from array import array
+
 
 class Seen:
-    """Every command id of an aggregate's history, in two bytes each: a Bloom filter that grows.
+    """Command ids by four bytes of their hash each, in tables that are at most half full: 8 to 34 bytes for an id.
 
-    It may take a new id for a known one, about once in a hundred; never the other way round.
+    It may take a new id for a known one, about once in a hundred million, however many there are; never the other way
+    round. Whoever asks then reads the aggregate's whole history: a Bloom filter's one in a hundred would make every
+    command pay for a hundredth of it.
     """
 
-    __slots__ = ("_bits", "_left", "_mask", "_older")
+    __slots__ = ("_left", "_tables")
 
     def __init__(self) -> None:
-        self._older: list[tuple[bytearray, int]] = []
-        self._bits = bytearray(_FIRST)
-        self._mask = _FIRST * 8 - 1
-        self._left = _FIRST // 2
+        self._tables: tuple[array[int], ...] = ()
+        self._left = 0
 
     def add(self, command_id: str) -> None:
         """Remember an id."""
         if not self._left:
-            self._older.append((self._bits, self._mask))
-            size = len(self._bits) * 4
-            self._bits, self._mask, self._left = bytearray(size), size * 8 - 1, size // 2
+            # a further table, not a larger one: nothing has to move
+            size = len(self._tables[0]) * 4 if self._tables else _FIRST
+            self._tables = (array("I", bytes(4 * size)), *self._tables)
+            self._left = size // 2
         self._left -= 1
-        value, bits, mask = hash(command_id), self._bits, self._mask
-        for shift in _SHIFTS:
-            place = value >> shift & mask
-            bits[place >> 3] |= 1 << (place & 7)
+        value, table = hash(command_id), self._tables[0]
+        mask = len(table) - 1
+        place = value & mask
+        while table[place]:
+            place = place + 1 & mask
+        table[place] = value >> 32 & 0xFFFFFFFF or 1  # 0 is a free place
 
     def __contains__(self, command_id: str) -> bool:
         value = hash(command_id)
-        return _all_set(self._bits, self._mask, value) or any(_all_set(*one, value) for one in self._older)
+        mark = value >> 32 & 0xFFFFFFFF or 1
+        for table in self._tables:
+            mask = len(table) - 1
+            place = value & mask
+            while found := table[place]:
+                if found == mark:
+                    return True
+                place = place + 1 & mask
+        return False
 
 
 _FIRST = 32
-"""Bytes of a filter's first part, room for half as many ids; each further part is four times as large."""
-_SHIFTS = (0, 13, 26, 39)
-
-
-def _all_set(bits: bytearray, mask: int, value: int) -> bool:
-    for shift in _SHIFTS:
-        place = value >> shift & mask
-        if not bits[place >> 3] & 1 << (place & 7):
-            return False
-    return True
+"""Places of the first table; each further one has four times as many."""

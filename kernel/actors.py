@@ -186,7 +186,9 @@ class AggregateActor(Actor):  # type: ignore[misc]
         deciding: list[tuple[Request, int, Verdict]] = []
         for place, request in enumerate(requests):
             wire = request.wire
-            if len(decisions) == limit or any(one[0].wire.command_id == wire.command_id for one in deciding):
+            if deciding and (
+                len(decisions) == limit or any(one[0].wire.command_id == wire.command_id for one in deciding)
+            ):
                 self.stash = requests[place:]
                 break
             known = cell.commands.get(wire.command_id)
@@ -247,7 +249,9 @@ class AggregateActor(Actor):  # type: ignore[misc]
             for request, version, verdict in deciding:
                 if verdict is APPENDED:
                     cell.remember(request.wire.command_id, version, result)
-                self._conclude(request, version, result, verdict)
+                    self.gateway.succeed(self.address, request, version, result, False)
+                else:
+                    self._conclude(request, version, result, verdict)
         else:
             self.cell = None  # it has folded events that are not in the log, as far as we know
             again = [request for request, _, _ in deciding]
@@ -274,7 +278,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
 
     def _conclude(self, request: Request, version: int, sequence: int, verdict: Verdict) -> None:
         assert self.address is not None
-        if verdict is None or verdict is APPENDED:
+        if verdict is None:
             self.gateway.succeed(self.address, request, version, sequence, False)
         else:
             self._fail(request, *verdict)

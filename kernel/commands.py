@@ -69,9 +69,8 @@ class CommandGateway:
         self._pending = 0
         self._pending_in = [0] * subjects.partitions
         self._idle = asyncio.Event()
-        self._idle.set()
         self._draining = False
-        self._draining_partitions = 0
+        self._drains = 0
         self._loop = asyncio.get_running_loop()
         self._told: list[tuple[Any, Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -151,7 +150,6 @@ class CommandGateway:
         by_address.setdefault(address, []).append(Request(wire, command, reply, self._arrived))
         self._pending += 1
         self._pending_in[address.partition] += 1
-        self._idle.clear()
 
     def _pass_on(self, subject: bytes, reply: bytes, payload: bytes, partition: int, command_id: str) -> None:
         """A command for somebody else's partition: its sender didn't know whose, or it has just moved."""
@@ -297,7 +295,7 @@ class CommandGateway:
             resident.busy -= 1
         self._pending -= 1
         self._pending_in[address.partition] -= 1
-        if not self._pending or self._draining_partitions:
+        if self._drains:
             self._idle.set()
 
     def _tell(self, address: Address, message: Any) -> None:
@@ -353,7 +351,7 @@ class CommandGateway:
         self.actors.send([(one.actor, leave) for one in self.residents.all() if one.address.partition in partitions])
 
     async def _drained(self, done: Callable[[], bool], timeout: float) -> bool:
-        self._draining_partitions += 1
+        self._drains += 1
         try:
             async with asyncio.timeout(timeout):
                 while not done():
@@ -362,7 +360,7 @@ class CommandGateway:
         except TimeoutError:
             return False
         finally:
-            self._draining_partitions -= 1
+            self._drains -= 1
         return True
 
 

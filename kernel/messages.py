@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -49,10 +48,10 @@ class CommandRequest(msgspec.Struct):
 
 
 decode_request = msgspec.json.Decoder(CommandRequest).decode
+_encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """What the sender of a command gets when it has taken effect.
 
     Attributes:
@@ -92,7 +91,7 @@ class Overloaded(CommandError):
 
 def encode_receipt(receipt: Receipt) -> bytes:
     """Return the answer to a command that took effect."""
-    return orjson.dumps({"ok": receipt})
+    return b'{"ok":%b}' % _encode(receipt)
 
 
 def encode_error(type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None) -> bytes:

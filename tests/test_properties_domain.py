@@ -29,6 +29,7 @@ from aggregates import (
 )
 from aggregates.cell import REMEMBERED_COMMANDS, Cell
 from aggregates.commit import Decision, Envelope, decode, encode
+from aggregates.context import uuid7
 from aggregates.declaration import declare
 
 NOON = "2013-01-01T12:00:00Z"
@@ -278,6 +279,17 @@ class BasketsLife(RuleBasedStateMachine):
 
 TestABasketsLife = BasketsLife.TestCase
 TestABasketsLife.settings = settings(max_examples=60, stateful_step_count=30)
+
+
+def test_a_command_id_of_any_age_is_known_and_a_new_one_is_not_mistaken_for_one() -> None:
+    cell = Cell(BASKET, "b")
+    known = [uuid7() for _ in range(20_000)]
+    for number, one in enumerate(known, 1):
+        cell.remember(one, number, number)
+    assert all(one in cell.seen or one in cell.commands for one in known)
+    # a mistake costs a look at the whole history, so there must be next to none, however long that is
+    assert sum(uuid7() in cell.seen for _ in range(100_000)) == 0
+
 
 # the envelope
 

@@ -228,7 +228,7 @@ class Appender:
         if self._waiting and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
-        if status_of(headers):
+        if headers is not None and status_of(headers):
             self._settle(group, "the stream does not answer")
             return
         ack = _decode_ack(payload)
