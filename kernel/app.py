@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class App:
             most 32 characters.
         transient: exceptions of projection handlers that time may mend. An event whose handler raises one of them is
             folded again by and by; after any other exception it waits for somebody to decide.
+        rate_key: whose rate a command counts for, a tenant's for instance: called with the aggregate's name, its id
+            and the command, for each command while `rates.per_key` is set. None, or an exception, is nobody's.
 
     Raises:
         DeclarationError: once, with everything that is wrong in any of the classes.
@@ -37,8 +39,10 @@ class App:
         aggregates: Sequence[type[Aggregate]],
         projections: Sequence[type[Projection]] = (),
         transient: Sequence[type[Exception]] = TRANSIENT,
+        rate_key: Callable[[str, str, object], str | None] | None = None,
     ) -> None:
         self.transient = tuple(transient)
+        self.rate_key = rate_key
         problems: list[str] = []
         if not APP_NAME.match(name):
             problems.append(f"app name {name!r}: use a letter, then letters, digits, '-' or '_', at most 32 characters")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from projections.database import open_database
 
 RESEND_S = 2.0
 """Without an answer for so long a command is sent again, with the same id."""
+JITTER = 0.25
+"""Part of the time told that is added to it, at most: clients refused together must not come back together."""
 
 
 class QueryTimeout(TimeoutError):
@@ -104,6 +107,11 @@ class Client:
     ) -> None:
         await self.close()
 
+    @property
+    def wire(self) -> Wire:
+        """The connection."""
+        return self._wire
+
     async def close(self) -> None:
         """Disconnect."""
         await self.log.close()
@@ -165,7 +173,7 @@ class Client:
                 return await self._ask(subject, payload, min(RESEND_S, deadline - self._loop.time()))
             except (TimeoutError, ConnectionError, Overloaded) as error:
                 if isinstance(error, Overloaded):
-                    pause = error.retry_after or pause
+                    pause = (error.retry_after or pause) * random.uniform(1.0, 1.0 + JITTER)
                 if self._loop.time() + pause >= deadline:
                     if isinstance(error, Overloaded):
                         raise

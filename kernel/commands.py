@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,7 +18,8 @@ from aggregates.context import uuid7
 from aggregates.messages import parse
 from kernel.actors import Actors
 from kernel.app import App
-from kernel.log.base import Conflict, EventLog, LogError, Stored
+from kernel.governor import Governor, Refusal
+from kernel.log.base import Conflict, EventLog, LogError, Stored, Unavailable
 from kernel.mailbox import Appended, Decide, Leave, Loaded, Request, Searched, Unstorable
 from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
 from kernel.metrics import (
@@ -29,10 +31,11 @@ from kernel.metrics import (
     COMMANDS_PENDING,
     LOAD_SECONDS,
     LOADS,
+    REFUSED,
     count_error_of,
     observe_all,
 )
-from kernel.residents import Residents
+from kernel.residents import Resident, Residents
 from kernel.subjects import Address, Subjects
 
 logger = logging.getLogger("eskernel")
@@ -52,13 +55,29 @@ class CommandGateway:
         publish: sends a payload to a subject; with a second subject, answers to it go there.
         limit: commands under way; more are refused as overloaded.
         holds: says whether this worker still holds a partition, as far as can be known without asking.
+        per_aggregate: commands under way for one aggregate; more are refused for it alone.
+        governor: what says how fast commands may come; as fast as they like without one.
+
+    Attributes:
+        appended, unappended: commits that the log took, and those that it could not take, since the beginning.
+        slowest_append: seconds of the slowest since somebody set this to 0; a sample a turn.
     """
 
     def __init__(
-        self, app: App, log: EventLog, subjects: Subjects, publish: Publish, limit: int, holds: Callable[[int], bool]
+        self,
+        app: App,
+        log: EventLog,
+        subjects: Subjects,
+        publish: Publish,
+        limit: int,
+        holds: Callable[[int], bool],
+        per_aggregate: int = sys.maxsize,
+        governor: Governor | None = None,
     ) -> None:
         self._app, self._log, self._subjects, self._publish, self._limit = app, log, subjects, publish, limit
         self.holds = holds
+        self._per_aggregate = per_aggregate
+        self._governor = governor or Governor(app)
         self.taking: set[int] = set()
         self._names = {
             declared.name: {event.cls: (event.name, event.version) for event in declared.events.values()}
@@ -79,7 +98,8 @@ class CommandGateway:
         self._outcomes: dict[tuple[str, str, str], int] = {}
         self._times: list[float] = []
         self._arrived = 0.0
-        self._appended = 0
+        self.appended = self.unappended = self._counted = 0
+        self.slowest_append = 0.0
         self._moment = ""
         self._begun = 0.0
         self.actors: Actors
@@ -97,17 +117,23 @@ class CommandGateway:
         inbox, self._inbox = self._inbox, []
         self._arrived = time.perf_counter()
         by_address: dict[Address, list[Request]] = {}
+        before = self._pending
         for subject, reply, payload in inbox:
             if self._draining:
                 self._refuse(reply, "overloaded", "the service is stopping", "", RETRY_AFTER_S)
             elif self._pending >= self._limit:
-                self._refuse(reply, "overloaded", f"{self._pending} commands are under way", "", RETRY_AFTER_S)
+                REFUSED.labels(limit="pending").inc()
+                why = f"commands.pending: {self._pending} are under way in this worker"
+                self._refuse(reply, "overloaded", why, "", RETRY_AFTER_S)
             else:
                 try:
                     self._admit(subject, reply, payload, by_address)
                 except Exception as error:  # one request must not take those beside it along
                     self.alert(f"admitting a request: {type(error).__name__}: {error}")
                     self._refuse(reply, "failed", f"{type(error).__name__}: {error}")
+        if by_address and self._governor.limiting:
+            by_address = self._govern(by_address)
+        self._governor.taken += self._pending - before
         if by_address:
             self.deliver(by_address)
 
@@ -167,12 +193,45 @@ class CommandGateway:
         if reply:
             self._publish(reply, encode_error(type, message, command_id, retry_after), b"")
 
+    def _govern(self, by_address: dict[Address, list[Request]]) -> dict[Address, list[Request]]:
+        """Return what the limits let pass; where they don't reach for all, a few commands come before many."""
+        passed = {}
+        for address, requests in sorted(by_address.items(), key=lambda one: len(one[1])):
+            admitted = []
+            for request in requests:
+                refusal = self._governor.admit(address.aggregate, address.id, request.command)
+                if refusal is None:
+                    admitted.append(request)
+                else:
+                    self._turn_away(address, request, refusal)
+            if admitted:
+                passed[address] = admitted
+        return passed
+
+    def _turn_away(self, address: Address, request: Request, refusal: Refusal) -> None:
+        """Refuse a request that was admitted, and has not reached its actor."""
+        self._done_with(address)
+        REFUSED.labels(limit=refusal.limit).inc()
+        self._refuse(request.reply, "overloaded", refusal.message, request.wire.command_id, refusal.retry_after)
+
+    def _too_many(self, resident: Resident) -> Refusal:
+        address = resident.address
+        why = f"{resident.commands} are under way for {address.aggregate} {address.id}"
+        return Refusal("pending_per_aggregate", f"commands.pending_per_aggregate: {why}", RETRY_AFTER_S)
+
     def deliver(self, by_address: dict[Address, list[Request]]) -> None:
         """Give requests to the actors of their aggregates, waking those that sleep."""
         residents = self.residents.wake(by_address)
         messages = []
         for resident, requests in zip(residents, by_address.values(), strict=True):
+            if (excess := resident.commands + len(requests) - self._per_aggregate) > 0:
+                for request in requests[-excess:]:
+                    self._turn_away(resident.address, request, self._too_many(resident))
+                del requests[-excess:]
+                if not requests:
+                    continue
             resident.busy += len(requests)
+            resident.commands += len(requests)
             messages.append((resident.actor, Decide(resident.address, requests)))
         self.actors.send(messages)
 
@@ -246,10 +305,13 @@ class CommandGateway:
             error = future.exception()
             if error is None:
                 if not self._told:
-                    APPEND_SECONDS.observe(time.perf_counter() - started)
-                self._appended += 1
+                    APPEND_SECONDS.observe(took := time.perf_counter() - started)
+                    self.slowest_append = max(self.slowest_append, took)
+                self.appended += 1
                 self._tell(address, Appended(future.result()))
                 return
+            if isinstance(error, Unavailable):
+                self.unappended += 1
             APPENDS.labels(outcome="conflict" if isinstance(error, Conflict) else "failed").inc()
             self._tell(address, Appended(error if isinstance(error, Exception) else LogError(str(error))))
 
@@ -293,6 +355,10 @@ class CommandGateway:
         resident = self.residents.find(address.subject)
         if resident is not None:
             resident.busy -= 1
+            resident.commands -= 1
+        self._done_with(address)
+
+    def _done_with(self, address: Address) -> None:
         self._pending -= 1
         self._pending_in[address.partition] -= 1
         if self._drains:
@@ -329,8 +395,8 @@ class CommandGateway:
         times, self._times = self._times, []
         observe_all(COMMAND_SECONDS, times)
         COMMANDS_PENDING.set(self._pending)
-        appended, self._appended = self._appended, 0
-        APPENDS.labels(outcome="ok").inc(appended)
+        APPENDS.labels(outcome="ok").inc(self.appended - self._counted)
+        self._counted = self.appended
 
     async def drain(self, timeout: float) -> bool:
         """Take no more commands and wait for those under way; say whether all were answered in time."""

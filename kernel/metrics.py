@@ -55,6 +55,11 @@ CONNECTION_EVENTS = Counter("eskernel_nats_events_total", "What happened to the 
 PARTITIONS = Gauge("eskernel_partitions_held", "Partitions that this worker holds")
 MOVED = Counter("eskernel_partitions_moved_total", "Partitions taken and given back", ["direction"])
 LEASES_LOST = Counter("eskernel_leases_lost_total", "Partitions lost without having been given back")
+# governance
+RATE_PRESENT = Gauge("eskernel_rate_present", "What a lane lets in at present, a second; +Inf: no limit", ["lane"])
+RATE_LIMIT = Gauge("eskernel_rate_limit", "What a lane of the app may let in, a second; +Inf: no limit", ["lane"])
+REFUSED = Counter("eskernel_commands_refused_total", "Commands refused as overloaded, by what was too much", ["limit"])
+THROTTLED = Counter("eskernel_throttled_seconds_total", "Time that reading waited for a lane's tokens", ["lane"])
 # the kernel itself
 ERRORS = Counter("eskernel_errors_total", "Errors by class", ["kind"])
 COMPONENT_OK = Gauge("eskernel_component_ok", "1 while a component of the health report works", ["component"])

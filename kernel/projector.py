@@ -24,9 +24,6 @@ from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
 from kernel.mailbox import DropRows, Fold, Turn
 from kernel.metrics import (
     BATCH_EVENTS,
-    BATCH_SECONDS,
-    BATCHES,
-    DEAD_LETTERS,
     ERRORS,
     EVENTS,
     FENCED,
@@ -37,10 +34,12 @@ from kernel.metrics import (
     POSITION,
     ROWS,
 )
+from kernel.pace import IDLE_S, Pace, read_batch, unpaced
 from kernel.residents import Resident, Residents
 from kernel.settings import Settings
 from kernel.sorting import Commits, Group, Sorter
 from kernel.subjects import Address, Subjects
+from kernel.writing import AWAY, Writing
 from projections.checkpoints import Claim, Move, Position, claim
 from projections.database import is_infrastructure, reads
 from projections.errors import Fenced, HandlerFailed
@@ -50,13 +49,8 @@ from projections.unit_of_work import Write, Writer
 logger = logging.getLogger("eskernel")
 T = TypeVar("T")
 
-BACKLOG = 2_000
-"""With more commits waiting, a batch is filled before it is folded."""
-READ_TIMEOUT_S = 0.1
 SLICE = 400
 """Aggregates folded before the event loop gets a turn."""
-IDLE_S = 1.0
-"""Without news for so long, the checkpoints of quiet partitions move up too."""
 NO_PARTITIONS = "waiting for partitions"
 
 
@@ -93,26 +87,28 @@ class Projector:
         holds: Callable[[int], bool],
         verify: Callable[[], Coroutine[Any, Any, None]],
         settings: Settings | None = None,
+        pace: Pace | None = None,
     ) -> None:
         settings = settings or Settings()
+        self._pace = pace or unpaced()
         self._app, self._log, self._subjects, self._engine = app, log, subjects, engine
         self._actors, self._residents, self._verify = actors, residents, verify
         self._holds = holds
         letters = settings.dead_letters
         self._retry_after = letters.retry_after if letters.retries else 0.0
-        self._max, self._backoff = settings.batch, settings.consumer.backoff
+        self._max = settings.batch
         self._plan = app.plan()
         self._position: Position
         self._writer: Writer
         self._sorter: Sorter
         self._pending: _Pending | None = None
-        self._write_pool = ThreadPoolExecutor(1, "eskernel-write")
         self._read_pool = ThreadPoolExecutor(1, "eskernel-read")
         self._stopping = False
         self._wanted: frozenset[int] = frozenset()
         self._owned: frozenset[int] = frozenset()
         # set while the session at work is to end: for a stop, or for other partitions
         self._interrupted = asyncio.Event()
+        self.writing = Writing(settings.consumer.backoff, self._interrupted, self._say)
         self._idle = asyncio.Event()
         self._idle.set()
         self._batch: list[Stored] = []
@@ -120,7 +116,6 @@ class Projector:
         self._failures: list[HandlerFailed] = []
         self._garbage: list[dict[str, Any]] = []
         self._read_to = 0
-        self._write_began = 0.0
         self.pending = 0
         self.position = 0
         self.state = "starting"
@@ -168,7 +163,7 @@ class Projector:
             except Exception as error:
                 if is_infrastructure(error):
                     logger.warning("projection waits for the database: %s", str(error).splitlines()[0])
-                    self.state = "waiting for the database"
+                    self.state = AWAY
                 else:
                     logger.exception("projection failed; it will be tried again")
                     self.state = f"failing: {type(error).__name__}: {error}"
@@ -176,20 +171,9 @@ class Projector:
                 await self._abandon()
             if not self._interrupted.is_set():
                 failures = failures + 1 if self.position == began_at else 1
-                await self._rest(self._pause(failures))
+                await self.writing.rest(failures)
         self._owned = frozenset()
         self._idle.set()
-
-    def _pause(self, failures: int) -> float:
-        return self._backoff[min(failures, len(self._backoff)) - 1]
-
-    async def _rest(self, seconds: float) -> None:
-        """Wait, but not past an interruption."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._interrupted.wait()
-        except TimeoutError:
-            pass
 
     async def _claim(self) -> None:
         """Take our partitions of the live generations as they are now, fencing whoever had them."""
@@ -236,7 +220,7 @@ class Projector:
 
     async def _next(self, reader: LogReader) -> Batch:
         """Wait for commits, but not past an interruption; meanwhile conclude the write under way."""
-        reading = asyncio.ensure_future(self._read(reader))
+        reading = asyncio.ensure_future(read_batch(reader, self._max, self._pace))
         stopping = asyncio.ensure_future(self._interrupted.wait())
         try:
             while not reading.done() and not stopping.done():
@@ -254,27 +238,12 @@ class Projector:
                 reading.cancel()
                 await asyncio.wait({reading})
 
-    async def _read(self, reader: LogReader) -> Batch:
-        """Return what there is; of a backlog, a wide batch: a row is then written once for more events."""
-        most = self._max
-        batch = await reader.next(most.events, IDLE_S)
-        size = sum(len(commit.payload) for commit in batch.commits)
-        full = time.monotonic() + most.time
-        while batch.pending > BACKLOG and len(batch.commits) < most.events and size < most.bytes:
-            if time.monotonic() >= full:
-                break
-            more = await reader.next(most.events - len(batch.commits), READ_TIMEOUT_S)
-            if not more.commits:
-                break
-            batch = Batch(batch.commits + more.commits, more.pending, batch.oldest)
-            size += sum(len(commit.payload) for commit in more.commits)
-        return batch
-
     async def _project(self, batch: Batch) -> None:
         """Fold one batch and hand it to the database, behind the one being written."""
         began = time.perf_counter()
         LOG_EVENTS.inc(len(batch.commits))
         groups = await self._sorter.sort(batch.commits)
+        self._pace.spend(sum(len(group.commits) for group in groups))
         self._batch = batch.commits
         self.pending = batch.pending
         LAG.set(batch.pending + len(batch.commits))
@@ -299,7 +268,7 @@ class Projector:
             raise
         self._position.advance(moves, self._writer.generations)
         self._read_to = batch.commits[-1].sequence
-        task = asyncio.ensure_future(self._write(write))
+        task = asyncio.ensure_future(self.writing.write(self._writer, write))
         self._pending = _Pending(task, residents, groups, folded.count, self._read_to)
 
     async def _fold_or_park(
@@ -375,42 +344,8 @@ class Projector:
         logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
         self._garbage.append(self._writer.garbage(sequence, subject, partition, payload, why))
 
-    async def _write(self, write: Write) -> None:
-        """Write a batch, trying again for as long as it is the database that fails."""
-        try:
-            await self._write_until_done(write)
-        finally:
-            self._write_began = 0.0
-
-    @property
-    def writing_for(self) -> float:
-        """Seconds that the database has been at the present batch."""
-        return time.perf_counter() - self._write_began if self._write_began else 0.0
-
-    async def _write_until_done(self, write: Write) -> None:
-        failures = 0
-        DEAD_LETTERS.inc(len(write.letters))
-        while True:
-            started = self._write_began = time.perf_counter()
-            try:
-                await self._in(self._write_pool, lambda: self._writer.commit(write))
-            except (Fenced, HandlerFailed):
-                raise
-            except Exception as error:
-                BATCHES.labels(outcome="failed").inc()
-                ERRORS.labels(kind="database").inc()
-                if not is_infrastructure(error) or self._interrupted.is_set():
-                    raise
-                self.state = "waiting for the database"
-                failures += 1
-                pause = self._pause(failures)
-                logger.warning("database: %s; trying again in %.2f s", str(error).splitlines()[0], pause)
-                await self._rest(pause)
-            else:
-                BATCHES.labels(outcome="ok").inc()
-                BATCH_SECONDS.observe(time.perf_counter() - started)
-                self.state = "running"
-                return
+    def _say(self, state: str) -> None:
+        self.state = state
 
     async def _settle(self) -> None:
         """Wait for the write under way."""
@@ -441,7 +376,7 @@ class Projector:
         if moves:
             write = Write(moves)
             self._position.advance(moves, self._writer.generations)
-            await self._write(write)
+            await self.writing.write(self._writer, write)
         self.position = max(self.position, self._read_to)
 
     async def _abandon(self) -> None:
@@ -466,8 +401,8 @@ class Projector:
 
     def close(self) -> None:
         """Let go of the threads."""
-        for pool in (self._write_pool, self._read_pool):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self.writing.close()
+        self._read_pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _batch_of(groups: list[Group]) -> list[tuple[tuple[str, str], Commits]]:

@@ -25,6 +25,7 @@ from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.log.base import EventLog, LogReader, Stored
+from kernel.pace import Pace, unpaced
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -83,6 +84,7 @@ class Rebuild:
 
     Args:
         progress: told after every window.
+        pace: how fast the log may be read; as fast as it goes without one.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class Rebuild:
         engine: Engine,
         projections: Sequence[DeclaredProjection],
         progress: Callable[[Progress], None] = lambda _: None,
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = pace or unpaced()
         self._app, self._log, self._engine, self._projections, self._progress = app, log, engine, projections, progress
         self._plan = Plan(list(app.types.values()), projections, app.transient)
         self._wanted = {declared.aggregate for declared in projections}
@@ -149,7 +153,12 @@ class Rebuild:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            await self._fill(reader, info.commits, info.last, started)
+            behind = info.last
+            while behind:
+                await self._fill(reader, info.commits, info.last, started)
+                before, info = behind, await self._log.info()
+                # a slowed rebuild has much to catch up with: while it gains on the log, before the cut-over
+                behind = gap if WINDOW < (gap := info.last - self._at) < before else 0
             await self._cut_over(reader, made)
         finally:
             if collecting:
@@ -169,7 +178,7 @@ class Rebuild:
         writing: asyncio.Future[None] | None = None
         try:
             while self._at < last:
-                window = await self._window(reader, last)
+                window = await self._window(reader, last, self._pace)
                 if not window:
                     continue
                 self._window_commits = window
@@ -197,12 +206,16 @@ class Rebuild:
             if writing is not None:
                 await writing
 
-    async def _window(self, reader: LogReader, last: int) -> list[Stored]:
+    async def _window(self, reader: LogReader, last: int, pace: Pace) -> list[Stored]:
         window: list[Stored] = []
         while len(window) < WINDOW and (not window or window[-1].sequence < last):
-            batch = await reader.next(READ, timeout=1.0)
+            if not (room := await pace.room(min(READ, WINDOW - len(window)))):
+                continue
+            batch = await reader.next(room, timeout=1.0)
+            pace.spend(len(batch.commits))
             window += batch.commits
-            if not batch.commits and window:
+            # what the pace gives in a second is written each second: it would take too long to fill a window
+            if window and (not batch.commits or room < READ):
                 break
         return window
 
@@ -273,7 +286,8 @@ class Rebuild:
                 stood = await self._in(partial(generations.retire_live, connection, one.name))
                 furthest = max(furthest, *stood.values()) if stood else furthest
             while self._at < furthest:
-                window = await self._window(reader, furthest)
+                # the live projections stand still meanwhile: nothing may slow this
+                window = await self._window(reader, furthest, unpaced())
                 if not window:
                     continue
                 self._window_commits = window
@@ -308,9 +322,13 @@ def clean_up(engine: Engine, declared: DeclaredProjection, keep: int = 1) -> lis
 
 
 async def build_missing(
-    app: App, log: EventLog, engine: Engine, progress: Callable[[Progress], None] = lambda _: None
+    app: App,
+    log: EventLog,
+    engine: Engine,
+    progress: Callable[[Progress], None] = lambda _: None,
+    pace: Pace | None = None,
 ) -> list[Rebuilt]:
     """Build every projection that has no live generation of its declared version."""
     with reads(engine).connect() as connection:
         missing = [one for one in app.projections if generations.live_generation(connection, one) is None]
-    return await Rebuild(app, log, engine, missing, progress).run() if missing else []
+    return await Rebuild(app, log, engine, missing, progress, pace).run() if missing else []

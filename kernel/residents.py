@@ -22,15 +22,16 @@ class Resident:
 
     Attributes:
         busy: commands without an answer, and folded batches not yet written; only at 0 may it go.
+        commands: those of them that are commands.
         has_rows: whether the actor holds the rows as they are stored.
     """
 
-    __slots__ = ("actor", "address", "busy", "has_rows", "used")
+    __slots__ = ("actor", "address", "busy", "commands", "has_rows", "used")
 
     def __init__(self, address: Address, actor: ActorAddress) -> None:
         self.address = address
         self.actor = actor
-        self.busy = 0
+        self.busy = self.commands = 0
         self.has_rows = False
         self.used = 0.0
 

@@ -15,9 +15,13 @@ from sqlalchemy import Engine
 
 from kernel.actors import Actors
 from kernel.app import App
+from kernel.asking import ask_others
 from kernel.commands import CommandGateway
+from kernel.following import following
+from kernel.governor import Governor
 from kernel.health import Health, HttpServer
 from kernel.leases import Leases
+from kernel.limits import Overrides
 from kernel.log import JetStreamLog, open_log
 from kernel.log.api import version_text
 from kernel.log.dialing import dial
@@ -40,6 +44,7 @@ from kernel.runtime import DataDirectory, running_as, worker_name
 from kernel.scheduler import Scheduler
 from kernel.server import SYNCED, EmbeddedServer, embedded_commits
 from kernel.settings import Settings
+from kernel.signals import Gatherer
 from kernel.watch import Watch
 from projections.checkpoints import knows, register
 from projections.database import open_database
@@ -89,12 +94,15 @@ class Service:
         self._listening: list[Any] = []
         self._leases: Leases | None = None
         self._ownership: Ownership | None = None
+        self._governor: Governor | None = None
+        self._gatherer: Gatherer | None = None
 
     async def start(self) -> None:
         """Start everything; when it returns, commands are taken.
 
         Raises:
-            AlreadyRunning, ConnectionError, LogError, SchemaError, OSError: what stands in the way, and what to do.
+            AlreadyRunning, ConnectionError, LogError, SchemaError, SettingsError, OSError: what stands in the way, and
+                what to do.
         """
         try:
             await self._start()
@@ -105,6 +113,7 @@ class Service:
 
     async def _start(self) -> None:
         settings = self.settings
+        self._governor = Governor(self.app, settings.rates)
         if not self.number:
             self.directory.hold()
         self.nats_url = await self._start_server() if settings.embedded else ",".join(settings.connection.servers)
@@ -145,6 +154,7 @@ class Service:
         self._listening.append(await wire.listen(log.subjects.commands(), self._gateway.receive, queue="workers"))
         await self._ownership.start()
         self._listening.append(await wire.listen(log.subjects.service("status"), self._status))
+        await self._share_limits(wire, log.subjects.service("limits"))
         assert self._projector is not None
         self._watch = Watch(
             self.app,
@@ -178,7 +188,10 @@ class Service:
         await asyncio.to_thread(upgrade, engine)
         info = await log.info()
         register(engine, self.app.name, info.created, info.partitions, info.last)
-        await build_missing(self.app, log, engine, self._tell_building)
+        assert self._wire is not None
+        # other workers may be at work, and live projection goes before
+        async with following(self._wire, log.subjects, self.settings.rates.rebuild) as pace:
+            await build_missing(self.app, log, engine, self._tell_building, pace)
         for declared in self.app.projections:
             clean_up(engine, declared)
 
@@ -191,8 +204,16 @@ class Service:
     def _start_worker(self, log: JetStreamLog, engine: Engine, leases: Leases) -> None:
         settings = self.settings
         assert self._wire is not None
+        assert self._governor is not None
         self._gateway = gateway = CommandGateway(
-            self.app, log, log.subjects, self._publish, settings.commands.pending, leases.holds
+            self.app,
+            log,
+            log.subjects,
+            self._publish,
+            settings.commands.pending,
+            leases.holds,
+            settings.commands.pending_per_aggregate,
+            self._governor,
         )
         self._actors = gateway.actors = Actors(gateway)
         gateway.residents = self.residents = Residents(
@@ -208,12 +229,17 @@ class Service:
             leases.holds,
             self._verify,
             settings,
+            self._governor.live,
         )
+        self._gatherer = Gatherer(gateway, log.appender, projector, self._backlog_level)
         self._ownership = Ownership(
             self._wire, log.subjects, leases, gateway, projector if self.app.projections else None
         )
         if self.app.projections:
             self._projecting = asyncio.create_task(projector.run())
+
+    def _backlog_level(self) -> int:
+        return 0
 
     async def _verify(self) -> None:
         assert self._ownership is not None
@@ -224,6 +250,7 @@ class Service:
         every(leases.ttl / 3, ownership.renew_leases)
         every(0.5, self._passivate)
         every(1.0, self._publish_metrics)
+        every(1.0, self._govern)
         every(self.settings.connection.health_check_interval, watch.probe)
         if self.app.projections:
             every(2.0, watch.detect_backlog)
@@ -246,6 +273,31 @@ class Service:
         APPENDS_QUEUED.set(queued)
         APPENDS_IN_FLIGHT.set(in_flight)
 
+    def _govern(self) -> None:
+        assert self._gatherer is not None
+        assert self._governor is not None
+        assert self._leases is not None
+        self._governor.tick(self._gatherer.gather(), len(self._leases.held) / self._leases.partitions)
+
+    async def _share_limits(self, wire: Wire, subject: str) -> None:
+        """Answer about limits, and have those that the other workers were given while they ran."""
+        governor = self._governor
+        assert governor is not None
+
+        def answer(_subject: bytes, reply: bytes, payload: bytes, _headers: bytes | None) -> None:
+            told = governor.answer(payload)
+            if reply:
+                self._publish(reply, orjson.dumps({**self._names(), **told}), b"")
+
+        def told(one: dict[str, Any]) -> None:
+            if (limits := one.get("limits")) is not None:
+                governor.adopt(Overrides(**limits["overrides"]))
+
+        self._listening.append(await wire.listen(subject, answer))
+        ask = await ask_others(wire, subject, told)
+        wire.reconnections.append(ask)
+        ask()
+
     # answers
 
     def _publish(self, subject: bytes, payload: bytes, reply: bytes) -> None:
@@ -267,18 +319,21 @@ class Service:
         """The partitions that this worker holds."""
         return sorted(self._leases.held) if self._leases is not None else []
 
+    def _names(self) -> dict[str, Any]:
+        assert self._ownership is not None
+        return {"worker": self.worker, "workers": list(self._ownership.members.workers)}
+
     def status(self) -> dict[str, Any]:
         """Return what `eskernel status` shows."""
         assert self._projector is not None
         assert self._gateway is not None
         assert self._leases is not None
-        assert self._ownership is not None
+        assert self._governor is not None
         return {
             "app": self.app.name,
-            "worker": self.worker,
+            **self._names(),
             "number": self.number,
             "pid": os.getpid(),
-            "workers": list(self._ownership.members.workers),
             "partitions": self.partitions,
             "partition_count": self._leases.partitions,
             "durability": self.durability,
@@ -290,6 +345,7 @@ class Service:
                 "position": self._projector.position,
                 "behind": self._projector.pending,
             },
+            "limits": self._governor.show(),
             "jobs": [asdict(job) for job in self.scheduler.jobs.values()],
         }
 
@@ -360,6 +416,8 @@ class Service:
     async def _close(self) -> None:
         self.scheduler.stop()
         await self.http.stop()
+        if self._gatherer is not None:
+            self._gatherer.close()
         if self._projecting is not None and not self._projecting.done():
             self._projecting.cancel()
             await asyncio.wait({self._projecting})

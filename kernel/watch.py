@@ -14,7 +14,7 @@ from kernel.health import Health
 from kernel.leases import Leases
 from kernel.log import JetStreamLog, LogError, Replaced, StreamInfo, Unavailable
 from kernel.log.wire import Wire
-from kernel.metrics import LAG, LOOP_LAG, PARKED, QUARANTINED, RETRIES
+from kernel.metrics import LAG, PARKED, QUARANTINED, RETRIES
 from kernel.ownership import Ownership
 from kernel.projector import NO_PARTITIONS, Projector
 from kernel.settings import Settings
@@ -111,15 +111,12 @@ class Watch:
         refusal = self._log.appender.refusal
         components["appends"].set(not refusal, refusal or "taken")
         state = self._projector.state if self._names else "none"
-        if (writing := self._projector.writing_for) > WRITE_S:
+        if (writing := self._projector.writing.lasting) > WRITE_S:
             state = f"writing a batch for {writing:.0f} s"
         components["projection"].set(state in ("running", "starting", "none", NO_PARTITIONS), state)
         held, share = len(self._leases.held), self._leases.share(self._ownership.members)
         components["leases"].set(held > 0 or not share, f"holding {held} of {self._leases.partitions} partitions")
         components["commands"].set(True, "taken")
-        begin = time.perf_counter()
-        await asyncio.sleep(0)
-        LOOP_LAG.set(time.perf_counter() - begin)
 
     async def _probe_log(self) -> None:
         started = time.perf_counter()

@@ -118,7 +118,7 @@ class Telling:
             *_times(seen.accepted_ms),
             status["projection"]["behind"],
             _memory(self._pid),
-            status["limits"]["commands"]["present"],
+            status["limits"]["lanes"]["commands"]["present"],
         )
         self.seconds.append(one)
         limit = "none" if one.limit is None else f"{one.limit:,.0f}/s"

@@ -19,6 +19,7 @@ _COMMANDS: Final = {
     "show": ("query", "Print an aggregate's state and events, also as of then."),
     "rebuild": ("rebuild", "Build a projection's tables anew from the log."),
     "dead-letters": ("dead_letters", "List, show, retry, skip, export events that a projection could not fold."),
+    "limits": ("limits", "Show rates and limits, or change them while the service runs."),
     "status": ("status", "Print health, positions, lag, jobs."),
 }
 
@@ -57,6 +58,7 @@ def main() -> None:
     eskernel show Account alice --history
     eskernel rebuild Balances
     eskernel dead-letters list
+    eskernel limits set commands=500
     eskernel status
 
     Commands find the service that runs on the data directory (.eskernel in this folder); --nats, --database and

@@ -7,8 +7,10 @@ import asyncio
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kernel.asking import subjects_of
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, errors, print_json, target_options
+from kernel.following import following
 from kernel.rebuild import Progress as Step
 from kernel.rebuild import Rebuild, Rebuilt, clean_up
 from projections import SchemaError
@@ -25,6 +27,9 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
 
     The new copy is filled beside the live one, which stays as it is until both change places in one transaction.
     If it fails or is stopped, nothing has changed.
+
+    It reads no faster than the service's rebuild lane lets it, and slower while the live projections have trouble:
+    see `eskernel limits`.
     """
     if bool(projection) == everything:
         raise click.UsageError("name a projection, or give --all")
@@ -33,7 +38,11 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
     if not wanted:
         raise SchemaError(f"{target.app.name} has no projections")
     engine = target.engine()
-    async with await target.client() as client:
+    subjects = subjects_of(target.app.name, target.settings)
+    async with (
+        await target.client() as client,
+        following(client.wire, subjects, target.settings.rates.rebuild) as pace,
+    ):
         with _bar(as_json) as bar:
             task = bar.add_task(", ".join(one.name for one in wanted), total=None, rate="")
 
@@ -41,7 +50,7 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
                 rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
                 bar.update(task, completed=step.done, total=step.total, rate=rate)
 
-            done = await Rebuild(target.app, client.log, engine, wanted, show).run()
+            done = await Rebuild(target.app, client.log, engine, wanted, show, pace).run()
         for declared in wanted:
             await asyncio.to_thread(clean_up, engine, declared)
     for built in [] if as_json else done:

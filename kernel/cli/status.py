@@ -7,18 +7,14 @@ import sys
 from typing import Any
 
 import click
-import orjson
 from sqlalchemy import Engine, func, select
 
+from kernel.asking import ask_all
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import UNREACHABLE, Target, Where, asynchronous, console, fail, print_json, target_options
-from kernel.log.wire import publish_frame, status_of
 from kernel.settings.base import shown
 from kernel.subjects import Subjects
 from projections.tables import checkpoint, dead_letter, projection
-
-ANSWER_S = 2.0
-"""A worker that is there answers long before."""
 
 
 @click.command(epilog=EXIT_CODES)
@@ -47,40 +43,14 @@ async def ask_workers(target: Target) -> dict[str, Any]:
     app, url = target.app.name, shown(",".join(target.settings.connection.servers))
     subjects = Subjects(target.settings.stream.subject_prefix or app, 1)
     wire = await target.wire()
-    told: dict[str, dict[str, Any]] = {}
-    known: set[str] = set()
-    complete = asyncio.Event()
-    nobody = False
-
-    def answered(_subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        nonlocal nobody
-        if status_of(headers):
-            nobody = True
-            complete.set()
-            return
-        one = orjson.loads(payload)
-        told[one["worker"]] = one
-        known.update(one["workers"])
-        if known <= told.keys():
-            complete.set()
-
     try:
-        inbox = wire.new_inbox()
-        await wire.listen(inbox, answered)
-        wire.send(publish_frame(subjects.service("status").encode(), inbox.encode(), b""))
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                await complete.wait()
-        except TimeoutError:
-            pass
+        workers, silent = await ask_all(wire, subjects.service("status"))
     finally:
         await wire.close()
-    if nobody or not told:
+    if not workers:
         fail(f"no service of {app!r} answers on {url}", UNREACHABLE)
-    workers = sorted(told.values(), key=lambda one: one["worker"])
     count = workers[0]["partition_count"]
     unowned = sorted(set(range(count)).difference(*(one["partitions"] for one in workers)))
-    silent = sorted(known - told.keys())
     return {
         "app": app,
         "ready": not unowned and not silent and all(one["health"]["ready"] for one in workers),
@@ -143,6 +113,9 @@ def _tell_worker(one: dict[str, Any]) -> None:
     _line(f"  {len(one['partitions'])} of {one['partition_count']}: {owned}")
     _line(f"  projected up to {live['position']}, {live['behind']} commits behind")
     _line(f"  {one['actors']} aggregates live, {one['commands_pending']} commands under way")
+    for name, lane in one["limits"]["lanes"].items():
+        if lane["why"]:
+            _line(f"  {name} slowed to {lane['present']:.4g}/s: {lane['why']}")
     for name, component in one["health"]["components"].items():
         _line(f"  {name:<12}{'ok' if component['ok'] else 'FAILING':<9}{component['detail']}")
     for job in one["jobs"]:

@@ -158,6 +158,13 @@ class Appender:
         """Commits waiting to be sent, and messages in flight."""
         return len(self._waiting), self._messages_in_flight
 
+    @property
+    def oldest(self) -> float:
+        """Seconds that the oldest commit has waited to be sent, or to be acknowledged."""
+        now = time.perf_counter()
+        waiting = now - self._waiting[0].started if self._waiting else 0.0
+        return max(waiting, *(now - group[0].started for group in self._in_flight.values()), 0.0)
+
     def _flush(self) -> None:
         self._scheduled = False
         if not self._waiting or not self._open:

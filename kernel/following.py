@@ -1,0 +1,72 @@
+"""The pace of a rebuild outside of the workers: it follows the rebuild lane of those that run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import nats.errors
+import orjson
+
+from kernel.asking import ask_all
+from kernel.governor import REBUILD_WORTH_S
+from kernel.log.wire import Wire
+from kernel.pace import Pace
+from kernel.rates import TokenBucket
+from kernel.settings.runtime import Limit
+from kernel.subjects import Subjects
+
+logger = logging.getLogger("eskernel")
+INTERVAL_S = 1.0
+
+
+@asynccontextmanager
+async def following(wire: Wire, subjects: Subjects, alone: Limit) -> AsyncIterator[Pace]:
+    """Have a pace that is kept at the lowest rate of the running workers' rebuild lanes, asked for each second.
+
+    The workers are told how much was read meanwhile: they slow their lane from what they know of it.
+
+    Args:
+        alone: the limit while no worker answers.
+    """
+    bucket = TokenBucket(alone.rate, alone.burst, time.monotonic())
+    pace = Pace(bucket, "rebuild", REBUILD_WORTH_S)
+
+    async def look() -> None:
+        told = 0
+        while True:
+            done = pace.done
+            try:
+                workers, _ = await ask_all(
+                    wire, subjects.service("limits"), orjson.dumps({"rebuilt": done - told}), INTERVAL_S
+                )
+                _follow(bucket, workers, alone)
+                told = done
+            except (OSError, TimeoutError, nats.errors.Error) as error:
+                logger.info("the workers' limits can't be asked for: %s", error)
+            await asyncio.sleep(INTERVAL_S)
+
+    looking = asyncio.ensure_future(look())
+    try:
+        yield pace
+    finally:
+        looking.cancel()
+        await asyncio.wait({looking})
+
+
+def _follow(bucket: TokenBucket, workers: list[dict[str, Any]], alone: Limit) -> None:
+    now = time.monotonic()
+    lanes = [one["limits"]["lanes"]["rebuild"] for one in workers if "limits" in one]
+    limited = [lane for lane in lanes if lane["present"] is not None]
+    if not lanes:
+        bucket.set(alone.rate, alone.burst, now)
+    elif not limited:
+        bucket.set(None, None, now)
+    else:
+        lowest = min(limited, key=lambda lane: lane["present"])
+        burst = lowest["burst"]
+        bucket.set(lowest["present"], burst if burst is None else min(burst, max(1.0, lowest["present"])), now)

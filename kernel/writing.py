@@ -1,0 +1,94 @@
+"""Writing batches to the database from a thread of its own, again for as long as it is the database that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kernel.metrics import BATCH_SECONDS, BATCHES, DEAD_LETTERS, ERRORS
+from projections.database import is_infrastructure
+from projections.errors import Fenced, HandlerFailed
+from projections.unit_of_work import Write, Writer
+
+logger = logging.getLogger("eskernel")
+AWAY = "waiting for the database"
+
+
+class Writing:
+    """The way of one worker's batches to the database.
+
+    Args:
+        backoff: pauses in seconds after failures; the last one repeats.
+        interrupted: set when nothing should be tried again.
+        say: told what is being waited for, or that all runs, for people.
+
+    Attributes:
+        batches: how many were written, and how many attempts failed.
+        slowest: seconds of the slowest since somebody set this to 0.
+        last: when one was last written, by the monotonic clock.
+    """
+
+    def __init__(self, backoff: Sequence[float], interrupted: asyncio.Event, say: Callable[[str], None]) -> None:
+        self._backoff, self._interrupted, self._say = backoff, interrupted, say
+        self._pool = ThreadPoolExecutor(1, "eskernel-write")
+        self._began = 0.0
+        self.batches = (0, 0)
+        self.slowest = self.last = 0.0
+
+    @property
+    def lasting(self) -> float:
+        """Seconds that the database has been at the present batch."""
+        return time.perf_counter() - self._began if self._began else 0.0
+
+    async def write(self, writer: Writer, write: Write) -> None:
+        """Write a batch.
+
+        Raises:
+            Fenced, HandlerFailed, sqlalchemy.exc.DBAPIError: trying again would not help, or is not wanted any more.
+        """
+        DEAD_LETTERS.inc(len(write.letters))
+        failures = 0
+        try:
+            while not await self._attempt(writer, write):
+                failures += 1
+                await self.rest(failures)
+        finally:
+            self._began = 0.0
+
+    async def _attempt(self, writer: Writer, write: Write) -> bool:
+        started = self._began = time.perf_counter()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._pool, writer.commit, write)
+        except (Fenced, HandlerFailed):
+            raise
+        except Exception as error:
+            BATCHES.labels(outcome="failed").inc()
+            ERRORS.labels(kind="database").inc()
+            self.batches = self.batches[0], self.batches[1] + 1
+            if not is_infrastructure(error) or self._interrupted.is_set():
+                raise
+            self._say(AWAY)
+            logger.warning("database: %s; trying again", str(error).splitlines()[0])
+            return False
+        BATCHES.labels(outcome="ok").inc()
+        self.batches = self.batches[0] + 1, self.batches[1]
+        BATCH_SECONDS.observe(took := time.perf_counter() - started)
+        self.slowest = max(self.slowest, took)
+        self.last = time.monotonic()
+        self._say("running")
+        return True
+
+    async def rest(self, failures: int) -> None:
+        """Wait after so many failures, but not past an interruption."""
+        try:
+            async with asyncio.timeout(self._backoff[min(failures, len(self._backoff)) - 1]):
+                await self._interrupted.wait()
+        except TimeoutError:
+            pass
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
