@@ -26,7 +26,8 @@ from kernel.cli.common import (
     target_options,
 )
 from kernel.limits import LimitsError, Values, override, parse
-from kernel.log.wire import Wire, shown
+from kernel.log.wire import Wire
+from kernel.settings.base import shown
 
 Answers = list[dict[str, Any]]
 
