@@ -227,12 +227,20 @@ def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
 
 def _explain(error: Any, origins: Mapping[str, str]) -> str:
     name = ".".join(str(part) for part in error["loc"])
-    origin = next((origins[one] for one in origins if one == name or name.startswith(f"{one}.")), "")
-    where = f" ({origin})" if origin else ""
+    message = error["msg"].removeprefix("Value error, ")
+    contradiction = error["type"] == "value_error"  # which names its keys itself
+    told = [
+        origin
+        for one, origin in origins.items()
+        if (
+            one in message
+            if contradiction
+            else one == name or f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.")
+        )
+    ]
+    where = f" ({', '.join(dict.fromkeys(told))})" if told else ""
     if error["type"] == "extra_forbidden":
         return f"{name}: no such setting{where}{_nearest(name)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        # a contradiction names its keys itself
+    if contradiction:
         return f"{message}{where}"
     return f"{name}: {message[0].lower()}{message[1:]}{where}"
