@@ -178,7 +178,7 @@ def _pointing(cause: str, security: Security, in_url: bool) -> str:
     if "certificate verify failed" in low:
         signed = f"by security.ca_file {security.ca_file}" if security.ca_file else "by one that this system trusts"
         return f"the server's certificate is not for this host, or not signed {signed}; see security.ca_file"
-    if "alert" in low or "certificate required" in low or "bad certificate" in low or "unknown ca" in low:
+    if "alert" in low or "client certificate" in low:
         if security.client_certificate is None:
             return "the server wants a client certificate: security.client_certificate and security.client_key"
         return f"the server does not accept security.client_certificate {security.client_certificate}"

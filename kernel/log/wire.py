@@ -138,6 +138,11 @@ class Wire(Client):
     async def _process_connect_init(self) -> None:
         try:
             await super()._process_connect_init()
+        except ConnectionError as error:
+            if self._server_info.get("tls_verify"):
+                # its alert often gets lost behind what we sent meanwhile
+                raise NatsError(f"nats: {error}; this server verifies client certificates") from error
+            raise
         except (OSError, NatsError, TimeoutError):
             raise
         except Exception as error:

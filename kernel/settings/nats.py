@@ -53,8 +53,8 @@ class Connection(Section):
             if not right or parts.path.strip("/") or parts.query or parts.fragment:
                 # nothing of the text is told: what looks like a path may be half a password
                 raise ValueError(
-                    "a server's URL is nats://host:4222 or tls://host:4222; in names and passwords write / # ? @ , as "
-                    "%2F %23 %3F %40 %2C"
+                    "a server's URL is nats://host:4222 or tls://host:4222; a password with any of / # ? , : in it "
+                    "belongs in security.password"
                 )
         return servers
 
