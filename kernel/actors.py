@@ -211,7 +211,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             except Rejected as rejection:
                 verdict = "rejected", str(rejection)
             except Exception as error:
-                verdict = "failed", f"{type(error).__name__}: {error}"
+                verdict, request.error = ("failed", f"{type(error).__name__}: {error}"), error
             if not events:
                 if decisions:
                     # it rests on events that are not in the log yet, and perhaps never will be
@@ -223,6 +223,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 cell.evolve(events)
             except Exception as error:
                 # an applier failed halfway: only the log knows the state now
+                request.error = error
                 self._fail(request, "failed", f"{type(error).__name__} while applying: {error}")
                 self.cell = None
                 self.stash = [one[0] for one in deciding] + requests[place + 1 :]

@@ -20,6 +20,7 @@ from kernel.actors import Actors
 from kernel.app import App
 from kernel.governor import Governor, Refusal
 from kernel.log.base import Conflict, EventLog, LogError, Stored, Unavailable
+from kernel.logs import about
 from kernel.mailbox import Appended, Decide, Leave, Loaded, Request, Searched, Unstorable
 from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
 from kernel.metrics import (
@@ -253,7 +254,10 @@ class CommandGateway:
                     envelopes = decode(commit.payload)
                 except InvalidMessage as problem:
                     # no event of anybody's; the projections pass over it too, into the quarantine
-                    logger.warning("%s: passing over stream sequence %d: %s", address.subject, commit.sequence, problem)
+                    logger.warning(
+                        "%s: passing over stream sequence %d: %s", address.subject, commit.sequence, problem,
+                        extra=about(address.aggregate, address.id, stream_sequence=commit.sequence),
+                    )  # fmt: skip
                     cell.position = commit.sequence
                     continue
                 cell.replay(envelopes, commit.sequence)
@@ -336,11 +340,22 @@ class CommandGateway:
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
         self._answered(address, request, type)
-        if type == "failed":
-            logger.warning("%s %s: %s failed: %s", address.aggregate, address.id, request.wire.command, message)
+        if type in ("failed", "conflict"):
+            self._say_failed(address, request, type, message)
         if request.reply:
             retry_after = RETRY_AFTER_S if type in ("unavailable", "overloaded") else None
             self._publish(request.reply, encode_error(type, message, request.wire.command_id, retry_after), b"")
+
+    def _say_failed(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
+        wire = request.wire
+        logger.warning(
+            "%s %s: %s failed: %s", address.aggregate, address.id, wire.command, message,
+            exc_info=request.error if type == "failed" else None,
+            extra=about(
+                address.aggregate, address.id, outcome=type, command=wire.command, command_id=wire.command_id,
+                correlation_id=wire.correlation_id, causation_id=wire.causation_id, traceparent=wire.traceparent,
+            ),
+        )  # fmt: skip
 
     def alert(self, problem: str) -> None:
         ALERTS.inc()

@@ -18,9 +18,10 @@ class Request:
 
     Attributes:
         arrived: when, by the performance counter.
+        error: what the app's own code raised at it.
     """
 
-    __slots__ = ("arrived", "attempts", "command", "reply", "searched", "wire")
+    __slots__ = ("arrived", "attempts", "command", "error", "reply", "searched", "wire")
 
     def __init__(self, wire: CommandRequest, command: Any, reply: bytes, arrived: float = 0.0) -> None:
         self.arrived = arrived
@@ -29,6 +30,7 @@ class Request:
         self.reply = reply
         self.attempts = 0
         self.searched = False
+        self.error: Exception | None = None
 
 
 class Gateway(Protocol):

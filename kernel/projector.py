@@ -37,7 +37,7 @@ from kernel.metrics import (
 from kernel.pace import IDLE_S, Pace, read_batch, unpaced
 from kernel.residents import Resident, Residents
 from kernel.settings import Settings
-from kernel.sorting import Commits, Group, Sorter
+from kernel.sorting import Group, Sorter, batch_of, fields_of, traced
 from kernel.subjects import Address, Subjects
 from kernel.writing import AWAY, Writing
 from projections.checkpoints import Claim, Move, Position, claim
@@ -282,10 +282,8 @@ class Projector:
                 try:
                     return turn.folded, self._writer.freeze(turn.folded, moves, self._letter)
                 except HandlerFailed as refused:
-                    failure = self._writer.blame(refused, _batch_of(groups))
-            logger.error("parked for %s: %s", self._name(failure.projection), failure)
-            PARKINGS.labels(reason=failure.kind).inc()
-            ERRORS.labels(kind="handler").inc()
+                    failure = self._writer.blame(refused, batch_of(groups))
+            self._say_parked(failure, groups)
             await self._settle()
             self._plan.park(failure)
             self._drop_rows(residents)
@@ -355,10 +353,8 @@ class Projector:
         try:
             await pending.task
         except HandlerFailed as failure:
-            logger.error("parked for %s: %s", self._name(failure.projection), failure)
-            PARKINGS.labels(reason=failure.kind).inc()
-            ERRORS.labels(kind="handler").inc()
-            self._failures.append(self._writer.blame(failure, _batch_of(pending.groups)))
+            self._say_parked(failure, pending.groups)
+            self._failures.append(self._writer.blame(failure, batch_of(pending.groups)))
             raise
         finally:
             for resident in pending.residents:
@@ -391,6 +387,13 @@ class Projector:
     def _name(self, index: int) -> str:
         return self._app.projections[index].name if index >= 0 else "every projection"
 
+    def _say_parked(self, failure: HandlerFailed, groups: list[Group]) -> None:
+        name = self._name(failure.projection)
+        fields = fields_of(failure, name, batch_of(groups))
+        logger.error("parked for %s: %s", name, failure, exc_info=traced(failure), extra=fields)
+        PARKINGS.labels(reason=failure.kind).inc()
+        ERRORS.labels(kind="handler").inc()
+
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
@@ -403,7 +406,3 @@ class Projector:
         """Let go of the threads."""
         self.writing.close()
         self._read_pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _batch_of(groups: list[Group]) -> list[tuple[tuple[str, str], Commits]]:
-    return [((group.address.aggregate, group.address.id), group.commits) for group in groups]

@@ -26,6 +26,7 @@ from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.log.base import EventLog, LogReader, Stored
 from kernel.pace import Pace, unpaced
+from kernel.sorting import fields_of, traced
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -122,7 +123,7 @@ class Rebuild:
                     raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
                 except HandlerFailed as failure:
                     # noticed too late to fold the window again: begin anew, with the aggregate parked
-                    logger.error("parked while building %s: %s", self._name(failure.projection), failure)
+                    self._say_parked(failure, self._written)
                     self._plan.park(self._writer.blame(failure, list(self._written.items())))
                 else:
                     break
@@ -137,8 +138,13 @@ class Rebuild:
     def _parked(self, index: int) -> int:
         return sum(index in waiting for waiting in self._plan.parked.values())
 
-    def _name(self, index: int) -> str:
-        return self._projections[index].name if index >= 0 else "every projection"
+    def _say_parked(self, failure: HandlerFailed, groups: Groups) -> None:
+        index = failure.projection
+        name = self._projections[index].name if index >= 0 else "every projection"
+        logger.error(
+            "parked while building %s: %s", name, failure,
+            exc_info=traced(failure), extra=fields_of(failure, name, groups.items()),
+        )  # fmt: skip
 
     async def _attempt(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()
@@ -248,7 +254,7 @@ class Rebuild:
     async def _fold_again(self, failure: HandlerFailed, groups: Groups, to: int) -> Write:
         """Park what failed, and fold the window again from stored rows."""
         while True:
-            logger.error("parked while building %s: %s", self._name(failure.projection), failure)
+            self._say_parked(failure, groups)
             self._plan.park(self._writer.blame(failure, list(groups.items())))
             self._build.forget()
             await self._in(partial(self._build.load, self._build.missing(list(groups))))

@@ -14,6 +14,7 @@ from kernel.health import Health
 from kernel.leases import Leases
 from kernel.log import JetStreamLog, LogError, Replaced, StreamInfo, Unavailable
 from kernel.log.wire import Wire
+from kernel.logs import about
 from kernel.metrics import LAG, PARKED, QUARANTINED, RETRIES
 from kernel.ownership import Ownership
 from kernel.projector import NO_PARTITIONS, Projector
@@ -80,6 +81,7 @@ class Watch:
                 "retried %s %s for %s: %d folded, %d left%s",
                 one.aggregate, one.aggregate_id, one.projection, one.folded, one.left,
                 f": {one.error}" if one.left else "",
+                extra=about(one.aggregate, one.aggregate_id, projection=one.projection),
             )  # fmt: skip
 
     def _retry_due(self) -> list[dead_letters.Retried]:

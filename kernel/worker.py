@@ -7,7 +7,6 @@ worker stops. The worker tells it, a line of JSON each second, that its loop is 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import orjson
 
 from kernel.app import load_app
+from kernel.logs import set_up
 from kernel.scheduler import Scheduler
 from kernel.service import Service
 from kernel.settings import Settings
@@ -59,7 +59,9 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
     # Ctrl-C in a terminal reaches the whole group: the parent decides
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_reader(sys.stdin.fileno(), lambda: None if os.read(0, 4096) else _orphaned(stop))
-    service = Service(load_app(order["spec"]), settings, order["spec"], number=number)
+    app = load_app(order["spec"])
+    set_up(settings.logging, app.name, number)
+    service = Service(app, settings, order["spec"], number=number)
 
     def beat() -> None:
         parent.tell(
@@ -108,13 +110,8 @@ def main() -> None:
     # unbuffered: what comes later, the end, is for the loop to notice
     with os.fdopen(0, "rb", buffering=0, closefd=False) as told:
         order = orjson.loads(told.readline())
-    logging.basicConfig(
-        level=logging.WARNING,
-        format=f"%(asctime)s %(levelname)-7s [{number}] %(message)s",
-        stream=sys.stderr,
-    )
     settings = Settings.model_validate(order["settings"])
-    logging.getLogger("eskernel").setLevel(settings.logging.level.upper())
+    set_up(settings.logging, worker=number)
     sys.path.insert(0, order["directory"])
     sys.exit(asyncio.run(_work(number, order, settings, parent)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kernel.client import Client, QueryTimeout
 from kernel.log import LogError
 from kernel.log.dialing import dial
 from kernel.log.wire import Wire
+from kernel.logs import writes_json
 from kernel.messages import CommandError
 from kernel.runtime import AlreadyRunning, NotRunning, WorkersFailed, find_running
 from kernel.settings import Settings
@@ -31,6 +33,7 @@ from projections import SchemaError
 from projections.database import open_database
 from projections.dead_letters import NoSuchLetter
 
+logger = logging.getLogger("eskernel")
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
 console = Console()
@@ -147,7 +150,10 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print an error and exit."""
-    errors.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+    if writes_json():
+        logger.error("%s", message)
+    else:
+        errors.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ import click
 from kernel.app import load_app
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
+from kernel.logs import set_up
 from kernel.service import Service
 from kernel.settings.base import shown
 from kernel.settings.sources import Loaded, SettingsError, leaves, load, parse_assignment
@@ -101,10 +101,10 @@ async def run(app: str, loaded: Loaded) -> None:
     A stop drains: commands under way are answered and the last batch is written. A second signal stops at once;
     the next start goes on from what was written.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     settings = loaded.settings
-    logging.getLogger("eskernel").setLevel(settings.logging.level.upper())
+    set_up(settings.logging)  # importing an app may have something to say
     found = load_app(app)
+    set_up(settings.logging, found.name)
     service: Service | Supervisor
     if settings.workers == 1:
         service = Service(found, settings, spec=app)

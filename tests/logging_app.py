@@ -1,0 +1,22 @@
+"""An app whose own code writes log lines, for `eskernel run tests.logging_app:app`."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from tests.apps import notebooks
+
+logger = logging.getLogger("shop.stock")
+app = notebooks(os.environ.get("LOGGING_APP", "logging"))
+
+
+class Odd:
+    def __repr__(self) -> str:
+        return "<odd>"
+
+
+logger.info("imported")
+logger.warning("%d left", 3, extra={"event": "Sold", "huge": 2**70, "odd": Odd(), "broken": "\udc80", 7: "seven"})
+logging.getLogger("nats.aio").info("of no interest")
+logging.getLogger("sqlalchemy.engine").warning("of interest")
