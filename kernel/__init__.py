@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kernel.alerts import Alert
     from kernel.app import App, AppNotFound, load_app
     from kernel.client import Client, QueryTimeout
     from kernel.messages import CommandError, Overloaded, Receipt
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kernel.settings import Settings
 
 __all__ = [
+    "Alert",
     "App",
     "AppNotFound",
     "Client",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Alert": "alerts",
     "App": "app",
     "AppNotFound": "app",
     "load_app": "app",

@@ -30,6 +30,7 @@ from kernel.mailbox import (
     Searched,
     Unstorable,
 )
+from kernel.memory import size_of
 from kernel.messages import ErrorType
 from kernel.subjects import Address
 from projections.errors import HandlerFailed
@@ -378,6 +379,15 @@ class Actors:
     def send(self, messages: list[tuple[ActorAddress, Any]]) -> None:
         """Deliver the messages, and everything that follows from them, before returning."""
         self._system.tell(self._router, messages)
+
+    def size_of(self, actor: ActorAddress) -> int:
+        """Return about how many bytes an aggregate's state and rows take in memory."""
+        # Thespian tells nobody of its instances; a message to each would cost more than looking
+        shell = self._system._systemBase.actorRegistry[actor.actorAddressString].instance
+        cell = shell.cell
+        # not what the cell was declared with: that is the type's
+        state = (cell.state, cell.commands, cell.seen) if cell is not None else ()
+        return size_of([*state, *(shell.rows or ())])
 
     def close(self) -> None:
         """Shut the actor system down."""

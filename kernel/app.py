@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aggregates import Aggregate, DeclarationError
 from aggregates.declaration import AggregateType, declare
@@ -15,6 +15,9 @@ from kernel.subjects import APP_NAME
 from projections.declaration import DeclaredProjection, declare_projection
 from projections.fold import TRANSIENT, Plan
 from projections.projection import Projection
+
+if TYPE_CHECKING:
+    from kernel.alerts import OnAlert
 
 
 class App:
@@ -27,6 +30,8 @@ class App:
             folded again by and by; after any other exception it waits for somebody to decide.
         rate_key: whose rate a command counts for, a tenant's for instance: called with the aggregate's name, its id
             and the command, for each command while `rates.per_key` is set. None, or an exception, is nobody's.
+        on_alert: called with an `Alert` when a backlog, a component's health, or the pressure of publishing changes.
+            Sync or async; each runs in a thread of its own, so that one that raises or hangs harms nothing.
 
     Raises:
         DeclarationError: once, with everything that is wrong in any of the classes.
@@ -40,7 +45,9 @@ class App:
         projections: Sequence[type[Projection]] = (),
         transient: Sequence[type[Exception]] = TRANSIENT,
         rate_key: Callable[[str, str, object], str | None] | None = None,
+        on_alert: Sequence[OnAlert] = (),
     ) -> None:
+        self.on_alert = tuple(on_alert)
         self.transient = tuple(transient)
         self.rate_key = rate_key
         problems: list[str] = []

@@ -6,22 +6,23 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from aggregates import InvalidId, InvalidMessage, SequenceError
+from aggregates import InvalidId, InvalidMessage
 from aggregates.cell import Cell
-from aggregates.commit import Decision, Envelope, decode, encode, timestamp
+from aggregates.commit import Decision, encode, timestamp
 from aggregates.context import uuid7
 from aggregates.messages import parse
 from kernel.actors import Actors
 from kernel.app import App
 from kernel.governor import Governor, Refusal
-from kernel.log.base import Conflict, EventLog, LogError, Stored, Unavailable
+from kernel.histories import Histories
+from kernel.log.base import Conflict, EventLog, LogError, Unavailable
 from kernel.logs import about
-from kernel.mailbox import Appended, Decide, Leave, Loaded, Request, Searched, Unstorable
+from kernel.mailbox import Appended, Decide, Leave, Request, Unstorable
 from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
 from kernel.metrics import (
     ALERTS,
@@ -30,8 +31,6 @@ from kernel.metrics import (
     COMMAND_SECONDS,
     COMMANDS,
     COMMANDS_PENDING,
-    LOAD_SECONDS,
-    LOADS,
     REFUSED,
     count_error_of,
     observe_all,
@@ -43,8 +42,6 @@ logger = logging.getLogger("eskernel")
 RETRY_AFTER_S = 0.2
 MOVED_RETRY_S = 0.05
 """After so long somebody else has the partition, or we have it again."""
-MAX_LOADS = 256
-"""Aggregates loaded at the same time."""
 
 Publish = Callable[[bytes, bytes, bytes], None]
 
@@ -93,8 +90,7 @@ class CommandGateway:
         self._drains = 0
         self._loop = asyncio.get_running_loop()
         self._told: list[tuple[Any, Any]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loads = asyncio.Semaphore(MAX_LOADS)
+        self._histories = Histories(log, self._tell)
         # since the metrics were last brought up to date: answers by aggregate, command, outcome; and their times
         self._outcomes: dict[tuple[str, str, str], int] = {}
         self._times: list[float] = []
@@ -103,6 +99,7 @@ class CommandGateway:
         self.slowest_append = 0.0
         self._moment = ""
         self._begun = 0.0
+        self._longest = 0.0
         self.actors: Actors
         self.residents: Residents
 
@@ -239,54 +236,10 @@ class CommandGateway:
     # what the actors ask for
 
     def load(self, address: Address) -> None:
-        self._spawn(self._load(address))
-
-    async def _load(self, address: Address) -> None:
-        cell = Cell(self._app.types[address.aggregate], address.id)
-        LOADS.inc()
-        started = time.perf_counter()
-        error: tuple[ErrorType, str] | None = None
-        try:
-            async with self._loads:
-                stored = await self._log.read_subject(address.subject)
-            for commit in stored:
-                try:
-                    envelopes = decode(commit.payload)
-                except InvalidMessage as problem:
-                    # no event of anybody's; the projections pass over it too, into the quarantine
-                    logger.warning(
-                        "%s: passing over stream sequence %d: %s", address.subject, commit.sequence, problem,
-                        extra=about(address.aggregate, address.id, stream_sequence=commit.sequence),
-                    )  # fmt: skip
-                    cell.position = commit.sequence
-                    continue
-                cell.replay(envelopes, commit.sequence)
-        except LogError as problem:
-            error = ("unavailable", str(problem))
-        except (InvalidMessage, SequenceError) as problem:
-            error = ("failed", f"the stored history can't be read: {problem}")
-        except Exception as problem:
-            error = ("failed", f"{type(problem).__name__} while replaying: {problem}")
-        LOAD_SECONDS.observe(time.perf_counter() - started)
-        self._tell(address, Loaded(None if error else cell, error))
+        self._histories.load(self._app.types[address.aggregate], address)
 
     def search(self, address: Address, request: Request) -> None:
-        self._spawn(self._search(address, request))
-
-    async def _search(self, address: Address, request: Request) -> None:
-        """A repeated command that the cell doesn't remember: only the whole history knows."""
-        try:
-            async with self._loads:
-                stored = await self._log.read_subject(address.subject)
-            version = sequence = 0
-            for commit in stored:
-                for envelope in _events_of(commit):
-                    if envelope.commandid == request.wire.command_id:
-                        version, sequence = envelope.sequence, commit.sequence
-        except Exception as problem:
-            self._tell(address, Searched(request, None, str(problem)))
-        else:
-            self._tell(address, Searched(request, (version, sequence) if version else None))
+        self._histories.search(address, request)
 
     def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
         try:
@@ -311,6 +264,7 @@ class CommandGateway:
                 if not self._told:
                     APPEND_SECONDS.observe(took := time.perf_counter() - started)
                     self.slowest_append = max(self.slowest_append, took)
+                    self._longest = max(self._longest, took)
                 self.appended += 1
                 self._tell(address, Appended(future.result()))
                 return
@@ -391,15 +345,15 @@ class CommandGateway:
         told, self._told = self._told, []
         self.actors.send(told)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     @property
     def pending(self) -> int:
         """Commands received and not answered."""
         return self._pending
+
+    def burden(self) -> tuple[int, float]:
+        """Return the commands under way, and the seconds that the longest append took since the last call."""
+        longest, self._longest = self._longest, 0.0
+        return self._pending, longest
 
     def publish_metrics(self) -> None:
         """Bring the counters up to date; a job does it, so that a command pays nothing for them."""
@@ -443,10 +397,3 @@ class CommandGateway:
         finally:
             self._drains -= 1
         return True
-
-
-def _events_of(commit: Stored) -> list[Envelope]:
-    try:
-        return decode(commit.payload)
-    except InvalidMessage:
-        return []

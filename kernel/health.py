@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -12,10 +13,16 @@ import orjson
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from kernel.alerts import Alert, Alerts
 from kernel.metrics import COMPONENT_OK
 from kernel.settings import Http
 
 logger = logging.getLogger("eskernel")
+DEAD_S = 30.0
+"""No job has begun for so long, though some do each second: the process is of no use any more."""
+STOPPING = "stopping"
+PUBLISHING = ("log", "appends", "leases", "commands", "loop")
+PROJECTING = ("log", "database", "leases", "projection", "loop")
 
 
 @dataclass(slots=True)
@@ -36,8 +43,11 @@ class Component:
     latency: float = 0.0
     since: float = 0.0
 
-    def set(self, ok: bool, detail: str, latency: float = 0.0) -> None:
-        """Note the outcome of a probe; a change is logged."""
+    def set(self, ok: bool, detail: str, latency: float = 0.0) -> bool:
+        """Note the outcome of a probe; a change is logged. Return whether it is one that somebody may want to know."""
+        if self.detail == STOPPING:
+            return False
+        changed = ok != self.ok if self.since else not ok
         if ok != self.ok or not self.since:
             if self.ok:
                 logger.warning("%s: %s", self.name, detail)
@@ -46,29 +56,58 @@ class Component:
             self.since = time.time()
         COMPONENT_OK.labels(component=self.name).set(ok)
         self.ok, self.detail, self.latency = ok, detail, latency
+        return changed
 
     def stop(self) -> None:
         """Say that it ends because the service does, which is nothing to warn of."""
-        self.ok, self.detail, self.since = False, "stopping", time.time()
+        self.ok, self.detail, self.since = False, STOPPING, time.time()
         COMPONENT_OK.labels(component=self.name).set(0)
 
 
 class Health:
-    """The components' states: the log, the database, the projection."""
+    """The components' states: log, appends, database, leases, projection, commands, event loop.
 
-    def __init__(self) -> None:
-        self.components = {
-            name: Component(name) for name in ("log", "appends", "database", "leases", "projection", "commands")
-        }
+    Args:
+        alerts: told when a component's state changes.
+        idle: seconds since any regular job began.
+        patience: seconds after which what the probes have found is too old to be believed.
+    """
+
+    def __init__(self, alerts: Alerts, idle: Callable[[], float], patience: float) -> None:
+        self._alerts, self._idle, self._patience = alerts, idle, patience
+        self._probed = time.monotonic()
+        self.components = {name: Component(name) for name in dict.fromkeys(PUBLISHING + PROJECTING)}
+
+    def set(self, name: str, ok: bool, detail: str, latency: float = 0.0) -> None:
+        """Note the outcome of a component's probe, and tell of a change."""
+        self._probed = time.monotonic()
+        if self.components[name].set(ok, detail, latency):
+            before, after = ("failing", "ok") if ok else ("ok", "failing")
+            self._alerts.tell(Alert("health", name, before, after, detail, self._alerts.worker))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process does anything at all; if not, only starting it again helps."""
+        return self._idle() < DEAD_S
 
     @property
     def ready(self) -> bool:
-        """Whether every component works."""
-        return all(component.ok for component in self.components.values())
+        """Whether every component works, as far as was found out lately."""
+        return self.works(*self.components)
+
+    def works(self, *names: str) -> bool:
+        """Say whether these components work, as far as was found out lately."""
+        return time.monotonic() - self._probed < self._patience and all(self.components[name].ok for name in names)
 
     def report(self) -> dict[str, Any]:
         """Return everything as JSON data."""
-        return {"ready": self.ready, "components": {name: asdict(one) for name, one in self.components.items()}}
+        return {
+            "ready": self.ready,
+            "alive": self.alive,
+            "publishing": self.works(*PUBLISHING),
+            "projecting": self.works(*PROJECTING),
+            "components": {name: asdict(one) for name, one in self.components.items()},
+        }
 
     async def metrics(self) -> bytes:
         """Return this process's metrics."""
@@ -80,6 +119,9 @@ class Reporter(Protocol):
 
     @property
     def ready(self) -> bool: ...
+
+    @property
+    def alive(self) -> bool: ...
 
     def report(self) -> dict[str, Any]:
         """Return the state of everything as JSON data."""
@@ -120,7 +162,8 @@ class HttpServer:
             await self._runner.cleanup()
 
     async def _healthz(self, _request: web.Request) -> web.Response:
-        return web.json_response({"alive": True})
+        alive = self._health.alive
+        return web.json_response({"alive": alive}, status=200 if alive else 503)
 
     def _admitted(self, request: web.Request) -> bool:
         given = request.headers.get("Authorization", "")

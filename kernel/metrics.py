@@ -27,6 +27,7 @@ READ_BACKS = Counter("eskernel_append_read_backs_total", "Reads of the log to fi
 LOG_EVENTS = Counter("eskernel_log_commits_read_total", "Commits that the live projection has read from the log")
 # aggregates
 LIVE = Gauge("eskernel_actors_live", "Aggregates with a live actor")
+MEMORY = Gauge("eskernel_actors_memory_bytes", "States and rows of live aggregates, as measured and estimated")
 SHELLS = Gauge("eskernel_actor_shells", "Actors that exist, live or empty and kept for reuse")
 ACTIVATIONS = Counter("eskernel_activations_total", "Aggregates activated")
 LOADS = Counter("eskernel_aggregate_loads_total", "Aggregates loaded from the log to decide a command")
@@ -40,8 +41,17 @@ BATCH_SECONDS = Histogram("eskernel_batch_write_seconds", "Time of a batch's dat
 BATCH_EVENTS = Histogram("eskernel_batch_events", "Events in a batch", buckets=_MANY)
 ROWS = Counter("eskernel_rows_written_total", "Rows and tallies written or deleted", ["projection"])
 FENCED = Counter("eskernel_fenced_batches_total", "Batches that met the fence: somebody else had moved on")
-LAG = Gauge("eskernel_projection_lag_commits", "Commits in the log that the projections have not seen")
+LAG = Gauge("eskernel_projection_lag_commits", "Commits behind in this worker's partitions, of the worst projection")
 POSITION = Gauge("eskernel_projection_position", "Stream sequence up to which everything is projected")
+# backlog and pressure
+BACKLOG_BEHIND = Gauge("eskernel_backlog_commits", "Commits behind", ["projection"])
+BACKLOG_AGE = Gauge("eskernel_backlog_age_seconds", "Age of the oldest commit that is not projected", ["projection"])
+BACKLOG_DRAIN = Gauge("eskernel_backlog_drain_seconds", "Time to catch up at the present rate", ["projection"])
+BACKLOG_PARTITIONS = Gauge("eskernel_backlog_partitions", "Partitions at a level", ["projection", "level"])
+SPEED = Gauge("eskernel_projected_commits_per_second", "Commits projected in a second, smoothed")
+PRESSURE = Gauge("eskernel_publishing_pressure", "0 low, 1 medium, 2 high, 3 critical")
+ALERTS_TOLD = Counter("eskernel_alerts_total", "Changes of backlog, health and pressure", ["kind", "level"])
+ALERTS_DROPPED = Counter("eskernel_alerts_dropped_total", "Alerts that a callback was too slow for")
 # dead letters
 DEAD_LETTERS = Counter("eskernel_dead_letters_total", "Events put into the dead letters")
 PARKINGS = Counter("eskernel_parkings_total", "Times that an aggregate was parked, by what had failed", ["reason"])

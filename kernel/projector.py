@@ -28,13 +28,13 @@ from kernel.metrics import (
     EVENTS,
     FENCED,
     FOLD_SECONDS,
-    LAG,
     LOG_EVENTS,
     PARKINGS,
     POSITION,
     ROWS,
 )
 from kernel.pace import IDLE_S, Pace, read_batch, unpaced
+from kernel.progress import Hand, Progress
 from kernel.residents import Resident, Residents
 from kernel.settings import Settings
 from kernel.sorting import Group, Sorter, batch_of, fields_of, traced
@@ -63,6 +63,7 @@ class _Pending:
     groups: list[Group]
     events: int
     position: int
+    hand: Hand
 
 
 class Projector:
@@ -116,7 +117,7 @@ class Projector:
         self._failures: list[HandlerFailed] = []
         self._garbage: list[dict[str, Any]] = []
         self._read_to = 0
-        self.pending = 0
+        self.progress = Progress(subjects.partitions)
         self.position = 0
         self.state = "starting"
 
@@ -144,7 +145,6 @@ class Projector:
             self._idle.set()
             if not self._owned:
                 self.state = NO_PARTITIONS
-                self.pending = 0
                 await self._interrupted.wait()
                 continue
             began_at = self.position
@@ -194,6 +194,7 @@ class Projector:
         await self._in(self._read_pool, load_parked)
         for failure in self._failures:
             self._plan.park(failure)
+        self.progress.begin(self._position, partitions)
 
     async def _session(self) -> None:
         reader = await self._log.read(self._position.lowest, live=True)
@@ -245,11 +246,11 @@ class Projector:
         groups = await self._sorter.sort(batch.commits)
         self._pace.spend(sum(len(group.commits) for group in groups))
         self._batch = batch.commits
-        self.pending = batch.pending
-        LAG.set(batch.pending + len(batch.commits))
+        hand = self.progress.read(groups, batch)
         moves = self._position.moves(self._writer.generations, batch.commits[-1].sequence)
         if not groups and not moves and not self._garbage:
             self._read_to = batch.commits[-1].sequence
+            self.progress.written(hand)
             return
         residents = self._residents.wake([group.address for group in groups])
         for resident in residents:
@@ -269,7 +270,7 @@ class Projector:
         self._position.advance(moves, self._writer.generations)
         self._read_to = batch.commits[-1].sequence
         task = asyncio.ensure_future(self.writing.write(self._writer, write))
-        self._pending = _Pending(task, residents, groups, folded.count, self._read_to)
+        self._pending = _Pending(task, residents, groups, folded.count, self._read_to, hand)
 
     async def _fold_or_park(
         self, groups: list[Group], residents: list[Resident], moves: list[Move]
@@ -361,10 +362,10 @@ class Projector:
                 resident.busy -= 1
         self._failures.clear()
         self.position = pending.position
+        self.progress.written(pending.hand)
         EVENTS.inc(pending.events)
         BATCH_EVENTS.observe(pending.events)
         POSITION.set(self.position)
-        LAG.set(self.pending)
 
     async def _advance_quiet(self) -> None:
         """Move up the checkpoints of partitions without news, so that the next start need not read that far back."""

@@ -1,4 +1,4 @@
-"""What the kernel does regularly: passivation, backlog detection, metrics, a probe of the log."""
+"""What the kernel does regularly: leases, passivation, backlog detection, metrics, probes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,12 +23,16 @@ JUMP_S = 1.0
 
 @dataclass(slots=True)
 class Job:
-    """A job as `eskernel status` shows it.
+    """A job as `eskernel jobs` shows it.
 
     Attributes:
         interval: seconds between runs.
         duration: seconds that the last run took.
-        error: what the last run failed with, or nothing.
+        last: when that began (ISO 8601, UTC), or nothing.
+        error: what it failed with, or nothing.
+        failures: runs that failed.
+        running: seconds that the present run has taken, 0 if there is none.
+        next_run: when the next one is due (ISO 8601, UTC), or nothing.
     """
 
     name: str
@@ -37,6 +41,9 @@ class Job:
     duration: float = 0.0
     last: str = ""
     error: str = ""
+    failures: int = 0
+    running: float = 0.0
+    next_run: str = ""
 
 
 class _Steady(AsyncIOScheduler):  # type: ignore[misc]
@@ -62,6 +69,8 @@ class Scheduler:
     def __init__(self) -> None:
         self._scheduler = _Steady(timezone=UTC)
         self.jobs: dict[str, Job] = {}
+        self._began: dict[str, float] = {}
+        self._turned = time.monotonic()
 
     def every(self, seconds: float, work: Callable[[], Any], name: str = "") -> None:
         """Run a function, sync or async, at an interval. A run that is late is not made up for."""
@@ -70,6 +79,8 @@ class Scheduler:
 
         async def run() -> None:
             started = time.perf_counter()
+            self._turned = time.monotonic()
+            self._began[job.name] = started
             job.runs += 1
             job.last = datetime.now(UTC).isoformat(timespec="seconds")
             try:
@@ -79,11 +90,13 @@ class Scheduler:
                         await result
             except Exception as error:
                 job.error = f"{type(error).__name__}: {error}"
+                job.failures += 1
                 JOBS.labels(job=job.name, outcome="failed").inc()
                 logger.warning("job %s failed: %s", job.name, job.error)
             else:
                 job.error = ""
                 JOBS.labels(job=job.name, outcome="ok").inc()
+            del self._began[job.name]
             job.duration = time.perf_counter() - started
             JOB_SECONDS.labels(job=job.name).set(job.duration)
 
@@ -98,8 +111,24 @@ class Scheduler:
             misfire_grace_time=None,
         )
 
+    @property
+    def idle_for(self) -> float:
+        """Seconds since any job began."""
+        return time.monotonic() - self._turned
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return every job as JSON data."""
+        for job in self.jobs.values():
+            began = self._began.get(job.name)
+            job.running = time.perf_counter() - began if began is not None else 0.0
+            scheduled = self._scheduler.get_job(job.name)
+            due = getattr(scheduled, "next_run_time", None)
+            job.next_run = due.isoformat(timespec="milliseconds") if due is not None else ""
+        return [asdict(job) for job in self.jobs.values()]
+
     def start(self) -> None:
         """Begin."""
+        self._turned = time.monotonic()
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self._scheduler.start()
 

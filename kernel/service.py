@@ -7,13 +7,13 @@ import gc
 import logging
 import os
 import time
-from dataclasses import asdict
 from typing import Any
 
 import orjson
 from sqlalchemy import Engine
 
 from kernel.actors import Actors
+from kernel.alerts import Alerts
 from kernel.app import App
 from kernel.asking import ask_others
 from kernel.commands import CommandGateway
@@ -26,6 +26,8 @@ from kernel.log import JetStreamLog, open_log
 from kernel.log.api import version_text
 from kernel.log.dialing import dial
 from kernel.log.wire import Wire, publish_frame
+from kernel.lookout import Lookout
+from kernel.loop_lag import LoopLag
 from kernel.metrics import (
     APPENDS_IN_FLIGHT,
     APPENDS_QUEUED,
@@ -45,7 +47,7 @@ from kernel.scheduler import Scheduler
 from kernel.server import SYNCED, EmbeddedServer, embedded_commits
 from kernel.settings import Settings
 from kernel.signals import Gatherer
-from kernel.watch import Watch
+from kernel.watch import PROBE_S, Watch
 from projections.checkpoints import knows, register
 from projections.database import open_database
 
@@ -67,14 +69,18 @@ class Service:
     def __init__(self, app: App, settings: Settings | None = None, spec: str = "", number: int = 0) -> None:
         self.app = app
         self.settings = settings or Settings()
-        self.health = Health()
+        self.worker = worker_name()
+        self.alerts = Alerts(app.on_alert, self.worker)
         self.scheduler = Scheduler()
+        # a probe may take as long as it does, and come late
+        patience = 3 * self.settings.connection.health_check_interval + 2 * PROBE_S
+        self.health = Health(self.alerts, lambda: self.scheduler.idle_for, patience)
+        self._loop_lag = LoopLag()
         self.directory = DataDirectory(self.settings.data, app.name)
         self.http = HttpServer(self.health, self.settings.http)
         self.stopped = asyncio.Event()
         self.failure = ""
         self.number = number
-        self.worker = worker_name()
         self.nats_url = ""
         self.database_url = ""
         self.durability = ""
@@ -96,6 +102,7 @@ class Service:
         self._ownership: Ownership | None = None
         self._governor: Governor | None = None
         self._gatherer: Gatherer | None = None
+        self._watch: Watch | None = None
 
     async def start(self) -> None:
         """Start everything; when it returns, commands are taken.
@@ -156,7 +163,8 @@ class Service:
         self._listening.append(await wire.listen(log.subjects.service("status"), self._status))
         await self._share_limits(wire, log.subjects.service("limits"))
         assert self._projector is not None
-        self._watch = Watch(
+        assert self._gatherer is not None
+        self._watch = watch = Watch(
             self.app,
             settings,
             wire,
@@ -167,11 +175,14 @@ class Service:
             leases,
             self._ownership,
             self.health,
+            self._lookout,
+            self._gatherer.late,
             self._lost,
         )
-        await self._watch.probe()
-        log.appender.verify = self._watch.ask_log
-        self._schedule(self._watch, self._ownership, leases)
+        self._loop_lag.start()
+        await watch.probe()
+        log.appender.verify = watch.ask_log
+        self._schedule(watch, self._ownership, leases)
         await self.http.start()
         if not self.number:
             running = running_as(self.app.name, self._spec, settings, self.nats_url, self.database_url, self.http.url)
@@ -217,7 +228,7 @@ class Service:
         )
         self._actors = gateway.actors = Actors(gateway)
         gateway.residents = self.residents = Residents(
-            gateway.actors, settings.passivation.count, settings.passivation.idle
+            gateway.actors, settings.passivation.count, settings.passivation.idle, settings.passivation.memory
         )
         self._projector = projector = Projector(
             self.app,
@@ -231,15 +242,21 @@ class Service:
             settings,
             self._governor.live,
         )
-        self._gatherer = Gatherer(gateway, log.appender, projector, self._backlog_level)
+        self._lookout = Lookout(
+            settings,
+            [declared.name for declared in self.app.projections],
+            projector.progress,
+            lambda: leases.held,
+            log.appender,
+            gateway.burden,
+            self.alerts,
+        )
+        self._gatherer = Gatherer(gateway, log.appender, projector, self._loop_lag, lambda: self._lookout.level)
         self._ownership = Ownership(
             self._wire, log.subjects, leases, gateway, projector if self.app.projections else None
         )
         if self.app.projections:
             self._projecting = asyncio.create_task(projector.run())
-
-    def _backlog_level(self) -> int:
-        return 0
 
     async def _verify(self) -> None:
         assert self._ownership is not None
@@ -251,13 +268,15 @@ class Service:
         every(0.5, self._passivate)
         every(1.0, self._publish_metrics)
         every(1.0, self._govern)
+        every(self.settings.backlog.interval, self._lookout.measure_pressure)
         every(self.settings.connection.health_check_interval, watch.probe)
         if self.app.projections:
-            every(2.0, watch.detect_backlog)
+            every(self.settings.backlog.interval, self._lookout.detect_backlog)
             every(min(1.0, self.settings.dead_letters.retry_after), watch.retry_dead_letters)
         self.scheduler.start()
 
     async def _passivate(self) -> None:
+        self.residents.measure()
         while self.residents.sweep():  # noqa: ASYNC110 - gives way between slices
             await asyncio.sleep(0)
 
@@ -339,14 +358,17 @@ class Service:
             "durability": self.durability,
             "health": self.health.report(),
             "actors": len(self.residents),
+            "memory": {"bytes": self.residents.memory, "limit": int(self.settings.passivation.memory)},
             "commands_pending": self._gateway.pending,
             "projection": {
                 "state": self._projector.state,
                 "position": self._projector.position,
-                "behind": self._projector.pending,
+                "behind": self._lookout.behind,
             },
             "limits": self._governor.show(),
-            "jobs": [asdict(job) for job in self.scheduler.jobs.values()],
+            **self._lookout.report(),
+            "alerts": self.alerts.told,
+            "jobs": self.scheduler.report(),
         }
 
     # events
@@ -415,9 +437,10 @@ class Service:
 
     async def _close(self) -> None:
         self.scheduler.stop()
+        self._loop_lag.stop()
+        if self._watch is not None:
+            self._watch.close()
         await self.http.stop()
-        if self._gatherer is not None:
-            self._gatherer.close()
         if self._projecting is not None and not self._projecting.done():
             self._projecting.cancel()
             await asyncio.wait({self._projecting})
@@ -433,6 +456,7 @@ class Service:
             self._actors.close()
         if self._engine is not None:
             self._engine.dispose()
+        self.alerts.close()
         if self._keeping is not None:
             self._keeping.cancel()
         if self._server is not None:

@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from kernel.commands import CommandGateway
 from kernel.governor import Signals
 from kernel.log.appender import Appender
+from kernel.loop_lag import LoopLag
 from kernel.metrics import LOOP_LAG
 from kernel.projector import Projector
 from kernel.writing import AWAY
-
-TICK_S = 0.05
-
-
-class LoopLag:
-    """How late the event loop is, measured all the time by something that wants to run often."""
-
-    def __init__(self) -> None:
-        self._worst = 0.0
-        self._task = asyncio.get_running_loop().create_task(self._measure())
-
-    async def _measure(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + TICK_S
-            await asyncio.sleep(TICK_S)
-            self._worst = max(self._worst, loop.time() - due)
-
-    def worst(self) -> float:
-        """Return the most seconds since the last call."""
-        worst, self._worst = self._worst, 0.0
-        return worst
-
-    def close(self) -> None:
-        """Stop."""
-        self._task.cancel()
 
 
 class Gatherer:
     """Turns counters into signals.
 
     Args:
+        loop_lag: how late the event loop is.
         backlog: level of the projections' backlog: 0 none, 1 warning, 2 critical.
     """
 
     def __init__(
-        self, gateway: CommandGateway, appender: Appender, projector: Projector, backlog: Callable[[], int]
+        self,
+        gateway: CommandGateway,
+        appender: Appender,
+        projector: Projector,
+        loop_lag: LoopLag,
+        backlog: Callable[[], int],
     ) -> None:
         self._gateway, self._appender, self._projector, self._backlog = gateway, appender, projector, backlog
-        self._lag = LoopLag()
+        self._lag, self._late = loop_lag, 0.0
         self._appends = self._batches = (0, 0)
 
     def gather(self) -> Signals:
@@ -59,10 +39,11 @@ class Gatherer:
         appends, batches = (gateway.appended, gateway.unappended), projector.writing.batches
         lag = self._lag.worst()
         LOOP_LAG.set(lag)
+        self._late = max(self._late, lag)
         away = projector.state == AWAY
         signals = Signals(
             loop_lag=lag,
-            append_latency=max(gateway.slowest_append, self._appender.oldest),
+            append_latency=max(gateway.slowest_append, self._appender.waiting_for),
             append_errors=_share(self._appends, appends),
             commit_latency=max(projector.writing.slowest, projector.writing.lasting),
             # while it can't even read its checkpoints there is no batch that could fail
@@ -74,9 +55,10 @@ class Gatherer:
         self._appends, self._batches = appends, batches
         return signals
 
-    def close(self) -> None:
-        """Stop measuring."""
-        self._lag.close()
+    def late(self) -> float:
+        """Return the most seconds that the event loop was late since the last call of this function."""
+        late, self._late = max(self._late, self._lag.overdue), 0.0
+        return late
 
 
 def _share(before: tuple[int, int], now: tuple[int, int]) -> float:

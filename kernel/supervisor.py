@@ -222,6 +222,11 @@ class Supervisor:
         """Whether every worker is."""
         return all(one.told.get("ready") and self._fresh(one) for one in self.workers)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the parent still looks after its workers: it starts again what dies or freezes."""
+        return not any(task.done() for task in self._tasks)
+
     def _fresh(self, worker: Worker) -> bool:
         return time.monotonic() - worker.heard < FROZEN_S
 

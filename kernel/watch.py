@@ -1,34 +1,45 @@
-"""What a worker looks after while it runs: its log and database, its backlog, its dead letters, its own health."""
+"""What a worker looks after while it runs: its log, its database, its dead letters, its own health."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, insert
 
 from kernel.app import App
+from kernel.backlog import Level
 from kernel.health import Health
 from kernel.leases import Leases
 from kernel.log import JetStreamLog, LogError, Replaced, StreamInfo, Unavailable
 from kernel.log.wire import Wire
 from kernel.logs import about
-from kernel.metrics import LAG, PARKED, QUARANTINED, RETRIES
+from kernel.lookout import Lookout
+from kernel.metrics import PARKED, QUARANTINED, RETRIES
 from kernel.ownership import Ownership
 from kernel.projector import NO_PARTITIONS, Projector
 from kernel.settings import Settings
 from projections import dead_letters
-from projections.database import reads
+from projections.tables import stream
 
 logger = logging.getLogger("eskernel")
 
-DATABASE_S = 5.0
+PROBE_S = 5.0
+"""For each probe."""
 WRITE_S = 10.0
 """A batch that takes so long to write is said to be stuck."""
-BACKLOG_WARN = 10_000
-"""Commits behind which the projections are said to be behind; they have caught up below a tenth of it."""
+LATE_S = 2.0
+"""An event loop that is late by more is not responsive."""
+Probe = Callable[[], Coroutine[Any, Any, str]]
+"""Returns what is known of a component that works; raises if it doesn't."""
+
+
+class NotWorking(Exception):
+    """A component does not work; the message says why."""
 
 
 class Watch:
@@ -36,6 +47,7 @@ class Watch:
 
     Args:
         created: when the stream was made, as it was at start.
+        loop_lag: returns the most seconds that the event loop was late since the last call.
         lost: stops the service, with a reason.
     """
 
@@ -51,26 +63,27 @@ class Watch:
         leases: Leases,
         ownership: Ownership,
         health: Health,
+        lookout: Lookout,
+        loop_lag: Callable[[], float],
         lost: Callable[[str], None],
     ) -> None:
         self._app, self._settings, self._wire, self._log, self._created = app, settings, wire, log, created
         self._engine, self._projector, self._leases, self._ownership = engine, projector, leases, ownership
-        self._health, self._lost = health, lost
+        self._health, self._lookout, self._loop_lag, self._lost = health, lookout, loop_lag, lost
         self._names = {declared.name for declared in app.projections}
-        self._behind = False
-        self._asking: asyncio.Future[None] | None = None
-        self._asked = 0.0
-
-    async def detect_backlog(self) -> None:
-        """Compare the log's end with the projections' position; say so when they fall behind or have caught up."""
-        info = await self.ask_log()
-        behind = max(0, info.last - self._projector.position)
-        LAG.set(behind)
-        if behind > BACKLOG_WARN and not self._behind:
-            logger.warning("the projections are %d commits behind", behind)
-        elif behind < BACKLOG_WARN // 10 and self._behind:
-            logger.info("the projections have caught up")
-        self._behind = behind > (BACKLOG_WARN // 10 if self._behind else BACKLOG_WARN)
+        self._database = ThreadPoolExecutor(1, "eskernel-probe")
+        self._mark = f"?{leases.worker}"
+        self._written = 0
+        self._under_way: dict[str, tuple[float, asyncio.Future[str]]] = {}
+        self._probes: dict[str, Probe] = {
+            "log": self._ask_log,
+            "appends": self._ask_appends,
+            "database": self._ask_database,
+            "leases": self._ask_leases,
+            "projection": self._ask_projection,
+            "commands": self._ask_commands,
+            "loop": self._ask_loop,
+        }
 
     async def retry_dead_letters(self) -> None:
         """Fold again what failed with something transient, where the partition is ours."""
@@ -106,55 +119,97 @@ class Watch:
         return done
 
     async def probe(self) -> None:
-        """Find out whether the log and the database answer, by asking them something."""
-        await self._probe_log()
-        await self._probe_database()
-        components = self._health.components
-        refusal = self._log.appender.refusal
-        components["appends"].set(not refusal, refusal or "taken")
-        state = self._projector.state if self._names else "none"
-        if (writing := self._projector.writing.lasting) > WRITE_S:
-            state = f"writing a batch for {writing:.0f} s"
-        components["projection"].set(state in ("running", "starting", "none", NO_PARTITIONS), state)
-        held, share = len(self._leases.held), self._leases.share(self._ownership.members)
-        components["leases"].set(held > 0 or not share, f"holding {held} of {self._leases.partitions} partitions")
-        components["commands"].set(True, "taken")
+        """Find out whether each component works, all at the same time; one that does not answer in time does not."""
+        await asyncio.gather(*(self._probe(name, look) for name, look in self._probes.items()))
 
-    async def _probe_log(self) -> None:
-        started = time.perf_counter()
-        component = self._health.components["log"]
-        if not self._wire.is_connected:
-            self._wire.revive()
-            component.set(False, f"not connected: {self._wire.trouble or 'the connection was lost'}")
+    async def _probe(self, name: str, look: Probe) -> None:
+        began, probing = self._under_way.get(name, (0.0, None))
+        if probing is None or probing.done():
+            began, probing = time.perf_counter(), asyncio.ensure_future(look())
+            self._under_way[name] = began, probing
+        # one that hangs goes on: whatever it waits for would only be asked once more
+        await asyncio.wait({probing}, timeout=PROBE_S)
+        took = time.perf_counter() - began
+        if not probing.done():
+            self._health.set(name, False, f"no answer for {took:.0f} s", took)
             return
         try:
+            self._health.set(name, True, probing.result(), took)
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._health.set(name, False, text, took)
+
+    async def _ask_loop(self) -> str:
+        lag = self._loop_lag()
+        if lag > LATE_S:
+            raise NotWorking(f"the event loop was late by {lag:.1f} s")
+        return f"late by {lag * 1000:.0f} ms at most"
+
+    async def _ask_appends(self) -> str:
+        if refusal := self._log.appender.refusal:
+            raise NotWorking(refusal)
+        return f"taken; pressure {self._lookout.pressure.level.name.lower()}"
+
+    async def _ask_commands(self) -> str:
+        return "taken"
+
+    async def _ask_leases(self) -> str:
+        held, share = len(self._leases.held), self._leases.share(self._ownership.members)
+        detail = f"holding {held} of {self._leases.partitions} partitions"
+        if not held and share:
+            raise NotWorking(detail)
+        return detail
+
+    async def _ask_projection(self) -> str:
+        state = self._projector.state if self._names else "none"
+        if (writing := self._projector.writing.lasting) > WRITE_S:
+            raise NotWorking(f"writing a batch for {writing:.0f} s")
+        if state not in ("running", "starting", "none", NO_PARTITIONS):
+            raise NotWorking(state)
+        critical = [
+            f"{one.projection} is {round(one.behind)} commits and {one.age:.0f} s behind"
+            for one in self._lookout.backlog.projections.values()
+            if one.level == Level.CRITICAL
+        ]
+        if critical:
+            raise NotWorking(f"{state}; {', '.join(critical)}")
+        return state
+
+    async def _ask_log(self) -> str:
+        if not self._wire.is_connected:
+            self._wire.revive()
+            raise NotWorking(f"not connected: {self._wire.trouble or 'the connection was lost'}")
+        try:
             info = await self.ask_log()
-            component.set(True, f"{info.commits} commits, the last is {info.last}", time.perf_counter() - started)
-        except Replaced as error:
-            component.set(False, str(error), time.perf_counter() - started)
+        except Replaced:
+            raise
         except LogError as error:
-            why = f"{error}: {self._wire.trouble}" if self._wire.trouble else str(error)
-            component.set(False, why, time.perf_counter() - started)
             self._wire.revive()
             if isinstance(error, Unavailable) and self._wire.is_connected:
                 # the connection can be dead while the client believes itself connected
                 await self._wire.force_reconnect()
+            raise NotWorking(f"{error}: {self._wire.trouble}" if self._wire.trouble else str(error)) from None
+        return f"{info.commits} commits, the last is {info.last}"
 
-    async def _probe_database(self) -> None:
-        component = self._health.components["database"]
-        if self._asking is None or self._asking.done():
-            self._asked = time.perf_counter()
-            self._asking = asyncio.ensure_future(asyncio.to_thread(self._ask_database))
-        started = self._asked
-        try:
-            async with asyncio.timeout(DATABASE_S):
-                await asyncio.shield(self._asking)
-        except TimeoutError:
-            component.set(False, f"no answer for {time.perf_counter() - started:.0f} s", time.perf_counter() - started)
-        except Exception as error:
-            component.set(False, str(error).splitlines()[0], time.perf_counter() - started)
-        else:
-            component.set(True, self._engine.dialect.name, time.perf_counter() - started)
+    async def _ask_database(self) -> str:
+        fresh = self._projector.progress.done != self._written or self._projector.writing.lasting
+        if not fresh or self._projector.state != "running":
+            # a batch that was just written says the same, and one that is being written is about to
+            await asyncio.get_running_loop().run_in_executor(self._database, self._write_nothing)
+        self._written = self._projector.progress.done
+        return self._engine.dialect.name
+
+    def _write_nothing(self) -> None:
+        """Write a row of our own and take it back: nobody else sees it, or waits for it."""
+        with self._engine.connect() as connection, connection.begin() as transaction:
+            connection.execute(insert(stream).values(app=self._mark, created="", partitions=0, epoch=0))
+            transaction.rollback()
+
+    def close(self) -> None:
+        """Let go of what hangs."""
+        for _, probing in self._under_way.values():
+            probing.cancel()
+        self._database.shutdown(wait=False, cancel_futures=True)
 
     async def ask_log(self) -> StreamInfo:
         """Ask the log, and make sure that it is the one that this service started with, and has not lost its end.
@@ -176,8 +231,5 @@ class Watch:
         except Replaced as error:
             self._lost(f"{error}; restore it, or start with an empty database and data directory")
             raise
+        self._projector.progress.heard(info.last)
         return info
-
-    def _ask_database(self) -> None:
-        with reads(self._engine).connect() as connection:
-            connection.execute(text("SELECT 1"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, func, insert, inspect, select, update
@@ -34,6 +34,10 @@ class Position:
     def least(self, partition: int) -> int:
         """Return up to where every projection has folded a partition."""
         return min((one[partition] for one in self._folded), default=0)
+
+    def of(self, projection: int) -> Mapping[int, int]:
+        """Return how far a projection has folded, by partition."""
+        return self._folded[projection]
 
     def folded(self, partition: int, sequence: int) -> frozenset[int]:
         """Return the projections that have folded this place of the stream already."""

@@ -120,7 +120,7 @@ async def test_a_database_that_is_away_is_shown_with_its_reason(
         await behind(here)
         await until_shown(here, "database", wait_until, "not currently accepting connections")
         await until_shown(here, "projection", wait_until, "waiting for the database")
-        await here.service._watch.detect_backlog()
+        await here.service._lookout.detect_backlog()
         assert metric("eskernel_projection_lag_commits") > 0
         await wait_until(lambda: warned(caplog, "database", "not currently accepting connections"))
         admin.do(f"ALTER DATABASE {name_of(fresh_postgres)} ALLOW_CONNECTIONS true")

@@ -20,6 +20,8 @@ _COMMANDS: Final = {
     "rebuild": ("rebuild", "Build a projection's tables anew from the log."),
     "dead-letters": ("dead_letters", "List, show, retry, skip, export events that a projection could not fold."),
     "limits": ("limits", "Show rates and limits, or change them while the service runs."),
+    "backlog": ("backlog", "Print how far the projections are behind, and the pressure on publishing."),
+    "jobs": ("jobs", "Print what the workers do regularly, and how it went."),
     "status": ("status", "Print health, positions, lag, jobs."),
 }
 
@@ -59,6 +61,8 @@ def main() -> None:
     eskernel rebuild Balances
     eskernel dead-letters list
     eskernel limits set commands=500
+    eskernel backlog --watch
+    eskernel jobs
     eskernel status
 
     Commands find the service that runs on the data directory (.eskernel in this folder); --nats, --database and

@@ -159,11 +159,11 @@ class Appender:
         return len(self._waiting), self._messages_in_flight
 
     @property
-    def oldest(self) -> float:
-        """Seconds that the oldest commit has waited to be sent, or to be acknowledged."""
-        now = time.perf_counter()
-        waiting = now - self._waiting[0].started if self._waiting else 0.0
-        return max(waiting, *(now - group[0].started for group in self._in_flight.values()), 0.0)
+    def waiting_for(self) -> float:
+        """Seconds since the oldest append was asked for that has no answer."""
+        first = next(iter(self._in_flight.values()), None)
+        oldest = first[0] if first else self._waiting[0] if self._waiting else None
+        return time.perf_counter() - oldest.started if oldest is not None else 0.0
 
     def _flush(self) -> None:
         self._scheduled = False

@@ -1,0 +1,133 @@
+"""Looking how far behind the projections are and how hard publishing is pressed, and saying so when that changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from kernel.alerts import Alert, Alerts
+from kernel.backlog import Backlog, Change, Level
+from kernel.log.appender import Appender
+from kernel.metrics import BACKLOG_AGE, BACKLOG_BEHIND, BACKLOG_DRAIN, BACKLOG_PARTITIONS, LAG, PRESSURE, SPEED
+from kernel.pressure import Pressure, PressureGauge
+from kernel.progress import Progress
+from kernel.settings import Settings
+
+logger = logging.getLogger("eskernel")
+SLICE = 1_000
+"""Measurements between turns of the loop."""
+_LOUD = {Level.OK: logging.INFO, Level.WARN: logging.WARNING, Level.CRITICAL: logging.ERROR}
+
+
+class Lookout:
+    """A worker's view of its own backlog and pressure: two jobs, which ask nobody outside the process.
+
+    Args:
+        projections: names, in the order of the app.
+        progress: what the projector knows.
+        held: the partitions that are ours at the moment.
+        pending: commands under way, and the longest that an append took since the last call.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        projections: list[str],
+        progress: Progress,
+        held: Callable[[], Collection[int]],
+        appender: Appender,
+        pending: Callable[[], tuple[int, float]],
+        alerts: Alerts,
+    ) -> None:
+        self._progress, self._held, self._appender, self._pending = progress, held, appender, pending
+        self._alerts = alerts
+        self._names = projections
+        self.backlog = Backlog(settings.backlog, projections)
+        self.pressure = PressureGauge(
+            settings.jetstream.max_in_flight,
+            settings.commands.pending,
+            settings.jetstream.publish_timeout,
+            settings.backlog.hysteresis,
+            settings.backlog.min_duration,
+        )
+
+    @property
+    def behind(self) -> int:
+        """Commits that the projection furthest behind has not projected of what is ours."""
+        return round(max((one.behind for one in self.backlog.projections.values()), default=0.0))
+
+    @property
+    def level(self) -> Level:
+        """The worst level of any projection."""
+        return max((one.level for one in self.backlog.projections.values()), default=Level.OK)
+
+    async def detect_backlog(self) -> None:
+        """Measure every projection in every partition of ours; tell what changed."""
+        held, now = frozenset(self._held()), time.monotonic()
+        self._progress.heard(self._appender.highest)
+        found = self._progress.waiting(len(self._names), held)
+        for number, (projection, partition, count, age) in enumerate(found, 1):
+            self.backlog.feed(self._names[projection], partition, count, age, now)
+            if not number % SLICE:
+                await asyncio.sleep(0)
+        for change in self.backlog.finish(held, self._progress.done, now):
+            self._tell(change)
+        LAG.set(self.behind)
+        SPEED.set(self.backlog.rate)
+        for one in self.backlog.projections.values():
+            BACKLOG_BEHIND.labels(projection=one.projection).set(one.behind)
+            BACKLOG_AGE.labels(projection=one.projection).set(one.age)
+            BACKLOG_DRAIN.labels(projection=one.projection).set(one.drain)
+            for level in (Level.WARN, Level.CRITICAL):
+                name = level.name.lower()
+                BACKLOG_PARTITIONS.labels(projection=one.projection, level=name).set(one.levels[level])
+
+    def _tell(self, change: Change) -> None:
+        count = len(change.partitions)
+        where = f"{count} partitions" if count > 1 else f"partition {change.partitions[0]}"
+        detail = f"{change.behind} commits behind, the oldest {change.age:.1f} s old, in {where}"
+        if change.after == Level.OK:
+            detail = f"caught up in {where}"
+        before, after = change.before.name.lower(), change.after.name.lower()
+        logger.log(_LOUD[change.after], "backlog of %s: %s to %s: %s", change.projection, before, after, detail)
+        self._alerts.tell(
+            Alert(
+                "backlog",
+                change.projection,
+                before,
+                after,
+                detail,
+                self._alerts.worker,
+                change.projection,
+                tuple(change.partitions),
+                change.behind,
+                change.age,
+            )
+        )
+
+    def measure_pressure(self) -> None:
+        """Measure the publishing side; tell what changed."""
+        queued, in_flight = self._appender.pressure
+        pending, latency = self._pending()
+        latency = max(latency, self._appender.waiting_for)
+        changed = self.pressure.update(queued, in_flight, pending, latency, self._appender.refusal, time.monotonic())
+        PRESSURE.set(self.pressure.level)
+        if changed is None:
+            return
+        before, after = (one.name.lower() for one in changed)
+        detail = (
+            f"{queued} appends waiting, {in_flight} in flight, {pending} commands under way, "
+            f"appends take up to {latency * 1000:.0f} ms"
+        )
+        if self._appender.refusal:
+            detail = f"{self._appender.refusal}; {detail}"
+        level = logging.WARNING if changed[1] >= Pressure.HIGH else logging.INFO
+        logger.log(level, "publishing: pressure %s to %s: %s", before, after, detail)
+        self._alerts.tell(Alert("pressure", "publishing", before, after, detail, self._alerts.worker))
+
+    def report(self) -> dict[str, Any]:
+        """Return both as JSON data."""
+        return {"backlog": self.backlog.report(), "pressure": self.pressure.shown}
