@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import UTC, datetime
 
 from tests.apps import notebooks
 
@@ -17,6 +18,7 @@ class Odd:
 
 
 logger.info("imported")
-logger.warning("%d left", 3, extra={"event": "Sold", "huge": 2**70, "odd": Odd(), "broken": "\udc80", 7: "seven"})
+logger.warning("%d left", 3, extra={"event": "Sold", "odd": Odd(), 7: datetime(2026, 1, 31, tzinfo=UTC)})
+logger.warning("too large", extra={"huge": 2**70, "odd": Odd(), "broken": "\udc80"})
 logging.getLogger("nats.aio").info("of no interest")
 logging.getLogger("sqlalchemy.engine").warning("of interest")

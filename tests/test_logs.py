@@ -23,6 +23,7 @@ from kernel.server import end_with_parent
 from kernel.settings import Settings
 from tests.apps import Explode, Note, Notebook, notebooks
 
+DAY = "2026-01-31T00:00:00+00:00"
 ROOT = Path(__file__).parent.parent
 
 
@@ -126,8 +127,9 @@ async def test_lines_of_the_apps_own_code_have_the_same_form_whatever_they_carry
         lines = service.lines()
     assert only(lines, "imported")["level"] == "info"
     odd = only(lines, "3 left")
-    assert (odd["logger"], odd["event_"], odd["huge"], odd["odd"]) == ("shop.stock", "Sold", 2**70, "<odd>")
-    assert odd["broken"] == "\udc80"
+    assert (odd["logger"], odd["event_"], odd["odd"], odd["7"]) == ("shop.stock", "Sold", "<odd>", DAY)
+    large = only(lines, "too large")
+    assert (large["huge"], large["odd"], large["broken"]) == (2**70, "<odd>", "\udc80")
     assert only(lines, "of interest")["logger"] == "sqlalchemy.engine"
     assert not [line for line in lines if "of no interest" in line["event"]]
 
