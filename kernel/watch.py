@@ -192,8 +192,8 @@ class Watch:
         return f"{info.commits} commits, the last is {info.last}"
 
     async def _ask_database(self) -> str:
-        fresh = self._projector.progress.done != self._written or self._projector.writing.lasting
-        if not fresh or self._projector.state != "running":
+        written, writing = self._projector.progress.done, self._projector.writing.lasting
+        if self._projector.state != "running" or (written == self._written and not 0 < writing < PROBE_S):
             # a batch that was just written says the same, and one that is being written is about to
             await asyncio.get_running_loop().run_in_executor(self._database, self._write_nothing)
         self._written = self._projector.progress.done

@@ -1,0 +1,302 @@
+"""Health is found out by asking, tells what is wrong and since when, and its changes reach callbacks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+from sqlalchemy import create_engine, select
+from sqlalchemy.engine import make_url
+
+from kernel import Alert, App, Service
+from kernel.alerts import Alerts
+from kernel.cli.run import run as run_command
+from kernel.health import DEAD_S, Health, HttpServer
+from kernel.log.base import Unavailable
+from kernel.settings import Http
+from projections.database import open_database
+from projections.tables import stream
+from tests.apps import Lines, Notebook, Pages, Words
+from tests.conftest import settings_for
+from tests.failing import Wait, running
+
+ROOT = Path(__file__).parent.parent
+
+
+def listening(name: str, *callbacks: Any) -> App:
+    return App(name, aggregates=[Notebook], projections=[Pages, Words, Lines], on_alert=callbacks)
+
+
+async def get(url: str) -> tuple[int, dict[str, Any]]:
+    async with aiohttp.ClientSession() as http, http.get(url) as answer:
+        return answer.status, await answer.json()
+
+
+# callbacks
+
+
+async def test_callbacks_sync_and_async_hear_of_everything(wait_until: Wait) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def plain(alert: Alert) -> None:
+        heard.append(("plain", alert.subject))
+
+    async def waiting(alert: Alert) -> None:
+        await asyncio.sleep(0)
+        heard.append(("async", alert.subject))
+
+    alerts = Alerts([plain, waiting])
+    for number in range(3):
+        alerts.tell(Alert("health", f"{number}", "ok", "failing", ""))
+    await wait_until(lambda: len(heard) == 6)
+    assert [subject for kind, subject in heard if kind == "plain"] == ["0", "1", "2"]
+    assert [subject for kind, subject in heard if kind == "async"] == ["0", "1", "2"]
+    alerts.close()
+
+
+async def test_a_callback_that_raises_hangs_or_never_gives_way_harms_nobody(
+    wait_until: Wait, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[str] = []
+    tried: list[str] = []
+    end = threading.Event()
+
+    def raises(alert: Alert) -> None:
+        tried.append(alert.subject)
+        raise SystemExit("oh no")
+
+    def hangs(_alert: Alert) -> None:
+        end.wait()
+
+    async def hangs_async(alert: Alert) -> None:
+        tried.append(alert.subject)
+        await asyncio.Event().wait()
+
+    async def never_gives_way(_alert: Alert) -> None:
+        end.wait()
+
+    alerts = Alerts(
+        [raises, hangs, hangs_async, never_gives_way, lambda alert: heard.append(alert.subject)], limit=0.05
+    )
+    for number in range(2_000):
+        alerts.tell(Alert("health", f"{number}", "ok", "failing", ""))
+    await wait_until(lambda: len(heard) >= 1 and heard[-1] == "1999")
+    await wait_until(lambda: len(tried) >= 4)
+    assert "oh no" in caplog.text
+    await wait_until(lambda: "has not returned" in caplog.text and "does not keep up" in caplog.text)
+    end.set()
+    alerts.close()
+
+
+# components
+
+
+def health(idle: float = 0.0, patience: float = 60.0) -> Health:
+    return Health(Alerts([]), lambda: idle, patience)
+
+
+def test_a_component_tells_since_when_it_is_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = health()
+    now = [100.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for at, ok in ((100.0, True), (105.0, True), (110.0, False), (115.0, False), (120.0, True)):
+        now[0] = at
+        found.set("log", ok, "detail", 0.5)
+        assert found.components["log"].since == {100.0: 100, 105.0: 100, 110.0: 110, 115.0: 110, 120.0: 120}[at]
+    assert found.report()["components"]["log"]["latency"] == 0.5
+
+
+def test_what_was_found_out_too_long_ago_is_not_believed() -> None:
+    found = health(patience=60)
+    for name in found.components:
+        found.set(name, True, "fine")
+    assert found.ready
+    found._probed -= 61
+    assert not found.ready
+    assert not found.report()["publishing"]
+
+
+def test_the_two_sides_are_told_apart() -> None:
+    found = health()
+    for name in found.components:
+        found.set(name, name != "database", "")
+    report = found.report()
+    assert (report["publishing"], report["projecting"], report["ready"]) == (True, False, False)
+
+
+@pytest.mark.parametrize(("idle", "status"), [(0.0, 200), (DEAD_S + 1, 503)])
+async def test_a_process_whose_jobs_run_no_more_is_not_alive(idle: float, status: int) -> None:
+    server = HttpServer(health(idle), Http())
+    await server.start()
+    assert await get(f"{server.url}/healthz") == (status, {"alive": status == 200})
+    await server.stop()
+
+
+async def test_a_service_that_works_says_so_of_every_component(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path
+) -> None:
+    async with running(app_name, tmp_path, nats_url, database_url) as here:
+        status, report = await get(f"{here.service.http.url}/readyz")
+        assert status == 200
+        assert report["publishing"]
+        assert report["projecting"]
+        assert set(report["components"]) == {
+            "log", "appends", "database", "leases", "projection", "commands", "loop"
+        }  # fmt: skip
+        assert all(one["ok"] and one["since"] > 0 for one in report["components"].values())
+        assert report["components"]["log"]["latency"] > 0
+
+
+async def test_a_probe_that_hangs_fails_by_itself_and_holds_up_no_other(
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+) -> None:
+    async with running(app_name, tmp_path, nats_url) as here:
+        watch = here.service._watch
+        assert watch is not None
+        monkeypatch.setattr("kernel.watch.PROBE_S", 0.1)
+        answer = asyncio.Event()
+
+        async def hang() -> str:
+            await answer.wait()
+            return "it answers"
+
+        asked = []
+
+        async def database() -> str:
+            asked.append(1)
+            return "fine"
+
+        watch._probes |= {"log": hang, "database": database}
+        for _ in range(3):
+            await watch.probe()
+        components = here.service.health.components
+        assert not components["log"].ok
+        assert "no answer" in components["log"].detail
+        assert components["database"].ok
+        assert len(asked) == 3
+        assert not here.service.health.ready
+        answer.set()
+        await wait_until(lambda: watch._under_way["log"][1].done())
+        await watch.probe()
+        assert components["log"].ok
+
+
+async def test_what_breaks_and_mends_is_told_to_callbacks(
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+) -> None:
+    heard: list[Alert] = []
+    service = Service(listening(app_name, heard.append), settings_for(tmp_path, nats=nats_url))
+    await service.start()
+    assert service._watch is not None
+    assert service._log is not None
+    mended = service._log.info
+
+    async def away() -> Any:
+        raise Unavailable("it is away")
+
+    monkeypatch.setattr(service._log, "info", away)
+    await service._watch.probe()
+    monkeypatch.setattr(service._log, "info", mended)
+    await service._watch.probe()
+    await wait_until(lambda: len([one for one in heard if one.subject == "log"]) == 2)
+    broken, works = [one for one in heard if one.subject == "log"]
+    assert (broken.kind, broken.before, broken.after) == ("health", "ok", "failing")
+    assert "it is away" in broken.detail
+    assert broken.worker == service.worker
+    assert (works.before, works.after) == ("failing", "ok")
+    await service.stop()
+    assert [one for one in heard if one.subject == "commands"] == []
+
+
+async def test_a_database_that_can_be_read_and_not_written_is_not_ready(
+    nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    admin = create_engine(make_url(fresh_postgres).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    name = make_url(fresh_postgres).database
+    async with running(app_name, tmp_path, nats_url, fresh_postgres) as here:
+        watch = here.service._watch
+        assert watch is not None
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        assert here.service._engine is not None
+        here.service._engine.dispose()
+        await watch.probe()
+        database = here.service.health.components["database"]
+        assert not database.ok
+        assert "read-only" in database.detail
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+        here.service._engine.dispose()
+        await watch.probe()
+        assert database.ok
+    admin.dispose()
+
+
+async def test_probing_leaves_nothing_in_the_database(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path
+) -> None:
+    async with running(app_name, tmp_path, nats_url, database_url) as here:
+        assert here.service._watch is not None
+        for _ in range(3):
+            await here.service._watch.probe()
+        engine = open_database(database_url, read_only=True)
+        with engine.connect() as connection:
+            assert list(connection.scalars(select(stream.c.app))) == [app_name]
+        engine.dispose()
+
+
+async def test_an_event_loop_that_is_late_is_not_ready(
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(app_name, tmp_path, nats_url) as here:
+        watch = here.service._watch
+        assert watch is not None
+        monkeypatch.setattr("kernel.watch.LATE_S", 0.1)
+        time.sleep(0.5)
+        await watch.probe()
+        assert not here.service.health.components["loop"].ok
+
+
+# deployment
+
+
+def test_the_kubernetes_example_names_what_there_is() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "docs/deploy/kubernetes.yaml").read_text()))
+    (workload,) = [one for one in documents if one["kind"] in ("Deployment", "StatefulSet")]
+    pod = workload["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (port,) = [one["containerPort"] for one in container["ports"] if one["name"] == "http"]
+    arguments = container["args"]
+    assert arguments[:1] == ["run"]
+    _check_options(arguments[1:])
+    assert str(port) == arguments[arguments.index("--port") + 1]
+    paths = {name: container[name]["httpGet"]["path"] for name in ("livenessProbe", "readinessProbe", "startupProbe")}
+    assert paths == {"livenessProbe": "/healthz", "readinessProbe": "/readyz", "startupProbe": "/healthz"}
+    for probe in paths:
+        assert container[probe]["httpGet"]["port"] == "http"
+    drain = float(arguments[arguments.index("--drain") + 1])
+    assert pod["terminationGracePeriodSeconds"] > drain + 15
+
+
+def test_the_systemd_unit_names_what_there_is() -> None:
+    unit = (ROOT / "docs/deploy/eskernel.service").read_text()
+    entries = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith("#"))
+    command = entries["ExecStart"].split()
+    assert command[0].endswith("/eskernel")
+    assert command[1] == "run"
+    _check_options(command[2:])
+    assert entries["KillSignal"] == "SIGTERM"
+    assert float(entries["TimeoutStopSec"]) > float(command[command.index("--drain") + 1]) + 15
+
+
+def _check_options(arguments: list[str]) -> None:
+    known = {option for parameter in run_command.params for option in parameter.opts}
+    named = [one.split("=")[0] for one in arguments if one.startswith("-")]
+    assert named
+    assert set(named) <= known
