@@ -22,6 +22,8 @@ from kernel.subjects import Subjects
 
 logger = logging.getLogger("eskernel")
 INTERVAL_S = 1.0
+FIRST_S = 0.3
+"""What answers within this time counts at the start; a worker that has just died must not hold up others."""
 
 
 @asynccontextmanager
@@ -36,21 +38,24 @@ async def following(wire: Wire, subjects: Subjects, alone: Limit) -> AsyncIterat
     bucket = TokenBucket(alone.rate, alone.burst, time.monotonic())
     pace = Pace(bucket, "rebuild", REBUILD_WORTH_S)
 
-    async def look() -> None:
+    async def look(rebuilt: int, timeout: float) -> None:
+        try:
+            told = orjson.dumps({"rebuilt": rebuilt})
+            workers, _ = await ask_all(wire, subjects.service("limits"), told, timeout)
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            logger.info("the workers' limits can't be asked for: %s", error)
+        else:
+            _follow(bucket, workers, alone)
+
+    async def go_on_looking() -> None:
         told = 0
         while True:
-            done = pace.done
-            try:
-                workers, _ = await ask_all(
-                    wire, subjects.service("limits"), orjson.dumps({"rebuilt": done - told}), INTERVAL_S
-                )
-                _follow(bucket, workers, alone)
-                told = done
-            except (OSError, TimeoutError, nats.errors.Error) as error:
-                logger.info("the workers' limits can't be asked for: %s", error)
             await asyncio.sleep(INTERVAL_S)
+            rebuilt, told = pace.done - told, pace.done
+            await look(rebuilt, INTERVAL_S)
 
-    looking = asyncio.ensure_future(look())
+    await look(0, FIRST_S)
+    looking = asyncio.ensure_future(go_on_looking())
     try:
         yield pace
     finally:

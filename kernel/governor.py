@@ -172,9 +172,12 @@ class Governor:
             self._configure()
         distress = self._distress(signals)
         done = {"commands": self.taken, "live": self.live.done, "rebuild": self.rebuild.done}
-        for name, lane in self.lanes.items():
+        for name in ("commands", "rebuild", "live"):
+            lane, why = self.lanes[name], distress[name]
             before = lane.rate
-            lane.tick(done[name] - self._done[name], distress[name], dt, now)
+            if name == "live" and not self.lanes["rebuild"].lowest:
+                why = ""  # first, rebuilds give way
+            lane.tick(done[name] - self._done[name], why, dt, now)
             if before is None and lane.rate is not None:
                 logger.warning("%s slowed to %s: %s", name, _rate(lane.rate), lane.why)
             elif before is not None and lane.rate is None:

@@ -60,8 +60,8 @@ class TokenBucket:
         if self.rate is None:
             return 0.0
         self._refill(now)
-        missing = min(n, self.burst) - self._tokens
-        return missing / self.rate + MARGIN_S if missing > 0 else 0.0
+        wait = (min(n, self.burst) - self._tokens) / self.rate
+        return wait + MARGIN_S if wait > MARGIN_S else 0.0
 
     def spend(self, n: float) -> None:
         """Take `n` without asking; what is not there is paid back before anything else is given."""
@@ -166,6 +166,11 @@ class Lane:
         """The rate at present, a second; None while there is no limit."""
         rate = self._limit if self.rate is None else min(self.rate, self._limit)
         return None if rate == math.inf else rate
+
+    @property
+    def lowest(self) -> bool:
+        """Whether the adaptive rate has come down as far as it may."""
+        return self.rate is not None and self.rate <= self._minimum
 
     def _set(self, now: float) -> None:
         rate = self.present

@@ -1,0 +1,419 @@
+"""Rate governance on running services: limits, fairness, and what distress slows and how it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+from kernel import App, Client, Overloaded, Service
+from kernel.asking import ask_all, subjects_of
+from kernel.following import following
+from kernel.log.dialing import connect
+from kernel.rebuild import Rebuild
+from kernel.subjects import Address
+from projections.database import open_database
+from tests.apps import Lines, Note, Notebook, Pages, Words
+from tests.conftest import settings_for
+from tests.failing import Wait, metric, running
+from tests.test_cli import Shell
+
+SPELL_S = float(os.environ.get("SLOW_DATABASE_S", "3"))
+"""Seconds for which the database is slow; 30 is worth a try."""
+
+
+@contextmanager
+def slowed(url: str, table: str, seconds: float) -> Iterator[None]:
+    """Have PostgreSQL take its time for every statement that writes a table."""
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(
+            text(
+                "CREATE FUNCTION doze() RETURNS trigger LANGUAGE plpgsql AS "
+                f"$$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$"
+            )
+        )
+        connection.execute(
+            text(f"CREATE TRIGGER doze AFTER INSERT OR UPDATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION doze()")
+        )
+        yield
+        connection.execute(text("DROP FUNCTION doze CASCADE"))
+    engine.dispose()
+
+
+def tenants(name: str) -> App:
+    return App(
+        name,
+        aggregates=[Notebook],
+        projections=[Pages, Words, Lines],
+        rate_key=lambda _aggregate, aggregate_id, _command: aggregate_id.partition("-")[0],
+    )
+
+
+def refused(limit: str) -> float:
+    return metric("eskernel_commands_refused_total", limit=limit)
+
+
+# limits of commands
+
+
+@pytest.mark.parametrize(
+    ("limit", "section", "says"),
+    [
+        ("commands", {"rates__commands": {"rate": 0.5, "burst": 3}}, "rates.commands: 0.5/s"),
+        (
+            "per_aggregate",
+            {"rates__per_aggregate": {"Notebook": {"rate": 0.5, "burst": 3}}},
+            "rates.per_aggregate Notebook: 0.5/s",
+        ),
+        ("per_key", {"rates__per_key": {"rate": 0.5, "burst": 3}}, "rates.per_key acme: 0.5/s"),
+    ],
+)
+async def test_each_limit_refuses_with_a_time_after_which_it_lets_in_and_the_client_waits_for_it(
+    nats_url: str, app_name: str, tmp_path: Path, limit: str, section: dict[str, Any], says: str
+) -> None:
+    service = Service(tenants(app_name), settings_for(tmp_path, nats=nats_url, **section))
+    await service.start()
+    try:
+        async with await Client.connect(service.app, nats=nats_url) as client:
+            for n in range(3):
+                await client.execute(Notebook, f"acme-{n}", Note("a"))
+            before = refused(limit)
+            with pytest.raises(Overloaded) as caught:
+                await client.execute(Notebook, "acme-3", Note("a"), timeout=0.4)
+            assert caught.value.message == says
+            assert caught.value.retry_after is not None
+            assert 0.4 < caught.value.retry_after <= 2.1
+            if limit == "per_key":
+                await client.execute(Notebook, "other-1", Note("a"), timeout=0.4)
+            # refused once more, it waits as long as it is told and then gets through, at the first attempt
+            assert (await client.execute(Notebook, "acme-3", Note("a"))).version == 1
+            assert refused(limit) - before == 2
+    finally:
+        await service.stop()
+
+
+async def test_a_hot_aggregate_is_refused_alone(
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One id gets 90 % of a flood, more than may be under way for one: nobody else is refused for it."""
+    async with running(app_name, tmp_path, nats_url, commands__pending_per_aggregate=50) as here:
+        gateway = here.service._gateway
+        assert gateway is not None
+        turned_away: list[str] = []
+        most = 0
+        turn_away = gateway._turn_away
+
+        def watched(address: Address, *rest: Any) -> None:
+            nonlocal most
+            turned_away.append(address.id)
+            resident = gateway.residents.find(address.subject)
+            assert resident is not None
+            most = max(most, resident.commands)
+            turn_away(address, *rest)
+
+        monkeypatch.setattr(gateway, "_turn_away", watched)
+
+        async def send(name: str) -> None:
+            await here.client.execute(Notebook, name, Note("a"), timeout=60)
+
+        await asyncio.gather(*(send("hot" if n % 10 else f"cold{n % 200}") for n in range(1_000)))
+        assert set(turned_away) == {"hot"}
+        assert most == 50
+        await here.client.query("select 1", after=await here.client.execute(Notebook, "hot", Note("a")))
+        rows = await here.client.query("select notes from pages where notebook = 'hot'")
+        assert rows == [{"notes": 901}]
+        assert gateway.pending == 0
+        assert all(resident.commands == 0 for resident in gateway.residents.all())
+
+
+async def test_others_overtake_a_hot_aggregate(nats_url: str, app_name: str, tmp_path: Path) -> None:
+    """Behind thousands of commands for one id in the same connection, those for others are answered first."""
+    async with running(app_name, tmp_path, nats_url, commands__pending_per_aggregate=5_000) as here:
+        client = here.client
+        await here.note(20, ids=20)
+        await client.execute(Notebook, "hot", Note("a"))
+        answered: list[str] = []
+
+        async def send(name: str) -> None:
+            await client.execute(Notebook, name, Note("a"), timeout=60)
+            answered.append(name)
+
+        await asyncio.gather(*(send("hot") for _ in range(3_000)), *(send(f"n{n % 20}") for n in range(300)))
+        last_of_others = max(place for place, name in enumerate(answered) if name != "hot")
+        behind = sum(name == "hot" for name in answered[last_of_others:])
+        assert behind > 1_500, f"only {behind} of the hot aggregate's came after the others"
+
+
+async def test_where_a_limit_does_not_reach_for_all_few_commands_come_before_many(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    async with running(app_name, tmp_path, nats_url, rates__commands={"rate": 1.0, "burst": 30}) as here:
+        gateway, answers = here.service._gateway, dict[bytes, bytes]()
+        assert gateway is not None
+        publish = gateway._publish
+        gateway._publish = lambda subject, payload, reply: (
+            answers.update({subject: payload}) or publish(b"nowhere", payload, reply)
+        )
+        subject = f"{app_name}.cmd".encode()
+        names = ["hot"] * 200 + [f"cold{n}" for n in range(20)]
+        for place, name in enumerate(names):
+            request = {"aggregate": "Notebook", "id": name, "command": "Note", "data": {"text": "a"}}
+            gateway.receive(subject, f"{name}.{place}".encode(), json.dumps(request).encode(), None)
+        async with asyncio.timeout(10):
+            while len(answers) < len(names):
+                await asyncio.sleep(0)
+        let_in = [one.decode().partition(".")[0] for one, answer in answers.items() if b'"ok"' in answer]
+        assert sorted(let_in) == sorted(["hot"] * 10 + [f"cold{n}" for n in range(20)])
+
+
+# changed while running
+
+
+async def test_limits_are_changed_on_all_running_workers_and_adopted_by_later_ones(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    database = f"sqlite:///{tmp_path / 'p.db'}"
+
+    def made(number: int) -> Service:
+        settings = settings_for(tmp_path / str(number), nats=nats_url, database=database, lease=1.0)
+        return Service(tenants(app_name), settings)
+
+    def commands(service: Service) -> float | None:
+        rate: float | None = service.status()["limits"]["lanes"]["commands"]["present"]
+        return rate
+
+    services = [made(n) for n in range(2)]
+    wire = await connect(nats_url, name="operator")
+    subject = subjects_of(app_name, services[0].settings).service("limits")
+
+    async def tell(at: float, **values: float | None) -> list[dict[str, Any]]:
+        overrides = {name.replace("__", "."): value for name, value in values.items()}
+        answers, silent = await ask_all(wire, subject, json.dumps({"overrides": overrides, "at": at}).encode())
+        assert silent == []
+        return answers
+
+    try:
+        for service in services:
+            await service.start()
+        await wait_until(lambda: [len(one.partitions) for one in services] == [32, 32])
+        assert len(await tell(1, commands__rate=100, per_key__rate=20)) == 2
+        # each has its share of it
+        await wait_until(lambda: [commands(one) for one in services] == [50, 50])
+        # what one can't take changes nothing
+        assert all("no aggregate" in one["error"] for one in await tell(2, live__rate=5, per_aggregate__Book__rate=1))
+        assert [commands(one) for one in services] == [50, 50]
+        services.append(made(2))
+        await services[2].start()
+        await wait_until(lambda: all(len(one.partitions) in (21, 22) for one in services))
+        await wait_until(lambda: round(sum(commands(one) or 0 for one in services), 3) == 100)
+        assert services[2].status()["limits"]["fixed"]["per_key"]["rate"] == 20
+        await tell(3)
+        assert [commands(one) for one in services] == [None] * 3
+    finally:
+        await wire.close()
+        for service in services:
+            await service.stop()
+
+
+async def test_a_worker_that_was_away_when_limits_were_set_has_them_when_it_is_back(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    database = f"sqlite:///{tmp_path / 'p.db'}"
+    services = [
+        Service(tenants(app_name), settings_for(tmp_path / str(n), nats=nats_url, database=database)) for n in range(2)
+    ]
+    try:
+        for service in services:
+            await service.start()
+        first, second = (service._governor for service in services)
+        assert first is not None
+        assert second is not None
+        first.answer(b'{"overrides":{"commands.rate":7},"at":5}')
+        assert not second.limiting
+        assert services[1]._wire is not None
+        await services[1]._wire.force_reconnect()
+        await wait_until(lambda: second.rates.commands.rate == 7)
+    finally:
+        for service in services:
+            await service.stop()
+
+
+def test_the_command_line_shows_sets_and_resets_limits(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    shell.start()
+    try:
+        told = shell("limits", "set", "commands=500", "commands.burst=800", "per_aggregate.Account=0.5", "rebuild=9")
+        assert "until the service restarts" in told
+        assert "per_aggregate.Account" in told
+        lanes = json.loads(shell("limits", "--json"))["workers"][0]["limits"]["lanes"]
+        assert (lanes["commands"]["rate"], lanes["commands"]["burst"], lanes["rebuild"]["rate"]) == (500, 800, 9)
+        shell("send", "Account", "anna", "Deposit", "cents=1")
+        # what is named later is added, all of it or nothing
+        for wrong, says in (
+            ("per_aggregate.Acount=1", "it has Account"),
+            ("live=fast", "write it as"),
+        ):
+            assert says in shell("limits", "set", "live=7", wrong, code=2)
+        shell("limits", "set", "rebuild=none")
+        lanes = json.loads(shell("limits", "--json"))["workers"][0]["limits"]["lanes"]
+        assert (lanes["commands"]["rate"], lanes["live"]["rate"], lanes["rebuild"]["rate"]) == (500, None, None)
+        report = json.loads(shell("limits", "reset", "--json"))["workers"][0]["limits"]
+        assert report["overrides"]["values"] == {}
+        assert report["lanes"]["commands"]["rate"] is None
+        assert "behind `set`" in shell("limits", "--app", "bank", "set", "live=1", code=2)
+        assert "until the service restarts" in " ".join(shell("limits", "set", "--help").split())
+    finally:
+        shell.stop()
+    assert "no service" in shell("limits", code=3)
+
+
+# projections
+
+
+async def test_the_live_lane_holds_up_projecting_and_not_the_end(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    before = metric("eskernel_throttled_seconds_total", lane="live")
+    async with running(app_name, tmp_path, nats_url, rates__live={"rate": 20.0, "burst": 20.0}) as here:
+        receipts = await here.note(100, ids=100)
+        await here.client.query("select 1", after=receipts, timeout=30)
+        assert metric("eskernel_throttled_seconds_total", lane="live") > before
+        here.service._governor.answer(b'{"overrides":{"live.rate":0.001,"live.burst":1},"at":1}')  # type: ignore[union-attr]
+        await here.note(30, ids=30)
+        projector = here.service._projector
+        assert projector is not None
+        assert projector.position < max(receipt.sequence for receipt in receipts) + 30
+        async with asyncio.timeout(10):
+            await here.service.stop()
+
+
+async def loaded(client: Client, stop: asyncio.Event) -> int:
+    """Send commands until told to stop, ten at a time, each after they are projected; return how many."""
+    sent = 0
+    while not stop.is_set():
+        work = (client.execute(Notebook, f"n{n}", Note("a"), timeout=60) for n in range(10))
+        await client.query("select 1", after=await asyncio.gather(*work), timeout=60)
+        sent += 10
+    return sent
+
+
+ADAPTING = {
+    "rates__commit_latency": 0.25, "rates__decrease": 0.3, "rates__increase": 0.5, "rates__minimum": 20.0,
+}  # fmt: skip
+
+
+async def test_a_slow_database_slows_the_projections_until_it_is_well_again(
+    nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait,
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    async with running(app_name, tmp_path, nats_url, fresh_postgres, **ADAPTING) as here:
+        governor = here.service._governor
+        assert governor is not None
+        lanes = governor.lanes
+        stop = asyncio.Event()
+        loading = asyncio.ensure_future(loaded(here.client, stop))
+        with slowed(fresh_postgres, "pages__1", 0.5):
+            end = time.monotonic() + SPELL_S
+            await wait_until(lambda: lanes["live"].rate and lanes["rebuild"].rate)
+            assert "rates.commit_latency" in lanes["live"].why
+            assert lanes["commands"].rate is None or "commit" not in lanes["commands"].why
+            await wait_until(lambda: lanes["live"].present == 20)
+            assert metric("eskernel_rate_present", lane="live") == 20
+            await wait_until(lambda: time.monotonic() >= end, timeout=SPELL_S + 15)
+        began = time.monotonic()
+        await wait_until(lambda: lanes["live"].present is None and lanes["rebuild"].present is None, timeout=60)
+        record_property("recovery_seconds", took := round(time.monotonic() - began, 1))
+        print(f"a spell of {SPELL_S:g} s; the lanes were back after {took} s")
+        stop.set()
+        sent = await loading
+        last = [await here.client.execute(Notebook, f"n{n}", Note("a")) for n in range(10)]
+        rows = await here.client.query("select sum(notes) as n from pages", after=last, timeout=60)
+        assert rows == [{"n": sent + 10}]
+
+
+async def test_a_rebuild_gives_way_to_a_slow_live_projection(
+    nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with running(app_name, tmp_path, nats_url, fresh_postgres, **ADAPTING) as here:
+        governor = here.service._governor
+        assert governor is not None
+        await here.client.query("select 1", after=await here.note(600, ids=600))
+        engine = open_database(fresh_postgres)
+        subjects = subjects_of(app_name, here.service.settings)
+        stop = asyncio.Event()
+        with ExitStack() as unslow:
+            unslow.enter_context(slowed(fresh_postgres, "pages__1", 0.5))
+            loading = asyncio.ensure_future(loaded(here.client, stop))
+            await wait_until(lambda: governor.lanes["rebuild"].present == 20)
+            async with following(here.client.wire, subjects, here.service.settings.rates.rebuild) as pace:
+                assert pace.bucket.rate == 20
+                rebuilding = asyncio.ensure_future(
+                    Rebuild(here.service.app, here.client.log, engine, here.service.app.projections, pace=pace).run()
+                )
+                await wait_until(lambda: pace.done > 0)
+                # what is decided now is projected long before the rebuild is done with what was there
+                await here.client.query("select 1", after=await here.note(1), timeout=30)
+                assert not rebuilding.done()
+                assert pace.done < 600
+                unslow.close()
+                stop.set()
+                sent = await loading
+                await wait_until(lambda: pace.bucket.rate is None)
+                await asyncio.wait_for(rebuilding, 60)
+        rows = await here.client.query("select sum(notes) as n from pages", after=await here.note(1))
+        assert rows == [{"n": 600 + sent + 2}]
+        engine.dispose()
+
+
+async def test_a_rebuild_nobody_limits_goes_as_fast_as_it_can(nats_url: str, app_name: str, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, nats=nats_url, rates__rebuild={"rate": 5.0})
+    wire = await connect(nats_url, name="rebuild")
+    try:
+        async with following(wire, subjects_of(app_name, settings), settings_for(tmp_path).rates.rebuild) as pace:
+            assert pace.bucket.rate is None
+            assert await pace.room(10**6) == 10**6
+        async with following(wire, subjects_of(app_name, settings), settings.rates.rebuild) as pace:
+            assert pace.bucket.rate == 5, "nobody runs, but the settings say how fast"
+    finally:
+        await wire.close()
+
+
+async def test_a_log_that_takes_its_time_slows_the_commands(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    async with running(app_name, tmp_path, nats_url, rates__append_latency=0.05, rates__increase=0.5) as here:
+        service = here.service
+        assert service._log is not None
+        assert service._governor is not None
+        append = service._log.append
+
+        def late(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+            later: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+            def hand_on() -> None:
+                append(subject, expected, payload).add_done_callback(lambda done: later.set_result(done.result()))
+
+            asyncio.get_running_loop().call_later(0.1, hand_on)
+            return later
+
+        service._log.append = late  # type: ignore[method-assign]
+        stop = asyncio.Event()
+        loading = asyncio.ensure_future(loaded(here.client, stop))
+        lane = service._governor.lanes["commands"]
+        await wait_until(lambda: lane.rate is not None)
+        assert "rates.append_latency" in lane.why
+        assert service._governor.limiting
+        service._log.append = append  # type: ignore[method-assign]
+        await wait_until(lambda: lane.rate is None, timeout=60)
+        stop.set()
+        await loading
