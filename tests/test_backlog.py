@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_two_changes_are_never_nearer_than_the_least_duration(measured: list[tup
     for level in (Level.WARN, Level.CRITICAL):
         reached = [one >= level for one in found]
         changes = [number * step for number in range(1, len(found)) if reached[number] != reached[number - 1]]
-        assert all(later - earlier >= AT.min_duration for earlier, later in zip(changes, changes[1:], strict=False))
+        assert all(later - earlier >= AT.min_duration for earlier, later in itertools.pairwise(changes))
 
 
 @given(measurements, steps)

@@ -182,7 +182,7 @@ async def test_a_probe_that_hangs_fails_by_itself_and_holds_up_no_other(
         assert len(asked) == 3
         assert not here.service.health.ready
         answer.set()
-        await wait_until(lambda: watch._under_way["log"][1].done())
+        await wait_until(watch._under_way["log"][1].done)
         await watch.probe()
         assert components["log"].ok
 
