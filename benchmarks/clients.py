@@ -12,14 +12,20 @@ from pathlib import Path
 from examples.bank import Account, Deposit
 from kernel import Client
 from kernel.app import App
+from kernel.runtime import find_running
 
 ACCOUNTS, IN_FLIGHT = 1_000, 256
 
 
 @contextlib.asynccontextmanager
-async def service(spec: str, data: Path, *, sync: bool) -> AsyncIterator[str]:
-    """Run a service; give its word on durability."""
-    arguments = [sys.executable, "-m", "benchmarks.service_process", spec, str(data), *(["--sync"] if sync else [])]
+async def service(spec: str, data: Path, *, sync: bool, bare: bool = False) -> AsyncIterator[str]:
+    """Run a service; give its word on durability.
+
+    Args:
+        bare: without its care for itself: leases and passivation only.
+    """
+    arguments = [sys.executable, "-m", "benchmarks.service_process", spec, str(data)]
+    arguments += [option for option, wanted in (("--sync", sync), ("--bare", bare)) if wanted]
     process = await asyncio.create_subprocess_exec(
         *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parent.parent
     )
@@ -45,6 +51,11 @@ class Load:
     def __init__(self, client: Client) -> None:
         self.client = client
         self._number = 0
+
+    @property
+    def sent(self) -> int:
+        """Commands sent so far."""
+        return self._number
 
     async def one(self) -> float:
         """Send a command and wait for its receipt; return the seconds it took."""
@@ -82,10 +93,15 @@ class Load:
         return list(await asyncio.gather(*tasks))
 
 
+def process_of(data: Path, app: str) -> int:
+    """Return the id of the service's process."""
+    return find_running(data, app).pid
+
+
 @contextlib.asynccontextmanager
-async def load(app: App, spec: str, data: Path, *, sync: bool) -> AsyncIterator[tuple[Load, str]]:
+async def load(app: App, spec: str, data: Path, *, sync: bool, bare: bool = False) -> AsyncIterator[tuple[Load, str]]:
     """Run a service and a client; every account has been used once when it is given."""
-    async with service(spec, data, sync=sync) as durability, await Client.connect(app, data=data) as client:
+    async with service(spec, data, sync=sync, bare=bare) as durability, await Client.connect(app, data=data) as client:
         made = Load(client)
         for _ in range(ACCOUNTS // 200):
             await asyncio.gather(*(made.one() for _ in range(200)))

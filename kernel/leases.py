@@ -13,7 +13,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -90,6 +90,18 @@ class Leases:
         await self._appender.start()
         await self._create_bucket()
         self._wire.reconnections.append(self._reconnected)
+
+    async def bury(self, dead: Collection[str]) -> None:
+        """Delete the keys of workers that are dead for sure. What can't be deleted runs out by itself."""
+        try:
+            keys = await self._keys()
+            found = await asyncio.gather(*(self._last(f"$KV.{self._bucket}.{key}") for key in keys))
+        except LogError as error:
+            logger.info("the leases of dead workers run out by themselves: %s", error)
+            return
+        theirs = [Lease(one.sequence, 0.0) for one in found if one is not None and _writer_of(one.payload) in dead]
+        await asyncio.gather(*(self._delete(lease) for lease in theirs))
+        logger.info("deleted %d leases of workers that are dead: %s", len(theirs), ", ".join(dead))
 
     async def join(self) -> None:
         """Become one of the workers: from now on the others leave us our share."""
@@ -200,16 +212,13 @@ class Leases:
             LogError: the bucket doesn't answer.
         """
         try:
-            answer = await call_api(
-                self._wire, f"STREAM.INFO.{self._stream}", {"subjects_filter": f"$KV.{self._bucket}.>"}
-            )
+            keys = await self._keys()
         except ApiError as error:
             if error.code == NO_STREAM:
                 logger.warning("the leases' bucket is gone (a server started anew?); making it again")
                 await self._create_bucket()
                 return Members((), frozenset())
             raise
-        keys = [subject.split(".", 2)[2] for subject in answer["state"].get("subjects") or {}]
         workers = {key[2:] for key in keys if key.startswith("w.")}
         if clock() < self._unsettled:
             workers.update(self._seen)
@@ -219,6 +228,10 @@ class Leases:
             tuple(sorted(workers)),
             frozenset(int(key[2:]) for key in keys if key.startswith("p.") and key[2:].isdigit()),
         )
+
+    async def _keys(self) -> list[str]:
+        answer = await call_api(self._wire, f"STREAM.INFO.{self._stream}", {"subjects_filter": f"$KV.{self._bucket}.>"})
+        return [subject.split(".", 2)[2] for subject in answer["state"].get("subjects") or {}]
 
     def share(self, members: Members) -> int:
         """Return how many partitions this worker should have: as even as can be, and everybody counts the same."""
@@ -289,13 +302,17 @@ class Leases:
         finally:
             renewing.cancel()
             await asyncio.wait({renewing})
-            await self._delete(lease)
+            if lease.revision:
+                await self._delete(lease)
 
     async def _keep(self, key: str, lease: Lease) -> None:
         while True:
             await asyncio.sleep(self.ttl / 3)
             try:
                 lease.revision = await self._put(key, lease.revision)
+            except Conflict:
+                logger.warning("lease %s ran out: this process was held up for longer; taking it again", key)
+                lease.revision = 0  # unless somebody else has it by now
             except LogError as error:
                 logger.warning("lease %s: %s", key, error)
 
@@ -326,6 +343,13 @@ class Leases:
             raise
         message = answer["message"]
         return Stored(message["seq"], message["subject"], base64.b64decode(message.get("data", "")))
+
+
+def _writer_of(value: bytes) -> str:
+    try:
+        return str(orjson.loads(value)["worker"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return ""  # somebody else's hand
 
 
 def bucket_of(app: str) -> str:

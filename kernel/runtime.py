@@ -1,4 +1,4 @@
-"""The description of a running service that it leaves in its data directory, so that other commands find it."""
+"""What a running service leaves in its data directory: its description, and a mark of each worker that is alive."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,6 +74,8 @@ class DataDirectory:
     def __init__(self, data: Path, app: str) -> None:
         self.path = (data / app).resolve()
         self._lock: IO[str] | None = None
+        self._workers = self.path / "workers"
+        self._mark: tuple[Path, IO[str]] | None = None
 
     def hold(self) -> None:
         """Take the folder; the operating system gives it back when the process is gone, however it went.
@@ -98,8 +101,31 @@ class DataDirectory:
         temporary.write_bytes(orjson.dumps(asdict(running), option=orjson.OPT_INDENT_2))
         temporary.replace(self.path / "service.json")
 
+    def mark(self, worker: str) -> None:
+        """Leave a file with the worker's name, locked for as long as the worker lives, however it ends."""
+        self._workers.mkdir(parents=True, exist_ok=True)
+        unlocked = self._workers / f".{worker}"
+        mark = unlocked.open("w")
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        # nobody ever finds it under the worker's name and without its lock
+        self._mark = unlocked.rename(self._workers / worker), mark
+
+    def dead(self) -> list[str]:
+        """Return the workers that left a mark here and are gone for sure: the operating system has their locks back."""
+        return [path.name for path in self._workers.glob("[!.]*") if _is_free(path)]
+
+    def forget(self, workers: Iterable[str]) -> None:
+        """Remove the marks of dead workers."""
+        for worker in workers:
+            (self._workers / worker).unlink(missing_ok=True)
+
     def release(self) -> None:
         """Give the folder back."""
+        if self._mark is not None:
+            path, mark = self._mark
+            path.unlink(missing_ok=True)
+            mark.close()
+            self._mark = None
         if self._lock is not None:
             (self.path / "service.json").unlink(missing_ok=True)
             self._lock.close()
@@ -126,6 +152,16 @@ def find_running(data: Path, app: str | None = None) -> Running:
         which = f"app {app!r} is running" if app else "service is running"
         raise NotRunning(f"no {which} in {data}; start one with `eskernel run package.module:app`, or give --data")
     raise NotRunning(f"several apps are running in {data}: {', '.join(one.app for one in found)}; choose with --app")
+
+
+def _is_free(lock: Path) -> bool:
+    """Say whether nobody holds the lock: what can't be told is taken for held."""
+    try:
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _is_held(lock: Path) -> bool:

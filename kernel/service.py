@@ -152,6 +152,11 @@ class Service:
             wire, log.stream, self.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
         )
         await leases.start()
+        if dead := self.directory.dead():
+            # nobody else knows that they are: the others wait until the leases run out
+            await leases.bury(dead)
+            self.directory.forget(dead)
+        self.directory.mark(self.worker)
         async with leases.alone("start"):
             # workers that start together build what is missing one after the other: the second finds it done
             await self._prepare(log, engine)
@@ -194,9 +199,14 @@ class Service:
 
     async def _prepare(self, log: JetStreamLog, engine: Engine) -> None:
         """Make the database fit the program and the log."""
-        from migrations import upgrade  # Alembic takes its time to load, and this is the one place for it
 
-        await asyncio.to_thread(upgrade, engine)
+        def upgrade() -> None:
+            from migrations import upgrade  # Alembic takes its time to load, and this is the one place for it
+
+            upgrade(engine)
+
+        # in a thread, and loaded there too: meanwhile the lease is renewed
+        await asyncio.to_thread(upgrade)
         info = await log.info()
         register(engine, self.app.name, info.created, info.partitions, info.last)
         assert self._wire is not None

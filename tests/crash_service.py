@@ -1,4 +1,4 @@
-"""The service that `test_crash.py` kills: `python -m tests.crash_service NAME DATA NATS DATABASE`."""
+"""The service that `test_crash.py` kills: `python -m tests.crash_service NAME DATA NATS DATABASE [LEASE]`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tests.apps import notebooks
 from tests.conftest import settings_for
 
 
-async def main(name: str, data: str, nats: str, database: str) -> None:
+async def main(name: str, data: str, nats: str, database: str, lease: str = "3") -> None:
     embedded = None if nats == "embedded" else nats
-    service = Service(notebooks(name), settings_for(Path(data), nats=embedded, database=database, max_actors=20))
+    settings = settings_for(Path(data), nats=embedded, database=database, max_actors=20, lease=float(lease))
+    service = Service(notebooks(name), settings)
     await service.start()
     print(service.nats_url, flush=True)
     await service.stopped.wait()

@@ -114,6 +114,22 @@ async def _check_log(url: str, app: str, total: int, last: int) -> None:
     await wire.close()
 
 
+async def test_a_service_that_starts_after_a_kill_does_not_wait_for_the_leases_of_the_dead(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    database = f"sqlite:///{tmp_path / 'p.db'}"
+    worker = Worker(app_name, str(tmp_path / "data"), nats_url, database, "60")
+    await worker.start()
+    async with await Client.connect(notebooks(app_name), nats=nats_url) as client:
+        await client.execute(Notebook, "n", Note("before"))
+        for version in (2, 3):
+            await worker.kill()
+            await worker.start()
+            assert (await client.execute(Notebook, "n", Note("after"), timeout=30)).version == version
+    assert len(list((tmp_path / "data" / app_name / "workers").iterdir())) == 1, "the dead are forgotten"
+    await worker.kill()
+
+
 async def test_a_killed_service_leaves_no_server_behind(database_url: str, app_name: str, tmp_path: Path) -> None:
     worker = Worker(app_name, str(tmp_path / "data"), "embedded", database_url)
     await worker.start()

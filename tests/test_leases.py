@@ -145,6 +145,27 @@ async def test_a_bucket_that_is_gone_is_made_again_without_a_rush(wire: Wire, ap
         assert len(await acquire(a)) == PARTITIONS // 2
 
 
+async def test_the_dead_lose_everything_at_once_and_the_living_nothing(wire: Wire, app_name: str) -> None:
+    async with worker(wire, app_name, "a", ttl=600.0) as a, worker(wire, app_name, "b", ttl=600.0) as b:
+        await a.acquire(Members(("a", "b"), frozenset()))
+        await b.acquire(Members(("b",), a.held))
+        theirs = a.held
+        async with b.alone("living"):
+            await a._put("l.start", 0)  # as if it had died while it held it
+            await wire.publish(f"$KV.{app_name}-leases.p.by-hand", b"not ours")
+            await b.bury(["a", "never-there"])
+            left = await b.members()
+            assert left.workers == ("b",)
+            assert left.held == b.held
+            assert len(b.held) == PARTITIONS - len(theirs)
+            assert set(await b._keys()) == {"w.b", "l.living", "p.by-hand"} | {f"p.{one}" for one in b.held}
+        assert await b.renew() == []
+        assert len(await b.acquire(left)) == len(theirs)
+        async with b.alone("start"):
+            pass
+        assert sorted(await a.renew()) == sorted(theirs), "who was taken for dead notices"
+
+
 async def test_one_at_a_time_is_alone(wire: Wire, app_name: str) -> None:
     async with worker(wire, app_name, "a", ttl=0.6) as a, worker(wire, app_name, "b", ttl=0.6) as b:
         inside: list[str] = []
@@ -157,6 +178,24 @@ async def test_one_at_a_time_is_alone(wire: Wire, app_name: str) -> None:
                 inside.remove(leases.worker)
 
         await asyncio.gather(work(a), work(b))
+
+
+async def test_a_lease_that_ran_out_while_it_was_needed_is_taken_again(
+    wire: Wire, app_name: str, wait_until: Wait
+) -> None:
+    async with worker(wire, app_name, "a", ttl=0.6) as a:
+
+        async def there() -> bool:
+            return "l.start" in await a._keys()
+
+        async with a.alone("start"):
+            last = await a._last(f"$KV.{app_name}-leases.l.start")
+            assert last is not None
+            # as the bucket does when the loop was held up for longer than a lease
+            await call_api(wire, f"STREAM.MSG.DELETE.KV_{app_name}-leases", {"seq": last.sequence, "no_erase": True})
+            assert not await there()
+            await wait_until(there)
+        assert not await there()
 
 
 @pytest.mark.parametrize("seed", [random.randrange(1 << 30)])

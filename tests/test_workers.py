@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from examples.bank import Account, Deposit
+from examples.bank import app as bank
 from kernel import Client, Service
 from kernel.log import Conflict
 from kernel.log.dialing import connect
 from kernel.messages import CommandError
+from kernel.supervisor import Supervisor
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
 
@@ -130,6 +133,27 @@ async def test_the_partitions_of_a_silent_worker_move_within_seconds(
     async with workers(2, tmp_path, nats_url, database_url, app_name, wait_until) as (first, second):
         await freeze(second)
         await wait_until(lambda: len(first.status()["partitions"]) == 64, timeout=5)
+
+
+async def test_a_killed_worker_that_is_started_again_takes_over_from_itself_at_once(
+    tmp_path: Path, wait_until: Wait
+) -> None:
+    supervisor = Supervisor(
+        "bank", "examples.bank:app", settings_for(tmp_path, lease=60.0, workers=2, logging__level="error")
+    )
+    await supervisor.start()
+    try:
+        workers = supervisor.workers
+        await wait_until(lambda: all(len(one.told.get("partitions", ())) == 32 for one in workers), timeout=30)
+        before, process = workers[1].told["worker"], workers[1].process
+        assert process is not None
+        process.kill()
+        await wait_until(lambda: workers[1].told.get("worker", before) != before, timeout=30)
+        await wait_until(lambda: all(len(one.told.get("partitions", ())) == 32 for one in workers), timeout=30)
+        async with await Client.connect(bank, data=tmp_path) as client:
+            await asyncio.gather(*(client.execute(Account, f"a{n}", Deposit(1)) for n in range(100)))
+    finally:
+        await supervisor.stop()
 
 
 async def test_a_thawed_worker_refuses_commands_and_can_write_nothing(
