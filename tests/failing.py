@@ -244,7 +244,9 @@ async def running(
     )
     await service.start()
     try:
-        async with await Client.connect(service.app, nats=client or nats, database=database) as connected:
+        async with await Client.connect(
+            service.app, service.settings, nats=client or nats, database=database
+        ) as connected:
             yield Running(service, connected)
     finally:
         async with asyncio.timeout(20):

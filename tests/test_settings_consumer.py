@@ -1,0 +1,307 @@
+"""The projections' consumer as the server shows it, and by its effect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from sqlalchemy import text
+
+from kernel.log import JetStreamLog
+from kernel.log.api import call_api
+from kernel.log.dialing import dial
+from kernel.log.reader import JetStreamReader
+from kernel.log.wire import Wire
+from kernel.rebuild import Rebuild
+from projections.database import open_database
+from tests.conftest import open_log, settings_for
+from tests.failing import api, running
+from tests.servers import server
+
+Wait = Callable[..., Any]
+ACK: dict[str, Any] = {"consumer__ack_policy": "all"}
+
+
+@pytest.fixture(params=["2.15", "2.10"])
+def url(request: pytest.FixtureRequest) -> str:
+    """A running server of each version."""
+    found: str = request.getfixturevalue("nats_url" if request.param == "2.15" else "old_nats_url")
+    return found
+
+
+async def consumers(url: str, stream: str) -> list[dict[str, Any]]:
+    """What the server says about the live consumers of a stream; others, on old servers, have a filter."""
+    async with api(url) as ask:
+        found: list[dict[str, Any]] = (await ask(f"CONSUMER.LIST.{stream}"))["consumers"] or []
+        return [one for one in found if not one["config"].get("filter_subject")]
+
+
+@asynccontextmanager
+async def reading(url: str, app: str, **values: Any) -> AsyncIterator[tuple[Wire, JetStreamLog, JetStreamReader]]:
+    """A live reader, as the projections have."""
+    wire = await dial(settings_for(Path(), nats=url), name="test")
+    try:
+        log = await open_log(wire, app, **values)
+        reader = await log.read(0, live=True)
+        assert isinstance(reader, JetStreamReader)
+        yield wire, log, reader
+        await log.close()
+    finally:
+        await wire.close()
+
+
+async def fill(log: JetStreamLog, count: int, start: int = 0) -> None:
+    subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(start, start + count)]
+    await asyncio.gather(*(log.append(one, 0, one.encode()) for one in subjects))
+
+
+@pytest.mark.setting(
+    "consumer.name_prefix", "consumer.ack_policy", "consumer.ack_wait", "consumer.max_ack_pending",
+    "consumer.replay_policy", "consumer.max_waiting", "consumer.inactive_threshold", "consumer.max_deliver",
+    "consumer.deliver_policy",
+)  # fmt: skip
+async def test_the_server_shows_what_was_set(url: str, app_name: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "consumer__name_prefix": "billing", "consumer__ack_wait": 33.5, "consumer__max_ack_pending": 77,
+        "consumer__replay_policy": "original", "consumer__max_waiting": 5, "consumer__inactive_threshold": 44.0, **ACK,
+    }  # fmt: skip
+    async with running(app_name, tmp_path, url, **values) as service:
+        [one] = await consumers(url, app_name)
+        config = one["config"]
+        assert one["name"].startswith(f"billing-{service.service.worker}-")
+        assert config["ack_policy"] == "all"
+        assert config["ack_wait"] == 33_500_000_000
+        assert config["max_ack_pending"] == 77
+        assert config["replay_policy"] == "original"
+        assert config["max_waiting"] == 5
+        assert config["inactive_threshold"] == 44_000_000_000
+        assert config["max_deliver"] == -1
+        assert config["deliver_policy"] in ("all", "by_start_sequence")
+    async with running(app_name, tmp_path, url) as service:
+        [one] = await consumers(url, app_name)
+        assert one["name"].startswith(f"eskernel-{service.service.worker}-")
+        assert one["config"]["ack_policy"] == "none"
+        assert one["config"]["replay_policy"] == "instant"
+        assert one["config"]["inactive_threshold"] == 60_000_000_000
+
+
+@pytest.mark.setting("consumer.ack_policy")
+async def test_the_servers_ack_floor_follows_the_checkpoint(
+    url: str, app_name: str, tmp_path: Path, database_url: str, wait_until: Wait
+) -> None:
+    async with running(app_name, tmp_path, url, database_url, **ACK) as service:
+        await service.note(200)
+
+        async def floor() -> int:
+            [one] = await consumers(url, app_name)
+            return int(one["ack_floor"]["stream_seq"])
+
+        async def followed() -> bool:
+            return await floor() == 200
+
+        await wait_until(followed)
+        await service.check()
+
+
+@pytest.mark.setting("consumer.ack_policy")
+async def test_nothing_is_acknowledged_before_it_is_written(
+    nats_url: str, app_name: str, tmp_path: Path, fresh_postgres: str, wait_until: Wait
+) -> None:
+    async with running(app_name, tmp_path, nats_url, fresh_postgres, **ACK) as service:
+        await service.note(10)
+        await service.check()
+        held = open_database(fresh_postgres)
+        with held.connect() as connection:
+            connection.execute(text("LOCK TABLE eskernel_checkpoint IN ACCESS EXCLUSIVE MODE"))
+            before = (await consumers(nats_url, app_name))[0]["ack_floor"]["stream_seq"]
+            await service.note(50)
+
+            async def delivered() -> bool:
+                found = await consumers(nats_url, app_name)
+                return bool(found) and found[0]["delivered"]["stream_seq"] >= 70
+
+            await wait_until(delivered)
+            assert (await consumers(nats_url, app_name))[0]["ack_floor"]["stream_seq"] <= max(before, 20)
+            connection.rollback()
+        held.dispose()
+        await service.check()
+
+
+@pytest.mark.setting("consumer.ack_wait")
+async def test_what_is_delivered_again_is_noticed_and_handed_out_once(url: str, app_name: str) -> None:
+    values: dict[str, Any] = {"consumer__ack_wait": 0.3, **ACK}
+    async with reading(url, app_name, **values) as (_, log, reader):
+        await fill(log, 20)
+        got: list[int] = []
+        while len(got) < 20:
+            got += [one.sequence for one in (await reader.next(5)).commits]
+        first = reader._consumer
+        # nothing is acknowledged: the server delivers again, and a new consumer goes on behind
+        for _ in range(200):
+            got += [one.sequence for one in (await reader.next(5, timeout=0.05)).commits]
+            if reader._consumer != first:
+                break
+        assert reader._consumer != first
+        await fill(log, 20, start=20)
+        while len(got) < 40:
+            got += [one.sequence for one in (await reader.next(50)).commits]
+        assert got == list(range(1, 41))
+
+
+@pytest.mark.setting("consumer.ack_wait")
+async def test_a_database_that_is_slower_than_the_acknowledgements_folds_nothing_twice(
+    nats_url: str, app_name: str, tmp_path: Path, fresh_postgres: str
+) -> None:
+    values: dict[str, Any] = {"consumer__ack_wait": 0.05, **ACK}
+    async with running(app_name, tmp_path, nats_url, fresh_postgres, **values) as service:
+        for _ in range(5):
+            await service.note(50)
+        await service.check()
+
+
+@pytest.mark.setting("consumer.max_ack_pending")
+async def test_no_more_is_delivered_ahead_of_the_acknowledgements(url: str, app_name: str) -> None:
+    values: dict[str, Any] = {"consumer__max_ack_pending": 10, **ACK}
+    async with reading(url, app_name, **values) as (_, log, reader):
+        await fill(log, 35)
+        got: list[int] = []
+        for wanted in (10, 20, 30, 35):
+            while len(got) < wanted:
+                got += [one.sequence for one in (await reader.next(100)).commits]
+            assert not (await reader.next(100, timeout=0.2)).commits
+            assert len(got) == wanted
+            reader.acknowledge(got[-1])
+        assert got == list(range(1, 36))
+
+
+@pytest.mark.setting("consumer.max_ack_pending")
+async def test_a_small_number_ahead_stops_neither_projections_nor_rebuilds_nor_loading(
+    url: str, app_name: str, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"consumer__max_ack_pending": 3, "passivation__count": 1, **ACK}
+    async with running(app_name, tmp_path, url, **values) as service:
+        async with asyncio.timeout(60):
+            for _ in range(3):
+                await service.note(40, ids=4)
+            await service.check()
+            engine = open_database(service.service.database_url)
+            [done] = await Rebuild(
+                service.service.app, service.client.log, engine, service.service.app.projections[:1]
+            ).run()
+            engine.dispose()
+            assert done.events == sum(service.acknowledged.values())
+            await service.check()
+
+
+@pytest.mark.setting("consumer.replay_policy")
+async def test_events_come_at_the_pace_at_which_they_were_appended(url: str, app_name: str) -> None:
+    pauses = 3
+    async with reading(url, app_name, consumer__replay_policy="original") as (_, log, reader):
+        for n in range(pauses + 1):
+            await fill(log, 1, start=n)
+            if n < pauses:
+                # time has to pass between the appends: that is what is replayed
+                await asyncio.sleep(0.25)
+        loop = asyncio.get_running_loop()
+        began, got = loop.time(), 0
+        while got <= pauses:
+            got += len((await reader.next(100)).commits)
+        assert loop.time() - began > 0.25 * pauses * 0.8
+        plain = await log.read(0)
+        assert len((await plain.next(100)).commits) == pauses + 1  # a rebuild doesn't wait
+
+
+@pytest.mark.setting("consumer.window", "consumer.heartbeat")
+async def test_so_much_is_asked_for_at_once_and_heartbeats_come_so_often(
+    url: str, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"consumer__window": 7, "consumer__heartbeat": 20.0}
+    async with reading(url, app_name, **values) as (wire, log, reader):
+        sent: list[bytes] = []
+        send = wire.send
+        monkeypatch.setattr(wire, "send", lambda frames: (sent.append(frames), send(frames))[1])
+        await fill(log, 50)
+        got = 0
+        while got < 50:
+            batch = (await reader.next(100)).commits
+            assert len(batch) <= 14
+            got += len(batch)
+        pulls = [orjson.loads(one.split(b"\r\n")[1]) for one in sent if b"MSG.NEXT" in one]
+        assert {one["batch"] for one in pulls} == {7}
+        assert {one["idle_heartbeat"] for one in pulls} == {20_000_000_000}
+        assert not reader._broken  # the server refuses heartbeats that are longer than half of a request
+
+
+@pytest.mark.setting("consumer.heartbeat")
+async def test_without_heartbeats_a_new_consumer_is_made(url: str, app_name: str) -> None:
+    async with reading(url, app_name, consumer__heartbeat=0.1) as (wire, log, reader):
+        await fill(log, 3)
+        assert len((await reader.next(10)).commits) == 3
+        first = reader._consumer
+        for _ in range(10):
+            await reader.next(10, timeout=0.1)
+        assert reader._consumer == first  # they come, and a quiet stream is no reason
+        await call_api(wire, f"CONSUMER.DELETE.{app_name}.{first}", {})
+        await fill(log, 3, start=3)
+        got = 0
+        async with asyncio.timeout(10):
+            while got < 3:
+                got += len((await reader.next(10, timeout=0.1)).commits)
+        assert reader._consumer != first
+
+
+@pytest.mark.setting("consumer.inactive_threshold")
+async def test_the_server_removes_the_consumer_of_a_worker_that_is_gone(
+    tmp_path: Path, app_name: str, binary: str, wait_until: Wait
+) -> None:
+    values: dict[str, Any] = {"consumer__heartbeat": 0.1, "consumer__inactive_threshold": 0.4}
+    async with server(tmp_path, binary=binary) as nats:
+        async with reading(nats.url, app_name, **values) as (wire, log, reader):
+            await fill(log, 1)
+            await reader.next(10)
+            first = reader._consumer
+            for _ in range(12):
+                await reader.next(10, timeout=0.1)
+            assert reader._consumer == first  # not while it is used, quiet as it may be
+            assert len(await consumers(nats.url, app_name)) == 1
+            wire._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+            await wire.close()
+
+            async def gone() -> bool:
+                return not await consumers(nats.url, app_name)
+
+            await wait_until(gone)
+
+
+@pytest.mark.setting("consumer.backoff")
+async def test_the_projections_rest_so_long_after_each_failure(
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+) -> None:
+    async with running(app_name, tmp_path, nats_url, consumer__backoff="0.011,0.022,0.033") as service:
+        await service.note(5)
+        await service.check()
+        projector = service.service._projector
+        assert projector is not None
+        rested: list[float] = []
+        rest = projector._rest
+
+        async def noted(seconds: float) -> None:
+            rested.append(seconds)
+            await rest(seconds)
+
+        async def failing() -> None:
+            raise OSError("on purpose")
+
+        claim = projector._claim
+        monkeypatch.setattr(projector, "_rest", noted)
+        monkeypatch.setattr(projector, "_claim", failing)
+        projector._interrupted.set()
+        await wait_until(lambda: len(rested) >= 5)
+        assert rested[:5] == [0.011, 0.022, 0.033, 0.033, 0.033]
+        monkeypatch.setattr(projector, "_claim", claim)
+        await service.check()
