@@ -8,10 +8,10 @@ TICK_S = 0.05
 
 
 class LoopLag:
-    """Ticks, and remembers the most that a tick came late."""
+    """Ticks, and remembers the most that a tick came late, for each of those who ask."""
 
     def __init__(self) -> None:
-        self._worst = 0.0
+        self._worst: dict[str, float] = {}
         self._due = 0.0
         self._handle: asyncio.TimerHandle | None = None
 
@@ -22,18 +22,17 @@ class LoopLag:
         self._handle = loop.call_at(self._due, self._tick)
 
     def _tick(self) -> None:
-        self._worst = max(self._worst, asyncio.get_running_loop().time() - self._due)
+        late = asyncio.get_running_loop().time() - self._due
+        for who, worst in self._worst.items():
+            if late > worst:
+                self._worst[who] = late
         self.start()
 
-    def worst(self) -> float:
-        """Return the most seconds that a tick was late since the last call, one that is overdue now included."""
-        worst, self._worst = max(self._worst, self.overdue), 0.0
+    def worst(self, who: str) -> float:
+        """Return the most seconds that a tick was late since the same asked last, one that is overdue now included."""
+        overdue = max(0.0, asyncio.get_running_loop().time() - self._due) if self._handle is not None else 0.0
+        worst, self._worst[who] = max(self._worst.get(who, 0.0), overdue), 0.0
         return worst
-
-    @property
-    def overdue(self) -> float:
-        """Seconds that a tick is late at the moment."""
-        return max(0.0, asyncio.get_running_loop().time() - self._due) if self._handle is not None else 0.0
 
     def stop(self) -> None:
         """End."""

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 import orjson
@@ -181,7 +182,7 @@ class Service:
             self._ownership,
             self.health,
             self._lookout,
-            self._gatherer.late,
+            partial(self._loop_lag.worst, "health"),
             self._lost,
         )
         self._loop_lag.start()

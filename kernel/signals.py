@@ -30,16 +30,15 @@ class Gatherer:
         backlog: Callable[[], int],
     ) -> None:
         self._gateway, self._appender, self._projector, self._backlog = gateway, appender, projector, backlog
-        self._lag, self._late = loop_lag, 0.0
+        self._lag = loop_lag
         self._appends = self._batches = (0, 0)
 
     def gather(self) -> Signals:
         """Return how it was since the last call."""
         gateway, projector = self._gateway, self._projector
         appends, batches = (gateway.appended, gateway.unappended), projector.writing.batches
-        lag = self._lag.worst()
+        lag = self._lag.worst("governor")
         LOOP_LAG.set(lag)
-        self._late = max(self._late, lag)
         away = projector.state == AWAY
         signals = Signals(
             loop_lag=lag,
@@ -54,11 +53,6 @@ class Gatherer:
         gateway.slowest_append = projector.writing.slowest = 0.0
         self._appends, self._batches = appends, batches
         return signals
-
-    def late(self) -> float:
-        """Return the most seconds that the event loop was late since the last call of this function."""
-        late, self._late = max(self._late, self._lag.overdue), 0.0
-        return late
 
 
 def _share(before: tuple[int, int], now: tuple[int, int]) -> float:

@@ -259,6 +259,31 @@ async def governance(one: Scraped) -> None:
     await limit(commands=None, live=None)
 
 
+async def backlog(one: Scraped) -> None:
+    for projection in ("Pages", "Words", "Lines"):
+        await one.until(lambda n: n == 0, "eskernel_backlog_commits", projection=projection)
+        await one.until(lambda n: n == 0, "eskernel_backlog_age_seconds", projection=projection)
+        await one.until(lambda n: n == 0, "eskernel_backlog_drain_seconds", projection=projection)
+        for level in ("warn", "critical"):
+            await one.until(lambda n: n == 0, "eskernel_backlog_partitions", projection=projection, level=level)
+    await one.until(lambda n: n >= 0, "eskernel_projected_commits_per_second")
+    await one.until(lambda n: n == 0, "eskernel_publishing_pressure")
+    # the database was locked, and the server away
+    assert await one.value("eskernel_alerts_total", kind="health") >= 2
+    assert await one.value("eskernel_alerts_dropped_total") == 0
+
+
+async def memory(one: Scraped) -> None:
+    async def keep_live() -> None:
+        while True:
+            await asyncio.gather(*(one.send(f"big{n}", Note("x" * 1000)) for n in range(20)))
+            await asyncio.sleep(0.05)
+
+    sending = asyncio.create_task(keep_live())
+    await one.until(lambda n: n > 1000, "eskernel_actors_memory_bytes")
+    sending.cancel()
+
+
 async def the_kernel_itself(one: Scraped) -> None:
     assert await one.value("eskernel_kernel_alerts_total") == 0
     await one.until(lambda n: n >= 5, "eskernel_jobs_total", outcome="ok")
@@ -270,6 +295,7 @@ async def the_kernel_itself(one: Scraped) -> None:
 
 SCENARIO: list[Callable[[Scraped], Coroutine[Any, Any, None]]] = [
     commands, projections, passivation, dead_letters, conflicts, database, connection, leases, governance,
+    backlog, memory,
     the_kernel_itself,
 ]  # fmt: skip
 
