@@ -129,8 +129,8 @@ class Lane:
 
     Additive increase, multiplicative decrease. In distress the rate is multiplied by `decrease` at each tick, starting
     from the best throughput of the last ticks, down to `minimum`. Without distress it grows by `increase` times the
-    highest throughput ever seen, a second. At the configured limit, or at twice the highest throughput where that
-    comes first, the adaptive rate is lifted. So the highest throughput is possible again within 1 / `increase` seconds
+    highest throughput seen until then, a second. At the configured limit, or at twice that throughput where it comes
+    first, the adaptive rate is lifted. So the highest throughput is possible again within 1 / `increase` seconds
     of the last distress, and the lane is as configured within 2 / `increase` (20 s and 40 s by default), however long
     the bad spell was.
 
@@ -145,7 +145,7 @@ class Lane:
         self.rate: float | None = None
         self.why = ""
         self._bad = 0
-        self._highest = 0.0
+        self._highest = self._known = 0.0
         self._recent: deque[float] = deque(maxlen=REMEMBERED)
         self.configure(rates, limit, 1.0, now)
 
@@ -196,12 +196,13 @@ class Lane:
                 before = min(max(self._recent), self._limit) if self.rate is None else self.rate
                 self.rate = max(self._minimum, before * self._rates.decrease)
                 self.why = distress
+                # what is reached while it comes back does not count: the end would move away with it
+                self._known = max(self._highest, self._minimum)
         else:
             self._bad = 0
             if self.rate is not None:
-                known = max(self._highest, self._minimum)
-                self.rate += known * self._rates.increase * dt
-                if self.rate >= min(self._limit, 2 * known):
+                self.rate += self._known * self._rates.increase * dt
+                if self.rate >= min(self._limit, 2 * self._known):
                     self.rate = None
         if self.rate is None:
             self.why = ""

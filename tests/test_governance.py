@@ -330,10 +330,19 @@ async def test_a_slow_database_slows_the_projections_until_it_is_well_again(
             await wait_until(lambda: lanes["live"].present == 20)
             assert metric("eskernel_rate_present", lane="live") == 20
             await wait_until(lambda: time.monotonic() >= end, timeout=SPELL_S + 15)
-        began = time.monotonic()
-        await wait_until(lambda: lanes["live"].present is None and lanes["rebuild"].present is None, timeout=60)
-        record_property("recovery_seconds", took := round(time.monotonic() - began, 1))
-        print(f"a spell of {SPELL_S:g} s; the lanes were back after {took} s")
+        began = last_slow = time.monotonic()
+
+        def back() -> bool:
+            nonlocal last_slow
+            if metric("eskernel_rate_present", lane="rebuild") == 20:
+                last_slow = time.monotonic()  # the last transactions of the spell end after it
+            return lanes["live"].present is None and lanes["rebuild"].present is None
+
+        await wait_until(back, timeout=60)
+        took = {"from_end_of_spell": time.monotonic() - began, "from_last_distress": time.monotonic() - last_slow}
+        for name, seconds in took.items():
+            record_property(f"recovery_{name}", round(seconds, 1))
+        print(f"a spell of {SPELL_S:g} s; the lanes were back, in seconds: {took}")
         stop.set()
         sent = await loading
         last = [await here.client.execute(Notebook, f"n{n}", Note("a")) for n in range(10)]

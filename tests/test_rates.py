@@ -133,10 +133,10 @@ def test_distress_lowers_multiplicatively_from_the_recent_throughput_to_the_mini
 
 @given(
     st.floats(0, 1e6), st.floats(0.01, 1e5), st.none() | st.floats(0.1, 1e6), st.floats(0.01, 1), st.integers(2, 100),
-    st.floats(0.05, 0.95),
+    st.floats(0.05, 0.95), st.booleans(),
 )  # fmt: skip
 def test_the_lane_is_back_within_the_stated_time_however_long_the_spell_was(
-    usual: float, minimum: float, limit: float | None, increase: float, spell: int, decrease: float
+    usual: float, minimum: float, limit: float | None, increase: float, spell: int, decrease: float, busy: bool
 ) -> None:
     lane = Lane(Rates(minimum=minimum, increase=increase, decrease=decrease), Limit(rate=limit))
     now = tick(lane, 12, usual)
@@ -144,11 +144,12 @@ def test_the_lane_is_back_within_the_stated_time_however_long_the_spell_was(
     lowered = lane.present
     assert lowered is not None
     assert lane.rate is not None
-    # nothing is done meanwhile: coming back must not need any load
+    # whether nothing is done meanwhile, or more than ever before
+    done = usual * 1_000 + 1_000 if busy else 0
     seconds = math.ceil(1 / increase + 1e-9)
-    now = tick(lane, seconds, 0, start=now)
+    now = tick(lane, seconds, done, start=now)
     assert lane.present is None or lane.present >= min(usual, limit or math.inf) * (1 - 1e-9)
-    tick(lane, math.ceil(2 / increase + 1e-9) - seconds, 0, start=now)
+    tick(lane, math.ceil(2 / increase + 1e-9) - seconds, done, start=now)
     assert lane.present == limit
     assert lane.why == ""
 
