@@ -42,8 +42,13 @@ soak: $(READY) ## load with evictions; memory, files, threads, consumers must st
 bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json (YEAR=1, MILLION=1: more)
 	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 
-docs: $(READY) ## write docs/configuration.md from the settings
+docs: $(READY) ## write the pages that are made of the code: settings, metrics, dashboard
 	@$(BIN)/python -m kernel.settings.document > docs/configuration.md
+	@$(BIN)/python -m kernel.metrics_page > docs/metrics.md
+	@$(BIN)/python docs/monitoring/dashboard.py > docs/monitoring/dashboard.json
+
+overload: $(READY) ## three times the load that the machine can bear, second by second; writes docs/overload.svg
+	@$(BIN)/python -m examples.overload --picture docs/overload.svg
 
 settings-table: $(READY) ## run the tests that show each setting's effect; writes docs/settings-tested.md
 	@$(BIN)/python -m pytest -m setting --settings-table docs/settings-tested.md
@@ -56,4 +61,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults mutants soak bench docs settings-table lock clean
+.PHONY: help setup demo test lint faults mutants soak bench docs overload settings-table lock clean

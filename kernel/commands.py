@@ -18,6 +18,7 @@ from aggregates.context import uuid7
 from aggregates.messages import parse
 from kernel.actors import Actors
 from kernel.app import App
+from kernel.counting import count_error_of, observe_all
 from kernel.governor import Governor, Refusal
 from kernel.histories import Histories
 from kernel.log.base import Conflict, EventLog, LogError, Unavailable
@@ -32,8 +33,6 @@ from kernel.metrics import (
     COMMANDS,
     COMMANDS_PENDING,
     REFUSED,
-    count_error_of,
-    observe_all,
 )
 from kernel.residents import Resident, Residents
 from kernel.subjects import Address, Subjects

@@ -18,6 +18,7 @@ from kernel.alerts import Alerts
 from kernel.app import App
 from kernel.asking import ask_others
 from kernel.commands import CommandGateway
+from kernel.counting import count_connection_error
 from kernel.following import following
 from kernel.governor import Governor
 from kernel.health import Health, HttpServer
@@ -37,7 +38,6 @@ from kernel.metrics import (
     READ_BACKS,
     RECONNECTS,
     SHELLS,
-    count_connection_error,
 )
 from kernel.ownership import Ownership
 from kernel.projector import Projector

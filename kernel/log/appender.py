@@ -21,7 +21,7 @@ import msgspec
 from aggregates.context import uuid7
 from kernel.log.base import Conflict, LogError, PayloadTooLarge, Replaced, Stored, Unavailable, UnknownOutcome
 from kernel.log.wire import Wire, publish_frame, status_of
-from kernel.settings.nats import GroupCommit
+from kernel.settings.jetstream import GroupCommit
 
 logger = logging.getLogger("eskernel")
 

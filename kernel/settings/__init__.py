@@ -13,7 +13,8 @@ from annotated_types import Ge, Le
 from pydantic import model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kernel.settings.nats import Connection, Consumer, JetStream, Security, Stream
+from kernel.settings.connection import Connection, Security
+from kernel.settings.jetstream import Consumer, JetStream
 from kernel.settings.runtime import (
     Backlog,
     Batch,
@@ -27,6 +28,7 @@ from kernel.settings.runtime import (
     Rates,
     Tracing,
 )
+from kernel.settings.stream import Stream
 
 __all__ = [
     "Backlog",
