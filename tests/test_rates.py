@@ -144,12 +144,16 @@ def test_the_lane_is_back_within_the_stated_time_however_long_the_spell_was(
     lowered = lane.present
     assert lowered is not None
     assert lane.rate is not None
-    # whether nothing is done meanwhile, or more than ever before
-    done = usual * 1_000 + 1_000 if busy else 0
+
+    def go_on(seconds: int) -> None:
+        for _ in range(seconds):
+            # whether nothing is done meanwhile, or all that is let in, more than ever before
+            tick(lane, 1, (lane.present or 0) if busy else 0, start=now)
+
     seconds = math.ceil(1 / increase + 1e-9)
-    now = tick(lane, seconds, done, start=now)
+    go_on(seconds)
     assert lane.present is None or lane.present >= min(usual, limit or math.inf) * (1 - 1e-9)
-    tick(lane, math.ceil(2 / increase + 1e-9) - seconds, done, start=now)
+    go_on(math.ceil(2 / increase + 1e-9) - seconds)
     assert lane.present == limit
     assert lane.why == ""
 
