@@ -32,13 +32,18 @@ def upgrade(engine: Engine) -> None:
         found = current(connection)
         if found == head():
             return
-        scripts = ScriptDirectory.from_config(_config())
-        if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
-            raise SchemaError(
-                f"the database has the kernel's tables of revision {found}, this program knows them up to {head()}: it "
-                "is older than the one that made them; run the newer one"
-            )
+        check(found)
         command.upgrade(_config(connection), "head")
+
+
+def check(found: str | None) -> None:
+    """Raise `SchemaError` if a database's revision is newer than this program."""
+    scripts = ScriptDirectory.from_config(_config())
+    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        raise SchemaError(
+            f"the database has the kernel's tables of revision {found}, this program knows them up to {head()}: it "
+            "is older than the one that made them; run the newer one"
+        )
 
 
 def head() -> str | None:

@@ -14,6 +14,7 @@ EXIT_CODES: Final = (
 _COMMANDS: Final = {
     "run": ("run", "Run an app until SIGTERM or Ctrl-C."),
     "check": ("run", "Check an app's declarations and list them."),
+    "config": ("config", "Show the settings, or check them against the running servers."),
     "send": ("send", "Send a command to one aggregate."),
     "query": ("query", "Ask the projection database."),
     "show": ("query", "Print an aggregate's state and events, also as of then."),

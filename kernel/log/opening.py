@@ -211,12 +211,33 @@ async def _keep(wire: Wire, answer: dict[str, Any], wanted: dict[str, Any], stre
     return answer
 
 
+def what_is_done(one: Difference, stream: Stream, state: dict[str, Any]) -> tuple[str, bool]:
+    """Return what a start does about a difference, and whether it fails over it."""
+    if stream.existing == "skip":
+        return "it stays as it is: stream.existing = 'skip'", False
+    if stream.existing == "validate":
+        return "the service does not start: stream.existing = 'validate'", True
+    if one.field in _NEEDED:
+        return "it can't be changed: choose another stream.name, or the setting as it is", True
+    if stream.existing == "create":
+        return "it stays as it is: stream.existing = 'update' changes it", False
+    if _holds_more(one.field, one.wanted, state):
+        return "the service does not start: the stream holds more already", True
+    return "the service changes it: stream.existing = 'update'", False
+
+
+def _holds_more(field: str, wanted: Any, state: dict[str, Any]) -> int:
+    """Return how much is stored already where that is more than a limit, else 0."""
+    stored = {"max_bytes": int(state["bytes"]), "max_msgs": int(state["messages"])}.get(field, 0)
+    return stored if 0 < (wanted if stored else 0) < stored else 0
+
+
 async def _update(
     wire: Wire, answer: dict[str, Any], wanted: dict[str, Any], different: list[Difference]
 ) -> dict[str, Any]:
     name, state = wanted["name"], answer["state"]
-    for field, stored in (("max_bytes", state["bytes"]), ("max_msgs", state["messages"])):
-        if 0 < wanted[field] < stored:
+    for field in ("max_bytes", "max_msgs"):
+        if stored := _holds_more(field, wanted[field], state):
             raise StreamMismatch(
                 f"stream {name!r} holds {stored} already, more than {Difference(field, stored, wanted[field])}: the "
                 "server might delete events; nothing was changed"

@@ -1,0 +1,215 @@
+"""Trying settings on the running servers before the service does; nothing is changed by it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from kernel.app import App
+from kernel.log import LogError
+from kernel.log.api import call_api, version_text
+from kernel.log.dialing import dial
+from kernel.log.jetstream import check_keeps_everything, partitions_of
+from kernel.log.opening import ATOMIC, check_server, differences, find_config, wanted_config, what_is_done
+from kernel.log.wire import Wire
+from kernel.server import find_binary
+from kernel.settings import Settings
+from kernel.settings.base import shown
+from kernel.settings.sources import changed
+from projections import SchemaError
+from projections.database import database_url, open_database, reads
+
+Level = Literal["ok", "warning", "error"]
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        told: what was found.
+        remedy: what to do, if there is something.
+    """
+
+    level: Level
+    what: str
+    told: str
+    remedy: str = ""
+
+
+async def examine(app: App, settings: Settings) -> list[Finding]:
+    """Look at each server, the stream, the database and the data directory."""
+    found: list[Finding] = []
+    if settings.embedded:
+        found.append(_embedded(settings))
+    stream_seen = False
+    for url in settings.connection.servers:
+        try:
+            wire = await dial(changed(settings, {"connection.servers": url}), name=f"eskernel check {app.name}")
+        except ConnectionError as error:
+            found.append(Finding("error", f"server {shown(url)}", str(error), "see connection and security"))
+            continue
+        try:
+            found += await _server(wire, url, settings)
+            if not stream_seen and found[-1].level != "error":
+                stream_seen = True
+                found += await _stream(wire, app, settings)
+        finally:
+            await wire.close()
+    found += await asyncio.to_thread(_database, app, settings)
+    found.append(_directory(settings.data / app.name))
+    return found
+
+
+def _embedded(settings: Settings) -> Finding:
+    try:
+        binary = find_binary()
+    except LogError as error:
+        return Finding("error", "embedded server", str(error))
+    if given := sorted(settings.security.model_fields_set):
+        return Finding("error", "embedded server", f"security.{given[0]} is for servers of connection.servers")
+    return Finding("ok", "embedded server", f"{binary} will be started; its stream is looked at then")
+
+
+async def _server(wire: Wire, url: str, settings: Settings) -> list[Finding]:
+    what = f"server {shown(url)}"
+    try:
+        check_server(wire)
+    except LogError as error:
+        return [Finding("error", what, str(error), "use a newer nats-server")]
+    found = [Finding("ok", what, f"nats-server {version_text(wire)}")]
+    version = wire.connected_server_version
+    if (version.major, version.minor) < ATOMIC and settings.jetstream.group_commit == "always":
+        told = f"jetstream.group_commit = 'always' needs nats-server {'.'.join(map(str, ATOMIC))} or newer"
+        found.append(Finding("error", what, told, "use a newer nats-server, or 'auto'"))
+    try:
+        account = await call_api(wire, "INFO", None)
+    except LogError as error:
+        return [*found, Finding("error", f"JetStream of {shown(url)}", str(error), _why(wire))]
+    return [*found, _account(account, url, settings)]
+
+
+def _why(wire: Wire) -> str:
+    return wire.trouble or "enable JetStream on the server and for the account, and allow the user its API"
+
+
+def _account(account: dict[str, Any], url: str, settings: Settings) -> Finding:
+    what, limits = f"JetStream of {shown(url)}", account.get("limits") or {}
+    kind = "memory" if settings.stream.storage == "memory" else "storage"
+    most, used = limits.get(f"max_{kind}", -1), account.get(kind, 0)
+    streams, made = limits.get("max_streams", -1), account.get("streams", 0)
+    told = f"enabled; {made} streams of {_limit(streams)}, {used:,} bytes of {_limit(most)} in {_place(kind)}"
+    if 0 <= most < settings.stream.max_bytes:
+        remedy = "raise the account's limit, or lower stream.max_bytes"
+        return Finding("error", what, f"{told}: less than stream.max_bytes", remedy)
+    if 0 < most <= used * 1.1 or 0 < streams <= made + 1:
+        return Finding("warning", what, told, "the account's limits are nearly reached")
+    return Finding("ok", what, told)
+
+
+def _limit(value: int) -> str:
+    return "any number" if value < 0 else f"{value:,}"
+
+
+def _place(kind: str) -> str:
+    return "memory" if kind == "memory" else "files"
+
+
+async def _stream(wire: Wire, app: App, settings: Settings) -> list[Finding]:
+    stream = settings.stream
+    version = wire.connected_server_version
+    wanted = wanted_config(app.name, stream, (version.major, version.minor))
+    what = f"stream {wanted['name']}"
+    try:
+        answer = await find_config(wire, wanted["name"])
+        if answer is None:
+            if stream.existing in ("validate", "skip"):
+                told = f"there is none, and stream.existing = {stream.existing!r} never makes one"
+                return [Finding("error", what, told, "make it, or use 'create'")]
+            return [Finding("ok", what, "there is none; the service makes it")]
+        config, state = answer["config"], answer["state"]
+        partitions = partitions_of(config)
+        found = [Finding("ok", what, f"{state['messages']:,} commits in {partitions} partitions")]
+    except LogError as error:
+        return [Finding("error", what, str(error), "choose another stream.name, or mend the stream")]
+    if stream.existing in ("create", "validate"):
+        try:
+            check_keeps_everything(config, stream.may_lose_events)
+        except LogError as error:
+            found.append(
+                Finding("error", what, str(error), "mend the stream, or have stream.existing = 'update' do it")
+            )
+    if partitions != stream.partitions and "partitions" in stream.model_fields_set:
+        level: Level = "error" if stream.existing == "validate" else "warning"
+        found.append(Finding(level, what, f"it has {partitions} partitions, not {stream.partitions}", "they stay"))
+    for one in differences(config, wanted):
+        done, fails = what_is_done(one, stream, state)
+        found.append(Finding("error" if fails else "warning", f"{what}, {one.field}", str(one), done))
+    return found
+
+
+def _database(app: App, settings: Settings) -> list[Finding]:
+    text_ = settings.database.url or f"sqlite:///{(settings.data / app.name).absolute() / 'projections.db'}"
+    what = f"database {shown(text_)}"
+    try:
+        url = database_url(text_)
+    except SchemaError as error:
+        return [Finding("error", what, str(error))]
+    if url.get_backend_name() == "sqlite" and not (url.database and Path(url.database).exists()):
+        # opening would make it
+        return [_directory(Path(url.database or ".").parent, what, "a new one is made at start")]
+    engine = open_database(text_, **settings.database.options())
+    try:
+        return [_schema(engine, what), _writable(engine, what)]
+    except (DBAPIError, PoolTimeout) as error:
+        return [Finding("error", what, str(error).splitlines()[0], "see database.url; is the database running?")]
+    finally:
+        engine.dispose()
+
+
+def _schema(engine: Engine, what: str) -> Finding:
+    import migrations  # takes its time to load
+
+    with reads(engine).connect() as connection:
+        found = migrations.current(connection)
+    try:
+        migrations.check(found)
+    except SchemaError as error:
+        return Finding("error", what, str(error))
+    if found is None:
+        return Finding("ok", what, "reachable; the kernel's tables are made at start")
+    if found != migrations.head():
+        return Finding("ok", what, f"reachable; tables of revision {found}, brought to {migrations.head()} at start")
+    return Finding("ok", what, f"reachable; tables of revision {found}, the newest")
+
+
+def _writable(engine: Engine, what: str) -> Finding:
+    with engine.connect() as connection:
+        try:
+            connection.execute(text("CREATE TABLE eskernel_check (one INTEGER)"))
+        except DBAPIError as error:
+            remedy = "the service makes tables: its user needs to be allowed to"
+            return Finding("error", what, f"not writable: {str(error.orig).splitlines()[0]}", remedy)
+        finally:
+            connection.rollback()
+    return Finding("ok", what, "writable")
+
+
+def _directory(path: Path, what: str = "", told: str = "writable") -> Finding:
+    """Find out whether files could be made there, by making one that has no name, in what exists of it."""
+    what = what or f"data directory {path.absolute()}"
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return Finding("error", what, f"{there}: {error.strerror or os.strerror(error.errno or 0)}", "see data")
+    return Finding("ok", what, told)
