@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Le
-from pydantic import ByteSize, Field, model_validator
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from kernel.settings.base import MIB, Count, Seconds, Secret, Section
+
+
+def _absolute(url: str) -> str:
+    """Other commands are given it too, and run in other folders."""
+    path = url.removeprefix("sqlite:///")
+    relative = path != url and path and not path.startswith(("/", ":memory:", "file:"))
+    return f"sqlite:///{Path(path).absolute()}" if relative else url
 
 
 class Database(Section):
     """The projection database."""
 
-    url: str | None = None
+    url: Annotated[str, AfterValidator(_absolute)] | None = None
     """`postgresql://user@host/name` or `sqlite:///file`; SQLite in the data directory unless set."""
     pool_size: Annotated[int, Ge(2)] = 5
     """Connections kept open by a worker: one writes, one reads, the others are for jobs."""
