@@ -126,12 +126,16 @@ class Watch:
         began, probing = self._under_way.get(name, (0.0, None))
         if probing is None or probing.done():
             began, probing = time.perf_counter(), asyncio.ensure_future(look())
+            # what it comes to is perhaps looked at only when it is done, or never
+            probing.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._under_way[name] = began, probing
         # one that hangs goes on: whatever it waits for would only be asked once more
         await asyncio.wait({probing}, timeout=PROBE_S)
         took = time.perf_counter() - began
         if not probing.done():
             self._health.set(name, False, f"no answer for {took:.0f} s", took)
+            return
+        if probing.cancelled():
             return
         try:
             self._health.set(name, True, probing.result(), took)

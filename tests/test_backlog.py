@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -65,7 +65,7 @@ def test_two_changes_are_never_nearer_than_the_least_duration(measured: list[tup
     for level in (Level.WARN, Level.CRITICAL):
         reached = [one >= level for one in found]
         changes = [number * step for number in range(1, len(found)) if reached[number] != reached[number - 1]]
-        assert all(later - earlier >= AT.min_duration for earlier, later in itertools.pairwise(changes))
+        assert all(later - earlier >= AT.min_duration for earlier, later in pairwise(changes))
 
 
 @given(measurements, steps)
@@ -76,7 +76,7 @@ def test_a_change_has_its_reason_in_every_measurement_of_the_least_duration(
     for number in range(1, len(found)):
         if found[number] == found[number - 1]:
             continue
-        since = max((n for n in range(number) if (number - n) * step >= AT.min_duration), default=0)
+        since = max((n for n in range(number) if number * step - n * step >= AT.min_duration), default=0)
         window = [(count, age if count else 0) for count, age in measured[since : number + 1]]
         rising = found[number] > found[number - 1]
         level = found[number] if rising else found[number - 1]

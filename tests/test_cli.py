@@ -145,6 +145,28 @@ def test_status_tells_health_and_position(shell: Shell) -> None:
     assert "partitions 0-63" in told
 
 
+def test_backlog_tells_of_every_projection_and_of_publishing(shell: Shell) -> None:
+    report = json.loads(shell("backlog", "--json"))
+    assert report["level"] == "ok"
+    (one,) = report["projections"]
+    assert (one["projection"], one["level"], one["behind"]) == ("Balances", "ok", 0)
+    assert [each["level"] for each in report["publishing"]] == ["low"]
+    told = shell("backlog")
+    assert "Balances" in told
+    assert "pressure low" in told
+
+
+def test_jobs_are_shown_with_their_last_and_next_runs(shell: Shell) -> None:
+    (worker,) = json.loads(shell("jobs", "--json"))
+    jobs = {job["name"]: job for job in worker["jobs"]}
+    assert {"passivate", "detect_backlog", "measure_pressure", "probe", "renew_leases"} <= set(jobs)
+    renewing = jobs["renew_leases"]
+    assert renewing["interval"] == 1.0
+    assert renewing["next_run"] > renewing["last"] > "20"
+    assert renewing["error"] == ""
+    assert "renew_leases" in shell("jobs")
+
+
 def test_a_second_service_on_the_same_data_is_refused(shell: Shell) -> None:
     assert "--data" in shell("run", "examples.bank:app", code=3)
 
@@ -154,7 +176,7 @@ def test_without_a_service_commands_say_how_to_start_one(tmp_path: Path) -> None
 
 
 def test_every_command_teaches_its_use(shell: Shell) -> None:
-    for command in ("run", "check", "send", "query", "show", "rebuild", "status"):
+    for command in ("run", "check", "send", "query", "show", "rebuild", "status", "backlog", "jobs"):
         assert "Exit codes" in shell(command, "--help")
         assert command in shell("--help")
 

@@ -8,10 +8,15 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from aggregates.cell import Cell
 from kernel import Client, Service
 from kernel.actors import Actors
 from kernel.commands import CommandGateway
 from kernel.log import MemoryLog
+from kernel.mailbox import Loaded
+from kernel.memory import size_of
 from kernel.residents import Residents
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
@@ -19,13 +24,13 @@ from tests.conftest import settings_for
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 
 
-def residents(limit: int, idle: float) -> Residents:
+def residents(limit: int, idle: float, budget: int = 0) -> Residents:
     log = MemoryLog("books")
     gateway = CommandGateway(
         notebooks("books"), log, log.subjects, lambda *_message: None, 100, lambda _partition: True
     )
     gateway.actors = Actors(gateway)
-    gateway.residents = Residents(gateway.actors, limit, idle)
+    gateway.residents = Residents(gateway.actors, limit, idle, budget)
     return gateway.residents
 
 
@@ -73,6 +78,102 @@ async def test_actors_are_used_again_so_that_memory_does_not_grow() -> None:
     assert len(live) == 0
 
 
+def fill(of: Residents, *found: Any, kilobytes: int = 1) -> None:
+    """Load states of a size."""
+    declared = notebooks("books").types["Notebook"]
+    messages = []
+    for resident in found:
+        cell = Cell(declared, resident.address.id)
+        cell.state.much = [f"{resident.address.id} {number}".ljust(1000) for number in range(kilobytes)]  # type: ignore[attr-defined]
+        messages.append((resident.actor, Loaded(cell)))
+    of._actors.send(messages)
+
+
+def measure_all(of: Residents) -> None:
+    while of._changed:
+        of.measure()
+
+
+async def test_what_live_aggregates_take_is_measured_and_the_others_are_taken_to_be_like_them() -> None:
+    live = residents(limit=10_000, idle=1000)
+    found = wake(live, *range(100))
+    fill(live, *found, kilobytes=20)
+    measure_all(live)
+    measured = live.memory
+    assert 100 * 20_000 < measured < 100 * 30_000
+    wake(live, *range(100, 200))
+    assert live.memory == pytest.approx(2 * measured, rel=0.01)
+    measure_all(live)
+    assert live.memory == pytest.approx(measured, rel=0.2)
+
+
+async def test_a_state_that_has_grown_is_measured_again_when_it_was_used() -> None:
+    live = residents(limit=10_000, idle=1000)
+    (one,) = wake(live, 1)
+    fill(live, one, kilobytes=1)
+    measure_all(live)
+    before = live.memory
+    wake(live, 1)
+    fill(live, one, kilobytes=30)
+    measure_all(live)
+    assert live.memory > before + 29_000
+    wake(live, *range(2, 50))
+    assert live.sweep() == 0
+
+
+async def test_over_the_memory_budget_the_least_recently_used_go_until_it_is_kept() -> None:
+    live = residents(limit=10_000, idle=1000, budget=10 * 21_500)
+    found = wake(live, *range(30))
+    fill(live, *found, kilobytes=20)
+    measure_all(live)
+    wake(live, 0)
+    while live.sweep():
+        pass
+    assert live.memory <= live.budget
+    left = [resident.address.id for resident in live.all()]
+    assert 8 <= len(left) <= 10
+    assert left == [f"n{number}" for number in range(31 - len(left), 30)] + ["n0"]
+
+
+async def test_a_budget_is_no_reason_to_let_go_of_what_is_busy_and_those_behind_it_go_instead() -> None:
+    live = residents(limit=10_000, idle=1000, budget=1)
+    found = wake(live, *range(300))
+    fill(live, *found)
+    measure_all(live)
+    for one in found[:200]:
+        one.busy = 1
+    while live.sweep():
+        pass
+    assert {one.address.id for one in live.all()} == {one.address.id for one in found[:200]}
+
+
+async def test_what_has_gone_is_counted_no_more() -> None:
+    live = residents(limit=0, idle=1000)
+    for round_ in range(5):
+        fill(live, *wake(live, *range(round_ * 100, round_ * 100 + 100)))
+        live.measure()
+        while live.sweep():
+            pass
+        assert live.memory == 0
+        assert not live._changed
+
+
+def test_the_size_of_objects_is_bounded_work_and_about_right() -> None:
+    class Thing:
+        def __init__(self, text: str) -> None:
+            self.text = text
+            self.same = Thing
+
+    shared = "shared".ljust(10_000)
+    assert 10_000 < size_of([[shared] * 10]) < 11_000
+    assert 1_000 < size_of([Thing("x".ljust(1_000))]) < 1_300
+    many = [Thing(f"{number}".ljust(1_000)) for number in range(20_000)]
+    assert 20_000 * 1_000 < size_of([many]) < 20_000 * 1_400
+    nested: dict[int, Any] = {n: {m: [float(m)] * 2 for m in range(1000, 1100)} for n in range(1000, 1100)}
+    exact = size_of([nested], most=10**9)
+    assert size_of([nested]) == pytest.approx(exact, rel=0.5)
+
+
 async def test_with_hardly_any_room_every_number_is_right(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path
 ) -> None:
@@ -108,4 +209,75 @@ async def test_an_idle_service_passivates_everything(
         assert again.version == 2
         rows = await client.query("select notes from pages where notebook = 'n7'", after=again)
         assert rows == [{"notes": 2}]
+    await service.stop()
+
+
+async def test_a_memory_budget_too_small_for_anything_keeps_every_number_right(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, passivation__memory=1))
+    await service.start()
+    async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
+        receipts: list[Any] = []
+
+        async def lane(start: int) -> None:
+            for number in range(start, 600, 20):
+                receipts.append(await client.execute(Notebook, f"n{number % 60}", Note("word", number)))
+                await service._passivate()
+
+        await asyncio.gather(*(lane(start) for start in range(20)))
+        pages = await client.query("select * from pages", after=receipts)
+        assert {page["notes"] for page in pages} == {10}
+        assert sum(page["total"] for page in pages) == sum(range(600))
+        status = service.status()
+        assert status["memory"]["limit"] == 1
+    await service.stop()
+
+
+async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_or_written(
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+) -> None:
+    service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, max_actors=1, idle=0.001))
+    await service.start()
+    assert service._log is not None
+    assert service._projector is not None
+    gate, written = asyncio.Event(), asyncio.Event()
+    read, write = service._log.read_subject, service._projector._write
+
+    async def slow_read(subject: str, after: int = 0) -> Any:
+        await gate.wait()
+        return await read(subject, after)
+
+    async def slow_write(batch: Any) -> None:
+        await written.wait()
+        await write(batch)
+
+    monkeypatch.setattr(service._log, "read_subject", slow_read)
+    monkeypatch.setattr(service._projector, "_write", slow_write)
+    async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
+        # one loads, those behind it are stashed
+        sending = [asyncio.ensure_future(client.execute(Notebook, "busy", Note("a", n))) for n in range(5)]
+        poisoned = asyncio.ensure_future(client.execute(Notebook, "bad", Note("poison row")))
+
+        def live() -> set[str]:
+            return {one.address.id for one in service.residents.all()}
+
+        await wait_until(lambda: live() == {"busy", "bad"})
+        for _ in range(3):
+            await service._passivate()
+        assert live() == {"busy", "bad"}
+        gate.set()
+        receipts = [*await asyncio.gather(*sending), await poisoned]
+        # folded, one of them parked, and not yet written
+        await wait_until(lambda: service._projector._pending is not None)
+        for _ in range(3):
+            await service._passivate()
+        assert "busy" in live()
+        written.set()
+        await client.query("select 1", after=receipts)
+        assert await client.query("select notebook, notes from pages") == [{"notebook": "busy", "notes": 5}]
+        await wait_until(lambda: not live())
+        again = await client.execute(Notebook, "busy", Note("a"))
+        assert again.version == 6
+        assert await client.query("select notes from pages", after=again) == [{"notes": 6}]
     await service.stop()

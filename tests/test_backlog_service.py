@@ -1,0 +1,205 @@
+"""A service tells how far it is behind when its database is slow or locked, and that it is not when nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from kernel import Alert, Client, Service
+from kernel.cli.backlog import summary
+from projections.database import open_database
+from tests.apps import Note, Notebook
+from tests.conftest import settings_for
+from tests.failing import Wait, metric, warned
+from tests.test_health import get, listening
+
+QUICK: dict[str, Any] = {
+    "backlog__interval": 0.05,
+    "backlog__min_duration": 0.1,
+    "backlog__count_warn": 20,
+    "backlog__count_critical": 200,
+    "backlog__age_warn": 1000,
+    "backlog__age_critical": 2000,
+}
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Hold a lock that every batch needs."""
+    engine = open_database(url)
+    with engine.connect() as connection, connection.begin() as transaction:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("LOCK TABLE words__1 IN ACCESS EXCLUSIVE MODE"))
+        # SQLite: the transaction of a writer is the lock
+        yield
+        transaction.rollback()
+    engine.dispose()
+
+
+async def note(client: Client, count: int) -> list[Any]:
+    """Send commands, each to an aggregate of its own: each is a commit of its own."""
+    return await asyncio.gather(*(client.execute(Notebook, f"n{n}", Note("a", n)) for n in range(count)))
+
+
+def levels(heard: list[Alert], kind: str = "backlog") -> set[tuple[str, str]]:
+    return {(one.projection, one.after) for one in heard if one.kind == kind}
+
+
+async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    heard: list[Alert] = []
+    hangs = threading.Event()
+    app = listening(app_name, lambda _alert: hangs.wait(), heard.append)
+    thresholds = QUICK | {"backlog__count_warn": 2, "backlog__count_critical": 10, "partitions": 8}
+    service = Service(app, settings_for(tmp_path, nats=nats_url, database=database_url, **thresholds))
+    await service.start()
+    assert service._watch is not None
+    async with await Client.connect(app, nats=nats_url, database=database_url) as client:
+        await client.query("select 1", after=await note(client, 20))
+        with locked(database_url):
+            receipts = await note(client, 300)
+            await wait_until(
+                lambda: {("Pages", "critical"), ("Words", "critical"), ("Lines", "critical")} <= levels(heard)
+            )
+            backlog = service.status()["backlog"]
+            assert backlog["level"] == "critical"
+            assert [one["behind"] for one in backlog["projections"]] == [300] * 3
+            assert all(one["age"] > 0 for one in backlog["projections"])
+            partitions = backlog["projections"][0]["partitions"]
+            assert sum(one["behind"] for one in partitions) == pytest.approx(300, rel=0.02)
+            assert metric("eskernel_projection_lag_commits") == 300
+            await service._watch.probe()
+            status, report = await get(f"{service.http.url}/readyz")
+            assert status == 503
+            assert not report["projecting"]
+            assert report["publishing"]
+            assert "commits" in report["components"]["projection"]["detail"]
+            assert warned(caplog, "backlog of Pages", "critical")
+        await client.query("select 1", after=receipts, timeout=30)
+        await wait_until(lambda: service.status()["backlog"]["level"] == "ok")
+        assert [one["behind"] for one in service.status()["backlog"]["projections"]] == [0] * 3
+        await service._watch.probe()
+        assert (await get(f"{service.http.url}/readyz"))[0] == 200
+        assert {one.kind for one in heard} >= {"backlog", "health"}
+        worst = [one for one in heard if (one.projection, one.after) == ("Pages", "critical")]
+        # one alert for the partitions that crossed together, not one for each
+        assert len(worst) < len({partition for one in worst for partition in one.partitions})
+    hangs.set()
+    await service.stop()
+
+
+async def test_what_comes_while_nothing_can_be_read_is_counted_too(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    service = Service(listening(app_name), settings_for(tmp_path, nats=nats_url, database=database_url, **QUICK))
+    await service.start()
+    async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
+        await client.query("select 1", after=await note(client, 50))
+        with locked(database_url):
+            # one batch is being written and one is folded: the third is never read
+            for total in (100, 200, 300):
+                receipts = await note(client, 100)
+                await wait_until(lambda: service.status()["projection"]["behind"] == total)  # noqa: B023
+        await client.query("select 1", after=receipts, timeout=30)
+        await wait_until(lambda: service.status()["projection"]["behind"] == 0)
+    await service.stop()
+
+
+async def test_a_service_with_nothing_to_do_is_not_behind_however_old_its_log_is(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    heard: list[Alert] = []
+    quick = QUICK | {"backlog__age_warn": 0.2, "backlog__age_critical": 0.4}
+    service = Service(listening(app_name, heard.append), settings_for(tmp_path, nats=nats_url, **quick))
+    await service.start()
+    async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
+        await client.query("select 1", after=await note(client, 50))
+        looks = service.scheduler.jobs["detect_backlog"]
+        before = looks.runs
+        await wait_until(lambda: looks.runs > before + 30)
+        report = service.status()["backlog"]
+        assert report["level"] == "ok"
+        assert [(one["behind"], one["age"], one["drain"]) for one in report["projections"]] == [(0, 0.0, 0.0)] * 3
+        assert service.health.ready
+    await service.stop()
+    assert levels(heard) <= {(name, level) for name, level in levels(heard) if level == "ok"}
+
+
+async def test_looking_costs_the_server_nothing(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(
+        listening(app_name), settings_for(tmp_path, nats=nats_url, connection__health_check_interval=600, **QUICK)
+    )
+    await service.start()
+    asked: list[str] = []
+    assert service._wire is not None
+    real = service._wire.request
+
+    async def counted(subject: str, *arguments: Any, **options: Any) -> Any:
+        asked.append(subject)
+        return await real(subject, *arguments, **options)
+
+    monkeypatch.setattr(service._wire, "request", counted)
+    looks = service.scheduler.jobs["detect_backlog"]
+    before = looks.runs
+    await wait_until(lambda: looks.runs > before + 20)
+    assert [subject for subject in asked if f"STREAM.INFO.{app_name}" in subject or "CONSUMER.INFO" in subject] == []
+    await service.stop()
+
+
+async def test_each_worker_tells_of_its_own_partitions_and_the_command_line_of_all(
+    nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    services = [
+        Service(
+            listening(app_name),
+            settings_for(tmp_path / str(n), nats=nats_url, database=fresh_postgres, lease=1.0, **QUICK),
+        )
+        for n in range(2)
+    ]
+    for one in services:
+        await one.start()
+    await wait_until(lambda: [len(one.partitions) for one in services] == [32, 32])
+    async with await Client.connect(services[0].app, nats=nats_url, database=fresh_postgres) as client:
+        await client.query("select 1", after=await note(client, 400))
+        with locked(fresh_postgres):
+            receipts = await note(client, 400)
+            # what is unread is an estimate where several share the log; what was read is exact
+            await wait_until(lambda: all(one.status()["projection"]["behind"] > 50 for one in services))
+            states = [one.status() for one in services]
+            for one, state in zip(services, states, strict=True):
+                told = {each["partition"] for each in state["backlog"]["projections"][0]["partitions"]}
+                assert told <= set(one.partitions)
+            found = summary({"app": app_name, "workers": states, "silent": [], "unowned": []})
+            assert found["projections"][0]["behind"] == pytest.approx(400, rel=0.5)
+            assert {one["worker"] for one in found["projections"][0]["partitions"]} == {one.worker for one in services}
+        await client.query("select 1", after=receipts, timeout=30)
+        await wait_until(lambda: [one.status()["projection"]["behind"] for one in services] == [0, 0])
+    for one in services:
+        await one.stop()
+
+
+async def test_pressure_on_publishing_is_told(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Alert] = []
+    service = Service(listening(app_name, heard.append), settings_for(tmp_path, nats=nats_url, **QUICK))
+    await service.start()
+    assert service._log is not None
+    service._log.appender.refusal = "the log is full or busy"
+    await wait_until(lambda: [one for one in heard if one.kind == "pressure" and one.after == "critical"])
+    assert service.status()["pressure"]["level"] == "critical"
+    service._log.appender.refusal = ""
+    await wait_until(lambda: service.status()["pressure"]["level"] == "low")
+    await wait_until(lambda: [one for one in heard if one.kind == "pressure" and one.after == "low"])
+    await service.stop()
