@@ -16,8 +16,8 @@ from kernel.subjects import Address
 
 CHUNK = 50
 """Aggregates looked at, and passivated, between looks at the clock."""
-SWEEP_S, MEASURE_S = 0.004, 0.002
-"""A sweep gives way to the event loop after so long, and so much of it is spent on measuring."""
+SWEEP_S, MEASURE_S = 0.003, 0.002
+"""Passivating, and measuring, give way to the event loop after so long."""
 
 
 class Resident:

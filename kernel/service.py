@@ -288,6 +288,7 @@ class Service:
 
     async def _passivate(self) -> None:
         self.residents.measure()
+        await asyncio.sleep(0)
         while self.residents.sweep():  # noqa: ASYNC110 - gives way between slices
             await asyncio.sleep(0)
 
