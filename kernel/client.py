@@ -25,6 +25,7 @@ from kernel.messages import CommandError, Overloaded, Receipt, decode_answer
 from kernel.runtime import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed
+from kernel.tracing import sender_context
 from projections.checkpoints import reached
 from projections.database import open_database
 
@@ -44,8 +45,9 @@ class Client:
     Any number of commands may be under way at once: each `execute` is independent of the others.
     """
 
-    def __init__(self, app: App, wire: Wire, log: JetStreamLog, engine: Engine | None) -> None:
+    def __init__(self, app: App, wire: Wire, log: JetStreamLog, engine: Engine | None, *, tracing: bool = True) -> None:
         self.app, self.log = app, log
+        self._context = sender_context(tracing)
         self._wire, self._engine = wire, engine
         self._waiting: dict[bytes, asyncio.Future[Receipt]] = {}
         self._token = 0
@@ -95,7 +97,7 @@ class Client:
             await wire.close()
             raise
         engine = open_database(database, read_only=True, **settings.database.options()) if database else None
-        client = cls(app, wire, log, engine)
+        client = cls(app, wire, log, engine, tracing=settings.tracing.enabled)
         await wire.listen(f"{client._inbox.decode()}.*", client._answered)
         return client
 
@@ -128,6 +130,7 @@ class Client:
         command_id: str | None = None,
         correlation_id: str | None = None,
         causation_id: str | None = None,
+        traceparent: str | None = None,
         timeout: float = 15.0,
     ) -> Receipt:
         """Send a command and wait until it has taken effect.
@@ -136,6 +139,8 @@ class Client:
 
         Args:
             command_id: give one to repeat a command across clients or restarts; a new UUIDv7 otherwise.
+            traceparent: W3C trace context that the command belongs to; the OpenTelemetry span that the caller is in,
+                if there is one, otherwise.
             timeout: seconds.
 
         Raises:
@@ -156,6 +161,7 @@ class Client:
                 "command_id": command_id or uuid7(),
                 "correlation_id": correlation_id,
                 "causation_id": causation_id,
+                "traceparent": traceparent or self._context(),
             },
             timeout,
         )

@@ -36,6 +36,7 @@ from kernel.metrics import (
 )
 from kernel.residents import Resident, Residents
 from kernel.subjects import Address, Subjects
+from kernel.tracing import NO_TRACING, Tracing
 
 logger = logging.getLogger("eskernel")
 RETRY_AFTER_S = 0.2
@@ -70,7 +71,9 @@ class CommandGateway:
         holds: Callable[[int], bool],
         per_aggregate: int = sys.maxsize,
         governor: Governor | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
+        self._tracing = tracing
         self._app, self._log, self._subjects, self._publish, self._limit = app, log, subjects, publish, limit
         self.holds = holds
         self._per_aggregate = per_aggregate
@@ -170,7 +173,10 @@ class CommandGateway:
             return
         if not wire.command_id:
             wire.command_id = uuid7()
-        by_address.setdefault(address, []).append(Request(wire, command, reply, self._arrived))
+        request = Request(wire, command, reply, self._arrived)
+        if wire.traceparent is not None:
+            request.span = self._tracing.command(wire, address)
+        by_address.setdefault(address, []).append(request)
         self._pending += 1
         self._pending_in[address.partition] += 1
 
@@ -255,6 +261,7 @@ class CommandGateway:
             self._tell(address, Appended(Unstorable(f"the events can't be stored: {error}")))
             return
         started = self._begun
+        spans = self._tracing.appends(address, decisions)
         future = self._log.append(address.subject, cell.position, payload)
 
         def done(future: asyncio.Future[int]) -> None:
@@ -265,11 +272,16 @@ class CommandGateway:
                     self.slowest_append = max(self.slowest_append, took)
                     self._longest = max(self._longest, took)
                 self.appended += 1
+                for span in spans:
+                    span.end("ok", stream_sequence=future.result())
                 self._tell(address, Appended(future.result()))
                 return
             if isinstance(error, Unavailable):
                 self.unappended += 1
-            APPENDS.labels(outcome="conflict" if isinstance(error, Conflict) else "failed").inc()
+            outcome = "conflict" if isinstance(error, Conflict) else "failed"
+            APPENDS.labels(outcome=outcome).inc()
+            for span in spans:
+                span.end(outcome, str(error))
             self._tell(address, Appended(error if isinstance(error, Exception) else LogError(str(error))))
 
         future.add_done_callback(done)
@@ -286,13 +298,18 @@ class CommandGateway:
         self._moment = ""
 
     def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
-        self._answered(address, request, "duplicate" if duplicate else "ok")
+        outcome = "duplicate" if duplicate else "ok"
+        self._answered(address, request, outcome)
+        if request.span is not None:
+            request.span.end(outcome, version=version, stream_sequence=sequence)
         if request.reply:
             receipt = Receipt(version, sequence, address.partition, request.wire.command_id, duplicate)
             self._publish(request.reply, encode_receipt(receipt), b"")
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
         self._answered(address, request, type)
+        if request.span is not None:
+            request.span.end(type, message)
         if type in ("failed", "conflict"):
             self._say_failed(address, request, type, message)
         if request.reply:

@@ -9,6 +9,7 @@ from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope
 from kernel.messages import CommandRequest, ErrorType
 from kernel.subjects import Address
+from kernel.tracing import Span
 from projections.errors import HandlerFailed
 from projections.fold import Folded, Plan
 
@@ -19,9 +20,10 @@ class Request:
     Attributes:
         arrived: when, by the performance counter.
         error: what the app's own code raised at it.
+        span: of a sender that traces it.
     """
 
-    __slots__ = ("arrived", "attempts", "command", "error", "reply", "searched", "wire")
+    __slots__ = ("arrived", "attempts", "command", "error", "reply", "searched", "span", "wire")
 
     def __init__(self, wire: CommandRequest, command: Any, reply: bytes, arrived: float = 0.0) -> None:
         self.arrived = arrived
@@ -31,6 +33,7 @@ class Request:
         self.attempts = 0
         self.searched = False
         self.error: Exception | None = None
+        self.span: Span | None = None
 
 
 class Gateway(Protocol):

@@ -34,11 +34,13 @@ from kernel.metrics import (
     ROWS,
 )
 from kernel.pace import IDLE_S, Pace, read_batch, unpaced
+from kernel.parking import say_parked
 from kernel.progress import Hand, Progress
 from kernel.residents import Resident, Residents
 from kernel.settings import Settings
-from kernel.sorting import Group, Sorter, batch_of, fields_of, traced
+from kernel.sorting import Group, Sorter, batch_of
 from kernel.subjects import Address, Subjects
+from kernel.tracing import NO_TRACING, Tracing
 from kernel.writing import AWAY, Writing
 from projections.checkpoints import Claim, Move, Position, claim
 from projections.database import is_infrastructure, reads
@@ -89,12 +91,13 @@ class Projector:
         verify: Callable[[], Coroutine[Any, Any, None]],
         settings: Settings | None = None,
         pace: Pace | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         settings = settings or Settings()
         self._pace = pace or unpaced()
         self._app, self._log, self._subjects, self._engine = app, log, subjects, engine
         self._actors, self._residents, self._verify = actors, residents, verify
-        self._holds = holds
+        self._holds, self._tracing = holds, tracing
         letters = settings.dead_letters
         self._retry_after = letters.retry_after if letters.retries else 0.0
         self._max = settings.batch
@@ -241,7 +244,7 @@ class Projector:
 
     async def _project(self, batch: Batch) -> None:
         """Fold one batch and hand it to the database, behind the one being written."""
-        began = time.perf_counter()
+        arrived = time.perf_counter()
         LOG_EVENTS.inc(len(batch.commits))
         groups = await self._sorter.sort(batch.commits)
         self._pace.spend(sum(len(group.commits) for group in groups))
@@ -252,12 +255,13 @@ class Projector:
             self._read_to = batch.commits[-1].sequence
             self.progress.written(hand)
             return
+        began = time.time_ns()
         residents = self._residents.wake([group.address for group in groups])
         for resident in residents:
             resident.busy += 1  # from here until it is written
         try:
             folded, write = await self._fold_or_park(groups, residents, moves)
-            FOLD_SECONDS.observe(time.perf_counter() - began)
+            FOLD_SECONDS.observe(time.perf_counter() - arrived)
             for index, count in folded.written().items():
                 ROWS.labels(projection=self._name(index)).inc(count)
             write.letters += self._garbage
@@ -269,7 +273,8 @@ class Projector:
             raise
         self._position.advance(moves, self._writer.generations)
         self._read_to = batch.commits[-1].sequence
-        task = asyncio.ensure_future(self.writing.write(self._writer, write))
+        writing = self.writing.write(self._writer, write)
+        task = asyncio.ensure_future(self._tracing.projecting(writing, groups, began))
         self._pending = _Pending(task, residents, groups, folded.count, self._read_to, hand)
 
     async def _fold_or_park(
@@ -389,9 +394,7 @@ class Projector:
         return self._app.projections[index].name if index >= 0 else "every projection"
 
     def _say_parked(self, failure: HandlerFailed, groups: list[Group]) -> None:
-        name = self._name(failure.projection)
-        fields = fields_of(failure, name, batch_of(groups))
-        logger.error("parked for %s: %s", name, failure, exc_info=traced(failure), extra=fields)
+        say_parked("for", failure, self._app.projections, batch_of(groups))
         PARKINGS.labels(reason=failure.kind).inc()
         ERRORS.labels(kind="handler").inc()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.log.base import EventLog, LogReader, Stored
 from kernel.pace import Pace, unpaced
-from kernel.sorting import fields_of, traced
+from kernel.parking import say_parked
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -36,7 +35,6 @@ from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.fold import Letter, Plan
 from projections.unit_of_work import Write, Writer
 
-logger = logging.getLogger("eskernel")
 T = TypeVar("T")
 Commits = list[tuple[int, list[Envelope]]]
 Groups = dict[tuple[str, str], Commits]
@@ -123,7 +121,7 @@ class Rebuild:
                     raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
                 except HandlerFailed as failure:
                     # noticed too late to fold the window again: begin anew, with the aggregate parked
-                    self._say_parked(failure, self._written)
+                    say_parked("while building", failure, self._projections, self._written.items())
                     self._plan.park(self._writer.blame(failure, list(self._written.items())))
                 else:
                     break
@@ -137,14 +135,6 @@ class Rebuild:
 
     def _parked(self, index: int) -> int:
         return sum(index in waiting for waiting in self._plan.parked.values())
-
-    def _say_parked(self, failure: HandlerFailed, groups: Groups) -> None:
-        index = failure.projection
-        name = self._projections[index].name if index >= 0 else "every projection"
-        logger.error(
-            "parked while building %s: %s", name, failure,
-            exc_info=traced(failure), extra=fields_of(failure, name, groups.items()),
-        )  # fmt: skip
 
     async def _attempt(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()
@@ -254,7 +244,7 @@ class Rebuild:
     async def _fold_again(self, failure: HandlerFailed, groups: Groups, to: int) -> Write:
         """Park what failed, and fold the window again from stored rows."""
         while True:
-            self._say_parked(failure, groups)
+            say_parked("while building", failure, self._projections, groups.items())
             self._plan.park(self._writer.blame(failure, list(groups.items())))
             self._build.forget()
             await self._in(partial(self._build.load, self._build.missing(list(groups))))

@@ -48,6 +48,7 @@ from kernel.scheduler import Scheduler
 from kernel.server import SYNCED, EmbeddedServer, embedded_commits
 from kernel.settings import Settings
 from kernel.signals import Gatherer
+from kernel.tracing import open_tracing
 from kernel.watch import PROBE_S, Watch
 from projections.checkpoints import knows, register
 from projections.database import open_database
@@ -227,6 +228,7 @@ class Service:
         settings = self.settings
         assert self._wire is not None
         assert self._governor is not None
+        tracing = open_tracing(self.app, settings.tracing.enabled)
         self._gateway = gateway = CommandGateway(
             self.app,
             log,
@@ -236,6 +238,7 @@ class Service:
             leases.holds,
             settings.commands.pending_per_aggregate,
             self._governor,
+            tracing,
         )
         self._actors = gateway.actors = Actors(gateway)
         gateway.residents = self.residents = Residents(
@@ -252,6 +255,7 @@ class Service:
             self._verify,
             settings,
             self._governor.live,
+            tracing,
         )
         self._lookout = Lookout(
             settings,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
 from kernel.log.base import Stored
-from kernel.logs import about
 from kernel.subjects import Address, Subjects
 from projections.checkpoints import Position
-from projections.errors import HandlerFailed
 
 Commits = list[tuple[int, list[Envelope]]]
 Garbage = Callable[[int, str, int, bytes, str], None]
@@ -102,26 +100,3 @@ class Sorter:
 def batch_of(groups: list[Group]) -> list[tuple[tuple[str, str], Commits]]:
     """Return the commits of a batch with the type and id of their aggregate."""
     return [((group.address.aggregate, group.address.id), group.commits) for group in groups]
-
-
-def fields_of(
-    failure: HandlerFailed, projection: str, batch: Iterable[tuple[tuple[str, str], Commits]]
-) -> dict[str, object]:
-    """Return the fields of a log line about an event that could not be folded, and the command that led to it."""
-    commits = [commit for key, own in batch if key == failure.aggregate for commit in own]
-    event = next((one for _, events in commits for one in events if one.sequence == failure.sequence), None)
-    return about(
-        *failure.aggregate,
-        projection=projection,
-        reason=failure.kind,
-        sequence=failure.sequence or None,
-        command_id=event and event.commandid,
-        correlation_id=event and event.correlation_id,
-        causation_id=event and event.causation_id,
-        traceparent=event and event.traceparent,
-    )
-
-
-def traced(failure: HandlerFailed) -> BaseException | None:
-    """Return the exception whose traceback helps: that of the app's own code."""
-    return failure.__cause__ if failure.kind == "handler" else None

@@ -1,0 +1,166 @@
+"""Spans by OpenTelemetry; needs the extra `eskernel[otel]`, and a tracer provider that the app has set."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from aggregates.commit import Decision
+from kernel.app import App
+from kernel.messages import CommandRequest
+from kernel.sorting import Group
+from kernel.subjects import Address
+
+TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+"""W3C Trace Context, version 00."""
+AS_MEANT = {"ok", "duplicate", "rejected"}
+"""Outcomes that are no errors: to refuse is what an aggregate is for."""
+SLICE = 200
+"""Spans made before the event loop gets a turn."""
+
+
+def has_provider() -> bool:
+    """Say whether anybody would take spans."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider | trace.NoOpTracerProvider)
+
+
+def current() -> str | None:
+    """Return the traceparent of the span that the caller is in."""
+    context = trace.get_current_span().get_span_context()
+    return _written(context) if context.is_valid else None
+
+
+def _written(context: SpanContext) -> str:
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def _sampled(traceparent: str | None) -> Context | None:
+    """Return a traceparent as a parent for spans, if it is one and is sampled."""
+    found = TRACEPARENT.fullmatch(traceparent) if traceparent is not None else None
+    if found is None:
+        return None
+    flags = TraceFlags(int(found[3], 16))
+    if not flags.sampled:
+        return None
+    parent = SpanContext(int(found[1], 16), int(found[2], 16), is_remote=True, trace_flags=flags)
+    # not what happens to be current here: the requests of many senders are handled together
+    return trace.set_span_in_context(NonRecordingSpan(parent), Context())
+
+
+class _Span:
+    """A span that ends with an outcome."""
+
+    __slots__ = ("_span",)
+
+    def __init__(self, span: trace.Span) -> None:
+        self._span = span
+
+    def end(self, outcome: str, problem: str = "", at: int | None = None, **numbers: int) -> None:
+        self._span.set_attribute("eskernel.outcome", outcome)
+        for name, value in numbers.items():
+            self._span.set_attribute(f"eskernel.{name}", value)
+        if outcome not in AS_MEANT:
+            self._span.set_attribute("error.type", outcome)
+            self._span.set_status(Status(StatusCode.ERROR, problem))
+        self._span.end(at)
+
+
+class OpenTelemetry:
+    """Implements `kernel.tracing.Tracing`."""
+
+    def __init__(self, app: App) -> None:
+        self._tracer = trace.get_tracer("eskernel")
+        self._app = app.name
+        self._projections = {
+            name: [(index, one.name) for index, one in enumerate(app.projections) if one.aggregate == name]
+            for name in app.types
+        }
+
+    def _about(self, address: Address, **more: str | None) -> dict[str, Any]:
+        return {
+            "messaging.system": "nats",
+            "messaging.operation.type": "process",
+            "eskernel.app": self._app,
+            "eskernel.aggregate": address.aggregate,
+            "eskernel.aggregate_id": address.id,
+            "eskernel.partition": address.partition,
+        } | {f"eskernel.{name}": value for name, value in more.items() if value}
+
+    def command(self, wire: CommandRequest, address: Address) -> _Span | None:
+        parent = _sampled(wire.traceparent)
+        if parent is None:
+            return None
+        attributes = self._about(
+            address,
+            command=wire.command,
+            command_id=wire.command_id,
+            correlation_id=wire.correlation_id,
+            causation_id=wire.causation_id,
+        )
+        attributes["messaging.message.id"] = wire.command_id
+        if wire.correlation_id:
+            attributes["messaging.message.conversation_id"] = wire.correlation_id
+        span = self._tracer.start_span(f"command {wire.aggregate}.{wire.command}", parent, SpanKind.SERVER, attributes)
+        if not span.is_recording():
+            return None  # a sampler of the app's own is against it
+        wire.traceparent = _written(span.get_span_context())
+        return _Span(span)
+
+    def appends(self, address: Address, decisions: Sequence[Decision]) -> Sequence[_Span]:
+        spans = []
+        for decision in decisions:
+            if decision.traceparent is not None and (parent := _sampled(decision.traceparent)) is not None:
+                attributes: Mapping[str, Any] = {
+                    "messaging.system": "nats",
+                    "messaging.operation.type": "send",
+                    "messaging.destination.name": address.subject,
+                    "eskernel.command_id": decision.command_id,
+                    "eskernel.events": len(decision.events),
+                    "eskernel.decisions": len(decisions),
+                }
+                spans.append(_Span(self._tracer.start_span("append", parent, SpanKind.PRODUCER, attributes)))
+        return spans
+
+    async def projecting(self, write: Coroutine[Any, Any, None], groups: Sequence[Group], began: int) -> None:
+        try:
+            await write
+        except Exception as error:
+            # the database's errors hold what was written, behind their first line
+            await self._project(groups, began, type(error).__name__, str(error).split("\n", 1)[0])
+            raise
+        await self._project(groups, began, "ok", "")
+
+    async def _project(self, groups: Sequence[Group], began: int, outcome: str, problem: str) -> None:
+        """Make a span for each traceparent of each commit."""
+        ended = time.time_ns()
+        size = sum(len(group.commits) for group in groups)
+        made = 0
+        for group in groups:
+            for sequence, events in group.commits:
+                last = None
+                for event in events:
+                    if event.traceparent == last:
+                        continue
+                    last = event.traceparent
+                    if (parent := _sampled(last)) is None:
+                        continue
+                    attributes = self._about(group.address, command_id=event.commandid)
+                    attributes["messaging.batch.message_count"] = size
+                    attributes["eskernel.projections"] = self._names(group)
+                    attributes["eskernel.stream_sequence"] = sequence
+                    name = f"project {group.address.aggregate}"
+                    span = self._tracer.start_span(name, parent, SpanKind.CONSUMER, attributes, start_time=began)
+                    _Span(span).end(outcome, problem, ended)
+                    made += 1
+                    if made % SLICE == 0:
+                        await asyncio.sleep(0)
+
+    def _names(self, group: Group) -> list[str]:
+        return [name for index, name in self._projections[group.address.aggregate] if index not in group.skip]

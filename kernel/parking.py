@@ -1,0 +1,43 @@
+"""What the log says of an event that could not be folded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from kernel.logs import about
+from kernel.sorting import Commits
+from projections.declaration import DeclaredProjection
+from projections.errors import HandlerFailed
+
+logger = logging.getLogger("eskernel")
+
+
+def say_parked(
+    when: Literal["for", "while building"],
+    failure: HandlerFailed,
+    projections: Sequence[DeclaredProjection],
+    batch: Iterable[tuple[tuple[str, str], Commits]],
+) -> None:
+    """Write an error line with the ids of the event, and of the command that led to it.
+
+    Args:
+        batch: commits by aggregate type and id, among which the event is found.
+    """
+    name = projections[failure.projection].name if failure.projection >= 0 else "every projection"
+    commits = [commit for key, own in batch if key == failure.aggregate for commit in own]
+    event = next((one for _, events in commits for one in events if one.sequence == failure.sequence), None)
+    fields = about(
+        *failure.aggregate,
+        projection=name,
+        reason=failure.kind,
+        sequence=failure.sequence or None,
+        command_id=event and event.commandid,
+        correlation_id=event and event.correlation_id,
+        causation_id=event and event.causation_id,
+        traceparent=event and event.traceparent,
+    )
+    # of the app's own code the traceback helps; of the database's it is long, and holds what was written
+    cause = failure.__cause__ if failure.kind == "handler" else None
+    logger.error("parked %s %s: %s", when, name, failure, exc_info=cause, extra=fields)
