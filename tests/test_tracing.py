@@ -16,7 +16,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, StatusCode, TraceFlags
 
 from aggregates import Rejected
@@ -190,8 +190,9 @@ async def test_a_batch_that_was_not_written_shows_as_an_error_before_the_one_tha
 
 
 async def test_what_is_not_sampled_makes_no_spans_and_flows_on(
-    nats_url: str, app_name: str, tmp_path: Path, exporter: InMemorySpanExporter
+    nats_url: str, app_name: str, tmp_path: Path, provider: TracerProvider, exporter: InMemorySpanExporter
 ) -> None:
+    provider.sampler = ALWAYS_ON  # it would ask nobody
     outside = NonRecordingSpan(SpanContext(int(TRACE, 16), int(SPAN, 16), False, TraceFlags(0)))
     async with running(app_name, tmp_path, nats_url) as (service, client):
         await client.execute(Notebook, "n1", Note("a"), traceparent=UNSAMPLED)
