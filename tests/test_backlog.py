@@ -44,6 +44,7 @@ def test_what_is_over_before_the_least_duration_is_not_told() -> None:
     assert set(levels([(5000, 100), (5000, 100), (5000, 100), (0, 0)] * 5)) == {Level.OK}
 
 
+@pytest.mark.setting("backlog.hysteresis", on="")
 def test_a_level_is_left_only_below_its_share_of_the_threshold() -> None:
     assert levels([(150, 0)] * 4 + [(60, 0)] * 10)[-1] == Level.WARN
     assert levels([(150, 0)] * 4 + [(49, 0)] * 4)[-1] == Level.OK

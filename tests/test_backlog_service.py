@@ -52,6 +52,7 @@ def levels(heard: list[Alert], kind: str = "backlog") -> set[tuple[str, str]]:
     return {(one.projection, one.after) for one in heard if one.kind == kind}
 
 
+@pytest.mark.setting("backlog.count_warn", "backlog.count_critical")
 async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait,
     caplog: pytest.LogCaptureFixture,

@@ -78,6 +78,9 @@ def refused(limit: str) -> float:
         ("per_key", {"rates__per_key": {"rate": 0.5, "burst": 3}}, "rates.per_key acme: 0.5/s"),
     ],
 )
+@pytest.mark.setting(
+    "rates.commands.rate", "rates.commands.burst", "rates.per_aggregate", "rates.per_key.rate", "rates.per_key.burst"
+)
 async def test_each_limit_refuses_with_a_time_after_which_it_lets_in_and_the_client_waits_for_it(
     nats_url: str, app_name: str, tmp_path: Path, limit: str, section: dict[str, Any], says: str
 ) -> None:
@@ -102,6 +105,7 @@ async def test_each_limit_refuses_with_a_time_after_which_it_lets_in_and_the_cli
         await service.stop()
 
 
+@pytest.mark.setting("commands.pending_per_aggregate")
 async def test_a_hot_aggregate_is_refused_alone(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +284,7 @@ def test_the_command_line_shows_sets_and_resets_limits(tmp_path: Path) -> None:
 # projections
 
 
+@pytest.mark.setting("rates.live.rate", "rates.live.burst")
 async def test_the_live_lane_holds_up_projecting_and_not_the_end(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
@@ -312,6 +317,7 @@ ADAPTING = {
 }  # fmt: skip
 
 
+@pytest.mark.setting("rates.commit_latency", "rates.decrease", "rates.increase")
 async def test_a_slow_database_slows_the_projections_until_it_is_well_again(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait,
     record_property: Callable[[str, object], None],
@@ -384,6 +390,7 @@ async def test_a_rebuild_gives_way_to_a_slow_live_projection(
         engine.dispose()
 
 
+@pytest.mark.setting("rates.rebuild.rate")
 async def test_a_rebuild_nobody_limits_goes_as_fast_as_it_can(nats_url: str, app_name: str, tmp_path: Path) -> None:
     settings = settings_for(tmp_path, nats=nats_url, rates__rebuild={"rate": 5.0})
     wire = await connect(nats_url, name="rebuild")
@@ -397,6 +404,7 @@ async def test_a_rebuild_nobody_limits_goes_as_fast_as_it_can(nats_url: str, app
         await wire.close()
 
 
+@pytest.mark.setting("rates.append_latency")
 async def test_a_log_that_takes_its_time_slows_the_commands(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:

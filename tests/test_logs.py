@@ -90,6 +90,7 @@ async def fail_a_command_and_a_projection(app: str, nats: str, wait: Any, run: R
         await wait(lambda: "parked for" in run.errors.read_text())
 
 
+@pytest.mark.setting("logging.format")
 async def test_every_line_is_a_json_object_with_the_ids_of_what_it_is_about(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Any
 ) -> None:
@@ -167,6 +168,7 @@ async def test_text_is_for_people_without_colours_in_a_file(
     assert "took 64 partitions" in text
 
 
+@pytest.mark.setting("logging.level")
 async def test_the_level_is_the_least_that_is_written(nats_url: str, app_name: str, tmp_path: Path) -> None:
     with run(tmp_path, nats_url, app_name, "--log-format", "json", "--log-level", "warning") as service:
         assert service.stop() == 0

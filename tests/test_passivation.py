@@ -174,6 +174,7 @@ def test_the_size_of_objects_is_bounded_work_and_about_right() -> None:
     assert size_of([nested]) == pytest.approx(exact, rel=0.5)
 
 
+@pytest.mark.setting("passivation.count")
 async def test_with_hardly_any_room_every_number_is_right(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ async def test_with_hardly_any_room_every_number_is_right(
     await service.stop()
 
 
+@pytest.mark.setting("passivation.idle")
 async def test_an_idle_service_passivates_everything(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
@@ -212,6 +214,7 @@ async def test_an_idle_service_passivates_everything(
     await service.stop()
 
 
+@pytest.mark.setting("passivation.memory")
 async def test_a_memory_budget_too_small_for_anything_keeps_every_number_right(
     nats_url: str, app_name: str, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_bucket_can_be_changed_and_is_full_after_no_limit() -> None:
     assert bucket.available(2.0) == 10
 
 
+@pytest.mark.setting("rates.rebuild.burst", on="")
 def test_more_than_the_burst_is_let_through_once_and_paid_back() -> None:
     bucket = TokenBucket(10, 10, 0.0)
     assert bucket.take(30, 0.0) == 0.0
@@ -215,6 +216,7 @@ LIVE = {"live", "rebuild"}
         ({"loop_lag": 0.4, "append_latency": 0.9, "append_errors": 0.1, "commit_latency": 2.9}, set()),
     ],
 )
+@pytest.mark.setting("rates.error_rate", on="")
 def test_each_signal_slows_its_lanes_and_says_why(signals: dict[str, Any], lanes: set[str]) -> None:
     clock = Clock()
     made = governor(notebooks("a"), clock)

@@ -234,6 +234,7 @@ async def test_without_a_provider_traceparents_only_flow(nats_url: str, app_name
         assert service._gateway._tracing is NO_TRACING
 
 
+@pytest.mark.setting("tracing.enabled")
 async def test_switched_off_there_are_no_spans_and_the_senders_is_not_taken(
     nats_url: str, app_name: str, tmp_path: Path, exporter: InMemorySpanExporter
 ) -> None:
