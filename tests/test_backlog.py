@@ -226,7 +226,8 @@ def test_what_is_unread_is_shared_out_as_what_was_read_and_its_sum_is_exact() ->
 
 def test_a_session_that_ends_leaves_what_it_had_in_hand_behind() -> None:
     progress, clock = started()
-    progress.read([group(0, [1, 2])], batch(1, 2, 10, 990.0))
+    progress.read([group(0, [1])], batch(1, 1, 11, 990.0))
+    progress.read([group(0, [2])], batch(2, 2, 10, 995.0))
     clock.now += 30
     progress.heard(20)
     assert sum(count for count, _ in waiting(progress).values()) == 20

@@ -101,7 +101,9 @@ async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
 async def test_what_comes_while_nothing_can_be_read_is_counted_too(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
-    service = Service(listening(app_name), settings_for(tmp_path, nats=nats_url, database=database_url, **QUICK))
+    # nobody asks the log meanwhile
+    quick = QUICK | {"connection__health_check_interval": 600}
+    service = Service(listening(app_name), settings_for(tmp_path, nats=nats_url, database=database_url, **quick))
     await service.start()
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
         await client.query("select 1", after=await note(client, 50))

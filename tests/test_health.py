@@ -65,6 +65,7 @@ async def test_a_callback_that_raises_hangs_or_never_gives_way_harms_nobody(
 ) -> None:
     heard: list[str] = []
     tried: list[str] = []
+    waited: list[str] = []
     end = threading.Event()
 
     def raises(alert: Alert) -> None:
@@ -75,6 +76,7 @@ async def test_a_callback_that_raises_hangs_or_never_gives_way_harms_nobody(
         end.wait()
 
     async def hangs_async(alert: Alert) -> None:
+        waited.append(alert.subject)
         tried.append(alert.subject)
         await asyncio.Event().wait()
 
@@ -88,6 +90,7 @@ async def test_a_callback_that_raises_hangs_or_never_gives_way_harms_nobody(
         alerts.tell(Alert("health", f"{number}", "ok", "failing", ""))
     await wait_until(lambda: len(heard) >= 1 and heard[-1] == "1999")
     await wait_until(lambda: len(tried) >= 4)
+    await wait_until(lambda: len(waited) >= 2)
     assert "oh no" in caplog.text
     await wait_until(lambda: "has not returned" in caplog.text and "does not keep up" in caplog.text)
     end.set()
