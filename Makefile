@@ -51,7 +51,7 @@ overload: $(READY) ## three times the load that the machine can bear, second by 
 	@$(BIN)/python -m examples.overload --picture docs/overload.svg
 
 settings-table: $(READY) ## run the tests that show each setting's effect; writes docs/settings-tested.md
-	@$(BIN)/python -m pytest -m setting --settings-table docs/settings-tested.md
+	@$(BIN)/python -m pytest tests -m setting --settings-table=docs/settings-tested.md
 
 lock: ## renew requirements.lock from pyproject.toml
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv

@@ -83,8 +83,11 @@ class Writing:
 
     async def rest(self, failures: int) -> None:
         """Wait after so many failures, but not past an interruption."""
+        await self._wait(self._backoff[min(failures, len(self._backoff)) - 1])
+
+    async def _wait(self, seconds: float) -> None:
         try:
-            async with asyncio.timeout(self._backoff[min(failures, len(self._backoff)) - 1]):
+            async with asyncio.timeout(seconds):
                 await self._interrupted.wait()
         except TimeoutError:
             pass

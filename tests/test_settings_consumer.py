@@ -286,7 +286,7 @@ async def test_the_projections_rest_so_long_after_each_failure(
         projector = service.service._projector
         assert projector is not None
         rested: list[float] = []
-        rest = projector._rest
+        rest = projector.writing._wait
 
         async def noted(seconds: float) -> None:
             rested.append(seconds)
@@ -296,7 +296,7 @@ async def test_the_projections_rest_so_long_after_each_failure(
             raise OSError("on purpose")
 
         claim = projector._claim
-        monkeypatch.setattr(projector, "_rest", noted)
+        monkeypatch.setattr(projector.writing, "_wait", noted)
         monkeypatch.setattr(projector, "_claim", failing)
         projector._interrupted.set()
         await wait_until(lambda: len(rested) >= 5)

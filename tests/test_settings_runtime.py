@@ -122,7 +122,8 @@ def test_so_many_connections_are_kept_and_lent_and_waited_for(database_url: str)
     if engine.dialect.name == "postgresql":
         with engine.connect() as connection:
             count = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
-            assert connection.scalar(count) == 2
+            while connection.scalar(count) != 2:  # the third one's process takes a moment to end
+                pass
     engine.dispose()
 
 
