@@ -64,8 +64,8 @@ class _Listener:
         self._thread: threading.Thread | None = None
         self._dropping = False
 
-    def tell(self, alert: Alert | None) -> None:
-        """Hand over an alert, None for the end. Never waits."""
+    def tell(self, alert: Alert) -> None:
+        """Hand over an alert. Never waits."""
         with self._more:
             if len(self._waiting) >= WAITING:
                 self._waiting.popleft()
@@ -75,9 +75,16 @@ class _Listener:
                 self._dropping = True
             self._waiting.append(alert)
             self._more.notify()
-        if self._thread is None and alert is not None:
+        if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="eskernel-alerts", daemon=True)
             self._thread.start()
+
+    def close(self) -> None:
+        """End the thread when it has done what it is at."""
+        with self._more:
+            self._waiting.clear()
+            self._waiting.append(None)
+            self._more.notify()
 
     def _run(self) -> None:
         while True:
@@ -88,7 +95,8 @@ class _Listener:
                 alert = self._waiting.popleft()
             if alert is None:
                 return
-            late = threading.Timer(self._limit, self._complain)
+            # later than an async one is cancelled, which has its own line
+            late = threading.Timer(1.5 * self._limit, self._complain)
             late.daemon = True
             late.start()
             try:
@@ -128,6 +136,6 @@ class Alerts:
             listener.tell(alert)
 
     def close(self) -> None:
-        """Have the callbacks finish what they were told; nobody waits for them."""
+        """End; what the callbacks are at is not waited for, and what waits for them is dropped."""
         for listener in self._listeners:
-            listener.tell(None)
+            listener.close()

@@ -245,18 +245,18 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
     assert service._log is not None
     assert service._projector is not None
     gate, written = asyncio.Event(), asyncio.Event()
-    read, write = service._log.read_subject, service._projector._write
+    read, write = service._log.read_subject, service._projector.writing.write
 
     async def slow_read(subject: str, after: int = 0) -> Any:
         await gate.wait()
         return await read(subject, after)
 
-    async def slow_write(batch: Any) -> None:
+    async def slow_write(writer: Any, batch: Any) -> None:
         await written.wait()
-        await write(batch)
+        await write(writer, batch)
 
     monkeypatch.setattr(service._log, "read_subject", slow_read)
-    monkeypatch.setattr(service._projector, "_write", slow_write)
+    monkeypatch.setattr(service._projector.writing, "write", slow_write)
     async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
         # one loads, those behind it are stashed
         sending = [asyncio.ensure_future(client.execute(Notebook, "busy", Note("a", n))) for n in range(5)]
