@@ -38,7 +38,6 @@ from projections.fold import Folded
 from projections.generations import create, show
 from projections.unit_of_work import Write, Writer
 
-pytest_plugins = ["tests.settings_table"]
 T = TypeVar("T")
 _SHORT = {
     "nats": "connection.servers",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def names() -> list[str]:
     return [name for name, _ in leaves()]
 
 
+@cache
 def marked() -> set[str]:
     """Return what the tests' marks name, by reading their sources."""
     found: set[str] = set()

@@ -119,10 +119,18 @@ async def test_a_service_that_may_not_reconnect_for_ever_stops_with_a_reason(
 async def test_so_many_attempts_are_made_and_one_more(tmp_path: Path, wait_until: Wait) -> None:
     async with server(tmp_path) as nats:
         values: dict[str, Any] = {"connection__max_reconnects": 3, "connection__reconnect_wait": 0.001}
-        async with dialled(nats.url, **values) as (_, events):
+        async with dialled(nats.url, **values) as (wire, events):
+            attempts: list[Any] = []
+            connect = wire._connect_to_server
+
+            async def counted(one: Any) -> None:
+                attempts.append(one)
+                await connect(one)
+
+            wire._connect_to_server = counted  # type: ignore[method-assign]
             await nats.kill()
             await wait_until(lambda: "closed" in events)
-            assert len([one for one in events if "Connect call failed" in one]) == 4
+            assert len(attempts) == 4
 
 
 @pytest.mark.setting("connection.max_reconnects")

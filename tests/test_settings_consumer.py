@@ -286,17 +286,18 @@ async def test_the_projections_rest_so_long_after_each_failure(
         projector = service.service._projector
         assert projector is not None
         rested: list[float] = []
-        rest = projector.writing._wait
+        timeout = asyncio.timeout
 
-        async def noted(seconds: float) -> None:
-            rested.append(seconds)
-            await rest(seconds)
+        def noted(seconds: float | None) -> asyncio.Timeout:
+            if seconds in (0.011, 0.022, 0.033):
+                rested.append(seconds)
+            return timeout(seconds)
 
         async def failing() -> None:
             raise OSError("on purpose")
 
         claim = projector._claim
-        monkeypatch.setattr(projector.writing, "_wait", noted)
+        monkeypatch.setattr(asyncio, "timeout", noted)
         monkeypatch.setattr(projector, "_claim", failing)
         projector._interrupted.set()
         await wait_until(lambda: len(rested) >= 5)
