@@ -215,6 +215,8 @@ class CommandGateway:
         """Refuse a request that was admitted, and has not reached its actor."""
         self._done_with(address)
         REFUSED.labels(limit=refusal.limit).inc()
+        if request.span is not None:
+            request.span.end("overloaded", refusal.message)
         self._refuse(request.reply, "overloaded", refusal.message, request.wire.command_id, refusal.retry_after)
 
     def _too_many(self, resident: Resident) -> Refusal:

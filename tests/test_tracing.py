@@ -177,6 +177,18 @@ async def test_a_span_tells_what_became_of_the_command(
     assert len(named(exporter, "append")) == 1
 
 
+async def test_a_command_that_a_limit_turns_away_has_a_span_that_says_so(
+    nats_url: str, app_name: str, tmp_path: Path, exporter: InMemorySpanExporter
+) -> None:
+    async with running(app_name, tmp_path, nats_url, commands__pending_per_aggregate=1) as (_, client):
+        await asyncio.gather(*(client.execute(Notebook, "n1", Note("a"), traceparent=SAMPLED) for _ in range(5)))
+    spans = named(exporter, "command")
+    outcomes = [(span.attributes or {})["eskernel.outcome"] for span in spans]
+    assert set(outcomes) == {"ok", "overloaded"}
+    assert outcomes.count("ok") == 5
+    assert spans[outcomes.index("overloaded")].status.status_code is StatusCode.ERROR
+
+
 async def test_a_batch_that_was_not_written_shows_as_an_error_before_the_one_that_was(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, exporter: InMemorySpanExporter
 ) -> None:
