@@ -251,8 +251,8 @@ MUTANTS = [
         "busy-evicted",
         "an aggregate with something under way stays",
         "kernel/residents.py",
-        "if resident.busy == 0:",
-        "if resident.busy >= 0:",
+        "if resident.busy:\n                busy.append(resident)",
+        "if resident.busy < 0:\n                busy.append(resident)",
         ("tests/test_passivation.py::test_a_busy_aggregate_never_goes",),
     ),
     # leases
