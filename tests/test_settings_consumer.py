@@ -225,10 +225,11 @@ async def test_so_much_is_asked_for_at_once_and_heartbeats_come_so_often(
         monkeypatch.setattr(wire, "send", lambda frames: (sent.append(frames), send(frames))[1])
         await fill(log, 50)
         got = 0
-        while got < 50:
-            batch = (await reader.next(100)).commits
-            assert len(batch) <= 14
-            got += len(batch)
+        async with asyncio.timeout(20):
+            while got < 50:
+                batch = (await reader.next(100)).commits
+                assert len(batch) <= 14
+                got += len(batch)
         pulls = [orjson.loads(one.split(b"\r\n")[1]) for one in sent if b"MSG.NEXT" in one]
         assert {one["batch"] for one in pulls} == {7}
         assert {one["idle_heartbeat"] for one in pulls} == {20_000_000_000}

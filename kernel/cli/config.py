@@ -11,7 +11,8 @@ from kernel.app import load_app
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, explain, print_json
 from kernel.cli.options import settings_options
-from kernel.preflight import Finding, examine
+from kernel.findings import Finding
+from kernel.preflight import examine
 from kernel.settings import Settings
 from kernel.settings.sources import Loaded, leaves, shown_value, value_of
 

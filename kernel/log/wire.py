@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from nats.aio.client import Client, Srv
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
@@ -187,10 +187,6 @@ class Wire(Client):
         if getattr(transport, "_io_writer", None) is not None:
             transport._io_writer.transport.abort()
             transport._io_writer = None
-
-    async def _connect_to_server(self, server: Srv) -> None:
-        self._abort()  # nats-py forgets the last one, open as it may be
-        await super()._connect_to_server(server)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         if not self.is_connected:
