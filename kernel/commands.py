@@ -101,7 +101,6 @@ class CommandGateway:
         self.slowest_append = 0.0
         self._moment = ""
         self._begun = 0.0
-        self._longest = 0.0
         self.actors: Actors
         self.residents: Residents
 
@@ -272,7 +271,6 @@ class CommandGateway:
                 if not self._told:
                     APPEND_SECONDS.observe(took := time.perf_counter() - started)
                     self.slowest_append = max(self.slowest_append, took)
-                    self._longest = max(self._longest, took)
                 self.appended += 1
                 for span in spans:
                     span.end("ok", stream_sequence=future.result())
@@ -367,11 +365,6 @@ class CommandGateway:
     def pending(self) -> int:
         """Commands received and not answered."""
         return self._pending
-
-    def burden(self) -> tuple[int, float]:
-        """Return the commands under way, and the seconds that the longest append took since the last call."""
-        longest, self._longest = self._longest, 0.0
-        return self._pending, longest
 
     def publish_metrics(self) -> None:
         """Bring the counters up to date; a job does it, so that a command pays nothing for them."""

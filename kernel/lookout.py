@@ -29,7 +29,7 @@ class Lookout:
         projections: names, in the order of the app.
         progress: what the projector knows.
         held: the partitions that are ours at the moment.
-        pending: commands under way, and the longest that an append took since the last call.
+        load: commands under way, and the seconds of the slowest append lately.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Lookout:
         progress: Progress,
         held: Callable[[], Collection[int]],
         appender: Appender,
-        pending: Callable[[], tuple[int, float]],
+        load: Callable[[], tuple[int, float]],
         alerts: Alerts,
     ) -> None:
-        self._progress, self._held, self._appender, self._pending = progress, held, appender, pending
+        self._progress, self._held, self._appender, self._load = progress, held, appender, load
         self._alerts = alerts
         self._names = projections
         self.backlog = Backlog(settings.backlog, projections)
@@ -58,11 +58,6 @@ class Lookout:
     def behind(self) -> int:
         """Commits that the projection furthest behind has not projected of what is ours."""
         return round(max((one.behind for one in self.backlog.projections.values()), default=0.0))
-
-    @property
-    def level(self) -> Level:
-        """The worst level of any projection."""
-        return max((one.level for one in self.backlog.projections.values()), default=Level.OK)
 
     async def detect_backlog(self) -> None:
         """Measure every projection in every partition of ours; tell what changed."""
@@ -111,7 +106,7 @@ class Lookout:
     def measure_pressure(self) -> None:
         """Measure the publishing side; tell what changed."""
         queued, in_flight = self._appender.pressure
-        pending, latency = self._pending()
+        pending, latency = self._load()
         latency = max(latency, self._appender.waiting_for)
         changed = self.pressure.update(queued, in_flight, pending, latency, self._appender.refusal, time.monotonic())
         PRESSURE.set(self.pressure.level)

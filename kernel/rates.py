@@ -76,14 +76,6 @@ class TokenBucket:
         self._owed += n
         return told
 
-    def take(self, n: float, now: float) -> float:
-        """Take `n` and return 0.0; or take nothing, and return the seconds after which to ask again."""
-        wait = self.wait(n, now)
-        if wait:
-            return self.refuse(n, wait)
-        self.spend(n)
-        return 0.0
-
     def available(self, now: float) -> float:
         """Return how many tokens there are; infinitely many without a limit."""
         if self.rate is None:

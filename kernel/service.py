@@ -257,16 +257,18 @@ class Service:
             self._governor.live,
             tracing,
         )
+        self._gatherer = gatherer = Gatherer(
+            gateway, log.appender, projector, self._loop_lag, lambda: self._lookout.backlog.worst
+        )
         self._lookout = Lookout(
             settings,
             [declared.name for declared in self.app.projections],
             projector.progress,
             lambda: leases.held,
             log.appender,
-            gateway.burden,
+            lambda: (gateway.pending, gatherer.slowest_append),
             self.alerts,
         )
-        self._gatherer = Gatherer(gateway, log.appender, projector, self._loop_lag, lambda: self._lookout.level)
         self._ownership = Ownership(
             self._wire, log.subjects, leases, gateway, projector if self.app.projections else None
         )

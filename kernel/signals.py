@@ -19,6 +19,9 @@ class Gatherer:
     Args:
         loop_lag: how late the event loop is.
         backlog: level of the projections' backlog: 0 none, 1 warning, 2 critical.
+
+    Attributes:
+        slowest_append: seconds, between the last two calls of `gather`.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Gatherer:
         self._gateway, self._appender, self._projector, self._backlog = gateway, appender, projector, backlog
         self._lag = loop_lag
         self._appends = self._batches = (0, 0)
+        self.slowest_append = 0.0
 
     def gather(self) -> Signals:
         """Return how it was since the last call."""
@@ -50,6 +54,7 @@ class Gatherer:
             backlog=self._backlog(),
             projecting=projector.state == "running",
         )
+        self.slowest_append = gateway.slowest_append
         gateway.slowest_append = projector.writing.slowest = 0.0
         self._appends, self._batches = appends, batches
         return signals

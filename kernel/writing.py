@@ -28,7 +28,6 @@ class Writing:
     Attributes:
         batches: how many were written, and how many attempts failed.
         slowest: seconds of the slowest since somebody set this to 0.
-        last: when one was last written, by the monotonic clock.
     """
 
     def __init__(self, backoff: Sequence[float], interrupted: asyncio.Event, say: Callable[[str], None]) -> None:
@@ -36,7 +35,7 @@ class Writing:
         self._pool = ThreadPoolExecutor(1, "eskernel-write")
         self._began = 0.0
         self.batches = (0, 0)
-        self.slowest = self.last = 0.0
+        self.slowest = 0.0
 
     @property
     def lasting(self) -> float:
@@ -77,7 +76,6 @@ class Writing:
         self.batches = self.batches[0] + 1, self.batches[1]
         BATCH_SECONDS.observe(took := time.perf_counter() - started)
         self.slowest = max(self.slowest, took)
-        self.last = time.monotonic()
         self._say("running")
         return True
 

@@ -33,10 +33,10 @@ async def test_one_event_that_waits_for_long_is_a_backlog_by_its_age(
         connection = sqlite3.connect(file, isolation_level=None)
         connection.execute("BEGIN IMMEDIATE")
         await here.client.execute(Notebook, "n", Note("waits"))
-        await wait_until(lambda: lookout.level == level)
+        await wait_until(lambda: lookout.backlog.worst == level)
         connection.execute("COMMIT")
         connection.close()
-        await wait_until(lambda: lookout.level == Level.OK)
+        await wait_until(lambda: lookout.backlog.worst == Level.OK)
 
 
 @pytest.mark.setting("backlog.min_duration")
@@ -50,7 +50,7 @@ async def test_a_short_backlog_is_not_told(nats_url: str, app_name: str, tmp_pat
         for n in range(5):
             await here.client.execute(Notebook, f"n{n}", Note("waits"))
         await wait_until(lambda: lookout.behind >= 5)
-        assert lookout.level == Level.OK
+        assert lookout.backlog.worst == Level.OK
         connection.execute("COMMIT")
         connection.close()
         await wait_until(lambda: lookout.behind == 0)
