@@ -1,0 +1,1 @@
+"""The actors, one per live aggregate, and which of them are live."""

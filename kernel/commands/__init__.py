@@ -1,0 +1,1 @@
+"""From a request on NATS to a receipt."""

@@ -1,0 +1,1 @@
+"""How fast work is let in: token buckets, adaptive lanes, limits, the pace of readers."""

@@ -1,0 +1,1 @@
+"""How the worker is doing: backlog, pressure, health, alerts."""

@@ -1,0 +1,1 @@
+"""Which worker works on which partitions."""

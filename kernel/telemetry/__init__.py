@@ -1,0 +1,1 @@
+"""What the kernel lets others see of it: metrics, logs, traces, the event loop's lag."""
