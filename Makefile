@@ -43,8 +43,8 @@ bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/benc
 	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 
 docs: $(READY) ## write the pages that are made of the code: settings, metrics, dashboard
-	@$(BIN)/python -m kernel.settings.document > docs/configuration.md
-	@$(BIN)/python -m kernel.metrics_page > docs/metrics.md
+	@$(BIN)/python docs/configuration.py > docs/configuration.md
+	@$(BIN)/python docs/metrics.py > docs/metrics.md
 	@$(BIN)/python docs/monitoring/dashboard.py > docs/monitoring/dashboard.json
 
 overload: $(READY) ## three times the load that the machine can bear, second by second; writes docs/overload.svg

@@ -12,8 +12,8 @@ from benchmarks import places
 from benchmarks.report import Row
 from benchmarks.rounds import in_turns, medians, rounded
 from kernel.log import JetStreamLog, open_log
-from kernel.log.dialing import connect
 from kernel.settings.sources import settings_of
+from kernel.transport.dial import connect
 
 EVENTS, EVENTS_SYNCED, RIVAL_SYNCED, EVENTS_AWAITED = 60_000, 20_000, 6_000, 1_500
 

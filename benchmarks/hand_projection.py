@@ -10,7 +10,7 @@ import orjson
 from nats.aio.msg import Msg
 
 from benchmarks.hand_fold import Fold, Postgresql, Sqlite
-from kernel.log.wire import Wire, publish_frame
+from kernel.transport.connection import Wire, publish_frame
 
 PULL, BATCH = 4_000, 20_000
 

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from sqlalchemy import Engine
 
 import migrations
-from kernel.actors import Actors
+from kernel.actors.aggregate import Actors
+from kernel.actors.residents import Residents
 from kernel.app import App
-from kernel.commands import CommandGateway
+from kernel.commands.gateway import CommandGateway
 from kernel.log import JetStreamLog, StreamInfo
-from kernel.projector import Projector
-from kernel.rebuild import build_missing
-from kernel.residents import Residents
+from kernel.projector.live import Projector
+from kernel.projector.rebuild import build_missing
 from kernel.settings import Settings
 from projections import generations
 from projections.checkpoints import register

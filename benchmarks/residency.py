@@ -18,12 +18,12 @@ from aggregates.commit import Decision, Envelope, decode, encode, timestamp
 from aggregates.context import uuid7
 from benchmarks.rounds import percentiles
 from examples.bank import Account, Deposited, app
-from kernel.actors import Actors
-from kernel.commands import CommandGateway
+from kernel.actors.aggregate import Actors
+from kernel.actors.mailbox import Fold, Loaded, Turn
+from kernel.actors.residents import Residents
+from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
-from kernel.mailbox import Fold, Loaded, Turn
-from kernel.residents import Residents
-from kernel.subjects import Address, Subjects
+from kernel.log.subjects import Address, Subjects
 from projections.fold import Folded
 
 LIVE, CYCLE_LIVE, SINGLE = 100_000, 10_000, 5_000

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kernel import Service
 from kernel.app import load_app
-from kernel.leases import Leases
-from kernel.ownership import Ownership
+from kernel.monitoring.probes import Watch
+from kernel.partitions.leases import Leases
+from kernel.partitions.ownership import Ownership
 from kernel.settings.sources import settings_of
-from kernel.watch import Watch
 
 
 class Bare(Service):

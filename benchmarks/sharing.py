@@ -22,11 +22,11 @@ from examples.bank import app as bank
 from examples.flights import app as flights
 from kernel import Client, Settings
 from kernel.app import App
-from kernel.leases import Leases
 from kernel.log import JetStreamLog, StreamInfo, open_log
-from kernel.log.dialing import connect
+from kernel.partitions.leases import Leases
 from kernel.settings.sources import settings_of
-from kernel.supervisor import Supervisor
+from kernel.transport.dial import connect
+from kernel.workers.supervisor import Supervisor
 from projections import generations
 from projections.checkpoints import register
 from projections.database import open_database, reads

@@ -14,7 +14,7 @@ import orjson
 
 from benchmarks.residency import BATCH, LIVE, Worker, states
 from benchmarks.rounds import percentiles
-from kernel.residents import Residents
+from kernel.actors.residents import Residents
 
 ROUNDS = 400
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from kernel.alerts import Alert
     from kernel.app import App, AppNotFound, load_app
     from kernel.client import Client, QueryTimeout
-    from kernel.messages import CommandError, Overloaded, Receipt
+    from kernel.protocol import CommandError, Overloaded, Receipt
     from kernel.service import Service
     from kernel.settings import Settings
 
@@ -35,9 +35,9 @@ _HOMES = {
     "load_app": "app",
     "Client": "client",
     "QueryTimeout": "client",
-    "CommandError": "messages",
-    "Overloaded": "messages",
-    "Receipt": "messages",
+    "CommandError": "protocol",
+    "Overloaded": "protocol",
+    "Receipt": "protocol",
     "Service": "service",
     "Settings": "settings",
 }

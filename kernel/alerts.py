@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kernel.metrics import ALERTS_DROPPED, ALERTS_TOLD
+from kernel.telemetry.metrics import ALERTS_DROPPED, ALERTS_TOLD
 
 logger = logging.getLogger("eskernel")
 LIMIT_S = 10.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregates import Aggregate, DeclarationError
 from aggregates.declaration import AggregateType, declare
-from kernel.subjects import APP_NAME
+from kernel.log.subjects import APP_NAME
 from projections.declaration import DeclaredProjection, declare_projection
 from projections.fold import TRANSIENT, Plan
 from projections.projection import Projection

@@ -19,13 +19,13 @@ from aggregates.context import uuid7
 from aggregates.messages import plain, spec_of
 from kernel.app import App
 from kernel.log import JetStreamLog, find_log
-from kernel.log.dialing import dial
-from kernel.log.wire import Wire, publish_frame, status_of
-from kernel.messages import CommandError, Overloaded, Receipt, decode_answer
-from kernel.runtime import find_running
+from kernel.protocol import CommandError, Overloaded, Receipt, decode_answer
+from kernel.runtime.directory import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed
-from kernel.tracing import sender_context
+from kernel.telemetry.tracing import sender_context
+from kernel.transport.connection import Wire, publish_frame, status_of
+from kernel.transport.dial import dial
 from projections.checkpoints import reached
 from projections.database import open_database
 

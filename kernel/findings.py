@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from kernel.app import App
 from kernel.settings import Settings
-from kernel.settings.base import shown
+from kernel.settings.fields import shown
 from projections import SchemaError
 from projections.database import database_url, open_database, reads
 

@@ -8,15 +8,15 @@ from typing import Any
 from kernel.app import App
 from kernel.findings import Finding, Level, look_at_database, look_at_directory
 from kernel.log import LogError
-from kernel.log.api import call_api, version_text
-from kernel.log.dialing import dial
 from kernel.log.jetstream import check_keeps_everything, partitions_of
-from kernel.log.opening import ATOMIC, check_server, differences, find_config, wanted_config, what_is_done
-from kernel.log.wire import Wire
-from kernel.server import find_binary
+from kernel.log.stream import ATOMIC, check_server, differences, find_config, wanted_config, what_is_done
+from kernel.runtime.nats_server import find_binary
 from kernel.settings import Settings
-from kernel.settings.base import shown
+from kernel.settings.fields import shown
 from kernel.settings.sources import changed
+from kernel.transport.connection import Wire
+from kernel.transport.dial import dial
+from kernel.transport.jetstream_api import call_api, version_text
 
 
 async def examine(app: App, settings: Settings) -> list[Finding]:

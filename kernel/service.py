@@ -13,24 +13,30 @@ from typing import Any
 import orjson
 from sqlalchemy import Engine
 
-from kernel.actors import Actors
+from kernel.actors.aggregate import Actors
+from kernel.actors.residents import Residents
 from kernel.alerts import Alerts
 from kernel.app import App
-from kernel.asking import ask_others
-from kernel.commands import CommandGateway
-from kernel.counting import count_connection_error
-from kernel.following import following
-from kernel.governor import Governor
-from kernel.health import Health, HttpServer
-from kernel.leases import Leases
-from kernel.limits import Overrides
+from kernel.commands.gateway import CommandGateway
+from kernel.governance.governor import Governor
+from kernel.governance.limits import Overrides
+from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
-from kernel.log.api import version_text
-from kernel.log.dialing import dial
-from kernel.log.wire import Wire, publish_frame
-from kernel.lookout import Lookout
-from kernel.loop_lag import LoopLag
-from kernel.metrics import (
+from kernel.monitoring.detector import Lookout
+from kernel.monitoring.health import Health, HttpServer
+from kernel.monitoring.probes import PROBE_S, Watch
+from kernel.monitoring.signals import Gatherer
+from kernel.partitions.leases import Leases
+from kernel.partitions.ownership import Ownership
+from kernel.projector.live import Projector
+from kernel.projector.rebuild import Progress, build_missing, clean_up
+from kernel.runtime.directory import DataDirectory, running_as, worker_name
+from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits
+from kernel.runtime.scheduler import Scheduler
+from kernel.settings import Settings
+from kernel.telemetry.counting import count_connection_error
+from kernel.telemetry.loop_lag import LoopLag
+from kernel.telemetry.metrics import (
     APPENDS_IN_FLIGHT,
     APPENDS_QUEUED,
     CONNECTED,
@@ -39,17 +45,11 @@ from kernel.metrics import (
     RECONNECTS,
     SHELLS,
 )
-from kernel.ownership import Ownership
-from kernel.projector import Projector
-from kernel.rebuild import Progress, build_missing, clean_up
-from kernel.residents import Residents
-from kernel.runtime import DataDirectory, running_as, worker_name
-from kernel.scheduler import Scheduler
-from kernel.server import SYNCED, EmbeddedServer, embedded_commits
-from kernel.settings import Settings
-from kernel.signals import Gatherer
-from kernel.tracing import open_tracing
-from kernel.watch import PROBE_S, Watch
+from kernel.telemetry.tracing import open_tracing
+from kernel.transport.connection import Wire, publish_frame
+from kernel.transport.dial import dial
+from kernel.transport.jetstream_api import version_text
+from kernel.transport.survey import ask_others
 from projections.checkpoints import knows, register
 from projections.database import open_database
 

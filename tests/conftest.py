@@ -26,11 +26,11 @@ from aggregates.commit import Decision, Envelope, decode, encode
 from aggregates.declaration import declare
 from kernel import App
 from kernel.log import JetStreamLog
-from kernel.log.wire import Wire
-from kernel.server import EmbeddedServer, find_binary
+from kernel.log.subjects import Subjects
+from kernel.runtime.nats_server import EmbeddedServer, find_binary
 from kernel.settings import Settings
 from kernel.settings.sources import settings_of
-from kernel.subjects import Subjects
+from kernel.transport.connection import Wire
 from projections.checkpoints import claim, register
 from projections.database import open_database
 from projections.errors import HandlerFailed

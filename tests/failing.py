@@ -23,10 +23,10 @@ from prometheus_client import REGISTRY
 from sqlalchemy import func, select
 
 from kernel import Client, Service
-from kernel.log.api import call_api
-from kernel.log.dialing import connect
-from kernel.log.wire import Wire
-from kernel.server import end_with_parent, find_binary
+from kernel.runtime.nats_server import end_with_parent, find_binary
+from kernel.transport.connection import Wire
+from kernel.transport.dial import connect
+from kernel.transport.jetstream_api import call_api
 from projections.database import open_database, reads
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks

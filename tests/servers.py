@@ -33,7 +33,7 @@ import trustme
 from nats.js.api import StreamConfig
 from nats.js.errors import Error as JetStreamError
 
-from kernel.server import end_with_parent, find_binary
+from kernel.runtime.nats_server import end_with_parent, find_binary
 from tests.failing import free_port
 
 START_TIMEOUT_S = 20.0

@@ -29,7 +29,7 @@ def names() -> list[str]:
 def marked() -> set[str]:
     """Return what the tests' marks name, by reading their sources."""
     found: set[str] = set()
-    for file in Path(__file__).parent.glob("test_*.py"):
+    for file in Path(__file__).parent.rglob("test_*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setting":
                 found.update(one.value for one in node.args if isinstance(one, ast.Constant))

@@ -16,12 +16,12 @@ from sqlalchemy.exc import DBAPIError
 from aggregates.commit import Decision, encode
 from examples.bank import Account, Deposit, Deposited, Withdraw
 from kernel import App, Client, Service
-from kernel.leases import Leases, Members
 from kernel.log import find_log
 from kernel.log.base import Conflict, Stored, Unavailable
-from kernel.log.dialing import connect
-from kernel.log.wire import Wire
-from kernel.rebuild import Rebuild
+from kernel.partitions.leases import Leases, Members
+from kernel.projector.rebuild import Rebuild
+from kernel.transport.connection import Wire
+from kernel.transport.dial import connect
 from projections.checkpoints import reached
 from projections.database import open_database
 from projections.unit_of_work import Write, Writer
@@ -135,7 +135,7 @@ async def test_the_deadline_of_a_lease_just_taken_counts_from_before_the_request
         now += 3.0  # the answer takes its time: the bucket has been counting meanwhile
         return revision
 
-    monkeypatch.setattr("kernel.leases.clock", lambda: now)
+    monkeypatch.setattr("kernel.partitions.leases.clock", lambda: now)
     monkeypatch.setattr(leases, "_put", slow)
     asked = now
     assert len(await leases.acquire(Members(("a",), frozenset()))) == 4

@@ -29,7 +29,7 @@ from benchmarks.soak.sampling import Sampler
 from benchmarks.soak.trend import GROWING, judge
 from examples.bank import app
 from kernel import Client
-from kernel.log.dialing import connect
+from kernel.transport.dial import connect
 
 WARM_UP = 3.0
 """The first command to every account comes so much faster than the load: what a peak needs is there before."""

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from kernel.runtime import NotRunning, Running, find_running
-from kernel.server import end_with_parent
+from kernel.runtime.directory import NotRunning, Running, find_running
+from kernel.runtime.nats_server import end_with_parent
 
 SPEC, APP = "examples.bank:app", "bank"
 START_S, STOP_S = 60.0, 60.0
@@ -111,7 +111,7 @@ def _processes(pid: int, workers: int) -> dict[str, psutil.Process]:
     found = {"parent" if workers > 1 else "service": parent}
     for child in parent.children():
         arguments = child.cmdline()
-        if "kernel.worker" in arguments:
+        if "kernel.workers.worker" in arguments:
             found[f"worker {arguments[-1]}"] = child
         elif "nats-server" in child.name():
             found["nats-server"] = child

@@ -16,10 +16,10 @@ from benchmarks.rounds import percentiles
 from benchmarks.soak.load import Load
 from benchmarks.soak.running import APP, Failed, Service
 from benchmarks.soak.trend import Series
-from kernel.leases import bucket_of
-from kernel.log.api import call_api
 from kernel.log.base import LogError
-from kernel.log.wire import Wire
+from kernel.partitions.leases import bucket_of
+from kernel.transport.connection import Wire
+from kernel.transport.jetstream_api import call_api
 
 _MIB = 2**20
 STREAM = "files: the stream, MiB"

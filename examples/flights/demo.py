@@ -25,8 +25,8 @@ from examples.flights.compare import Comparison, compare
 from examples.flights.load import send
 from examples.flights.source import Facts, Step, rows, steps
 from kernel import Client
-from kernel.rebuild import Progress as RebuildProgress
-from kernel.rebuild import Rebuild
+from kernel.projector.rebuild import Progress as RebuildProgress
+from kernel.projector.rebuild import Rebuild
 from projections.database import open_database
 
 DATA = Path(".demo")

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Self
 
 from kernel import Client
-from kernel.log.wire import Wire, publish_frame
+from kernel.transport.connection import Wire, publish_frame
 
 ACCOUNTS = 1_000
 TICK_S = 0.01

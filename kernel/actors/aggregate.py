@@ -16,8 +16,7 @@ from thespian.system.simpleSystemBase import ActorSystemBase
 from aggregates import Context, Rejected
 from aggregates.cell import Cell
 from aggregates.commit import Decision
-from kernel.log.base import Conflict, LogError, PayloadTooLarge, UnknownOutcome
-from kernel.mailbox import (
+from kernel.actors.mailbox import (
     Appended,
     Decide,
     DropRows,
@@ -30,9 +29,10 @@ from kernel.mailbox import (
     Searched,
     Unstorable,
 )
-from kernel.memory import size_of
-from kernel.messages import ErrorType
-from kernel.subjects import Address
+from kernel.actors.sizing import size_of
+from kernel.log.base import Conflict, LogError, PayloadTooLarge, UnknownOutcome
+from kernel.log.subjects import Address
+from kernel.protocol import ErrorType
 from projections.errors import HandlerFailed
 
 MAX_DECISIONS = 100

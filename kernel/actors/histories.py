@@ -12,12 +12,12 @@ from aggregates import InvalidMessage, SequenceError
 from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from aggregates.declaration import AggregateType
+from kernel.actors.mailbox import Loaded, Request, Searched
 from kernel.log.base import EventLog, LogError, Stored
-from kernel.logs import about
-from kernel.mailbox import Loaded, Request, Searched
-from kernel.messages import ErrorType
-from kernel.metrics import LOAD_SECONDS, LOADS
-from kernel.subjects import Address
+from kernel.log.subjects import Address
+from kernel.protocol import ErrorType
+from kernel.telemetry.logging import about
+from kernel.telemetry.metrics import LOAD_SECONDS, LOADS
 
 logger = logging.getLogger("eskernel")
 MAX_LOADS = 256

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope
-from kernel.messages import CommandRequest, ErrorType
-from kernel.subjects import Address
-from kernel.tracing import Span
+from kernel.log.subjects import Address
+from kernel.protocol import CommandRequest, ErrorType
+from kernel.telemetry.tracing import Span
 from projections.errors import HandlerFailed
 from projections.fold import Folded, Plan
 

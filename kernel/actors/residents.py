@@ -9,10 +9,10 @@ from itertools import islice
 
 from thespian.actors import ActorAddress
 
-from kernel.actors import Actors
-from kernel.mailbox import Passivate
-from kernel.metrics import ACTIVATIONS, LIVE, MEMORY, PASSIVATIONS
-from kernel.subjects import Address
+from kernel.actors.aggregate import Actors
+from kernel.actors.mailbox import Passivate
+from kernel.log.subjects import Address
+from kernel.telemetry.metrics import ACTIVATIONS, LIVE, MEMORY, PASSIVATIONS
 
 CHUNK = 50
 """Aggregates looked at, and passivated, between looks at the clock."""

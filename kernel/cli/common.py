@@ -22,13 +22,13 @@ from aggregates.messages import plain
 from kernel.app import App, AppNotFound, load_app
 from kernel.client import Client, QueryTimeout
 from kernel.log import LogError
-from kernel.log.dialing import dial
-from kernel.log.wire import Wire
-from kernel.logs import writes_json
-from kernel.messages import CommandError
-from kernel.runtime import AlreadyRunning, NotRunning, WorkersFailed, find_running
+from kernel.protocol import CommandError
+from kernel.runtime.directory import AlreadyRunning, NotRunning, WorkersFailed, find_running
 from kernel.settings import Settings
 from kernel.settings.sources import SettingsError, changed, load
+from kernel.telemetry.logging import writes_json
+from kernel.transport.connection import Wire
+from kernel.transport.dial import dial
 from projections import SchemaError
 from projections.database import open_database
 from projections.dead_letters import NoSuchLetter

@@ -10,7 +10,6 @@ import click
 import orjson
 from rich.table import Table
 
-from kernel.asking import ask_all, subjects_of
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import (
     FAILED,
@@ -25,9 +24,10 @@ from kernel.cli.common import (
     print_json,
     target_options,
 )
-from kernel.limits import LimitsError, Values, override, parse
-from kernel.log.wire import Wire
-from kernel.settings.base import shown
+from kernel.governance.limits import LimitsError, Values, override, parse
+from kernel.settings.fields import shown
+from kernel.transport.connection import Wire
+from kernel.transport.survey import ask_all, subjects_of
 
 Answers = list[dict[str, Any]]
 

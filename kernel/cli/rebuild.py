@@ -7,12 +7,12 @@ import asyncio
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kernel.asking import subjects_of
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, errors, print_json, target_options
-from kernel.following import following
-from kernel.rebuild import Progress as Step
-from kernel.rebuild import Rebuild, Rebuilt, clean_up
+from kernel.governance.remote_pace import following
+from kernel.projector.rebuild import Progress as Step
+from kernel.projector.rebuild import Rebuild, Rebuilt, clean_up
+from kernel.transport.survey import subjects_of
 from projections import SchemaError
 
 

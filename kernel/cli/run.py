@@ -13,11 +13,11 @@ from kernel.app import load_app
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
 from kernel.cli.options import settings_options
-from kernel.logs import set_up
 from kernel.service import Service
-from kernel.settings.base import shown
+from kernel.settings.fields import shown
 from kernel.settings.sources import Loaded
-from kernel.supervisor import Supervisor
+from kernel.telemetry.logging import set_up
+from kernel.workers.supervisor import Supervisor
 
 
 @click.command(epilog=EXIT_CODES)

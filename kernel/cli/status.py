@@ -9,11 +9,11 @@ from typing import Any
 import click
 from sqlalchemy import Engine, func, select
 
-from kernel.asking import ask_all
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import UNREACHABLE, Target, Where, asynchronous, console, fail, print_json, target_options
-from kernel.settings.base import shown
-from kernel.subjects import Subjects
+from kernel.log.subjects import Subjects
+from kernel.settings.fields import shown
+from kernel.transport.survey import ask_all
 from projections.tables import checkpoint, dead_letter, projection
 
 

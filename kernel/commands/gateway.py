@@ -16,16 +16,18 @@ from aggregates.cell import Cell
 from aggregates.commit import Decision, encode, timestamp
 from aggregates.context import uuid7
 from aggregates.messages import parse
-from kernel.actors import Actors
+from kernel.actors.aggregate import Actors
+from kernel.actors.histories import Histories
+from kernel.actors.mailbox import Appended, Decide, Leave, Request, Unstorable
+from kernel.actors.residents import Resident, Residents
 from kernel.app import App
-from kernel.counting import count_error_of, observe_all
-from kernel.governor import Governor, Refusal
-from kernel.histories import Histories
+from kernel.governance.governor import Governor, Refusal
 from kernel.log.base import Conflict, EventLog, LogError, Unavailable
-from kernel.logs import about
-from kernel.mailbox import Appended, Decide, Leave, Request, Unstorable
-from kernel.messages import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
-from kernel.metrics import (
+from kernel.log.subjects import Address, Subjects
+from kernel.protocol import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
+from kernel.telemetry.counting import count_error_of, observe_all
+from kernel.telemetry.logging import about
+from kernel.telemetry.metrics import (
     ALERTS,
     APPEND_SECONDS,
     APPENDS,
@@ -34,9 +36,7 @@ from kernel.metrics import (
     COMMANDS_PENDING,
     REFUSED,
 )
-from kernel.residents import Resident, Residents
-from kernel.subjects import Address, Subjects
-from kernel.tracing import NO_TRACING, Tracing
+from kernel.telemetry.tracing import NO_TRACING, Tracing
 
 logger = logging.getLogger("eskernel")
 RETRY_AFTER_S = 0.2

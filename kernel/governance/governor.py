@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kernel.app import App
-from kernel.limits import LimitsError, Overrides, check, override
-from kernel.metrics import RATE_LIMIT, RATE_PRESENT
-from kernel.pace import Pace
-from kernel.rates import Keyed, Lane, TokenBucket
+from kernel.governance.limits import LimitsError, Overrides, check, override
+from kernel.governance.pace import Pace
+from kernel.governance.rates import Keyed, Lane, TokenBucket
 from kernel.settings.runtime import Limit, Rates
 from kernel.settings.sources import SettingsError
+from kernel.telemetry.metrics import RATE_LIMIT, RATE_PRESENT
 
 logger = logging.getLogger("eskernel")
 WARN, CRITICAL = 1, 2

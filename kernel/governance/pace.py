@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from kernel.governance.rates import TokenBucket
 from kernel.log.base import Batch, LogReader
-from kernel.metrics import THROTTLED
-from kernel.rates import TokenBucket
 from kernel.settings.runtime import Batch as Most
+from kernel.telemetry.metrics import THROTTLED
 
 BACKLOG = 2_000
 """With more commits waiting, a batch is filled before it is folded."""

@@ -12,13 +12,13 @@ from typing import Any
 import nats.errors
 import orjson
 
-from kernel.asking import ask_all
-from kernel.governor import REBUILD_WORTH_S
-from kernel.log.wire import Wire
-from kernel.pace import Pace
-from kernel.rates import TokenBucket
+from kernel.governance.governor import REBUILD_WORTH_S
+from kernel.governance.pace import Pace
+from kernel.governance.rates import TokenBucket
+from kernel.log.subjects import Subjects
 from kernel.settings.runtime import Limit
-from kernel.subjects import Subjects
+from kernel.transport.connection import Wire
+from kernel.transport.survey import ask_all
 
 logger = logging.getLogger("eskernel")
 INTERVAL_S = 1.0

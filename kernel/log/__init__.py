@@ -16,7 +16,7 @@ from kernel.log.base import (
 )
 from kernel.log.jetstream import JetStreamLog
 from kernel.log.memory import MemoryLog
-from kernel.log.opening import find_log, open_log
+from kernel.log.stream import find_log, open_log
 
 __all__ = [
     "Batch",

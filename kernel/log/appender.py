@@ -20,8 +20,8 @@ import msgspec
 
 from aggregates.context import uuid7
 from kernel.log.base import Conflict, LogError, PayloadTooLarge, Replaced, Stored, Unavailable, UnknownOutcome
-from kernel.log.wire import Wire, publish_frame, status_of
 from kernel.settings.jetstream import GroupCommit
+from kernel.transport.connection import Wire, publish_frame, status_of
 
 logger = logging.getLogger("eskernel")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from asyncio import Future
 from typing import NamedTuple, Protocol
 
-from kernel.subjects import Subjects
+from kernel.log.subjects import Subjects
 
 
 class LogError(Exception):

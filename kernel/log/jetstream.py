@@ -12,13 +12,13 @@ from typing import Any
 
 import orjson
 
-from kernel.log.api import NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
 from kernel.log.appender import Appender
 from kernel.log.base import LogReader, Replaced, Stored, StreamInfo, StreamMismatch, Unavailable
 from kernel.log.reader import JetStreamReader
-from kernel.log.wire import Wire, header_of, publish_frame, status_of
+from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
-from kernel.subjects import Subjects
+from kernel.transport.connection import Wire, header_of, publish_frame, status_of
+from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
 
 logger = logging.getLogger("eskernel")
 FORMAT = 1

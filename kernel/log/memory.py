@@ -7,7 +7,7 @@ from bisect import bisect_right
 from datetime import UTC, datetime
 
 from kernel.log.base import Batch, Conflict, LogReader, PayloadTooLarge, Stored, StreamInfo, Unavailable
-from kernel.subjects import Subjects
+from kernel.log.subjects import Subjects
 
 
 class MemoryLog:

@@ -17,8 +17,8 @@ from typing import Any
 import orjson
 
 from kernel.log.base import Batch, LogError, Stored
-from kernel.log.wire import Wire, header_of, publish_frame, status_of
 from kernel.settings import Consumer
+from kernel.transport.connection import Wire, header_of, publish_frame, status_of
 
 PULL_EXPIRES_S = 30.0
 MAX_SUBJECTS = 200_000

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from kernel.log.api import NO_STREAM, ApiError, call_api, server_version, version_text
 from kernel.log.base import Replaced, StreamMismatch, Unavailable
 from kernel.log.jetstream import FORMAT, JetStreamLog, check_keeps_everything, partitions_of
-from kernel.log.wire import Wire
+from kernel.log.subjects import Subjects
 from kernel.settings import Settings, Stream
-from kernel.subjects import Subjects
+from kernel.transport.connection import Wire
+from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, server_version, version_text
 
 logger = logging.getLogger("eskernel")
 OLDEST = (2, 10)

@@ -9,12 +9,20 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from kernel.alerts import Alert, Alerts
-from kernel.backlog import Backlog, Change, Level
 from kernel.log.appender import Appender
-from kernel.metrics import BACKLOG_AGE, BACKLOG_BEHIND, BACKLOG_DRAIN, BACKLOG_PARTITIONS, LAG, PRESSURE, SPEED
-from kernel.pressure import Pressure, PressureGauge
-from kernel.progress import Progress
+from kernel.monitoring.backlog import Backlog, Change, Level
+from kernel.monitoring.pressure import Pressure, PressureGauge
+from kernel.projector.progress import Progress
 from kernel.settings import Settings
+from kernel.telemetry.metrics import (
+    BACKLOG_AGE,
+    BACKLOG_BEHIND,
+    BACKLOG_DRAIN,
+    BACKLOG_PARTITIONS,
+    LAG,
+    PRESSURE,
+    SPEED,
+)
 
 logger = logging.getLogger("eskernel")
 SLICE = 1_000

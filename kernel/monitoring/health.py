@@ -14,8 +14,8 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from kernel.alerts import Alert, Alerts
-from kernel.metrics import COMPONENT_OK
 from kernel.settings import Http
+from kernel.telemetry.metrics import COMPONENT_OK
 
 logger = logging.getLogger("eskernel")
 DEAD_S = 30.0

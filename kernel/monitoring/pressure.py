@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any
 
-from kernel.backlog import Ladder
+from kernel.monitoring.backlog import Ladder
 
 MEDIUM, HIGH, CRITICAL = 0.5, 0.75, 0.9
 """Shares of a limit at which the levels begin."""

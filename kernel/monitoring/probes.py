@@ -12,17 +12,17 @@ from typing import Any
 from sqlalchemy import Engine, insert
 
 from kernel.app import App
-from kernel.backlog import Level
-from kernel.health import Health
-from kernel.leases import Leases
 from kernel.log import JetStreamLog, LogError, Replaced, StreamInfo, Unavailable
-from kernel.log.wire import Wire
-from kernel.logs import about
-from kernel.lookout import Lookout
-from kernel.metrics import PARKED, QUARANTINED, RETRIES
-from kernel.ownership import Ownership
-from kernel.projector import NO_PARTITIONS, Projector
+from kernel.monitoring.backlog import Level
+from kernel.monitoring.detector import Lookout
+from kernel.monitoring.health import Health
+from kernel.partitions.leases import Leases
+from kernel.partitions.ownership import Ownership
+from kernel.projector.live import NO_PARTITIONS, Projector
 from kernel.settings import Settings
+from kernel.telemetry.logging import about
+from kernel.telemetry.metrics import PARKED, QUARANTINED, RETRIES
+from kernel.transport.connection import Wire
 from projections import dead_letters
 from projections.tables import stream
 

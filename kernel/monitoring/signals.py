@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kernel.commands import CommandGateway
-from kernel.governor import Signals
+from kernel.commands.gateway import CommandGateway
+from kernel.governance.governor import Signals
 from kernel.log.appender import Appender
-from kernel.loop_lag import LoopLag
-from kernel.metrics import LOOP_LAG
-from kernel.projector import Projector
-from kernel.writing import AWAY
+from kernel.projector.committer import AWAY
+from kernel.projector.live import Projector
+from kernel.telemetry.loop_lag import LoopLag
+from kernel.telemetry.metrics import LOOP_LAG
 
 
 class Gatherer:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import orjson
 
-from kernel.log.api import NO_MESSAGE, NO_STREAM, ApiError, call_api
 from kernel.log.appender import Appender
 from kernel.log.base import Conflict, LogError, Stored
-from kernel.log.wire import Wire
+from kernel.transport.connection import Wire
+from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api
 
 logger = logging.getLogger("eskernel")
 _NAME_IN_USE = 10058

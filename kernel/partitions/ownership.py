@@ -9,13 +9,13 @@ from typing import Any
 
 import nats.errors
 
-from kernel.commands import CommandGateway
-from kernel.leases import Leases, Members
+from kernel.commands.gateway import CommandGateway
 from kernel.log.base import LogError
-from kernel.log.wire import Wire, publish_frame
-from kernel.metrics import LEASES_LOST, MOVED, PARTITIONS
-from kernel.projector import Projector
-from kernel.subjects import Subjects
+from kernel.log.subjects import Subjects
+from kernel.partitions.leases import Leases, Members
+from kernel.projector.live import Projector
+from kernel.telemetry.metrics import LEASES_LOST, MOVED, PARTITIONS
+from kernel.transport.connection import Wire, publish_frame
 
 logger = logging.getLogger("eskernel")
 LINGER_S = 1.0

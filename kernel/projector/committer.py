@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from kernel.metrics import BATCH_SECONDS, BATCHES, DEAD_LETTERS, ERRORS
+from kernel.telemetry.metrics import BATCH_SECONDS, BATCHES, DEAD_LETTERS, ERRORS
 from projections.database import is_infrastructure
 from projections.errors import Fenced, HandlerFailed
 from projections.unit_of_work import Write, Writer

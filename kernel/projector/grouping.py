@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
 from kernel.log.base import Stored
-from kernel.subjects import Address, Subjects
+from kernel.log.subjects import Address, Subjects
 from projections.checkpoints import Position
 
 Commits = list[tuple[int, list[Envelope]]]

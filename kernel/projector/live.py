@@ -18,11 +18,19 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Engine
 
-from kernel.actors import Actors
+from kernel.actors.aggregate import Actors
+from kernel.actors.mailbox import DropRows, Fold, Turn
+from kernel.actors.residents import Resident, Residents
 from kernel.app import App
+from kernel.governance.pace import IDLE_S, Pace, read_batch, unpaced
 from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
-from kernel.mailbox import DropRows, Fold, Turn
-from kernel.metrics import (
+from kernel.log.subjects import Address, Subjects
+from kernel.projector.committer import AWAY, Writing
+from kernel.projector.grouping import Group, Sorter, batch_of
+from kernel.projector.parking import say_parked
+from kernel.projector.progress import Hand, Progress
+from kernel.settings import Settings
+from kernel.telemetry.metrics import (
     BATCH_EVENTS,
     ERRORS,
     EVENTS,
@@ -33,15 +41,7 @@ from kernel.metrics import (
     POSITION,
     ROWS,
 )
-from kernel.pace import IDLE_S, Pace, read_batch, unpaced
-from kernel.parking import say_parked
-from kernel.progress import Hand, Progress
-from kernel.residents import Resident, Residents
-from kernel.settings import Settings
-from kernel.sorting import Group, Sorter, batch_of
-from kernel.subjects import Address, Subjects
-from kernel.tracing import NO_TRACING, Tracing
-from kernel.writing import AWAY, Writing
+from kernel.telemetry.tracing import NO_TRACING, Tracing
 from projections.checkpoints import Claim, Move, Position, claim
 from projections.database import is_infrastructure, reads
 from projections.errors import Fenced, HandlerFailed

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from kernel.logs import about
-from kernel.sorting import Commits
+from kernel.projector.grouping import Commits
+from kernel.telemetry.logging import about
 from projections.declaration import DeclaredProjection
 from projections.errors import HandlerFailed
 

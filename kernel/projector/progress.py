@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kernel.log.base import Batch
-from kernel.sorting import Group
+from kernel.projector.grouping import Group
 from projections.checkpoints import Position
 
 REMEMBERED = 10_000

@@ -23,9 +23,9 @@ from sqlalchemy.exc import DBAPIError
 from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
 from kernel.app import App
+from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
-from kernel.pace import Pace, unpaced
-from kernel.parking import say_parked
+from kernel.projector.parking import say_parked
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position

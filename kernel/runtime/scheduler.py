@@ -13,7 +13,7 @@ from typing import Any
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from kernel.metrics import JOB_SECONDS, JOBS
+from kernel.telemetry.metrics import JOB_SECONDS, JOBS
 
 logger = logging.getLogger("eskernel")
 JOB_TIMEOUT_S = 30.0

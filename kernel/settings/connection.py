@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Le
 from pydantic import field_validator, model_validator
 
-from kernel.settings.base import Count, File, Listed, Seconds, Secret, Section
+from kernel.settings.fields import Count, File, Listed, Seconds, Secret, Section
 
 
 class Connection(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
-from kernel.settings.base import Listed, Seconds, Section
+from kernel.settings.fields import Listed, Seconds, Section
 
 GroupCommit = Literal["auto", "always", "never"]
 

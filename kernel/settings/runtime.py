@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, ByteSize, Field, model_validator
 
-from kernel.settings.base import MIB, Count, Seconds, Secret, Section
+from kernel.settings.fields import MIB, Count, Seconds, Secret, Section
 
 
 def _absolute(url: str) -> str:

@@ -16,7 +16,7 @@ from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError as SourceError
 
 from kernel.settings import Settings
-from kernel.settings.base import shown
+from kernel.settings.fields import shown
 
 PREFIX = "ESKERNEL_"
 DEFAULT_FILE = Path("eskernel.toml")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Le
 from pydantic import ByteSize, Field, model_validator
 
-from kernel.settings.base import Section
+from kernel.settings.fields import Section
 
 
 class Stream(Section):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from prometheus_client import Histogram
 
-from kernel.metrics import ERRORS
+from kernel.telemetry.metrics import ERRORS
 
 _KIND_OF = {
     "malformed": "invalid",

@@ -14,9 +14,9 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 
 from aggregates.commit import Decision
 from kernel.app import App
-from kernel.messages import CommandRequest
-from kernel.sorting import Group
-from kernel.subjects import Address
+from kernel.log.subjects import Address
+from kernel.projector.grouping import Group
+from kernel.protocol import CommandRequest
 
 TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 """W3C Trace Context, version 00."""
@@ -73,7 +73,7 @@ class _Span:
 
 
 class OpenTelemetry:
-    """Implements `kernel.tracing.Tracing`."""
+    """Implements `kernel.telemetry.tracing.Tracing`."""
 
     def __init__(self, app: App) -> None:
         self._tracer = trace.get_tracer("eskernel")

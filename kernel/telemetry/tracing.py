@@ -1,4 +1,7 @@
-"""Tracing: what the service asks of it, and the way to do without. Nothing but `kernel.otel` imports OpenTelemetry."""
+"""Tracing: what the service asks of it, and the way to do without.
+
+Only `kernel.telemetry.opentelemetry` imports OpenTelemetry.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any, Protocol
 
 from aggregates.commit import Decision
 from kernel.app import App
-from kernel.messages import CommandRequest
-from kernel.sorting import Group
-from kernel.subjects import Address
+from kernel.log.subjects import Address
+from kernel.projector.grouping import Group
+from kernel.protocol import CommandRequest
 
 logger = logging.getLogger("eskernel")
 
@@ -81,7 +84,7 @@ def sender_context(enabled: bool) -> Callable[[], str | None]:
 
 def _otel() -> ModuleType | None:
     try:
-        from kernel import otel
+        from kernel.telemetry import opentelemetry as otel
     except ImportError:
         return None
     return otel

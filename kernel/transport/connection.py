@@ -4,7 +4,7 @@ nats-py spends most of a message's time on its regular expressions, header objec
 is nats-py's own client (connecting, reconnecting, authentication and requests are unchanged; TLS that was asked for
 is insisted upon), with two additions: messages of subscriptions made with `listen` go straight from the socket's
 buffer to a function, their headers left as bytes; and `send` writes protocol frames that the caller has made. It
-leans on inner names of nats-py, which is why the version is pinned and `tests/test_wire.py` watches those names.
+leans on inner names of nats-py, which is why the version is pinned and `tests/kernel/transport` watches those names.
 """
 
 from __future__ import annotations

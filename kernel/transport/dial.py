@@ -14,9 +14,9 @@ from typing import Any
 import nkeys
 from nats.aio.client import Server
 
-from kernel.log.wire import Wire
 from kernel.settings import Connection, JetStream, Security, Settings
-from kernel.settings.base import shown
+from kernel.settings.fields import shown
+from kernel.transport.connection import Wire
 
 logger = logging.getLogger("eskernel")
 _JWT = re.compile(r"-----BEGIN NATS USER JWT-----\r?\n([\w-]+\.[\w-]+\.[\w-]+)\r?\n")

@@ -9,7 +9,7 @@ import nats.errors
 import orjson
 
 from kernel.log.base import LogError, Unavailable
-from kernel.log.wire import Wire
+from kernel.transport.connection import Wire
 
 NO_MESSAGE, NO_STREAM = 10037, 10059
 DEFAULT_PREFIX = "$JS.API"

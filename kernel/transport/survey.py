@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from kernel.log.wire import Wire, publish_frame, status_of
+from kernel.log.subjects import Subjects
 from kernel.settings import Settings
-from kernel.subjects import Subjects
+from kernel.transport.connection import Wire, publish_frame, status_of
 
 logger = logging.getLogger("eskernel")
 ANSWER_S = 2.0

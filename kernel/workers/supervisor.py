@@ -13,13 +13,13 @@ from typing import Any
 
 import orjson
 
-from kernel.health import HttpServer
-from kernel.pages import merge, scrape
-from kernel.runtime import DataDirectory, WorkersFailed, running_as
-from kernel.server import SYNCED, EmbeddedServer, embedded_commits, end_with_parent
+from kernel.monitoring.health import HttpServer
+from kernel.runtime.directory import DataDirectory, WorkersFailed, running_as
+from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits, end_with_parent
 from kernel.settings import Settings
 from kernel.settings.sources import changed
-from kernel.worker import REFUSED, describe
+from kernel.workers.scrape import merge, scrape
+from kernel.workers.worker import REFUSED, describe
 
 logger = logging.getLogger("eskernel")
 FROZEN_S = 15.0
@@ -149,7 +149,7 @@ class Supervisor:
         process = worker.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "kernel.worker",
+            "kernel.workers.worker",
             str(worker.number),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""A worker process: `python -m kernel.worker NUMBER`, started by `eskernel run --workers N` and by nobody else.
+"""A worker process: `python -m kernel.workers.worker NUMBER`, started by `eskernel run --workers N` and by nobody else.
 
 Its parent writes one line to it, what to run, and keeps the pipe open: when it closes, the parent is gone and the
 worker stops. The worker tells it, a line of JSON each second, that its loop is turning and how it is.
@@ -15,11 +15,11 @@ from typing import Any
 import orjson
 
 from kernel.app import load_app
-from kernel.logs import set_up
-from kernel.scheduler import Scheduler
+from kernel.runtime.scheduler import Scheduler
 from kernel.service import Service
 from kernel.settings import Settings
 from kernel.settings.sources import written
+from kernel.telemetry.logging import set_up
 
 REFUSED = 4
 """Exit code of a worker that could not start, which starting again would not mend."""

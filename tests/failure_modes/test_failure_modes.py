@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from kernel import Service
-from kernel.log.api import ApiError, call_api
-from kernel.log.dialing import connect
+from kernel.transport.dial import connect
+from kernel.transport.jetstream_api import ApiError, call_api
 from tests.apps import notebooks
 from tests.conftest import settings_for
 from tests.failing import Running, Wait, free_port, metric, running, server, warned

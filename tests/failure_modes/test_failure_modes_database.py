@@ -206,7 +206,7 @@ async def test_a_database_that_does_not_answer_is_shown_and_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Its processes are stopped: connections stand, and nothing comes."""
-    monkeypatch.setattr("kernel.watch.PROBE_S", 0.5)
+    monkeypatch.setattr("kernel.monitoring.probes.PROBE_S", 0.5)
     async with running(app_name, tmp_path, nats_url, fresh_postgres) as here:
         await here.client.query("select 1", after=await here.note(20))
         frozen = admin.backends(name_of(fresh_postgres))
@@ -281,7 +281,7 @@ def locked_file(file: Path) -> Iterator[None]:
 async def test_a_file_that_another_process_locks_is_shown_and_waited_for(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernel.watch.WRITE_S", 0.5)
+    monkeypatch.setattr("kernel.monitoring.probes.WRITE_S", 0.5)
     async with running(app_name, tmp_path, nats_url) as here:
         await here.note(20)
         with locked_file(tmp_path / "projections.db"):

@@ -16,7 +16,7 @@ import pytest
 
 from kernel import Client, CommandError, Service
 from kernel.log import LogError, StreamMismatch, find_log
-from kernel.log.dialing import connect
+from kernel.transport.dial import connect
 from projections import SchemaError
 from projections.database import open_database
 from tests.apps import Note, Notebook, notebooks

@@ -13,8 +13,8 @@ import orjson
 import pytest
 
 from kernel import Client
-from kernel.leases import bucket_of
-from kernel.log.dialing import connect
+from kernel.partitions.leases import bucket_of
+from kernel.transport.dial import connect
 from projections import dead_letters
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks
@@ -135,7 +135,7 @@ class Clock:
                 return dt.datetime.fromtimestamp(real() + clock.ahead, tz)
 
         monkeypatch.setattr(time, "time", lambda: real() + self.ahead)
-        for module in ("apscheduler.schedulers.base", "apscheduler.triggers.interval", "kernel.scheduler"):
+        for module in ("apscheduler.schedulers.base", "apscheduler.triggers.interval", "kernel.runtime.scheduler"):
             monkeypatch.setattr(f"{module}.datetime", Moved)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.engine import make_url
 
 from kernel import Client, Service
-from kernel.server import EmbeddedServer
+from kernel.runtime.nats_server import EmbeddedServer
 from projections.database import open_database
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks

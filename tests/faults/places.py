@@ -293,7 +293,7 @@ class Service:
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return any("kernel.worker" in part for part in process.cmdline())
+        return any("kernel.workers.worker" in part for part in process.cmdline())
     except psutil.Error:
         return False
 

@@ -15,7 +15,7 @@ import pytest
 from aggregates.commit import decode
 from kernel import Client
 from kernel.log import find_log
-from kernel.log.dialing import connect
+from kernel.transport.dial import connect
 from tests.apps import Note, Notebook, notebooks
 
 KILLS = 10

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from kernel import Client, QueryTimeout, Receipt, Service, Settings
 from kernel.log import Unavailable
-from kernel.runtime import AlreadyRunning
+from kernel.runtime.directory import AlreadyRunning
 from projections import SchemaError
 from projections.database import open_database
 from projections.tables import dead_letter, stream

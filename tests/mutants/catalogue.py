@@ -25,11 +25,11 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-UNIT = "tests/test_unit_of_work.py"
-LOG = "tests/test_log_contract.py"
-COMMANDS = "tests/test_commands.py"
-LETTERS = "tests/test_dead_letters.py"
-SERVICE = "tests/test_service.py"
+UNIT = "tests/projections/test_unit_of_work.py"
+LOG = "tests/kernel/log/test_log_contract.py"
+COMMANDS = "tests/kernel/commands/test_commands.py"
+LETTERS = "tests/kernel/projector/test_dead_letters.py"
+SERVICE = "tests/kernel/test_service.py"
 OWN = "tests/test_mutants_caught.py"
 
 MUTANTS = [
@@ -145,17 +145,17 @@ MUTANTS = [
     Mutant(
         "refusal-before-commit",
         "a refusal rests on what is in the log",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         """                if decisions:
                     # it rests""",
         """                if False:
                     # it rests""",
-        ("tests/test_commands.py::test_a_refusal_waits_until_what_it_rests_on_is_stored",),
+        ("tests/kernel/commands/test_commands.py::test_a_refusal_waits_until_what_it_rests_on_is_stored",),
     ),
     Mutant(
         "ack-before-commit",
         "a receipt means that the commit is in the log",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         """            self.deciding = deciding
             self.gateway.append(""",
         """            for request, reached, _ in deciding:
@@ -204,7 +204,7 @@ MUTANTS = [
         "self._verified.clear()",
         "pass",
         (
-            "tests/test_failure_modes_log.py::"
+            "tests/failure_modes/test_failure_modes_log.py::"
             "test_a_stream_restored_from_an_older_backup_stops_the_service_before_it_acknowledges_anything",
         ),
     ),
@@ -212,7 +212,7 @@ MUTANTS = [
     Mutant(
         "dedupe-removed",
         "a repeated command takes effect once",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         """            known = cell.commands.get(wire.command_id)
             if known is not None:
                 self.gateway.succeed(self.address, request, known[0], known[1], True)
@@ -226,7 +226,7 @@ MUTANTS = [
     Mutant(
         "dedupe-forgets",
         "a repeated command takes effect once, however late",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         "if not request.searched and wire.command_id in cell.seen:",
         "if False:",
         (f"{COMMANDS}::test_a_repeated_command_is_found_however_long_ago_it_was",),
@@ -234,7 +234,7 @@ MUTANTS = [
     Mutant(
         "dedupe-not-within-a-commit",
         "a command that comes twice at once takes effect once",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         " or any(one[0].wire.command_id == wire.command_id for one in deciding)",
         "",
         (f"{COMMANDS}::test_a_command_that_arrives_twice_at_once_takes_effect_once",),
@@ -242,7 +242,7 @@ MUTANTS = [
     Mutant(
         "uncertain-conflict-not-searched",
         "what may lie below another's commit is looked for",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         "request.searched = False",
         "request.searched = True",
         (f"{COMMANDS}::test_an_append_that_may_lie_below_somebody_elses_is_looked_for",),
@@ -250,16 +250,16 @@ MUTANTS = [
     Mutant(
         "busy-evicted",
         "an aggregate with something under way stays",
-        "kernel/residents.py",
+        "kernel/actors/residents.py",
         "if resident.busy:\n                busy.append(resident)",
         "if resident.busy < 0:\n                busy.append(resident)",
-        ("tests/test_passivation.py::test_a_busy_aggregate_never_goes",),
+        ("tests/kernel/actors/test_passivation.py::test_a_busy_aggregate_never_goes",),
     ),
     # leases
     Mutant(
         "deadline-after-renewal",
         "a lease is counted on no longer than the bucket keeps it",
-        "kernel/leases.py",
+        "kernel/partitions/leases.py",
         """        self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)
         return True
 
@@ -268,12 +268,12 @@ MUTANTS = [
         return True
 
     async def members""",
-        ("tests/test_leases.py::test_the_deadline_counts_from_before_the_request",),
+        ("tests/kernel/partitions/test_leases.py::test_the_deadline_counts_from_before_the_request",),
     ),
     Mutant(
         "deadline-after-taking",
         "a lease is counted on no longer than the bucket keeps it",
-        "kernel/leases.py",
+        "kernel/partitions/leases.py",
         """runs out by itself
         self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)""",
         """runs out by itself
@@ -283,23 +283,23 @@ MUTANTS = [
     Mutant(
         "lapsed-lease-held",
         "a lease that has run out is not held",
-        "kernel/leases.py",
+        "kernel/partitions/leases.py",
         "return lease is not None and lease.deadline > clock()",
         "return lease is not None",
-        ("tests/test_workers.py::test_a_thawed_worker_refuses_commands_and_can_write_nothing[sqlite]",),
+        ("tests/kernel/workers/test_workers.py::test_a_thawed_worker_refuses_commands_and_can_write_nothing[sqlite]",),
     ),
     Mutant(
         "decides-without-lease",
         "who does not hold the lease decides nothing",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         "if not self.gateway.holds(self.address.partition):",
         "if False:",
-        ("tests/test_workers.py::test_a_thawed_worker_refuses_commands_and_can_write_nothing[sqlite]",),
+        ("tests/kernel/workers/test_workers.py::test_a_thawed_worker_refuses_commands_and_can_write_nothing[sqlite]",),
     ),
     Mutant(
         "state-kept-when-lost",
         "a partition that comes back is decided on what others wrote",
-        "kernel/actors.py",
+        "kernel/actors/aggregate.py",
         """            elif kind is Leave:
                 self._leave()
 """,
@@ -311,7 +311,7 @@ MUTANTS = [
     Mutant(
         "lease-deleted-before-projection-let-go",
         "others find everything written when a partition is free",
-        "kernel/ownership.py",
+        "kernel/partitions/ownership.py",
         """        if self._projector is not None:
             try:
                 async with asyncio.timeout(HAND_OVER_S):
@@ -326,7 +326,7 @@ MUTANTS = [
     Mutant(
         "lease-deleted-before-commands-answered",
         "commands under way are answered before a partition is free",
-        "kernel/ownership.py",
+        "kernel/partitions/ownership.py",
         "if not await self._gateway.let_go(partitions, HAND_OVER_S):",
         "if not await self._gateway.let_go(partitions, 0.0):",
         (f"{OWN}::test_a_lease_is_given_back_when_its_commands_are_answered_and_not_before",),
@@ -334,7 +334,7 @@ MUTANTS = [
     Mutant(
         "projection-lets-go-at-once",
         "others find everything written when a partition is free",
-        "kernel/projector.py",
+        "kernel/projector/live.py",
         "while self._owned - self._wanted:",
         "while False:",
         (f"{OWN}::test_a_lease_is_given_back_when_the_projection_has_let_go_and_not_before",),
@@ -343,7 +343,7 @@ MUTANTS = [
     Mutant(
         "refused-write-not-parked",
         "what a statement refuses waits alone",
-        "kernel/projector.py",
+        "kernel/projector/live.py",
         """        for failure in self._failures:
 """,
         """        for failure in ():
@@ -417,7 +417,7 @@ MUTANTS = [
     Mutant(
         "garbage-stops-projection",
         "bytes that are no commit stop no projection",
-        "kernel/sorting.py",
+        "kernel/projector/grouping.py",
         "except (InvalidMessage, InvalidId) as error:",
         "except InvalidId as error:",
         (f"{SERVICE}::test_garbage_on_the_stream_is_kept_aside_and_stops_nothing[sqlite]",),
@@ -425,7 +425,7 @@ MUTANTS = [
     Mutant(
         "garbage-lost",
         "bytes that are no commit are kept",
-        "kernel/projector.py",
+        "kernel/projector/live.py",
         "write.letters += self._garbage",
         "pass",
         (f"{SERVICE}::test_garbage_on_the_stream_is_kept_aside_and_stops_nothing[sqlite]",),
@@ -450,7 +450,7 @@ MUTANTS = [
     Mutant(
         "cut-over-misses-the-rest",
         "a rebuild misses nothing that the live copy had",
-        "kernel/rebuild.py",
+        "kernel/projector/rebuild.py",
         "while self._at < furthest:",
         "while False:",
         (f"{OWN}::test_at_a_cut_over_the_new_copy_has_what_the_old_one_had",),
@@ -469,7 +469,7 @@ MUTANTS = [
         "aggregates/cell.py",
         "if envelope.sequence != self.version + 1:",
         "if envelope.sequence <= self.version:",
-        ("tests/test_properties_domain.py::test_a_gap_or_a_repeat_anywhere_is_a_sequence_error",),
+        ("tests/aggregates/test_properties_domain.py::test_a_gap_or_a_repeat_anywhere_is_a_sequence_error",),
     ),
     Mutant(
         "read-your-writes-unwaited",

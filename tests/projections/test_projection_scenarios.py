@@ -13,7 +13,7 @@ from examples.flights import AirportDay, AirportDays, Arrived, Departed, LongDel
 from projections import Rows, applies, projected
 from tests.apps import Line, Lines, Noted, Pages
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_rows_are_specified_by_their_models() -> None:

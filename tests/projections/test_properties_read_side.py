@@ -15,7 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from aggregates import Aggregate, InvalidId, applies, event
 from kernel import App
-from kernel.subjects import MAX_TOKEN, Subjects
+from kernel.log.subjects import MAX_TOKEN, Subjects
 from projections import DROP, Drop, Fenced, HandlerFailed, Recorded, Rows, Sql, Tallies, Tally, Transaction
 from projections.checkpoints import claim
 from projections.fold import Folded

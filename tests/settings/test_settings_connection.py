@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from nats.aio.client import Server as PoolServer
 
-from kernel.log.dialing import connection_options, dial
-from kernel.log.wire import Wire
 from kernel.settings import Connection
+from kernel.transport.connection import Wire
+from kernel.transport.dial import connection_options, dial
 from tests.conftest import settings_for
 from tests.failing import free_port, running
 from tests.faults.proxy import Proxy

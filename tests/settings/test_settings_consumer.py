@@ -13,11 +13,11 @@ import pytest
 from sqlalchemy import text
 
 from kernel.log import JetStreamLog
-from kernel.log.api import call_api
-from kernel.log.dialing import dial
 from kernel.log.reader import JetStreamReader
-from kernel.log.wire import Wire
-from kernel.rebuild import Rebuild
+from kernel.projector.rebuild import Rebuild
+from kernel.transport.connection import Wire
+from kernel.transport.dial import dial
+from kernel.transport.jetstream_api import call_api
 from projections.database import open_database
 from tests.conftest import open_log, settings_for
 from tests.failing import api, running

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kernel.backlog import Level
+from kernel.monitoring.backlog import Level
 from tests.apps import Note, Notebook
 from tests.failing import Wait, running
 

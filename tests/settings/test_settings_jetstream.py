@@ -12,9 +12,9 @@ import pytest
 
 from kernel import Client
 from kernel.log import JetStreamLog, StreamMismatch, Unavailable, UnknownOutcome
-from kernel.log.api import call_api
-from kernel.log.dialing import dial
-from kernel.log.wire import Wire
+from kernel.transport.connection import Wire
+from kernel.transport.dial import dial
+from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import OLD_SERVER, open_log, settings_for
 from tests.failing import free_port, running

@@ -21,12 +21,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from aggregates import applies
 from kernel import App, Client, Service
-from kernel.leases import bucket_of
+from kernel.governance.pace import read_batch, unpaced
 from kernel.log.base import LogReader
-from kernel.log.dialing import dial
-from kernel.pace import read_batch, unpaced
+from kernel.partitions.leases import bucket_of
 from kernel.settings import Batch, Database
-from kernel.supervisor import Supervisor
+from kernel.transport.dial import dial
+from kernel.workers.supervisor import Supervisor
 from projections import Rows, dead_letters
 from projections.database import open_database
 from tests.apps import Note, Notebook, Noted, Page, notebooks

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from kernel import Client, Service
-from kernel.log.api import call_api
-from kernel.log.dialing import BadCredentials, dial
-from kernel.log.wire import Wire
+from kernel.transport.connection import Wire
+from kernel.transport.dial import BadCredentials, dial
+from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
 from tests.failing import free_port

@@ -17,9 +17,9 @@ import pytest
 
 from kernel import Client, Service
 from kernel.log import JetStreamLog, LogError, StreamMismatch, Unavailable
-from kernel.log.api import call_api
-from kernel.log.dialing import dial
-from kernel.log.wire import Wire
+from kernel.transport.connection import Wire
+from kernel.transport.dial import dial
+from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import open_log, settings_for
 from tests.failing import ROOT, api, change_stream, running

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kernel.settings.document import document
+from tests.pages import load_page
 from tests.settings_table import TABLE, listed, marked, names
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_setting_has_a_test_that_shows_its_effect() -> None:
@@ -29,4 +29,4 @@ def test_the_table_has_tests_for_all_that_are_marked() -> None:
 
 
 def test_the_configuration_document_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "configuration.md").read_text() == document(), "run `make docs`"
+    assert (ROOT / "docs" / "configuration.md").read_text() == load_page("configuration").document(), "run `make docs`"

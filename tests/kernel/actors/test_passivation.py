@@ -12,12 +12,12 @@ import pytest
 
 from aggregates.cell import Cell
 from kernel import Client, Service
-from kernel.actors import Actors
-from kernel.commands import CommandGateway
+from kernel.actors.aggregate import Actors
+from kernel.actors.mailbox import Loaded
+from kernel.actors.residents import Residents
+from kernel.actors.sizing import size_of
+from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
-from kernel.mailbox import Loaded
-from kernel.memory import size_of
-from kernel.residents import Residents
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
 

@@ -123,7 +123,7 @@ async def test_check_makes_no_stream_and_no_table(
 async def test_check_says_what_a_start_would_do_about_each_difference(
     config: Run, nats_url: str, app_name: str, tmp_path: Path
 ) -> None:
-    from kernel.log.dialing import connect
+    from kernel.transport.dial import connect
     from tests.conftest import open_log
 
     wire = await connect(nats_url, name="test")

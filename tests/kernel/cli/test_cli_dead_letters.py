@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.test_cli import Shell
+from tests.kernel.cli.test_cli import Shell
 
 APP = """
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_after_enough_attempts_it_waits_for_somebody_to_decide(shell: Shell) -> 
 def workers_of(shell: Shell) -> list[psutil.Process]:
     assert shell.service is not None
     children = psutil.Process(shell.service.pid).children()
-    return [child for child in children if "kernel.worker" in " ".join(child.cmdline())]
+    return [child for child in children if "kernel.workers.worker" in " ".join(child.cmdline())]
 
 
 def status(shell: Shell) -> dict[str, Any]:

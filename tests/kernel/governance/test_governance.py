@@ -16,16 +16,16 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from kernel import App, Client, Overloaded, Service
-from kernel.asking import ask_all, subjects_of
-from kernel.following import following
-from kernel.log.dialing import connect
-from kernel.rebuild import Rebuild
-from kernel.subjects import Address
+from kernel.governance.remote_pace import following
+from kernel.log.subjects import Address
+from kernel.projector.rebuild import Rebuild
+from kernel.transport.dial import connect
+from kernel.transport.survey import ask_all, subjects_of
 from projections.database import open_database
 from tests.apps import Lines, Note, Notebook, Pages, Words
 from tests.conftest import settings_for
 from tests.failing import Wait, metric, running
-from tests.test_cli import Shell
+from tests.kernel.cli.test_cli import Shell
 
 SPELL_S = float(os.environ.get("SLOW_DATABASE_S", "3"))
 """Seconds for which the database is slow; 30 is worth a try."""

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel import App
-from kernel.governor import Governor, Signals
-from kernel.limits import LimitsError, Overrides, override, parse
-from kernel.rates import BAD_SPELL, MARGIN_S, QUEUE_S, Keyed, Lane, TokenBucket
+from kernel.governance.governor import Governor, Signals
+from kernel.governance.limits import LimitsError, Overrides, override, parse
+from kernel.governance.rates import BAD_SPELL, MARGIN_S, QUEUE_S, Keyed, Lane, TokenBucket
 from kernel.settings.runtime import Limit, Rates
 from kernel.settings.sources import SettingsError
 from tests.apps import Note, Notebook, notebooks
@@ -24,7 +24,7 @@ WAITS = st.lists(st.floats(0, 10), min_size=1, max_size=60)
 
 
 def take(bucket: TokenBucket, n: float, now: float) -> float:
-    """Take `n` and return 0.0; or take nothing, and return the seconds after which to ask again, as the governor does."""
+    """Take `n` and return 0.0; or take nothing and return the seconds to wait, as the governor does."""
     if wait := bucket.wait(n, now):
         return bucket.refuse(n, wait)
     bucket.spend(n)

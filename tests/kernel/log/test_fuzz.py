@@ -26,8 +26,8 @@ from aggregates import Aggregate, InvalidMessage, applies, command, event, handl
 from aggregates.commit import Decision, Envelope, decode, encode
 from examples.bank import Account, Balances
 from kernel import App, Client, Service
-from kernel.messages import ErrorType
-from kernel.metrics import ALERTS
+from kernel.protocol import ErrorType
+from kernel.telemetry.metrics import ALERTS
 from projections import Rows
 from projections.database import open_database
 from projections.tables import dead_letter

@@ -24,11 +24,11 @@ from kernel.log import (
     Unavailable,
     find_log,
 )
-from kernel.log.api import call_api
 from kernel.log.base import LogReader
-from kernel.log.dialing import connect
-from kernel.log.wire import Wire
-from kernel.server import EmbeddedServer
+from kernel.runtime.nats_server import EmbeddedServer
+from kernel.transport.connection import Wire
+from kernel.transport.dial import connect
+from kernel.transport.jetstream_api import call_api
 from tests.conftest import open_log
 
 Log = MemoryLog | JetStreamLog

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregates import InvalidId
-from kernel.subjects import MAX_TOKEN, Address, Subjects, encode_id, fnv1a
+from kernel.log.subjects import MAX_TOKEN, Address, Subjects, encode_id, fnv1a
 
 PLAIN = re.compile(r"[A-Za-z0-9_%-]+\Z")
 

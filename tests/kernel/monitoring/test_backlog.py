@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel.backlog import Alarm, Backlog, Level, Rate
 from kernel.log.base import Batch, Stored
-from kernel.pressure import Pressure, PressureGauge
-from kernel.progress import Progress
+from kernel.log.subjects import Address
+from kernel.monitoring.backlog import Alarm, Backlog, Level, Rate
+from kernel.monitoring.pressure import Pressure, PressureGauge
+from kernel.projector.grouping import Group
+from kernel.projector.progress import Progress
 from kernel.settings import Backlog as Thresholds
-from kernel.sorting import Group
-from kernel.subjects import Address
 from projections.checkpoints import Position
 
 AT = Thresholds(

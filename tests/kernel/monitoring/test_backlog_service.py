@@ -18,7 +18,7 @@ from projections.database import open_database
 from tests.apps import Note, Notebook
 from tests.conftest import settings_for
 from tests.failing import Wait, metric, warned
-from tests.test_health import get, listening
+from tests.kernel.monitoring.test_health import get, listening
 
 QUICK: dict[str, Any] = {
     "backlog__interval": 0.05,

@@ -17,8 +17,8 @@ from sqlalchemy.engine import make_url
 from kernel import Alert, App, Service
 from kernel.alerts import Alerts
 from kernel.cli.run import run as run_command
-from kernel.health import DEAD_S, Health, HttpServer
 from kernel.log.base import Unavailable
+from kernel.monitoring.health import DEAD_S, Health, HttpServer
 from kernel.settings import Http
 from projections.database import open_database
 from projections.tables import stream
@@ -26,7 +26,7 @@ from tests.apps import Lines, Notebook, Pages, Words
 from tests.conftest import settings_for
 from tests.failing import Wait, running
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def listening(name: str, *callbacks: Any) -> App:
@@ -162,7 +162,7 @@ async def test_a_probe_that_hangs_fails_by_itself_and_holds_up_no_other(
     async with running(app_name, tmp_path, nats_url) as here:
         watch = here.service._watch
         assert watch is not None
-        monkeypatch.setattr("kernel.watch.PROBE_S", 0.1)
+        monkeypatch.setattr("kernel.monitoring.probes.PROBE_S", 0.1)
         answer = asyncio.Event()
 
         async def hang() -> str:
@@ -260,7 +260,7 @@ async def test_an_event_loop_that_is_late_is_not_ready(
     async with running(app_name, tmp_path, nats_url) as here:
         watch = here.service._watch
         assert watch is not None
-        monkeypatch.setattr("kernel.watch.LATE_S", 0.1)
+        monkeypatch.setattr("kernel.monitoring.probes.LATE_S", 0.1)
         time.sleep(0.5)
         await watch.probe()
         assert not here.service.health.components["loop"].ok

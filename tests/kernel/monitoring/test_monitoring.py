@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -14,9 +13,10 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from kernel.metrics_page import declared, name_of, render
+from tests.pages import load_page
 
-DOCS = Path(__file__).parent.parent / "docs"
+METRICS = load_page("metrics")
+DOCS = Path(__file__).parents[3] / "docs"
 FROM_THE_LIBRARY = {"process_resident_memory_bytes"}
 RULES = [
     rule for group in yaml.safe_load((DOCS / "monitoring/alerts.yaml").read_text())["groups"] for rule in group["rules"]
@@ -26,8 +26,8 @@ DASHBOARD = json.loads((DOCS / "monitoring/dashboard.json").read_text())
 
 def scraped() -> set[str]:
     names = set(FROM_THE_LIBRARY)
-    for metric in declared():
-        name = name_of(metric)
+    for metric in METRICS.declared():
+        name = METRICS.name_of(metric)
         names.update({f"{name}_bucket", f"{name}_sum", f"{name}_count"} if isinstance(metric, Histogram) else {name})
     return names
 
@@ -54,7 +54,7 @@ def test_an_expression_that_is_none_is_noticed() -> None:
 
 
 def test_labels_used_in_expressions_are_those_of_the_metric() -> None:
-    labels = {name_of(metric): set(metric._labelnames) for metric in declared()}
+    labels = {METRICS.name_of(metric): set(metric._labelnames) for metric in METRICS.declared()}
     for parameter in expressions():
         for name, label in re.findall(r"(eskernel_[a-z_]+)\{([a-z]+)[=!]", parameter.values[0]):
             assert label in labels[name], (name, label)
@@ -67,19 +67,15 @@ def test_each_rule_says_what_is_wrong_and_what_to_do() -> None:
 
 
 def test_the_dashboard_is_the_one_that_is_described() -> None:
-    spec = importlib.util.spec_from_file_location("dashboard", DOCS / "monitoring/dashboard.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.dashboard() == DASHBOARD
+    assert load_page("monitoring/dashboard").dashboard() == DASHBOARD
 
 
 def test_the_page_of_metrics_is_up_to_date() -> None:
-    assert (DOCS / "metrics.md").read_text() == render(), "make docs"
+    assert (DOCS / "metrics.md").read_text() == METRICS.render(), "make docs"
 
 
 def test_there_are_thirty_metrics_and_each_says_what_it_is() -> None:
-    found = list(declared())
+    found = list(METRICS.declared())
     assert len(found) >= 30
     assert all(len(metric._documentation) > 10 for metric in found)
     assert not {"id", "aggregate_id", "command_id", "subject"} & {label for one in found for label in one._labelnames}

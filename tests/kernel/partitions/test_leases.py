@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from kernel.leases import Leases, Members, clock
-from kernel.log.api import call_api
-from kernel.log.dialing import connect
-from kernel.log.wire import Wire
+from kernel.partitions.leases import Leases, Members, clock
+from kernel.transport.connection import Wire
+from kernel.transport.dial import connect
+from kernel.transport.jetstream_api import call_api
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 PARTITIONS = 8

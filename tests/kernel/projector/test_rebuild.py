@@ -10,7 +10,7 @@ from sqlalchemy import Engine, inspect
 
 from kernel import Client, Service
 from kernel.app import App
-from kernel.rebuild import Progress, Rebuild, clean_up
+from kernel.projector.rebuild import Progress, Rebuild, clean_up
 from projections import Rows, applies
 from projections.database import open_database
 from tests.apps import Lines, Note, Notebook, Noted, Page, Words, notebooks

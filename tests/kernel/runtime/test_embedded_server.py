@@ -16,15 +16,15 @@ import psutil
 import pytest
 
 from kernel.log import Unavailable
-from kernel.log.dialing import connect
-from kernel.server import EmbeddedServer, find_binary
+from kernel.runtime.nats_server import EmbeddedServer, find_binary
+from kernel.transport.dial import connect
 from tests.conftest import open_log
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from kernel.server import EmbeddedServer
+from kernel.runtime.nats_server import EmbeddedServer
 
 async def main():
     server = EmbeddedServer(Path(sys.argv[1]))

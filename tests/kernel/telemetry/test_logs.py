@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from kernel import Client
-from kernel.logs import about
-from kernel.messages import CommandError
-from kernel.server import end_with_parent
+from kernel.protocol import CommandError
+from kernel.runtime.nats_server import end_with_parent
 from kernel.settings import Settings
+from kernel.telemetry.logging import about
 from tests.apps import Explode, Note, Notebook, notebooks
 
 DAY = "2026-01-31T00:00:00+00:00"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 class Run:
@@ -181,7 +181,10 @@ async def test_the_level_is_the_least_that_is_written(nats_url: str, app_name: s
 def test_colours_are_for_terminals(terminal: bool) -> None:
     master, slave = os.openpty()
     reader, writer = os.pipe()
-    code = "from kernel.logs import *; set_up(Logging()); logger.warning('hot', extra=about('Stove', 's1', more=None))"
+    code = (
+        "from kernel.telemetry.logging import *; set_up(Logging()); "
+        "logger.warning('hot', extra=about('Stove', 's1', more=None))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     target = slave if terminal else writer
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=target, check=True)
@@ -194,7 +197,7 @@ def test_colours_are_for_terminals(terminal: bool) -> None:
 
 
 def test_an_uncaught_error_is_one_line_too() -> None:
-    code = "from kernel.logs import *; set_up(Logging(format='json'), 'shop', 3); raise ValueError('no')"
+    code = "from kernel.telemetry.logging import *; set_up(Logging(format='json'), 'shop', 3); raise ValueError('no')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     line = json.loads(done.stderr)
     assert done.returncode == 1

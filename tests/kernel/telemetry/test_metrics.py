@@ -21,17 +21,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from aggregates import Rejected
 from aggregates.commit import Decision, encode
 from kernel import Client
-from kernel.log.wire import publish_frame
-from kernel.messages import CommandError
-from kernel.metrics_page import declared, name_of
-from kernel.runtime import find_running
-from kernel.server import end_with_parent
+from kernel.protocol import CommandError
+from kernel.runtime.directory import find_running
+from kernel.runtime.nats_server import end_with_parent
+from kernel.transport.connection import publish_frame
 from tests.apps import Explode, Note, Notebook, Noted, NoteTwice
 from tests.failing import ROOT, Wait
 from tests.metrics_app import NAME_VARIABLE
+from tests.pages import load_page
 from tests.servers import Server, server
 
 Page = dict[str, dict[frozenset[tuple[str, str]], float]]
+METRICS = load_page("metrics")
 FAST = (
     "passivation.idle=0.3", "jetstream.publish_timeout=0.4", "database.lock_timeout=0.2", "backlog.interval=0.2",
     "connection.health_check_interval=0.3", "dead_letters.retry_after=0.1", "dead_letters.retries=2", "http.port=0",
@@ -312,7 +313,7 @@ async def test_every_metric_has_the_value_that_a_scenario_gives_it(here: Scraped
     for step in SCENARIO:
         await step(here)
     base = {name.removesuffix("_count").removesuffix("_sum") for name in looked_at}
-    assert {name_of(metric) for metric in declared()} <= base | looked_at
+    assert {METRICS.name_of(metric) for metric in METRICS.declared()} <= base | looked_at
 
 
 async def test_no_sample_has_an_id_in_its_labels(here: Scraped) -> None:

@@ -22,13 +22,13 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, StatusC
 from aggregates import Rejected
 from aggregates.commit import decode
 from kernel import Client, Service
-from kernel.messages import CommandError
-from kernel.tracing import NO_TRACING
+from kernel.protocol import CommandError
+from kernel.telemetry.tracing import NO_TRACING
 from tests.apps import Explode, Note, Notebook, notebooks
 from tests.conftest import settings_for
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
 NO_TRACEPARENTS = [
@@ -263,9 +263,9 @@ WITHOUT = """
 import asyncio, sys
 from pathlib import Path
 sys.modules["opentelemetry"] = None
-from tests.test_logs import notebooks, Note, Notebook
+from tests.kernel.telemetry.test_logs import notebooks, Note, Notebook
 from kernel import Client, Service
-from kernel.tracing import NO_TRACING
+from kernel.telemetry.tracing import NO_TRACING
 from aggregates.commit import decode
 from tests.conftest import settings_for
 

@@ -17,14 +17,14 @@ from nats.aio.client import Client
 from nats.protocol import parser
 from nats.protocol.parser import Parser
 
-from kernel.log.dialing import connect
-from kernel.log.wire import Wire, _FrameParser, header_of, publish_frame, status_of
+from kernel.transport.connection import Wire, _FrameParser, header_of, publish_frame, status_of
+from kernel.transport.dial import connect
 
-# what kernel/log/wire.py leans on
+# what kernel/transport/connection.py leans on
 
 
 def test_the_pinned_version_of_nats_py_is_installed() -> None:
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     pins = [line for line in project["dependencies"] if line.startswith("nats-py")]
     assert pins == [f"nats-py[nkeys]=={version('nats-py')}"]
 

@@ -14,9 +14,9 @@ from examples.bank import Account, Deposit
 from examples.bank import app as bank
 from kernel import Client, Service
 from kernel.log import Conflict
-from kernel.log.dialing import connect
-from kernel.messages import CommandError
-from kernel.supervisor import Supervisor
+from kernel.protocol import CommandError
+from kernel.transport.dial import connect
+from kernel.workers.supervisor import Supervisor
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
 

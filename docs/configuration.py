@@ -1,4 +1,4 @@
-"""docs/configuration.md, made of the settings themselves: `python -m kernel.settings.document` prints it."""
+"""The page of settings as text: `python docs/configuration.py > docs/configuration.md`."""
 
 from __future__ import annotations
 

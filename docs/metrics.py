@@ -1,4 +1,4 @@
-"""docs/metrics.md, made of the metrics themselves: `python -m kernel.metrics_page`."""
+"""The page of metrics as text: `python docs/metrics.py > docs/metrics.md`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from kernel import metrics
+from kernel.telemetry import metrics
 
 Metric = Counter | Gauge | Histogram
 _HEAD = """# Metrics
 
-Made by `make docs` of `kernel/metrics.py`. `/metrics` shows them in Prometheus's text format; with several workers the
-parent's page has those of all of them, each sample labelled with its `worker`. Beside them there is what
+Made by `make docs` of `kernel/telemetry/metrics.py`. `/metrics` shows them in Prometheus's text format; with several
+workers the parent's page has those of all of them, each sample labelled with its `worker`. Beside them there is what
 prometheus-client tells of the process and of Python (`process_*`, `python_*`). A test scrapes a running service and
 looks at the value of each. [docs/monitoring](monitoring/README.md) has a dashboard and alert rules made of them.
 
@@ -22,7 +22,7 @@ looks at the value of each. [docs/monitoring](monitoring/README.md) has a dashbo
 
 
 def declared() -> Iterator[Metric]:
-    """Return every metric of the kernel, in the order of `kernel.metrics`."""
+    """Return every metric of the kernel, in the order of `kernel.telemetry.metrics`."""
     for value in vars(metrics).values():
         if isinstance(value, Counter | Gauge | Histogram):
             yield value
