@@ -2,7 +2,7 @@
 
 from aggregates.aggregate import Aggregate, applies, handles
 from aggregates.context import Context
-from aggregates.errors import DeclarationError, InvalidId, InvalidMessage, Rejected, SequenceError
+from aggregates.errors import DeclarationError, EskernelError, InvalidId, InvalidMessage, Rejected, SequenceError
 from aggregates.messages import command, event
 from aggregates.scenario import Scenario, scenario
 from aggregates.upcasting import upcasts
@@ -11,6 +11,7 @@ __all__ = [
     "Aggregate",
     "Context",
     "DeclarationError",
+    "EskernelError",
     "InvalidId",
     "InvalidMessage",
     "Rejected",

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class Rejected(Exception):
+class EskernelError(Exception):
+    """The base of every exception of eskernel; `kernel.errors` draws the whole hierarchy."""
+
+
+class Rejected(EskernelError):
     """Raise it in a command handler to refuse the command.
 
     The message reaches the caller unchanged, nothing is appended, and the aggregate keeps its state.
     """
 
 
-class InvalidMessage(ValueError):
+class InvalidMessage(EskernelError, ValueError):
     """A command or an event that does not have the declared form; the message says which field and why."""
 
 
-class InvalidId(ValueError):
+class InvalidId(EskernelError, ValueError):
     """An aggregate id that cannot be addressed: empty, too long, or holding control characters."""
 
 
-class DeclarationError(Exception):
+class DeclarationError(EskernelError):
     """Declarations that can't work; raised once at start with *all* the problems found.
 
     Attributes:
@@ -33,5 +37,5 @@ class DeclarationError(Exception):
         super().__init__(f"{len(self.problems)} problem(s) in the declarations:\n{lines}")
 
 
-class SequenceError(Exception):
+class SequenceError(EskernelError):
     """An aggregate's events do not follow each other 1, 2, 3, ...: a gap, or a repeat."""

@@ -25,8 +25,8 @@ async def measure(path: Path) -> list[Row]:
 
 async def _plain(path: Path) -> Row:
     async with places.nats(path) as url:
-        wire, client = await connect(url, name="bench"), await nats.connect(url)
-        log = await open_log(wire, "bench", settings_of({"jetstream.group_commit": "never"}))
+        connection, client = await connect(url, name="bench"), await nats.connect(url)
+        log = await open_log(connection, "bench", settings_of({"jetstream.group_commit": "never"}))
         try:
             task = _task(log, EVENTS)
             figures = await in_turns(
@@ -55,8 +55,8 @@ async def _plain(path: Path) -> Row:
 
 async def _synced(path: Path) -> Row:
     async with places.nats(path, sync=True) as url:
-        wire, client = await connect(url, name="bench"), await nats.connect(url)
-        log = await open_log(wire, "bench", settings_of({"jetstream.group_commit": "always"}))
+        connection, client = await connect(url, name="bench"), await nats.connect(url)
+        log = await open_log(connection, "bench", settings_of({"jetstream.group_commit": "always"}))
         try:
             task, few, short = (_task(log, count) for count in (EVENTS_SYNCED, RIVAL_SYNCED, EVENTS_AWAITED))
             few.last = short.last = task.last
@@ -93,5 +93,5 @@ def _task(log: JetStreamLog, count: int) -> ways.Task:
 
 async def _close(log: JetStreamLog, client: Client) -> None:
     await log.close()
-    await log._wire.close()
+    await log._connection.close()
     await client.close()

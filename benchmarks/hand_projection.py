@@ -10,12 +10,14 @@ import orjson
 from nats.aio.msg import Msg
 
 from benchmarks.hand_fold import Fold, Postgresql, Sqlite
-from kernel.transport.connection import Wire, publish_frame
+from kernel.transport.connection import NatsConnection, publish_frame
 
 PULL, BATCH = 4_000, 20_000
 
 
-async def run(wire: Wire, stream: str, last: int, target: Sqlite | Postgresql, *, plain: bool = False) -> float:
+async def run(
+    connection: NatsConnection, stream: str, last: int, target: Sqlite | Postgresql, *, plain: bool = False
+) -> float:
     """Project the stream up to sequence `last`; return events per second.
 
     Args:
@@ -23,8 +25,8 @@ async def run(wire: Wire, stream: str, last: int, target: Sqlite | Postgresql, *
     """
     config = {"deliver_policy": "all", "ack_policy": "none", "mem_storage": True, "inactive_threshold": 60_000_000_000}
     request = orjson.dumps({"stream_name": stream, "config": config})
-    consumer = orjson.loads((await wire.request(f"$JS.API.CONSUMER.CREATE.{stream}", request)).data)["name"]
-    inbox = wire.new_inbox()
+    consumer = orjson.loads((await connection.request(f"$JS.API.CONSUMER.CREATE.{stream}", request)).data)["name"]
+    inbox = connection.new_inbox()
     next_pull = publish_frame(
         f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}".encode(),
         inbox.encode(),
@@ -43,7 +45,7 @@ async def run(wire: Wire, stream: str, last: int, target: Sqlite | Postgresql, *
         sequence = reply
         got += 1
         if got % PULL == 0:
-            wire.send(next_pull)
+            connection.send(next_pull)
         arrived.set()
 
     async def receive_plain(message: Msg) -> None:
@@ -51,15 +53,17 @@ async def run(wire: Wire, stream: str, last: int, target: Sqlite | Postgresql, *
             receive(b"", message.reply.encode(), message.data, None)
 
     if plain:
-        subscription = await wire.subscribe(inbox, cb=receive_plain, pending_msgs_limit=-1, pending_bytes_limit=-1)
+        subscription = await connection.subscribe(
+            inbox, cb=receive_plain, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
         stop = subscription.unsubscribe
     else:
-        stop = await wire.listen(inbox, receive)
+        stop = await connection.listen(inbox, receive)
     loop, fold, events, waiting = asyncio.get_running_loop(), Fold(), 0, 0
     writing: asyncio.Future[None] | None = None
     with ThreadPoolExecutor(1) as pool:
         started = time.perf_counter()
-        wire.send(next_pull * 2)
+        connection.send(next_pull * 2)
         at = 0
         while at < last:
             await arrived.wait()
@@ -80,5 +84,5 @@ async def run(wire: Wire, stream: str, last: int, target: Sqlite | Postgresql, *
             await writing
         rate = events / (time.perf_counter() - started)
     await stop()
-    await wire.request(f"$JS.API.CONSUMER.DELETE.{stream}.{consumer}", b"")
+    await connection.request(f"$JS.API.CONSUMER.DELETE.{stream}.{consumer}", b"")
     return rate

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from sqlalchemy import Engine
 
 import migrations
-from kernel.actors.aggregate import Actors
 from kernel.actors.residents import Residents
+from kernel.actors.system import Actors
 from kernel.app import App
 from kernel.commands.gateway import CommandGateway
 from kernel.log import JetStreamLog, StreamInfo

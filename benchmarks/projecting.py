@@ -18,7 +18,7 @@ from examples.bank import app as bank
 from examples.flights import app as flights
 from kernel.log import JetStreamLog, open_log
 from kernel.settings.sources import settings_of
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 
 SAMPLE = 2_000
@@ -32,8 +32,8 @@ GROWTH_ACCOUNTS, GROWTH_EACH = 2_000, 8
 class Bench:
     """The backlog and the databases."""
 
-    def __init__(self, path: Path, pg: Postgres, wire: Wire, log: JetStreamLog) -> None:
-        self.path, self.pg, self.wire, self.log = path, pg, wire, log
+    def __init__(self, path: Path, pg: Postgres, connection: NatsConnection, log: JetStreamLog) -> None:
+        self.path, self.pg, self.connection, self.log = path, pg, connection, log
         self._number = itertools.count()
 
     def url(self, database: str) -> str:
@@ -54,7 +54,7 @@ class Bench:
         else:
             target = hand_fold.Sqlite(str(self.file()))
         with closing(target):
-            return await hand_projection.run(self.wire, flights.name, last, target, plain=plain)
+            return await hand_projection.run(self.connection, flights.name, last, target, plain=plain)
 
     def rival(self, database: str, sample: list[object]) -> float:
         """Project a sample with the other library."""
@@ -71,17 +71,17 @@ async def measure(path: Path, pg: Postgres, months: int) -> list[Row]:
     """Measure live projection and rebuild of the first months' flights on both databases."""
     sample = rival_projection.events(backlog.flight_commands(1), SAMPLE)
     async with places.nats(path / "nats") as url:
-        wire = await connect(url, name="bench")
-        log = await open_log(wire, flights.name, settings_of({"jetstream.group_commit": "never"}))
+        connection = await connect(url, name="bench")
+        log = await open_log(connection, flights.name, settings_of({"jetstream.group_commit": "never"}))
         try:
             count = await backlog.fill(flights, log, backlog.flight_commands(months))
-            bench = Bench(path, pg, wire, log)
+            bench = Bench(path, pg, connection, log)
             rows: list[Row] = []
             for database in ("SQLite", "PostgreSQL"):
                 rows += await _database(bench, database, sample, f"{count:,} events, {_months(months)}")
         finally:
             await log.close()
-            await wire.close()
+            await connection.close()
     return sorted(rows, key=lambda row: row.name.startswith("rebuild"))
 
 
@@ -143,7 +143,7 @@ async def growth(path: Path) -> list[Row]:
     """Measure live projection of a small log and of one with ten times the events and aggregates."""
     sizes = {"small": GROWTH_ACCOUNTS, "large": 10 * GROWTH_ACCOUNTS}
     logs: dict[str, JetStreamLog] = {}
-    wires: list[Wire] = []
+    wires: list[NatsConnection] = []
     numbers = itertools.count()
     async with places.nats(path / "small") as small, places.nats(path / "large") as large:
         try:
@@ -168,8 +168,8 @@ async def growth(path: Path) -> list[Row]:
         finally:
             for log in logs.values():
                 await log.close()
-            for wire in wires:
-                await wire.close()
+            for connection in wires:
+                await connection.close()
     return [_growth(kind, figures) for kind in ("live", "rebuild")]
 
 

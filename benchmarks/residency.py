@@ -18,9 +18,9 @@ from aggregates.commit import Decision, Envelope, decode, encode, timestamp
 from aggregates.context import uuid7
 from benchmarks.rounds import percentiles
 from examples.bank import Account, Deposited, app
-from kernel.actors.aggregate import Actors
 from kernel.actors.mailbox import Fold, Loaded, Turn
 from kernel.actors.residents import Residents
+from kernel.actors.system import Actors
 from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
 from kernel.log.subjects import Address, Subjects

@@ -42,9 +42,9 @@ async def measure(path: Path, pg: Postgres, months: int) -> list[Row]:
 
 async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
     async with places.nats(path / "nats") as url:
-        wire = await connect(url, name="bench")
+        connection = await connect(url, name="bench")
         never = settings_of({"jetstream.group_commit": "never"})
-        log = await open_log(wire, flights.name, never)
+        log = await open_log(connection, flights.name, never)
         try:
             count = await backlog.fill(flights, log, backlog.flight_commands(months))
             info = await log.info()
@@ -66,7 +66,7 @@ async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
             figures = await in_turns("workers", {"one": lambda: by(1), "two": lambda: by(2)})
         finally:
             await log.close()
-            await wire.close()
+            await connection.close()
     return Row(
         f"live projection from a backlog by 2 worker processes on PostgreSQL: {count:,} events",
         "events/s",
@@ -89,7 +89,7 @@ async def _project(app: App, spec: str, settings: Settings, log: JetStreamLog, i
         for declared in app.projections:
             # live and empty: a service would rather build it by replay
             generations.show(connection, generations.create(connection, declared, range(info.partitions)))
-    leases = Leases(log._wire, app.name, "bench", info.partitions, ttl=settings.lease)
+    leases = Leases(log._connection, app.name, "bench", info.partitions, ttl=settings.lease)
     await leases.start()
     supervisor = Supervisor(app.name, spec, settings)
     try:

@@ -1,5 +1,8 @@
 """What runs: the app, its service, and the client.
 
+These names are public, and so are those of `kernel.errors`, `kernel.settings` and `kernel.log`. Every other module of
+this package is private: it may change in any version.
+
 Names are imported when they are used: declaring an app, or sending one command, need not load a whole service.
 """
 
@@ -8,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kernel.alerts import Alert
-    from kernel.app import App, AppNotFound, load_app
-    from kernel.client import Client, QueryTimeout
-    from kernel.protocol import CommandError, Overloaded, Receipt
+    from kernel.app import App, load_app
+    from kernel.client import Client
+    from kernel.projector.rebuild import Rebuild, RebuildProgress, Rebuilt
+    from kernel.protocol import Receipt
     from kernel.service import Service
     from kernel.settings import Settings
 
 __all__ = [
     "Alert",
     "App",
-    "AppNotFound",
     "Client",
-    "CommandError",
-    "Overloaded",
-    "QueryTimeout",
+    "Rebuild",
+    "RebuildProgress",
+    "Rebuilt",
     "Receipt",
     "Service",
     "Settings",
@@ -31,12 +34,11 @@ __all__ = [
 _HOMES = {
     "Alert": "alerts",
     "App": "app",
-    "AppNotFound": "app",
     "load_app": "app",
     "Client": "client",
-    "QueryTimeout": "client",
-    "CommandError": "protocol",
-    "Overloaded": "protocol",
+    "Rebuild": "projector.rebuild",
+    "RebuildProgress": "projector.rebuild",
+    "Rebuilt": "projector.rebuild",
     "Receipt": "protocol",
     "Service": "service",
     "Settings": "settings",

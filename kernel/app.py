@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregates import Aggregate, DeclarationError
 from aggregates.declaration import AggregateType, declare
+from kernel.errors import AppNotFound, NotDeclared
 from kernel.log.subjects import APP_NAME
 from projections.declaration import DeclaredProjection, declare_projection
 from projections.fold import TRANSIENT, Plan
@@ -103,29 +104,25 @@ class App:
         """Return the declared aggregate.
 
         Raises:
-            KeyError: it is not one of the app's; the message lists those.
+            NotDeclared: it is not one of the app's; the message lists those.
         """
         name = aggregate if isinstance(aggregate, str) else aggregate.__name__
         if name not in self.types:
-            raise KeyError(f"{self.name} has no aggregate {name!r}; it has {', '.join(sorted(self.types))}")
+            raise NotDeclared(f"{self.name} has no aggregate {name!r}; it has {', '.join(sorted(self.types))}")
         return self.types[name]
 
     def projection(self, name: str) -> DeclaredProjection:
-        """Return the declared projection. Raises `KeyError` with a list of those there are."""
+        """Return the declared projection. Raises `NotDeclared` with a list of those there are."""
         for declared in self.projections:
             if declared.name == name:
                 return declared
-        raise KeyError(
+        raise NotDeclared(
             f"{self.name} has no projection {name!r}; it has {', '.join(p.name for p in self.projections) or 'none'}"
         )
 
     def plan(self) -> Plan:
         """Compile all projections for folding."""
         return Plan(list(self.types.values()), self.projections, self.transient)
-
-
-class AppNotFound(Exception):
-    """The text given for an app does not lead to one; the message says why."""
 
 
 def load_app(spec: str) -> App:

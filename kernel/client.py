@@ -18,13 +18,14 @@ from aggregates import Aggregate
 from aggregates.context import uuid7
 from aggregates.messages import plain, spec_of
 from kernel.app import App
+from kernel.errors import CommandError, CommandTimeout, NoDatabase, Overloaded, QueryTimeout
 from kernel.log import JetStreamLog, find_log
-from kernel.protocol import CommandError, Overloaded, Receipt, decode_answer
+from kernel.protocol import Receipt, decode_answer
 from kernel.runtime.directory import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 from kernel.telemetry.tracing import sender_context
-from kernel.transport.connection import Wire, publish_frame, status_of
+from kernel.transport.connection import NatsConnection, publish_frame, status_of
 from kernel.transport.dial import dial
 from projections.checkpoints import reached
 from projections.database import open_database
@@ -35,23 +36,21 @@ JITTER = 0.25
 """Part of the time told that is added to it, at most: clients refused together must not come back together."""
 
 
-class QueryTimeout(TimeoutError):
-    """The projections did not include a receipt in time; the message says how far they got."""
-
-
 class Client:
     """Talks to a running app. Use it as an async context manager, from `Client.connect`.
 
     Any number of commands may be under way at once: each `execute` is independent of the others.
     """
 
-    def __init__(self, app: App, wire: Wire, log: JetStreamLog, engine: Engine | None, *, tracing: bool = True) -> None:
+    def __init__(
+        self, app: App, connection: NatsConnection, log: JetStreamLog, engine: Engine | None, *, tracing: bool = True
+    ) -> None:
         self.app, self.log = app, log
         self._context = sender_context(tracing)
-        self._wire, self._engine = wire, engine
+        self._connection, self._engine = connection, engine
         self._waiting: dict[bytes, asyncio.Future[Receipt]] = {}
         self._token = 0
-        self._inbox = wire.new_inbox().encode()
+        self._inbox = connection.new_inbox().encode()
         self._frames: list[bytes] = []
         self._loop = asyncio.get_running_loop()
         self._names = {
@@ -81,7 +80,7 @@ class Client:
 
         Raises:
             NotRunning: nothing to look up.
-            ConnectionError: NATS does not answer.
+            ConnectionFailed: NATS does not answer.
             Unavailable: the app's stream does not exist.
         """
         settings = settings or Settings()
@@ -90,15 +89,15 @@ class Client:
         elif settings.embedded:
             settings = find_running(data or settings.data, app.name).as_settings()
         database = database or settings.database.url
-        wire = await dial(settings, name=f"eskernel client {app.name}")
+        connection = await dial(settings, name=f"eskernel client {app.name}")
         try:
-            log = await find_log(wire, app.name, settings, worker="client")
+            log = await find_log(connection, app.name, settings, worker="client")
         except BaseException:
-            await wire.close()
+            await connection.close()
             raise
         engine = open_database(database, read_only=True, **settings.database.options()) if database else None
-        client = cls(app, wire, log, engine, tracing=settings.tracing.enabled)
-        await wire.listen(f"{client._inbox.decode()}.*", client._answered)
+        client = cls(app, connection, log, engine, tracing=settings.tracing.enabled)
+        await connection.listen(f"{client._inbox.decode()}.*", client._answered)
         return client
 
     async def __aenter__(self) -> Self:
@@ -110,14 +109,14 @@ class Client:
         await self.close()
 
     @property
-    def wire(self) -> Wire:
+    def connection(self) -> NatsConnection:
         """The connection."""
-        return self._wire
+        return self._connection
 
     async def close(self) -> None:
         """Disconnect."""
         await self.log.close()
-        await self._wire.close()
+        await self._connection.close()
         if self._engine is not None:
             self._engine.dispose()
 
@@ -147,7 +146,7 @@ class Client:
             aggregates.Rejected: the aggregate refused.
             aggregates.InvalidId: the id can't be addressed.
             CommandError: anything else, with its type.
-            TimeoutError: no answer; the command may or may not have taken effect (send it again with its id).
+            CommandTimeout: no answer; the command may or may not have taken effect (send it again with its id).
         """
         spec = spec_of(type(command))
         if spec is None or spec.kind != "command":
@@ -183,7 +182,7 @@ class Client:
                 if self._loop.time() + pause >= deadline:
                     if isinstance(error, Overloaded):
                         raise
-                    raise TimeoutError(
+                    raise CommandTimeout(
                         f"no answer to {request['command']} for {request['aggregate']} {request['id']} within "
                         f"{timeout:g} s ({attempt} attempts); its id is {request['command_id']}"
                     ) from None
@@ -215,7 +214,7 @@ class Client:
 
     def _send(self) -> None:
         frames, self._frames = self._frames, []
-        self._wire.send(b"".join(frames))
+        self._connection.send(b"".join(frames))
 
     def _expire(self, token: bytes) -> None:
         future = self._waiting.get(token)
@@ -256,7 +255,7 @@ class Client:
 
         Raises:
             QueryTimeout: the projections did not get there in time.
-            RuntimeError: the client was connected without a database.
+            NoDatabase: the client was connected without a database.
         """
         engine = self._database()
         for receipt in [after] if isinstance(after, Receipt) else after or []:
@@ -291,5 +290,5 @@ class Client:
 
     def _database(self) -> Engine:
         if self._engine is None:
-            raise RuntimeError("this client has no database; give Client.connect(..., database=URL)")
+            raise NoDatabase("this client has no database; give Client.connect(..., database=URL)")
         return self._engine

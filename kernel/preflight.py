@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from kernel.app import App
-from kernel.findings import Finding, Level, look_at_database, look_at_directory
-from kernel.log import LogError
+from kernel.errors import LogError
 from kernel.log.jetstream import check_keeps_everything, partitions_of
 from kernel.log.stream import ATOMIC, check_server, differences, find_config, wanted_config, what_is_done
 from kernel.runtime.nats_server import find_binary
 from kernel.settings import Settings
 from kernel.settings.fields import shown
 from kernel.settings.sources import changed
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api, version_text
+from projections import SchemaError
+from projections.database import database_url, open_database, reads
+
+Level = Literal["ok", "warning", "error"]
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        told: what was found.
+        remedy: what to do, if there is something.
+    """
+
+    level: Level
+    what: str
+    told: str
+    remedy: str = ""
 
 
 async def examine(app: App, settings: Settings) -> list[Finding]:
@@ -27,17 +51,17 @@ async def examine(app: App, settings: Settings) -> list[Finding]:
     stream_seen = False
     for url in settings.connection.servers:
         try:
-            wire = await dial(changed(settings, {"connection.servers": url}), name=f"eskernel check {app.name}")
+            connection = await dial(changed(settings, {"connection.servers": url}), name=f"eskernel check {app.name}")
         except ConnectionError as error:
             found.append(Finding("error", f"server {shown(url)}", str(error), "see connection and security"))
             continue
         try:
-            found += await _server(wire, url, settings)
+            found += await _server(connection, url, settings)
             if not stream_seen and found[-1].level != "error":
                 stream_seen = True
-                found += await _stream(wire, app, settings)
+                found += await _stream(connection, app, settings)
         finally:
-            await wire.close()
+            await connection.close()
     found += await asyncio.to_thread(look_at_database, app, settings)
     found.append(look_at_directory(settings.data / app.name))
     return found
@@ -53,26 +77,26 @@ def _embedded(settings: Settings) -> Finding:
     return Finding("ok", "embedded server", f"{binary} will be started; its stream is looked at then")
 
 
-async def _server(wire: Wire, url: str, settings: Settings) -> list[Finding]:
+async def _server(connection: NatsConnection, url: str, settings: Settings) -> list[Finding]:
     what = f"server {shown(url)}"
     try:
-        check_server(wire)
+        check_server(connection)
     except LogError as error:
         return [Finding("error", what, str(error), "use a newer nats-server")]
-    found = [Finding("ok", what, f"nats-server {version_text(wire)}")]
-    version = wire.connected_server_version
+    found = [Finding("ok", what, f"nats-server {version_text(connection)}")]
+    version = connection.connected_server_version
     if (version.major, version.minor) < ATOMIC and settings.jetstream.group_commit == "always":
         told = f"jetstream.group_commit = 'always' needs nats-server {'.'.join(map(str, ATOMIC))} or newer"
         found.append(Finding("error", what, told, "use a newer nats-server, or 'auto'"))
     try:
-        account = await call_api(wire, "INFO", None)
+        account = await call_api(connection, "INFO", None)
     except LogError as error:
-        return [*found, Finding("error", f"JetStream of {shown(url)}", str(error), _why(wire))]
+        return [*found, Finding("error", f"JetStream of {shown(url)}", str(error), _why(connection))]
     return [*found, _account(account, url, settings)]
 
 
-def _why(wire: Wire) -> str:
-    return wire.trouble or "enable JetStream on the server and for the account, and allow the user its API"
+def _why(connection: NatsConnection) -> str:
+    return connection.trouble or "enable JetStream on the server and for the account, and allow the user its API"
 
 
 def _account(account: dict[str, Any], url: str, settings: Settings) -> Finding:
@@ -97,13 +121,13 @@ def _place(kind: str) -> str:
     return "memory" if kind == "memory" else "files"
 
 
-async def _stream(wire: Wire, app: App, settings: Settings) -> list[Finding]:
+async def _stream(connection: NatsConnection, app: App, settings: Settings) -> list[Finding]:
     stream = settings.stream
-    version = wire.connected_server_version
+    version = connection.connected_server_version
     wanted = wanted_config(app.name, stream, (version.major, version.minor))
     what = f"stream {wanted['name']}"
     try:
-        answer = await find_config(wire, wanted["name"])
+        answer = await find_config(connection, wanted["name"])
         if answer is None:
             if stream.existing in ("validate", "skip"):
                 told = f"there is none, and stream.existing = {stream.existing!r} never makes one"
@@ -128,3 +152,65 @@ async def _stream(wire: Wire, app: App, settings: Settings) -> list[Finding]:
         done, fails = what_is_done(one, stream, state)
         found.append(Finding("error" if fails else "warning", f"{what}, {one.field}", str(one), done))
     return found
+
+
+def look_at_database(app: App, settings: Settings) -> list[Finding]:
+    """Find out whether the database can be reached and written, and whether its tables are of this program."""
+    text_ = settings.database.url or f"sqlite:///{(settings.data / app.name).absolute() / 'projections.db'}"
+    what = f"database {shown(text_)}"
+    try:
+        url = database_url(text_)
+    except SchemaError as error:
+        return [Finding("error", what, str(error))]
+    if url.get_backend_name() == "sqlite" and not (url.database and Path(url.database).exists()):
+        # opening would make it
+        return [look_at_directory(Path(url.database or ".").parent, what, "a new one is made at start")]
+    engine = open_database(text_, **settings.database.options())
+    try:
+        return [_schema(engine, what), _writable(engine, what)]
+    except (DBAPIError, PoolTimeout) as error:
+        return [Finding("error", what, str(error).splitlines()[0], "see database.url; is the database running?")]
+    finally:
+        engine.dispose()
+
+
+def _schema(engine: Engine, what: str) -> Finding:
+    import migrations  # takes its time to load
+
+    with reads(engine).connect() as connection:
+        found = migrations.current(connection)
+    try:
+        migrations.check(found)
+    except SchemaError as error:
+        return Finding("error", what, str(error))
+    if found is None:
+        return Finding("ok", what, "reachable; the kernel's tables are made at start")
+    if found != migrations.head():
+        return Finding("ok", what, f"reachable; tables of revision {found}, brought to {migrations.head()} at start")
+    return Finding("ok", what, f"reachable; tables of revision {found}, the newest")
+
+
+def _writable(engine: Engine, what: str) -> Finding:
+    with engine.connect() as connection:
+        try:
+            connection.execute(text("CREATE TABLE eskernel_check (one INTEGER)"))
+        except DBAPIError as error:
+            remedy = "the service makes tables: its user needs to be allowed to"
+            return Finding("error", what, f"not writable: {str(error.orig).splitlines()[0]}", remedy)
+        finally:
+            connection.rollback()
+    return Finding("ok", what, "writable")
+
+
+def look_at_directory(path: Path, what: str = "", told: str = "writable") -> Finding:
+    """Find out whether files could be made there, by making one that has no name, in what exists of it."""
+    what = what or f"data directory {path.absolute()}"
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return Finding("error", what, f"{there}: {error.strerror or os.strerror(error.errno or 0)}", "see data")
+    return Finding("ok", what, told)

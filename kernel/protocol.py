@@ -7,6 +7,8 @@ from typing import Any, Literal
 import msgspec
 import orjson
 
+from kernel.errors import CommandError, Overloaded
+
 ErrorType = Literal[
     "malformed",  # not JSON, or not of the request's form
     "unknown-aggregate",
@@ -67,26 +69,6 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
     partition: int
     command_id: str
     duplicate: bool = False
-
-
-class CommandError(Exception):
-    """A command that was not carried out.
-
-    Attributes:
-        type: one of the error types of the wire format.
-        message: for people.
-        retry_after: seconds to wait before trying again, where that makes sense.
-    """
-
-    def __init__(self, type: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(f"{type}: {message}")
-        self.type = type
-        self.message = message
-        self.retry_after = retry_after
-
-
-class Overloaded(CommandError):
-    """The service takes no more commands at the moment; try again after `retry_after` seconds."""
 
 
 def encode_receipt(receipt: Receipt) -> bytes:

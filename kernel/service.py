@@ -13,28 +13,28 @@ from typing import Any
 import orjson
 from sqlalchemy import Engine
 
-from kernel.actors.aggregate import Actors
 from kernel.actors.residents import Residents
-from kernel.alerts import Alerts
+from kernel.actors.system import Actors
 from kernel.app import App
 from kernel.commands.gateway import CommandGateway
 from kernel.governance.governor import Governor
 from kernel.governance.limits import Overrides
 from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
+from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.detector import Lookout
-from kernel.monitoring.health import Health, HttpServer
+from kernel.monitoring.health import Health
+from kernel.monitoring.http import HttpServer
 from kernel.monitoring.probes import PROBE_S, Watch
 from kernel.monitoring.signals import Gatherer
 from kernel.partitions.leases import Leases
 from kernel.partitions.ownership import Ownership
 from kernel.projector.live import Projector
-from kernel.projector.rebuild import Progress, build_missing, clean_up
+from kernel.projector.rebuild import RebuildProgress, build_missing, clean_up
 from kernel.runtime.directory import DataDirectory, running_as, worker_name
 from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits
 from kernel.runtime.scheduler import Scheduler
 from kernel.settings import Settings
-from kernel.telemetry.counting import count_connection_error
 from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.metrics import (
     APPENDS_IN_FLIGHT,
@@ -44,9 +44,10 @@ from kernel.telemetry.metrics import (
     READ_BACKS,
     RECONNECTS,
     SHELLS,
+    count_connection_error,
 )
 from kernel.telemetry.tracing import open_tracing
-from kernel.transport.connection import Wire, publish_frame
+from kernel.transport.connection import NatsConnection, publish_frame
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import version_text
 from kernel.transport.survey import ask_others
@@ -90,7 +91,7 @@ class Service:
         self._said = ("", 0.0)
         self._server: EmbeddedServer | None = None
         self._keeping: asyncio.Task[None] | None = None
-        self._wire: Wire | None = None
+        self._connection: NatsConnection | None = None
         self._engine: Engine | None = None
         self._log: JetStreamLog | None = None
         self._projector: Projector | None = None
@@ -128,15 +129,15 @@ class Service:
         self.nats_url = await self._start_server() if settings.embedded else ",".join(settings.connection.servers)
         self.database_url = settings.database.url or f"sqlite:///{self.directory.path / 'projections.db'}"
         self._engine = engine = open_database(self.database_url, **settings.database.options())
-        self._wire = wire = await dial(
+        self._connection = connection = await dial(
             settings,
             name=f"eskernel {self.app.name}",
             url=self.nats_url if settings.embedded else "",
-            on_event=self._connection,
+            on_event=self._note_connection_event,
         )
         CONNECTED.set(1)
         log = self._log = await open_log(
-            wire,
+            connection,
             self.app.name,
             embedded_commits(settings),
             create=not await asyncio.to_thread(knows, engine, self.app.name),
@@ -148,10 +149,10 @@ class Service:
             self.durability = SYNCED
         logger.info(
             "log: %d commits (%d to %d) in %d partitions on nats-server %s; %s",
-            info.commits, info.first, info.last, info.partitions, version_text(wire), self.durability,
+            info.commits, info.first, info.last, info.partitions, version_text(connection), self.durability,
         )  # fmt: skip
         self._leases = leases = Leases(
-            wire, log.stream, self.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
+            connection, log.stream, self.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
         )
         await leases.start()
         if dead := self.directory.dead():
@@ -165,16 +166,16 @@ class Service:
         self._start_worker(log, engine, leases)
         assert self._gateway is not None
         assert self._ownership is not None
-        self._listening.append(await wire.listen(log.subjects.commands(), self._gateway.receive, queue="workers"))
+        self._listening.append(await connection.listen(log.subjects.commands(), self._gateway.receive, queue="workers"))
         await self._ownership.start()
-        self._listening.append(await wire.listen(log.subjects.service("status"), self._status))
-        await self._share_limits(wire, log.subjects.service("limits"))
+        self._listening.append(await connection.listen(log.subjects.service("status"), self._status))
+        await self._share_limits(connection, log.subjects.service("limits"))
         assert self._projector is not None
         assert self._gatherer is not None
         self._watch = watch = Watch(
             self.app,
             settings,
-            wire,
+            connection,
             log,
             info.created,
             engine,
@@ -211,9 +212,9 @@ class Service:
         await asyncio.to_thread(upgrade)
         info = await log.info()
         register(engine, self.app.name, info.created, info.partitions, info.last)
-        assert self._wire is not None
+        assert self._connection is not None
         # other workers may be at work, and live projection goes before
-        async with following(self._wire, log.subjects, self.settings.rates.rebuild) as pace:
+        async with following(self._connection, log.subjects, self.settings.rates.rebuild) as pace:
             await build_missing(self.app, log, engine, self._tell_building, pace)
         for declared in self.app.projections:
             clean_up(engine, declared)
@@ -226,7 +227,7 @@ class Service:
 
     def _start_worker(self, log: JetStreamLog, engine: Engine, leases: Leases) -> None:
         settings = self.settings
-        assert self._wire is not None
+        assert self._connection is not None
         assert self._governor is not None
         tracing = open_tracing(self.app, settings.tracing.enabled)
         self._gateway = gateway = CommandGateway(
@@ -270,7 +271,7 @@ class Service:
             self.alerts,
         )
         self._ownership = Ownership(
-            self._wire, log.subjects, leases, gateway, projector if self.app.projections else None
+            self._connection, log.subjects, leases, gateway, projector if self.app.projections else None
         )
         if self.app.projections:
             self._projecting = asyncio.create_task(projector.run())
@@ -316,7 +317,7 @@ class Service:
         assert self._leases is not None
         self._governor.tick(self._gatherer.gather(), len(self._leases.held) / self._leases.partitions)
 
-    async def _share_limits(self, wire: Wire, subject: str) -> None:
+    async def _share_limits(self, connection: NatsConnection, subject: str) -> None:
         """Answer about limits, and have those that the other workers were given while they ran."""
         governor = self._governor
         assert governor is not None
@@ -330,9 +331,9 @@ class Service:
             if (limits := one.get("limits")) is not None:
                 governor.adopt(Overrides(**limits["overrides"]))
 
-        self._listening.append(await wire.listen(subject, answer))
-        ask = await ask_others(wire, subject, told)
-        wire.reconnections.append(ask)
+        self._listening.append(await connection.listen(subject, answer))
+        ask = await ask_others(connection, subject, told)
+        connection.reconnections.append(ask)
         ask()
 
     # answers
@@ -344,8 +345,8 @@ class Service:
 
     def _send_frames(self) -> None:
         frames, self._frames = self._frames, []
-        if self._wire is not None:
-            self._wire.send(b"".join(frames))
+        if self._connection is not None:
+            self._connection.send(b"".join(frames))
 
     def _status(self, _subject: bytes, reply: bytes, _payload: bytes, _headers: bytes | None) -> None:
         if reply:
@@ -391,7 +392,7 @@ class Service:
 
     # events
 
-    def _connection(self, event: str) -> None:
+    def _note_connection_event(self, event: str) -> None:
         CONNECTION_EVENTS.labels(event=event.split(":", maxsplit=1)[0]).inc()
         if event == "reconnected":
             RECONNECTS.inc()
@@ -411,14 +412,14 @@ class Service:
                 logger.warning("NATS: %s", event)
 
     def _is_connected(self) -> bool:
-        return self._wire is not None and bool(self._wire.is_connected)
+        return self._connection is not None and bool(self._connection.is_connected)
 
     def _lost(self, why: str) -> None:
         logger.error("stopping: %s", why)
         self.failure = why
         self.stopped.set()
 
-    def _tell_building(self, progress: Progress) -> None:
+    def _tell_building(self, progress: RebuildProgress) -> None:
         logger.info("building projections: %d of %d commits", progress.done, progress.total)
 
     # the end
@@ -466,8 +467,8 @@ class Service:
             await self._leases.close()
         if self._log is not None:
             await self._log.close()
-        if self._wire is not None and not self._wire.is_closed:
-            await self._wire.close()
+        if self._connection is not None and not self._connection.is_closed:
+            await self._connection.close()
         if self._projector is not None:
             self._projector.close()
         if self._actors is not None:

@@ -1,7 +1,7 @@
 """The read side: what folds events into SQL tables, and how they are written and rebuilt."""
 
 from aggregates import applies
-from projections.errors import Fenced, HandlerFailed, SchemaError
+from projections.errors import Fenced, HandlerFailed, NoSuchLetter, SchemaError
 from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
 from projections.scenario import ProjectionScenario, projected
 
@@ -11,6 +11,7 @@ __all__ = [
     "Fenced",
     "HandlerFailed",
     "Meta",
+    "NoSuchLetter",
     "Projection",
     "ProjectionScenario",
     "Recorded",

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope, decode
 from projections.database import is_infrastructure, reads
-from projections.errors import HandlerFailed
+from projections.errors import HandlerFailed, NoSuchLetter
 from projections.fold import Folded, Plan
 from projections.generations import FENCE, Generation, live_generation
 from projections.records import SEQUENCE
@@ -28,10 +28,6 @@ from projections.tables import checkpoint, dead_letter, projection, skipped_lett
 from projections.unit_of_work import Writer, one_line
 
 MAX_PAUSE_S = 300.0
-
-
-class NoSuchLetter(Exception):
-    """Nothing waits there; the message says what does."""
 
 
 @dataclass(frozen=True, slots=True)

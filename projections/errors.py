@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from aggregates.errors import EskernelError
 
-class Fenced(Exception):
+
+class Fenced(EskernelError):
     """The checkpoint is not where this owner left it: another owner, or a cut-over, moved on. Nothing was written."""
 
 
@@ -19,7 +21,7 @@ UNKNOWN = 0
 """Sequence of a `HandlerFailed` whose event isn't known: the aggregate's first of the batch stands for it."""
 
 
-class HandlerFailed(Exception):
+class HandlerFailed(EskernelError):
     """A projection's handler raised; carries what is needed to park the aggregate.
 
     Attributes:
@@ -61,5 +63,9 @@ class KeyRefused(HandlerFailed):
         self.key = key
 
 
-class SchemaError(Exception):
+class SchemaError(EskernelError):
     """The database is not as this program needs it; the message says what to do."""
+
+
+class NoSuchLetter(EskernelError):
+    """No such dead letter; the message says which there are."""

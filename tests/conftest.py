@@ -30,7 +30,7 @@ from kernel.log.subjects import Subjects
 from kernel.runtime.nats_server import EmbeddedServer, find_binary
 from kernel.settings import Settings
 from kernel.settings.sources import settings_of
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from projections.checkpoints import claim, register
 from projections.database import open_database
 from projections.errors import HandlerFailed
@@ -63,9 +63,9 @@ def settings_for(data: Path, **values: Any) -> Settings:
     )
 
 
-async def open_log(wire: Wire, app: str, *, create: bool = True, **values: Any) -> JetStreamLog:
+async def open_log(connection: NatsConnection, app: str, *, create: bool = True, **values: Any) -> JetStreamLog:
     """Open an app's log with some settings, named as for `settings_for`."""
-    return await kernel.log.open_log(wire, app, settings_for(Path(), **values), create=create)
+    return await kernel.log.open_log(connection, app, settings_for(Path(), **values), create=create)
 
 
 OLD_SERVER = Path(__file__).parent.parent / ".venv" / "nats-2.10" / "bin" / "nats-server"

@@ -24,7 +24,7 @@ from sqlalchemy import func, select
 
 from kernel import Client, Service
 from kernel.runtime.nats_server import end_with_parent, find_binary
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 from kernel.transport.jetstream_api import call_api
 from projections.database import open_database, reads
@@ -279,15 +279,15 @@ def warned(caplog: pytest.LogCaptureFixture, *words: str) -> bool:
 @asynccontextmanager
 async def api(url: str) -> AsyncIterator[Callable[..., Coroutine[Any, Any, dict[str, Any]]]]:
     """Yield a function that asks JetStream's API, as an operator's tools do."""
-    wire: Wire = await connect(url, name="operator")
+    connection: NatsConnection = await connect(url, name="operator")
 
     async def ask(subject: str, body: object = None) -> dict[str, Any]:
-        return await call_api(wire, subject, body)
+        return await call_api(connection, subject, body)
 
     try:
         yield ask
     finally:
-        await wire.close()
+        await connection.close()
 
 
 async def change_stream(url: str, stream: str, **config: Any) -> None:

@@ -16,11 +16,12 @@ from sqlalchemy.exc import DBAPIError
 from aggregates.commit import Decision, encode
 from examples.bank import Account, Deposit, Deposited, Withdraw
 from kernel import App, Client, Service
+from kernel.errors import Conflict, Unavailable
 from kernel.log import find_log
-from kernel.log.base import Conflict, Stored, Unavailable
+from kernel.log.base import Stored
 from kernel.partitions.leases import Leases, Members
 from kernel.projector.rebuild import Rebuild
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 from projections.checkpoints import reached
 from projections.database import open_database
@@ -30,7 +31,7 @@ from tests.conftest import ReadSide, envelopes, open_log, settings_for
 
 
 @pytest.fixture
-async def wire(nats_url: str) -> AsyncIterator[Wire]:
+async def connection(nats_url: str) -> AsyncIterator[NatsConnection]:
     connected = await connect(nats_url, name="caught")
     yield connected
     await connected.close()
@@ -79,14 +80,14 @@ async def test_a_command_is_answered_when_its_append_is_acknowledged_and_not_bef
 
 @pytest.mark.parametrize("taken", ["ours", "theirs"])
 async def test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into(
-    wire: Wire, app_name: str, monkeypatch: pytest.MonkeyPatch, taken: str
+    connection: NatsConnection, app_name: str, monkeypatch: pytest.MonkeyPatch, taken: str
 ) -> None:
     """It is still on its way when the read-back finds nothing, and arrives before it is sent again."""
-    log, beside = await open_log(wire, app_name, partitions=4), await find_log(wire, app_name)
+    log, beside = await open_log(connection, app_name, partitions=4), await find_log(connection, app_name)
     subject = log.subjects.address("Notebook", "n").subject
     sent, arrived = asyncio.Event(), False
     with monkeypatch.context() as lost:
-        lost.setattr(wire, "send", lambda _frames: sent.set())
+        lost.setattr(connection, "send", lambda _frames: sent.set())
         future = log.append(subject, 0, b"ours")
         await sent.wait()
     look = log.appender._last
@@ -116,8 +117,8 @@ async def test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into(
 
 
 @pytest.fixture
-async def leases(wire: Wire, app_name: str) -> AsyncIterator[Leases]:
-    made = Leases(wire, app_name, "a", 4, ttl=5.0)
+async def leases(connection: NatsConnection, app_name: str) -> AsyncIterator[Leases]:
+    made = Leases(connection, app_name, "a", 4, ttl=5.0)
     await made.start()
     await made.join()
     yield made

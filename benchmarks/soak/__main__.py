@@ -84,16 +84,16 @@ async def _soak(arguments: argparse.Namespace) -> Report:
             _client(running, arguments.accounts) as load,
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=4)) as http,
         ):
-            wire = await connect(running.running.nats, name="soak")
+            connection = await connect(running.running.nats, name="soak")
             try:
                 warm_up_s = await _warm_up(load, arguments.rate * WARM_UP, telling)
                 swing = arguments.rate / arguments.workers * SWEEP_S
-                sampler = Sampler(running, load, wire, http, swing)
+                sampler = Sampler(running, load, connection, http, swing)
                 measured_s = await _measure(load, sampler, arguments, telling)
                 await load.finish()
                 checks = await _checks(load, sampler, running, http, arguments.idle)
             finally:
-                await wire.close()
+                await connection.close()
             complaints = running.troubles()
     checks.append(Check("lines of warnings and errors of the service", str(len(complaints))))
     return Report(

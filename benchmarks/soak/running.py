@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from kernel.runtime.directory import NotRunning, Running, find_running
+from kernel.errors import NotRunning
+from kernel.runtime.directory import Running, find_running
 from kernel.runtime.nats_server import end_with_parent
 
 SPEC, APP = "examples.bank:app", "bank"

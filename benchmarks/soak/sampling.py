@@ -16,9 +16,9 @@ from benchmarks.rounds import percentiles
 from benchmarks.soak.load import Load
 from benchmarks.soak.running import APP, Failed, Service
 from benchmarks.soak.trend import Series
-from kernel.log.base import LogError
+from kernel.errors import LogError
 from kernel.partitions.leases import bucket_of
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import call_api
 
 _MIB = 2**20
@@ -60,9 +60,11 @@ class Sampler:
         counts: counters as they were at the first sample and are now.
     """
 
-    def __init__(self, service: Service, load: Load, wire: Wire, http: aiohttp.ClientSession, swing: float) -> None:
+    def __init__(
+        self, service: Service, load: Load, connection: NatsConnection, http: aiohttp.ClientSession, swing: float
+    ) -> None:
         self._swing = swing
-        self._service, self._load, self._wire, self._http = service, load, wire, http
+        self._service, self._load, self._connection, self._http = service, load, connection, http
         self._processes = service.processes | {"client": psutil.Process()}
         self._series: dict[tuple[str, str], Series] = {}
         self._began = time.monotonic()
@@ -147,11 +149,11 @@ class Sampler:
             self.counts[name] = (self.counts.get(name, (count, count))[0], count)
 
     async def _look_at_nats(self) -> None:
-        stream = (await call_api(self._wire, f"STREAM.INFO.{APP}", None))["state"]
-        leases = (await call_api(self._wire, f"STREAM.INFO.KV_{bucket_of(APP)}", None))["state"]
+        stream = (await call_api(self._connection, f"STREAM.INFO.{APP}", None))["state"]
+        leases = (await call_api(self._connection, f"STREAM.INFO.KV_{bucket_of(APP)}", None))["state"]
         self._note("JetStream", "consumers of the stream", stream["consumer_count"], floor=2.0)
         self._note("JetStream", "lease keys", leases.get("num_subjects", 0), floor=2.0)
-        account = orjson.loads((await self._wire.request("$SYS.REQ.ACCOUNT.PING.STATZ", timeout=2)).data)
+        account = orjson.loads((await self._connection.request("$SYS.REQ.ACCOUNT.PING.STATZ", timeout=2)).data)
         for one in account["data"]["account_statz"]:
             if one["acc"] == "$G":
                 self._note("NATS", "connections", one["conns"], floor=2.0)

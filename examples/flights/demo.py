@@ -24,9 +24,7 @@ from examples.flights import app
 from examples.flights.compare import Comparison, compare
 from examples.flights.load import send
 from examples.flights.source import Facts, Step, rows, steps
-from kernel import Client
-from kernel.projector.rebuild import Progress as RebuildProgress
-from kernel.projector.rebuild import Rebuild
+from kernel import Client, Rebuild, RebuildProgress
 from projections.database import open_database
 
 DATA = Path(".demo")

@@ -79,7 +79,7 @@ async def _service(data: Path) -> AsyncIterator[int]:
 
 async def _status(client: Client) -> dict[str, Any]:
     subject = client.log.subjects.service("status")
-    answer: dict[str, Any] = json.loads((await client.log._wire.request(subject, b"", timeout=5)).data)
+    answer: dict[str, Any] = json.loads((await client.log._connection.request(subject, b"", timeout=5)).data)
     return answer
 
 

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Self
 
 from kernel import Client
-from kernel.transport.connection import Wire, publish_frame
+from kernel.transport.connection import NatsConnection, publish_frame
 
 ACCOUNTS = 1_000
 TICK_S = 0.01
@@ -34,9 +34,9 @@ class Flood:
         told: the shortest and the longest time to retry after.
     """
 
-    def __init__(self, client: Client, wire: Wire) -> None:
-        self._wire, self._log = wire, client.log
-        self._inbox = wire.new_inbox().encode()
+    def __init__(self, client: Client, connection: NatsConnection) -> None:
+        self._connection, self._log = connection, client.log
+        self._inbox = connection.new_inbox().encode()
         self._sent: dict[bytes, float] = {}
         self._tokens = count(1)
         self._seen = Seen()
@@ -48,8 +48,8 @@ class Flood:
     @classmethod
     async def connect(cls, client: Client) -> Self:
         """Use a client's connection."""
-        flood = cls(client, client.log._wire)
-        await flood._wire.listen(f"{flood._inbox.decode()}.*", flood._answered)
+        flood = cls(client, client.log._connection)
+        await flood._connection.listen(f"{flood._inbox.decode()}.*", flood._answered)
         return flood
 
     @property
@@ -103,7 +103,7 @@ class Flood:
             frames.append(publish_frame(self._where(name), b"%b.%b" % (self._inbox, token), payload))
             self._sent[token] = now
         self._seen.sent += how_many
-        self._wire.send(b"".join(frames))
+        self._connection.send(b"".join(frames))
 
     def _where(self, name: str) -> bytes:
         address = self._log.subjects.address("Account", name)

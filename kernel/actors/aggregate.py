@@ -10,8 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from thespian.actors import Actor, ActorAddress, ActorSystem, PoisonMessage
-from thespian.system.simpleSystemBase import ActorSystemBase
+from thespian.actors import Actor, ActorAddress
 
 from aggregates import Context, Rejected
 from aggregates.cell import Cell
@@ -29,8 +28,7 @@ from kernel.actors.mailbox import (
     Searched,
     Unstorable,
 )
-from kernel.actors.sizing import size_of
-from kernel.log.base import Conflict, LogError, PayloadTooLarge, UnknownOutcome
+from kernel.errors import Conflict, LogError, PayloadTooLarge, UnknownOutcome
 from kernel.log.subjects import Address
 from kernel.protocol import ErrorType
 from projections.errors import HandlerFailed
@@ -186,17 +184,17 @@ class AggregateActor(Actor):  # type: ignore[misc]
         decisions: list[Decision] = []
         deciding: list[tuple[Request, int, Verdict]] = []
         for place, request in enumerate(requests):
-            wire = request.wire
+            sent = request.sent
             if deciding and (
-                len(decisions) == limit or any(one[0].wire.command_id == wire.command_id for one in deciding)
+                len(decisions) == limit or any(one[0].sent.command_id == sent.command_id for one in deciding)
             ):
                 self.stash = requests[place:]
                 break
-            known = cell.commands.get(wire.command_id)
+            known = cell.commands.get(sent.command_id)
             if known is not None:
                 self.gateway.succeed(self.address, request, known[0], known[1], True)
                 continue
-            if not request.searched and wire.command_id in cell.seen:
+            if not request.searched and sent.command_id in cell.seen:
                 if not decisions:
                     # nothing is decided until it is known: what happens meanwhile could push it out of memory
                     self.loading = True
@@ -208,7 +206,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             verdict: Verdict = None
             events: list[Any] = []
             try:
-                events = cell.decide(request.command, Context(wire.command_id))
+                events = cell.decide(request.command, Context(sent.command_id))
             except Rejected as rejection:
                 verdict = "rejected", str(rejection)
             except Exception as error:
@@ -232,7 +230,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 return
             request.attempts += 1
             decisions.append(
-                Decision(wire.command_id, events, wire.correlation_id, wire.causation_id, wire.traceparent)
+                Decision(sent.command_id, events, sent.correlation_id, sent.causation_id, sent.traceparent)
             )
             deciding.append((request, cell.version, APPENDED))
         if decisions:
@@ -250,7 +248,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             self.alone = False
             for request, version, verdict in deciding:
                 if verdict is APPENDED:
-                    cell.remember(request.wire.command_id, version, result)
+                    cell.remember(request.sent.command_id, version, result)
                     self.gateway.succeed(self.address, request, version, result, False)
                 else:
                     self._conclude(request, version, result, verdict)
@@ -300,95 +298,3 @@ def _error_type(error: int | Exception) -> ErrorType:
     if isinstance(error, PayloadTooLarge):
         return "too-large"
     return "unavailable" if isinstance(error, LogError) else "failed"
-
-
-def _nothing() -> None:
-    pass
-
-
-class Spawn:
-    """Create shells; their addresses go into `into`."""
-
-    __slots__ = ("count", "into")
-
-    def __init__(self, count: int, into: list[ActorAddress]) -> None:
-        self.count = count
-        self.into = into
-
-
-class PartitionActor(Actor):  # type: ignore[misc]
-    """Parent of the aggregates of one partition."""
-
-    gateway: Gateway
-    kind: type[AggregateActor]
-
-    def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
-        """Create children; hear of those that failed."""
-        if isinstance(message, Spawn):
-            message.into.extend(self.createActor(self.kind) for _ in range(message.count))
-        elif isinstance(message, PoisonMessage):
-            self.gateway.alert(f"poisoned: {message.details}")
-
-
-class RouterActor(Actor):  # type: ignore[misc]
-    """Sends a list of messages: one entry into the actor system for a whole batch."""
-
-    gateway: Gateway
-
-    def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
-        """Pass on each message to its actor."""
-        if type(message) is list:
-            send = self.send
-            for receiver, one in message:
-                send(receiver, one)
-        elif isinstance(message, PoisonMessage):
-            self.gateway.alert(f"poisoned: {message.details}")
-
-
-class Actors:
-    """The actor system of one worker: a router, and a parent for each partition.
-
-    Args:
-        gateway: the asyncio side.
-    """
-
-    def __init__(self, gateway: Gateway) -> None:
-        # classes of our own for this system: the gateway reaches actors without a message for each
-        self._aggregate = type("AggregateActor", (AggregateActor,), {"gateway": gateway})
-        self._partition = type("PartitionActor", (PartitionActor,), {"gateway": gateway, "kind": self._aggregate})
-        router = type("RouterActor", (RouterActor,), {"gateway": gateway})
-        self._system = ActorSystem("simpleSystemBase", logDefs=False, transientUnique=True)
-        base: ActorSystemBase = self._system._systemBase
-        # before each message it would look for expired wakeups; our actors never ask for one
-        base._realizeWakeups = _nothing
-        self._router: ActorAddress = self._system.createActor(router)
-        self._parents: dict[int, ActorAddress] = {}
-
-    def __len__(self) -> int:
-        """Return how many addresses Thespian has given out: it forgets none."""
-        return len(self._system._systemBase.actorRegistry)
-
-    def spawn(self, partition: int, count: int) -> list[ActorAddress]:
-        """Create shells under a partition's parent."""
-        if partition not in self._parents:
-            self._parents[partition] = self._system.createActor(self._partition)
-        made: list[ActorAddress] = []
-        self._system.tell(self._parents[partition], Spawn(count, made))
-        return made
-
-    def send(self, messages: list[tuple[ActorAddress, Any]]) -> None:
-        """Deliver the messages, and everything that follows from them, before returning."""
-        self._system.tell(self._router, messages)
-
-    def size_of(self, actor: ActorAddress) -> int:
-        """Return about how many bytes an aggregate's state and rows take in memory."""
-        # Thespian tells nobody of its instances; a message to each would cost more than looking
-        shell = self._system._systemBase.actorRegistry[actor.actorAddressString].instance
-        cell = shell.cell
-        # not what the cell was declared with: that is the type's
-        state = (cell.state, cell.commands, cell.seen) if cell is not None else ()
-        return size_of([*state, *(shell.rows or ())])
-
-    def close(self) -> None:
-        """Shut the actor system down."""
-        self._system.shutdown()

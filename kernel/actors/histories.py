@@ -13,7 +13,8 @@ from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from aggregates.declaration import AggregateType
 from kernel.actors.mailbox import Loaded, Request, Searched
-from kernel.log.base import EventLog, LogError, Stored
+from kernel.errors import LogError
+from kernel.log.base import EventLog, Stored
 from kernel.log.subjects import Address
 from kernel.protocol import ErrorType
 from kernel.telemetry.logging import about
@@ -81,7 +82,7 @@ class Histories:
             version = sequence = 0
             for commit in stored:
                 for envelope in _events_of(commit):
-                    if envelope.commandid == request.wire.command_id:
+                    if envelope.commandid == request.sent.command_id:
                         version, sequence = envelope.sequence, commit.sequence
         except Exception as problem:
             self._tell(address, Searched(request, None, str(problem)))

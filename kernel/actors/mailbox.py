@@ -23,11 +23,11 @@ class Request:
         span: of a sender that traces it.
     """
 
-    __slots__ = ("arrived", "attempts", "command", "error", "reply", "searched", "span", "wire")
+    __slots__ = ("arrived", "attempts", "command", "error", "reply", "searched", "sent", "span")
 
-    def __init__(self, wire: CommandRequest, command: Any, reply: bytes, arrived: float = 0.0) -> None:
+    def __init__(self, sent: CommandRequest, command: Any, reply: bytes, arrived: float = 0.0) -> None:
         self.arrived = arrived
-        self.wire = wire
+        self.sent = sent
         self.command = command
         self.reply = reply
         self.attempts = 0

@@ -9,8 +9,8 @@ from itertools import islice
 
 from thespian.actors import ActorAddress
 
-from kernel.actors.aggregate import Actors
 from kernel.actors.mailbox import Passivate
+from kernel.actors.system import Actors
 from kernel.log.subjects import Address
 from kernel.telemetry.metrics import ACTIVATIONS, LIVE, MEMORY, PASSIVATIONS
 

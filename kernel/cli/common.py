@@ -17,35 +17,22 @@ from rich.console import Console
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from aggregates import DeclarationError, InvalidId, InvalidMessage, Rejected
 from aggregates.messages import plain
-from kernel.app import App, AppNotFound, load_app
-from kernel.client import Client, QueryTimeout
-from kernel.log import LogError
-from kernel.protocol import CommandError
-from kernel.runtime.directory import AlreadyRunning, NotRunning, WorkersFailed, find_running
+from kernel.app import App, load_app
+from kernel.cli.exit_codes import exit_code_of
+from kernel.client import Client
+from kernel.runtime.directory import find_running
 from kernel.settings import Settings
-from kernel.settings.sources import SettingsError, changed, load
+from kernel.settings.sources import changed, load
 from kernel.telemetry.logging import writes_json
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
-from projections import SchemaError
 from projections.database import open_database
-from projections.dead_letters import NoSuchLetter
 
 logger = logging.getLogger("eskernel")
-FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
 console = Console()
 errors = Console(stderr=True)
-
-_CODES: list[tuple[tuple[type[BaseException], ...], int]] = [
-    ((Rejected, CommandError, NoSuchLetter), FAILED),
-    ((AppNotFound, SettingsError, DeclarationError, InvalidId, InvalidMessage, KeyError), USAGE),
-    ((WorkersFailed,), UNREACHABLE),
-    ((NotRunning, AlreadyRunning, ConnectionError, LogError, TimeoutError, QueryTimeout), UNREACHABLE),
-    ((SchemaError, DBAPIError, OSError), FAILED),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +61,7 @@ class Target:
         """Connect to it."""
         return await Client.connect(self.app, self.settings)
 
-    async def wire(self) -> Wire:
+    async def connection(self) -> NatsConnection:
         """Connect to its NATS server."""
         return await dial(self.settings, name=f"eskernel cli {self.app.name}")
 
@@ -159,11 +146,11 @@ def fail(message: str, code: int) -> NoReturn:
 
 def explain(error: BaseException) -> NoReturn:
     """Exit with the error's own words, if it is one that users can cause; raise it again otherwise."""
-    for kinds, code in _CODES:
-        if isinstance(error, kinds):
-            text = str(error.orig) if isinstance(error, DBAPIError) else str(error)
-            fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else text.strip(), code)
-    raise error
+    code = exit_code_of(type(error))
+    if code is None:
+        raise error
+    text = str(error.orig) if isinstance(error, DBAPIError) else str(error)
+    fail(text.strip(), code)
 
 
 def asynchronous(command: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:

@@ -9,10 +9,10 @@ import click
 
 from kernel.app import load_app
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import FAILED, asynchronous, console, explain, print_json
+from kernel.cli.common import asynchronous, console, explain, print_json
+from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
-from kernel.findings import Finding
-from kernel.preflight import examine
+from kernel.preflight import Finding, examine
 from kernel.settings import Settings
 from kernel.settings.sources import Loaded, leaves, shown_value, value_of
 

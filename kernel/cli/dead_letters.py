@@ -19,19 +19,11 @@ from sqlalchemy import Engine
 
 from kernel.app import App
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import (
-    FAILED,
-    USAGE,
-    Where,
-    asynchronous,
-    console,
-    errors,
-    fail,
-    print_json,
-    target_options,
-)
+from kernel.cli.common import Where, asynchronous, console, errors, fail, print_json, target_options
+from kernel.cli.exit_codes import FAILED, USAGE
 from projections import dead_letters as letters
-from projections.dead_letters import NoSuchLetter, Waiting
+from projections.dead_letters import Waiting
+from projections.errors import NoSuchLetter
 
 MAX_ERROR = 60
 

@@ -11,23 +11,14 @@ import orjson
 from rich.table import Table
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import (
-    FAILED,
-    UNREACHABLE,
-    USAGE,
-    Target,
-    Where,
-    asynchronous,
-    console,
-    errors,
-    fail,
-    print_json,
-    target_options,
-)
-from kernel.governance.limits import LimitsError, Values, override, parse
+from kernel.cli.common import Target, Where, asynchronous, console, errors, fail, print_json, target_options
+from kernel.cli.exit_codes import FAILED, UNREACHABLE, USAGE
+from kernel.errors import LimitsError
+from kernel.governance.limits import Values, override, parse
+from kernel.log.subjects import subjects_of
 from kernel.settings.fields import shown
-from kernel.transport.connection import Wire
-from kernel.transport.survey import ask_all, subjects_of
+from kernel.transport.connection import NatsConnection
+from kernel.transport.survey import ask_all
 
 Answers = list[dict[str, Any]]
 
@@ -91,39 +82,39 @@ async def reset(as_json: bool, where: Where) -> None:
 
 async def _show(as_json: bool, where: Where) -> None:
     target = where.find()
-    wire = await target.wire()
+    connection = await target.connection()
     try:
-        workers, silent = await _ask(target, wire, {})
+        workers, silent = await _ask(target, connection, {})
     finally:
-        await wire.close()
+        await connection.close()
     _tell(workers, silent, as_json)
 
 
 async def _change(where: Where, values: Values | None, as_json: bool) -> None:
     """Add to what was set before, or (None) take all of it back."""
     target = where.find()
-    wire = await target.wire()
+    connection = await target.connection()
     try:
-        workers, _ = await _ask(target, wire, {})
+        workers, _ = await _ask(target, connection, {})
         newest = max((one["limits"]["overrides"] for one in workers), key=lambda one: float(one["at"]))
         overrides = {**newest["values"], **values} if values is not None else {}
         try:
             override(target.settings.rates, overrides, target.app)
         except LimitsError as error:
             fail(str(error), USAGE)
-        await _ask(target, wire, {"overrides": overrides, "check": True})
+        await _ask(target, connection, {"overrides": overrides, "check": True})
         # clocks of two machines differ, and the later one counts
         at = max(time.time(), newest["at"] + 1e-3)
-        workers, silent = await _ask(target, wire, {"overrides": overrides, "at": at})
+        workers, silent = await _ask(target, connection, {"overrides": overrides, "at": at})
     finally:
-        await wire.close()
+        await connection.close()
     _tell(workers, silent, as_json)
 
 
-async def _ask(target: Target, wire: Wire, what: dict[str, Any]) -> tuple[Answers, list[str]]:
+async def _ask(target: Target, connection: NatsConnection, what: dict[str, Any]) -> tuple[Answers, list[str]]:
     """Ask all workers; if one of them refuses, or none is there, that is the end."""
     subject = subjects_of(target.app.name, target.settings).service("limits")
-    workers, silent = await ask_all(wire, subject, orjson.dumps(what))
+    workers, silent = await ask_all(connection, subject, orjson.dumps(what))
     if not workers:
         url = shown(",".join(target.settings.connection.servers))
         fail(f"no service of {target.app.name!r} answers on {url}", UNREACHABLE)

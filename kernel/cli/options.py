@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from kernel.cli.common import explain
-from kernel.settings.sources import SettingsError, leaves, load, parse_assignment
+from kernel.errors import SettingsError
+from kernel.settings.sources import leaves, load, parse_assignment
 
 _OPTIONS: list[tuple[str, str, str, click.Choice[str] | None]] = [
     ("--data", "data", "DIRECTORY", None),

@@ -14,7 +14,8 @@ from rich.table import Table
 from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import FAILED, Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.common import Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.exit_codes import FAILED
 
 MAX_BYTES_SHOWN = 60
 

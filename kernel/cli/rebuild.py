@@ -10,9 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, errors, print_json, target_options
 from kernel.governance.remote_pace import following
-from kernel.projector.rebuild import Progress as Step
-from kernel.projector.rebuild import Rebuild, Rebuilt, clean_up
-from kernel.transport.survey import subjects_of
+from kernel.log.subjects import subjects_of
+from kernel.projector.rebuild import Rebuild, RebuildProgress, Rebuilt, clean_up
 from projections import SchemaError
 
 
@@ -41,12 +40,12 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
     subjects = subjects_of(target.app.name, target.settings)
     async with (
         await target.client() as client,
-        following(client.wire, subjects, target.settings.rates.rebuild) as pace,
+        following(client.connection, subjects, target.settings.rates.rebuild) as pace,
     ):
         with _bar(as_json) as bar:
             task = bar.add_task(", ".join(one.name for one in wanted), total=None, rate="")
 
-            def show(step: Step) -> None:
+            def show(step: RebuildProgress) -> None:
                 rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
                 bar.update(task, completed=step.done, total=step.total, rate=rate)
 

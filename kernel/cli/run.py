@@ -11,7 +11,8 @@ import click
 
 from kernel.app import load_app
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import FAILED, asynchronous, console, explain, fail, print_json
+from kernel.cli.common import asynchronous, console, explain, fail, print_json
+from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
 from kernel.service import Service
 from kernel.settings.fields import shown

@@ -13,6 +13,7 @@ from aggregates.context import uuid7
 from aggregates.messages import dumps, parse
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, print_json, target_options
+from kernel.errors import NotDeclared
 
 
 @click.command(epilog=EXIT_CODES)
@@ -48,7 +49,7 @@ async def send(
     target = where.find()
     declared = target.app.type_of(aggregate)
     if command not in declared.commands:
-        raise KeyError(f"{aggregate} has no command {command!r}; it has {', '.join(sorted(declared.commands))}")
+        raise NotDeclared(f"{aggregate} has no command {command!r}; it has {', '.join(sorted(declared.commands))}")
     made = _make(declared.commands[command], fields, fields_json)
     async with await target.client() as client:
         receipt = await client.execute(declared.cls, id, made, command_id=command_id or uuid7(), timeout=timeout)

@@ -10,7 +10,8 @@ import click
 from sqlalchemy import Engine, func, select
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import UNREACHABLE, Target, Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.common import Target, Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.exit_codes import UNREACHABLE
 from kernel.log.subjects import Subjects
 from kernel.settings.fields import shown
 from kernel.transport.survey import ask_all
@@ -42,11 +43,11 @@ async def ask_workers(target: Target) -> dict[str, Any]:
     """Ask all workers at once; each names the others, so that a missing one is noticed."""
     app, url = target.app.name, shown(",".join(target.settings.connection.servers))
     subjects = Subjects(target.settings.stream.subject_prefix or app, 1)
-    wire = await target.wire()
+    connection = await target.connection()
     try:
-        workers, silent = await ask_all(wire, subjects.service("status"))
+        workers, silent = await ask_all(connection, subjects.service("status"))
     finally:
-        await wire.close()
+        await connection.close()
     if not workers:
         fail(f"no service of {app!r} answers on {url}", UNREACHABLE)
     count = workers[0]["partition_count"]

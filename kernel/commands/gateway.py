@@ -16,16 +16,16 @@ from aggregates.cell import Cell
 from aggregates.commit import Decision, encode, timestamp
 from aggregates.context import uuid7
 from aggregates.messages import parse
-from kernel.actors.aggregate import Actors
 from kernel.actors.histories import Histories
 from kernel.actors.mailbox import Appended, Decide, Leave, Request, Unstorable
 from kernel.actors.residents import Resident, Residents
+from kernel.actors.system import Actors
 from kernel.app import App
+from kernel.errors import Conflict, LogError, Unavailable
 from kernel.governance.governor import Governor, Refusal
-from kernel.log.base import Conflict, EventLog, LogError, Unavailable
+from kernel.log.base import EventLog
 from kernel.log.subjects import Address, Subjects
 from kernel.protocol import MAX_COMMAND_ID, ErrorType, Receipt, decode_request, encode_error, encode_receipt
-from kernel.telemetry.counting import count_error_of, observe_all
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import (
     ALERTS,
@@ -35,6 +35,8 @@ from kernel.telemetry.metrics import (
     COMMANDS,
     COMMANDS_PENDING,
     REFUSED,
+    count_error_of,
+    observe_all,
 )
 from kernel.telemetry.tracing import NO_TRACING, Tracing
 
@@ -138,43 +140,43 @@ class CommandGateway:
 
     def _admit(self, subject: bytes, reply: bytes, payload: bytes, by_address: dict[Address, list[Request]]) -> None:
         try:
-            wire = decode_request(payload)
+            sent = decode_request(payload)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self._refuse(reply, "malformed", f"not a command request: {error}")
             return
-        if len(wire.command_id) > MAX_COMMAND_ID:
+        if len(sent.command_id) > MAX_COMMAND_ID:
             self._refuse(reply, "malformed", f"command_id is longer than {MAX_COMMAND_ID} characters")
             return
-        declared = self._app.types.get(wire.aggregate)
+        declared = self._app.types.get(sent.aggregate)
         if declared is None:
             known = ", ".join(sorted(self._app.types))
             self._refuse(
-                reply, "unknown-aggregate", f"no aggregate {wire.aggregate!r}; there is {known}", wire.command_id
+                reply, "unknown-aggregate", f"no aggregate {sent.aggregate!r}; there is {known}", sent.command_id
             )
             return
-        command_class = declared.commands.get(wire.command)
+        command_class = declared.commands.get(sent.command)
         if command_class is None:
             known = ", ".join(sorted(declared.commands))
-            problem = f"{wire.aggregate} has no command {wire.command!r}; it has {known}"
-            self._refuse(reply, "unknown-command", problem, wire.command_id)
+            problem = f"{sent.aggregate} has no command {sent.command!r}; it has {known}"
+            self._refuse(reply, "unknown-command", problem, sent.command_id)
             return
         try:
-            address = self._subjects.address(wire.aggregate, wire.id)
+            address = self._subjects.address(sent.aggregate, sent.id)
             if address.partition not in self.taking:
-                self._pass_on(subject, reply, payload, address.partition, wire.command_id)
+                self._pass_on(subject, reply, payload, address.partition, sent.command_id)
                 return
-            command: Any = parse(command_class, wire.data)
+            command: Any = parse(command_class, sent.data)
         except InvalidId as error:
-            self._refuse(reply, "invalid-id", str(error), wire.command_id)
+            self._refuse(reply, "invalid-id", str(error), sent.command_id)
             return
         except InvalidMessage as error:
-            self._refuse(reply, "invalid-command", str(error), wire.command_id)
+            self._refuse(reply, "invalid-command", str(error), sent.command_id)
             return
-        if not wire.command_id:
-            wire.command_id = uuid7()
-        request = Request(wire, command, reply, self._arrived)
-        if wire.traceparent is not None:
-            request.span = self._tracing.command(wire, address)
+        if not sent.command_id:
+            sent.command_id = uuid7()
+        request = Request(sent, command, reply, self._arrived)
+        if sent.traceparent is not None:
+            request.span = self._tracing.command(sent, address)
         by_address.setdefault(address, []).append(request)
         self._pending += 1
         self._pending_in[address.partition] += 1
@@ -216,7 +218,7 @@ class CommandGateway:
         REFUSED.labels(limit=refusal.limit).inc()
         if request.span is not None:
             request.span.end("overloaded", refusal.message)
-        self._refuse(request.reply, "overloaded", refusal.message, request.wire.command_id, refusal.retry_after)
+        self._refuse(request.reply, "overloaded", refusal.message, request.sent.command_id, refusal.retry_after)
 
     def _too_many(self, resident: Resident) -> Refusal:
         address = resident.address
@@ -303,7 +305,7 @@ class CommandGateway:
         if request.span is not None:
             request.span.end(outcome, version=version, stream_sequence=sequence)
         if request.reply:
-            receipt = Receipt(version, sequence, address.partition, request.wire.command_id, duplicate)
+            receipt = Receipt(version, sequence, address.partition, request.sent.command_id, duplicate)
             self._publish(request.reply, encode_receipt(receipt), b"")
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
@@ -314,16 +316,16 @@ class CommandGateway:
             self._say_failed(address, request, type, message)
         if request.reply:
             retry_after = RETRY_AFTER_S if type in ("unavailable", "overloaded") else None
-            self._publish(request.reply, encode_error(type, message, request.wire.command_id, retry_after), b"")
+            self._publish(request.reply, encode_error(type, message, request.sent.command_id, retry_after), b"")
 
     def _say_failed(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
-        wire = request.wire
+        sent = request.sent
         logger.warning(
-            "%s %s: %s failed: %s", address.aggregate, address.id, wire.command, message,
+            "%s %s: %s failed: %s", address.aggregate, address.id, sent.command, message,
             exc_info=request.error if type == "failed" else None,
             extra=about(
-                address.aggregate, address.id, outcome=type, command=wire.command, command_id=wire.command_id,
-                correlation_id=wire.correlation_id, causation_id=wire.causation_id, traceparent=wire.traceparent,
+                address.aggregate, address.id, outcome=type, command=sent.command, command_id=sent.command_id,
+                correlation_id=sent.correlation_id, causation_id=sent.causation_id, traceparent=sent.traceparent,
             ),
         )  # fmt: skip
 
@@ -334,7 +336,7 @@ class CommandGateway:
     # the rest
 
     def _answered(self, address: Address, request: Request, outcome: str) -> None:
-        answer = address.aggregate, request.wire.command, outcome
+        answer = address.aggregate, request.sent.command, outcome
         self._outcomes[answer] = self._outcomes.get(answer, 0) + 1
         self._times.append(time.perf_counter() - request.arrived)
         resident = self.residents.find(address.subject)

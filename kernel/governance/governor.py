@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kernel.app import App
-from kernel.governance.limits import LimitsError, Overrides, check, override
+from kernel.errors import LimitsError, SettingsError
+from kernel.governance.limits import Overrides, check, override
 from kernel.governance.pace import Pace
 from kernel.governance.rates import Keyed, Lane, TokenBucket
-from kernel.settings.runtime import Limit, Rates
-from kernel.settings.sources import SettingsError
+from kernel.settings.governance import Limit, Rates
 from kernel.telemetry.metrics import RATE_LIMIT, RATE_PRESENT
 
 logger = logging.getLogger("eskernel")

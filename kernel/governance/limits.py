@@ -14,16 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from kernel.app import App
-from kernel.settings.runtime import Rates
+from kernel.errors import LimitsError
+from kernel.settings.governance import Rates
 
 LANES = ("commands", "per_key", "live", "rebuild")
 _FORM = "write it as commands=500, live.burst=2000, per_aggregate.Account=100, or rebuild=none"
 
 Values = dict[str, float | None]
-
-
-class LimitsError(ValueError):
-    """Limits that can't be; the message has all that is wrong, a line each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from kernel.governance.rates import TokenBucket
 from kernel.log.base import Batch, LogReader
-from kernel.settings.runtime import Batch as Most
+from kernel.settings.database import Batch as Most
 from kernel.telemetry.metrics import THROTTLED
 
 BACKLOG = 2_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 
-from kernel.settings.runtime import Limit, Rates
+from kernel.settings.governance import Limit, Rates
 
 QUEUE_S = 5.0
 """Those refused are told to come back one after the other, spread over no more than this."""

@@ -16,8 +16,8 @@ from kernel.governance.governor import REBUILD_WORTH_S
 from kernel.governance.pace import Pace
 from kernel.governance.rates import TokenBucket
 from kernel.log.subjects import Subjects
-from kernel.settings.runtime import Limit
-from kernel.transport.connection import Wire
+from kernel.settings.governance import Limit
+from kernel.transport.connection import NatsConnection
 from kernel.transport.survey import ask_all
 
 logger = logging.getLogger("eskernel")
@@ -27,7 +27,7 @@ FIRST_S = 0.3
 
 
 @asynccontextmanager
-async def following(wire: Wire, subjects: Subjects, alone: Limit) -> AsyncIterator[Pace]:
+async def following(connection: NatsConnection, subjects: Subjects, alone: Limit) -> AsyncIterator[Pace]:
     """Have a pace that is kept at the lowest rate of the running workers' rebuild lanes, asked for each second.
 
     The workers are told how much was read meanwhile: they slow their lane from what they know of it.
@@ -41,7 +41,7 @@ async def following(wire: Wire, subjects: Subjects, alone: Limit) -> AsyncIterat
     async def look(rebuilt: int, timeout: float) -> None:
         try:
             told = orjson.dumps({"rebuilt": rebuilt})
-            workers, _ = await ask_all(wire, subjects.service("limits"), told, timeout)
+            workers, _ = await ask_all(connection, subjects.service("limits"), told, timeout)
         except (OSError, TimeoutError, nats.errors.Error) as error:
             logger.info("the workers' limits can't be asked for: %s", error)
         else:

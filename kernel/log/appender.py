@@ -19,9 +19,10 @@ from typing import Any
 import msgspec
 
 from aggregates.context import uuid7
-from kernel.log.base import Conflict, LogError, PayloadTooLarge, Replaced, Stored, Unavailable, UnknownOutcome
+from kernel.errors import Conflict, LogError, PayloadTooLarge, Replaced, Unavailable, UnknownOutcome
+from kernel.log.base import Stored
 from kernel.settings.jetstream import GroupCommit
-from kernel.transport.connection import Wire, publish_frame, status_of
+from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
 logger = logging.getLogger("eskernel")
 
@@ -87,7 +88,7 @@ class Appender:
 
     def __init__(
         self,
-        wire: Wire,
+        connection: NatsConnection,
         last: Callable[[str], Coroutine[Any, Any, Stored | None]],
         *,
         atomic: bool,
@@ -96,7 +97,7 @@ class Appender:
         deadline: float = 30.0,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
-        self._wire = wire
+        self._connection = connection
         self._last = last
         self._atomic = atomic and group_commit != "never"
         self.grouping = self._atomic and group_commit == "always"
@@ -121,10 +122,10 @@ class Appender:
 
     async def start(self) -> None:
         """Subscribe to the acknowledgements and watch over the time-outs."""
-        self._inbox = self._wire.new_inbox().encode()
+        self._inbox = self._connection.new_inbox().encode()
         self._loop = asyncio.get_running_loop()
-        self._stop_listening = await self._wire.listen(f"{self._inbox.decode()}.*", self._acknowledged)
-        self._wire.reconnections.append(self._lost_connection)
+        self._stop_listening = await self._connection.listen(f"{self._inbox.decode()}.*", self._acknowledged)
+        self._connection.reconnections.append(self._lost_connection)
         self._watch = self._loop.create_task(self._expire())
 
     def append(self, subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
@@ -146,12 +147,12 @@ class Appender:
     @property
     def max_payload(self) -> int:
         """Most bytes of a commit: the server's limit less room for the headers."""
-        return self._wire.max_payload - 512
+        return self._connection.max_payload - 512
 
     @property
     def _open(self) -> bool:
         """Whether commits may go out: what is written while disconnected would go out unlooked at."""
-        return self._verified.is_set() and self._wire.is_connected
+        return self._verified.is_set() and self._connection.is_connected
 
     @property
     def pressure(self) -> tuple[int, int]:
@@ -183,7 +184,7 @@ class Appender:
             for _ in range(count):
                 self._send_one(self._waiting.popleft(), now, frames)
         if frames:
-            self._wire.send(b"".join(frames))
+            self._connection.send(b"".join(frames))
 
     def _send_one(self, one: Append, now: float, frames: list[bytes]) -> None:
         one.sent = now
@@ -269,7 +270,7 @@ class Appender:
             frames: list[bytes] = []
             for one in group:
                 self._send_one(one, time.perf_counter(), frames)
-            self._wire.send(b"".join(frames))
+            self._connection.send(b"".join(frames))
             return
         one = group[0]
         if one.future.done():
@@ -380,7 +381,7 @@ class Appender:
                 elif time.perf_counter() < give_up and self._open:
                     frames: list[bytes] = []
                     self._send_one(one, time.perf_counter(), frames)
-                    self._wire.send(b"".join(frames))
+                    self._connection.send(b"".join(frames))
                     return
             if not one.future.done() and time.perf_counter() >= give_up:
                 one.future.set_exception(UnknownOutcome(f"{one.subject}: {why}; it may or may not have happened"))
@@ -398,7 +399,7 @@ class Appender:
             self._verifying.cancel()
         for task in list(self._settling):
             task.cancel()
-        self._wire.reconnections.remove(self._lost_connection)
+        self._connection.reconnections.remove(self._lost_connection)
         pending = [one for group in self._in_flight.values() for one in group]
         for one in [*pending, *self._waiting]:
             if not one.future.done():

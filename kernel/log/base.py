@@ -8,40 +8,6 @@ from typing import NamedTuple, Protocol
 from kernel.log.subjects import Subjects
 
 
-class LogError(Exception):
-    """The log could not do what was asked."""
-
-
-class Conflict(LogError):
-    """Something else was appended first.
-
-    Attributes:
-        actual: stream sequence of the subject's last commit, or None if the log didn't say.
-        uncertain: the answer to the append was lost, so it may have taken effect before the other one.
-    """
-
-    def __init__(self, subject: str, expected: int, actual: int | None, uncertain: bool = False) -> None:
-        super().__init__(f"{subject}: expected last sequence {expected}, it is {actual}")
-        self.actual = actual
-        self.uncertain = uncertain
-
-
-class PayloadTooLarge(LogError):
-    """A commit is larger than the log takes; the message says by how much."""
-
-
-class Unavailable(LogError):
-    """The log can't be reached, or is full."""
-
-
-class UnknownOutcome(Unavailable):
-    """An append was sent and it could not be found out whether it took effect."""
-
-
-class StreamMismatch(LogError):
-    """What exists under the stream's name is not what this app needs; the message says what differs."""
-
-
 class Stored(NamedTuple):
     """A commit in the log.
 
@@ -67,10 +33,6 @@ class Batch(NamedTuple):
     commits: list[Stored]
     pending: int
     oldest: float = 0.0
-
-
-class Replaced(LogError):
-    """The stream is not the one that this service works on: deleted, made anew, or restored from an older backup."""
 
 
 class StreamInfo(NamedTuple):

@@ -12,12 +12,13 @@ from typing import Any
 
 import orjson
 
+from kernel.errors import Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender
-from kernel.log.base import LogReader, Replaced, Stored, StreamInfo, StreamMismatch, Unavailable
+from kernel.log.base import LogReader, Stored, StreamInfo
 from kernel.log.reader import JetStreamReader
 from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
-from kernel.transport.connection import Wire, header_of, publish_frame, status_of
+from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
 from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
 
 logger = logging.getLogger("eskernel")
@@ -34,11 +35,17 @@ class JetStreamLog:
     """
 
     def __init__(
-        self, wire: Wire, subjects: Subjects, stream: str, settings: Settings, atomic: bool, worker: str = ""
+        self,
+        connection: NatsConnection,
+        subjects: Subjects,
+        stream: str,
+        settings: Settings,
+        atomic: bool,
+        worker: str = "",
     ) -> None:
         self.subjects = subjects
         self.stream = stream
-        self._wire = wire
+        self._connection = connection
         self._live = settings.consumer
         # a rebuild acknowledges nothing, and waits for nobody's pace
         self._plain = settings.consumer.model_copy(
@@ -49,11 +56,11 @@ class JetStreamLog:
         self._may_lose = settings.stream.may_lose_events
         jetstream = settings.jetstream
         # both came to nats-server with a version; before, the server would ignore the fields
-        self._batch_get = server_version(wire) >= (2, 11)
+        self._batch_get = server_version(connection) >= (2, 11)
         self.appender = Appender(
-            wire,
+            connection,
             self.last,
-            atomic=atomic and server_version(wire) >= (2, 12),
+            atomic=atomic and server_version(connection) >= (2, 12),
             group_commit=jetstream.group_commit,
             timeout=jetstream.publish_timeout,
             deadline=jetstream.publish_deadline,
@@ -66,8 +73,8 @@ class JetStreamLog:
     async def start(self) -> None:
         """Subscribe to answers."""
         await self.appender.start()
-        self._inbox = self._wire.new_inbox()
-        self._stop_listening = await self._wire.listen(f"{self._inbox}.*", self._got)
+        self._inbox = self._connection.new_inbox()
+        self._stop_listening = await self._connection.listen(f"{self._inbox}.*", self._got)
 
     @property
     def max_payload(self) -> int:
@@ -104,15 +111,15 @@ class JetStreamLog:
             future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             self._gets[token] = (into, future)
             request = orjson.dumps({"seq": after + 1, "next_by_subj": subject, "batch": 1000, "max_bytes": 16 << 20})
-            self._wire.send(
+            self._connection.send(
                 publish_frame(
-                    f"{self._wire.api}.DIRECT.GET.{self.stream}".encode(),
+                    f"{self._connection.api}.DIRECT.GET.{self.stream}".encode(),
                     b"%b.%b" % (self._inbox.encode(), token),
                     request,
                 )
             )
             try:
-                async with asyncio.timeout(self._wire.request_timeout):
+                async with asyncio.timeout(self._connection.request_timeout):
                     return await future
             except TimeoutError:
                 del into[before:]
@@ -147,7 +154,7 @@ class JetStreamLog:
         try:
             found: list[Stored] = []
             while not found or found[-1].sequence < last.sequence:
-                batch = await reader.next(10_000, timeout=self._wire.request_timeout)
+                batch = await reader.next(10_000, timeout=self._connection.request_timeout)
                 if not batch.commits:
                     raise Unavailable(f"reading {subject}: no answer from the stream")
                 found.extend(batch.commits)
@@ -160,12 +167,12 @@ class JetStreamLog:
         return await self._reader(after, subject, self._live if live else self._plain)
 
     async def _reader(self, after: int, subject: str | None, settings: Consumer) -> JetStreamReader:
-        reader = JetStreamReader(self._wire, self._ask, self.stream, after, subject, settings, self._worker)
+        reader = JetStreamReader(self._connection, self._ask, self.stream, after, subject, settings, self._worker)
         self._readers.add(reader)
         return reader
 
     async def _ask(self, subject: str, body: object) -> dict[str, Any]:
-        return await call_api(self._wire, subject, body)
+        return await call_api(self._connection, subject, body)
 
     async def info(self) -> StreamInfo:
         try:

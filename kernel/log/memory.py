@@ -6,7 +6,8 @@ import asyncio
 from bisect import bisect_right
 from datetime import UTC, datetime
 
-from kernel.log.base import Batch, Conflict, LogReader, PayloadTooLarge, Stored, StreamInfo, Unavailable
+from kernel.errors import Conflict, PayloadTooLarge, Unavailable
+from kernel.log.base import Batch, LogReader, Stored, StreamInfo
 from kernel.log.subjects import Subjects
 
 

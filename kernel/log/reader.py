@@ -16,9 +16,10 @@ from typing import Any
 
 import orjson
 
-from kernel.log.base import Batch, LogError, Stored
+from kernel.errors import LogError
+from kernel.log.base import Batch, Stored
 from kernel.settings import Consumer
-from kernel.transport.connection import Wire, header_of, publish_frame, status_of
+from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
 
 PULL_EXPIRES_S = 30.0
 MAX_SUBJECTS = 200_000
@@ -40,9 +41,16 @@ class JetStreamReader:
     """
 
     def __init__(
-        self, wire: Wire, api: Api, stream: str, after: int, subject: str | None, settings: Consumer, worker: str
+        self,
+        connection: NatsConnection,
+        api: Api,
+        stream: str,
+        after: int,
+        subject: str | None,
+        settings: Consumer,
+        worker: str,
     ) -> None:
-        self._wire, self._api, self._stream = wire, api, stream
+        self._connection, self._api, self._stream = connection, api, stream
         self._after, self._subject = after, subject
         self._settings, self._worker = settings, worker
         self._window, self._heartbeat = settings.window, settings.heartbeat
@@ -58,7 +66,7 @@ class JetStreamReader:
         self._requested = 0
         self._delivered = 0
         self._heard = 0.0
-        wire.reconnections.append(self._break)
+        connection.reconnections.append(self._break)
 
     def _break(self) -> None:
         self._broken = True
@@ -94,9 +102,9 @@ class JetStreamReader:
         self._broken = False
         self._heard = time.monotonic()
         # a new inbox each time: late messages of the old consumer must not be taken for the new one's
-        self._inbox = self._wire.new_inbox()
-        self._stop_listening = await self._wire.listen(self._inbox, self._receive)
-        self._next = f"{self._wire.api}.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}".encode()
+        self._inbox = self._connection.new_inbox()
+        self._stop_listening = await self._connection.listen(self._inbox, self._receive)
+        self._next = f"{self._connection.api}.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}".encode()
         self._pull()
 
     def _receive(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
@@ -124,7 +132,7 @@ class JetStreamReader:
                 }
             )
             self._requested += self._window
-            self._wire.send(publish_frame(self._next, self._inbox.encode(), request))
+            self._connection.send(publish_frame(self._next, self._inbox.encode(), request))
 
     async def next(self, limit: int, timeout: float | None = None) -> Batch:
         """See `LogReader.next`.
@@ -191,7 +199,7 @@ class JetStreamReader:
         while self._handed and self._handed[0][0] <= sequence:
             reply = self._handed.popleft()[1]
         if reply and not self._broken:
-            self._wire.send(publish_frame(reply, b"", b"+ACK"))
+            self._connection.send(publish_frame(reply, b"", b"+ACK"))
 
     async def _drop(self) -> None:
         if self._stop_listening is not None:
@@ -206,9 +214,9 @@ class JetStreamReader:
 
     async def close(self) -> None:
         """Remove the consumer; a second call does nothing."""
-        if self._break not in self._wire.reconnections:
+        if self._break not in self._connection.reconnections:
             return
-        self._wire.reconnections.remove(self._break)
+        self._connection.reconnections.remove(self._break)
         self._broken = True
-        if self._wire.is_connected:
+        if self._connection.is_connected:
             await self._drop()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from kernel.log.base import Replaced, StreamMismatch, Unavailable
+from kernel.errors import Replaced, StreamMismatch, Unavailable
 from kernel.log.jetstream import FORMAT, JetStreamLog, check_keeps_everything, partitions_of
 from kernel.log.subjects import Subjects
 from kernel.settings import Settings, Stream
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, server_version, version_text
 
 logger = logging.getLogger("eskernel")
@@ -76,17 +76,17 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[Differenc
     return different
 
 
-def check_server(wire: Wire) -> None:
+def check_server(connection: NatsConnection) -> None:
     """Raise `StreamMismatch` if the server is too old."""
-    if server_version(wire) < OLDEST:
+    if server_version(connection) < OLDEST:
         least = ".".join(map(str, OLDEST))
-        raise StreamMismatch(f"nats-server {version_text(wire)} is too old; {least} or newer is needed")
+        raise StreamMismatch(f"nats-server {version_text(connection)} is too old; {least} or newer is needed")
 
 
-async def find_config(wire: Wire, name: str) -> dict[str, Any] | None:
+async def find_config(connection: NatsConnection, name: str) -> dict[str, Any] | None:
     """Return what the server says about a stream, None where there is none. Raises `LogError`."""
     try:
-        return await call_api(wire, f"STREAM.INFO.{name}", None)
+        return await call_api(connection, f"STREAM.INFO.{name}", None)
     except ApiError as error:
         if error.code == NO_STREAM:
             return None
@@ -94,7 +94,7 @@ async def find_config(wire: Wire, name: str) -> dict[str, Any] | None:
 
 
 async def open_log(
-    wire: Wire, app: str, settings: Settings | None = None, *, create: bool = True, worker: str = ""
+    connection: NatsConnection, app: str, settings: Settings | None = None, *, create: bool = True, worker: str = ""
 ) -> JetStreamLog:
     """Return the app's log, looking after its stream as `settings.stream.existing` says.
 
@@ -111,14 +111,14 @@ async def open_log(
     """
     settings = settings or Settings()
     stream = settings.stream
-    check_server(wire)
-    wanted = wanted_config(app, stream, server_version(wire))
+    check_server(connection)
+    wanted = wanted_config(app, stream, server_version(connection))
     name = wanted["name"]
-    answer = await find_config(wire, name)
+    answer = await find_config(connection, name)
     if answer is None:
-        answer = await _create(wire, wanted, stream, create)
+        answer = await _create(connection, wanted, stream, create)
     else:
-        answer = await _keep(wire, answer, wanted, stream)
+        answer = await _keep(connection, answer, wanted, stream)
     config = answer["config"]
     partitions = partitions_of(config)
     if stream.existing != "skip":
@@ -134,8 +134,8 @@ async def open_log(
     if settings.jetstream.group_commit == "always" and not config.get("allow_atomic"):
         why = (
             "the stream was made without allow_atomic: stream.existing = 'update' adds it"
-            if server_version(wire) >= ATOMIC
-            else f"it needs nats-server {'.'.join(map(str, ATOMIC))} or newer, this is {version_text(wire)}"
+            if server_version(connection) >= ATOMIC
+            else f"it needs nats-server {'.'.join(map(str, ATOMIC))} or newer, this is {version_text(connection)}"
         )
         raise StreamMismatch(f"jetstream.group_commit = 'always' can't be done: {why}; or use 'auto'")
     if stream.may_lose_events:
@@ -143,10 +143,12 @@ async def open_log(
     state = answer.get("state") or {}
     if missing := int(state.get("last_seq", 0)) - int(state.get("messages", 0)):
         logger.warning("%d messages of the stream %s are missing: deleted, or lost by the server", missing, name)
-    return await _start(wire, app, config, settings, worker)
+    return await _start(connection, app, config, settings, worker)
 
 
-async def find_log(wire: Wire, app: str, settings: Settings | None = None, *, worker: str = "") -> JetStreamLog:
+async def find_log(
+    connection: NatsConnection, app: str, settings: Settings | None = None, *, worker: str = ""
+) -> JetStreamLog:
     """Return the log of an app whose stream exists.
 
     Raises:
@@ -154,20 +156,22 @@ async def find_log(wire: Wire, app: str, settings: Settings | None = None, *, wo
     """
     settings = settings or Settings()
     name = settings.stream.name or app
-    answer = await find_config(wire, name)
+    answer = await find_config(connection, name)
     if answer is None:
         raise Unavailable(f"there is no stream {name!r} on this server; has the service been started?")
-    return await _start(wire, app, answer["config"], settings, worker)
+    return await _start(connection, app, answer["config"], settings, worker)
 
 
-async def _start(wire: Wire, app: str, config: dict[str, Any], settings: Settings, worker: str) -> JetStreamLog:
+async def _start(
+    connection: NatsConnection, app: str, config: dict[str, Any], settings: Settings, worker: str
+) -> JetStreamLog:
     subjects = Subjects(settings.stream.subject_prefix or app, partitions_of(config))
-    log = JetStreamLog(wire, subjects, config["name"], settings, bool(config.get("allow_atomic")), worker)
+    log = JetStreamLog(connection, subjects, config["name"], settings, bool(config.get("allow_atomic")), worker)
     await log.start()
     return log
 
 
-async def _create(wire: Wire, wanted: dict[str, Any], stream: Stream, create: bool) -> dict[str, Any]:
+async def _create(connection: NatsConnection, wanted: dict[str, Any], stream: Stream, create: bool) -> dict[str, Any]:
     name = wanted["name"]
     if not create:
         # an empty one in its place would be in the way of a restore
@@ -180,16 +184,18 @@ async def _create(wire: Wire, wanted: dict[str, Any], stream: Stream, create: bo
             f"there is no stream {name!r}, and stream.existing = {stream.existing!r} never makes one; make it, or "
             "use 'create'"
         )
-    answer = await call_api(wire, f"STREAM.CREATE.{name}", wanted)
+    answer = await call_api(connection, f"STREAM.CREATE.{name}", wanted)
     # read back: older servers drop fields that they don't know without a word
     if lost := differences(answer["config"], wanted):
         raise StreamMismatch(
-            f"nats-server {version_text(wire)} made the stream {name!r} otherwise than asked: {_listed(lost)}"
+            f"nats-server {version_text(connection)} made the stream {name!r} otherwise than asked: {_listed(lost)}"
         )
     return answer
 
 
-async def _keep(wire: Wire, answer: dict[str, Any], wanted: dict[str, Any], stream: Stream) -> dict[str, Any]:
+async def _keep(
+    connection: NatsConnection, answer: dict[str, Any], wanted: dict[str, Any], stream: Stream
+) -> dict[str, Any]:
     """Take an existing stream, as far as it fits."""
     config, name = answer["config"], wanted["name"]
     partitions_of(config)
@@ -201,7 +207,7 @@ async def _keep(wire: Wire, answer: dict[str, Any], wanted: dict[str, Any], stre
     if fatal := [one for one in different if one.field in _NEEDED]:
         raise StreamMismatch(f"stream {name!r} can't carry this event log: {_listed(fatal)}")
     if stream.existing == "update":
-        return await _update(wire, answer, wanted, different)
+        return await _update(connection, answer, wanted, different)
     # those that lose events are the caller's to refuse
     logger.warning(
         "stream %s differs from the settings, and stays as it is: %s; stream.existing = 'update' changes it",
@@ -233,7 +239,7 @@ def _holds_more(field: str, wanted: Any, state: dict[str, Any]) -> int:
 
 
 async def _update(
-    wire: Wire, answer: dict[str, Any], wanted: dict[str, Any], different: list[Difference]
+    connection: NatsConnection, answer: dict[str, Any], wanted: dict[str, Any], different: list[Difference]
 ) -> dict[str, Any]:
     name, state = wanted["name"], answer["state"]
     for field in ("max_bytes", "max_msgs"):
@@ -247,7 +253,7 @@ async def _update(
         # the server demands it, and events carry no ids for it to look at
         changed["duplicate_window"] = min(changed.get("duplicate_window", 0), wanted["max_age"])
     try:
-        updated = await call_api(wire, f"STREAM.UPDATE.{name}", changed)
+        updated = await call_api(connection, f"STREAM.UPDATE.{name}", changed)
     except ApiError as error:
         raise StreamMismatch(
             f"stream {name!r} could not be changed: {error}; wanted were {_listed(different)}"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from aggregates import InvalidId
+from kernel.settings import Settings
 
 MAX_TOKEN = 255
 """Longest encoded id, in bytes: NATS reads a whole subject as one protocol line of at most 4 KB."""
@@ -111,3 +112,8 @@ class Subjects:
     def service(self, what: str) -> str:
         """Return where workers are asked about something: `status`, `leases`, `limits`."""
         return f"{self.prefix}.svc.{what}"
+
+
+def subjects_of(app: str, settings: Settings) -> Subjects:
+    """Return an app's subjects as far as they are known without its stream: not those of partitions."""
+    return Subjects(settings.stream.subject_prefix or app, 1)

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from kernel.alerts import Alert, Alerts
+from kernel.alerts import Alert
 from kernel.log.appender import Appender
+from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.backlog import Backlog, Change, Level
 from kernel.monitoring.pressure import Pressure, PressureGauge
-from kernel.projector.progress import Progress
+from kernel.projector.progress import ReadProgress
 from kernel.settings import Settings
 from kernel.telemetry.metrics import (
     BACKLOG_AGE,
@@ -44,7 +45,7 @@ class Lookout:
         self,
         settings: Settings,
         projections: list[str],
-        progress: Progress,
+        progress: ReadProgress,
         held: Callable[[], Collection[int]],
         appender: Appender,
         load: Callable[[], tuple[int, float]],

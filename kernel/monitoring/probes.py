@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy import Engine, insert
 
 from kernel.app import App
-from kernel.log import JetStreamLog, LogError, Replaced, StreamInfo, Unavailable
+from kernel.errors import LogError, Replaced, Unavailable
+from kernel.log import JetStreamLog, StreamInfo
 from kernel.monitoring.backlog import Level
 from kernel.monitoring.detector import Lookout
 from kernel.monitoring.health import Health
@@ -22,8 +23,8 @@ from kernel.projector.live import NO_PARTITIONS, Projector
 from kernel.settings import Settings
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import PARKED, QUARANTINED, RETRIES
-from kernel.transport.connection import Wire
-from projections import dead_letters
+from kernel.transport.connection import NatsConnection
+from projections import NoSuchLetter, dead_letters
 from projections.tables import stream
 
 logger = logging.getLogger("eskernel")
@@ -55,7 +56,7 @@ class Watch:
         self,
         app: App,
         settings: Settings,
-        wire: Wire,
+        connection: NatsConnection,
         log: JetStreamLog,
         created: str,
         engine: Engine,
@@ -67,7 +68,7 @@ class Watch:
         loop_lag: Callable[[], float],
         lost: Callable[[str], None],
     ) -> None:
-        self._app, self._settings, self._wire, self._log, self._created = app, settings, wire, log, created
+        self._app, self._settings, self._connection, self._log, self._created = app, settings, connection, log, created
         self._engine, self._projector, self._leases, self._ownership = engine, projector, leases, ownership
         self._health, self._lookout, self._loop_lag, self._lost = health, lookout, loop_lag, lost
         self._names = {declared.name for declared in app.projections}
@@ -114,7 +115,7 @@ class Watch:
                 done.append(
                     dead_letters.retry(self._engine, plan, one.projection, one.aggregate, one.aggregate_id, pause)
                 )
-            except dead_letters.NoSuchLetter:
+            except NoSuchLetter:
                 pass  # somebody was faster
         return done
 
@@ -166,7 +167,7 @@ class Watch:
 
     async def _ask_projection(self) -> str:
         state = self._projector.state if self._names else "none"
-        if (writing := self._projector.writing.lasting) > WRITE_S:
+        if (writing := self._projector.committer.lasting) > WRITE_S:
             raise NotWorking(f"writing a batch for {writing:.0f} s")
         if state not in ("running", "starting", "none", NO_PARTITIONS):
             raise NotWorking(state)
@@ -180,23 +181,25 @@ class Watch:
         return state
 
     async def _ask_log(self) -> str:
-        if not self._wire.is_connected:
-            self._wire.revive()
-            raise NotWorking(f"not connected: {self._wire.trouble or 'the connection was lost'}")
+        if not self._connection.is_connected:
+            self._connection.revive()
+            raise NotWorking(f"not connected: {self._connection.trouble or 'the connection was lost'}")
         try:
             info = await self.ask_log()
         except Replaced:
             raise
         except LogError as error:
-            self._wire.revive()
-            if isinstance(error, Unavailable) and self._wire.is_connected:
+            self._connection.revive()
+            if isinstance(error, Unavailable) and self._connection.is_connected:
                 # the connection can be dead while the client believes itself connected
-                await self._wire.force_reconnect()
-            raise NotWorking(f"{error}: {self._wire.trouble}" if self._wire.trouble else str(error)) from None
+                await self._connection.force_reconnect()
+            raise NotWorking(
+                f"{error}: {self._connection.trouble}" if self._connection.trouble else str(error)
+            ) from None
         return f"{info.commits} commits, the last is {info.last}"
 
     async def _ask_database(self) -> str:
-        written, writing = self._projector.progress.done, self._projector.writing.lasting
+        written, writing = self._projector.progress.done, self._projector.committer.lasting
         if self._projector.state != "running" or (written == self._written and not 0 < writing < PROBE_S):
             # a batch that was just written says the same, and one that is being written is about to
             await asyncio.get_running_loop().run_in_executor(self._database, self._write_nothing)

@@ -40,7 +40,7 @@ class Gatherer:
     def gather(self) -> Signals:
         """Return how it was since the last call."""
         gateway, projector = self._gateway, self._projector
-        appends, batches = (gateway.appended, gateway.unappended), projector.writing.batches
+        appends, batches = (gateway.appended, gateway.unappended), projector.committer.batches
         lag = self._lag.worst("governor")
         LOOP_LAG.set(lag)
         away = projector.state == AWAY
@@ -48,14 +48,14 @@ class Gatherer:
             loop_lag=lag,
             append_latency=max(gateway.slowest_append, self._appender.waiting_for),
             append_errors=_share(self._appends, appends),
-            commit_latency=max(projector.writing.slowest, projector.writing.lasting),
+            commit_latency=max(projector.committer.slowest, projector.committer.lasting),
             # while it can't even read its checkpoints there is no batch that could fail
             batch_errors=1.0 if away else _share(self._batches, batches),
             backlog=self._backlog(),
             projecting=projector.state == "running",
         )
         self.slowest_append = gateway.slowest_append
-        gateway.slowest_append = projector.writing.slowest = 0.0
+        gateway.slowest_append = projector.committer.slowest = 0.0
         self._appends, self._batches = appends, batches
         return signals
 

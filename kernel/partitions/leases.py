@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import orjson
 
+from kernel.errors import Conflict, LogError
 from kernel.log.appender import Appender
-from kernel.log.base import Conflict, LogError, Stored
-from kernel.transport.connection import Wire
+from kernel.log.base import Stored
+from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api
 
 logger = logging.getLogger("eskernel")
@@ -66,13 +67,15 @@ class Leases:
         ttl: seconds after which the bucket forgets a key that was not renewed.
     """
 
-    def __init__(self, wire: Wire, app: str, worker: str, partitions: int, *, ttl: float, replicas: int = 1) -> None:
-        self._wire = wire
+    def __init__(
+        self, connection: NatsConnection, app: str, worker: str, partitions: int, *, ttl: float, replicas: int = 1
+    ) -> None:
+        self._connection = connection
         self.worker, self.partitions, self.ttl = worker, partitions, ttl
         self._replicas = replicas
         self._bucket = bucket_of(app)
         self._stream = f"KV_{self._bucket}"
-        self._appender = Appender(wire, self._last, atomic=False, timeout=ttl / 3, deadline=ttl)
+        self._appender = Appender(connection, self._last, atomic=False, timeout=ttl / 3, deadline=ttl)
         self._me: Lease | None = None
         self._held: dict[int, Lease] = {}
         self._renewals = 0
@@ -89,7 +92,7 @@ class Leases:
         """
         await self._appender.start()
         await self._create_bucket()
-        self._wire.reconnections.append(self._reconnected)
+        self._connection.reconnections.append(self._reconnected)
 
     async def bury(self, dead: Collection[str]) -> None:
         """Delete the keys of workers that are dead for sure. What can't be deleted runs out by itself."""
@@ -133,11 +136,11 @@ class Leases:
             "allow_rollup_hdrs": True,
         }
         try:
-            answer = await call_api(self._wire, f"STREAM.CREATE.{self._stream}", config)
+            answer = await call_api(self._connection, f"STREAM.CREATE.{self._stream}", config)
         except ApiError as error:
             if error.code != _NAME_IN_USE:
                 raise
-            answer = await call_api(self._wire, f"STREAM.INFO.{self._stream}", None)
+            answer = await call_api(self._connection, f"STREAM.INFO.{self._stream}", None)
         age = answer["config"].get("max_age", 0) / 1e9
         if age != self.ttl:
             logger.info("leases last %g s: that is how the bucket %s was made", age, self._bucket)
@@ -230,7 +233,9 @@ class Leases:
         )
 
     async def _keys(self) -> list[str]:
-        answer = await call_api(self._wire, f"STREAM.INFO.{self._stream}", {"subjects_filter": f"$KV.{self._bucket}.>"})
+        answer = await call_api(
+            self._connection, f"STREAM.INFO.{self._stream}", {"subjects_filter": f"$KV.{self._bucket}.>"}
+        )
         return [subject.split(".", 2)[2] for subject in answer["state"].get("subjects") or {}]
 
     def share(self, members: Members) -> int:
@@ -277,7 +282,7 @@ class Leases:
         try:
             # by its revision: what somebody else has put there since is not touched
             await call_api(
-                self._wire, f"STREAM.MSG.DELETE.{self._stream}", {"seq": lease.revision, "no_erase": True}, 2.0
+                self._connection, f"STREAM.MSG.DELETE.{self._stream}", {"seq": lease.revision, "no_erase": True}, 2.0
             )
         except LogError as error:
             logger.info("a lease runs out by itself: %s", error)
@@ -318,9 +323,9 @@ class Leases:
 
     async def close(self) -> None:
         """Give back everything and leave."""
-        if self._reconnected in self._wire.reconnections:
-            self._wire.reconnections.remove(self._reconnected)
-        if self._wire.is_connected:
+        if self._reconnected in self._connection.reconnections:
+            self._connection.reconnections.remove(self._reconnected)
+        if self._connection.is_connected:
             await self.release(list(self._held))
             if self._me is not None:
                 await self._delete(self._me)
@@ -336,7 +341,7 @@ class Leases:
 
     async def _last(self, subject: str) -> Stored | None:
         try:
-            answer = await call_api(self._wire, f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": subject}, 1.0)
+            answer = await call_api(self._connection, f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": subject}, 1.0)
         except ApiError as error:
             if error.code == NO_MESSAGE:
                 return None

@@ -10,12 +10,12 @@ from typing import Any
 import nats.errors
 
 from kernel.commands.gateway import CommandGateway
-from kernel.log.base import LogError
+from kernel.errors import LogError
 from kernel.log.subjects import Subjects
 from kernel.partitions.leases import Leases, Members
 from kernel.projector.live import Projector
 from kernel.telemetry.metrics import LEASES_LOST, MOVED, PARTITIONS
-from kernel.transport.connection import Wire, publish_frame
+from kernel.transport.connection import NatsConnection, publish_frame
 
 logger = logging.getLogger("eskernel")
 LINGER_S = 1.0
@@ -32,9 +32,14 @@ class Ownership:
     """
 
     def __init__(
-        self, wire: Wire, subjects: Subjects, leases: Leases, gateway: CommandGateway, projector: Projector | None
+        self,
+        connection: NatsConnection,
+        subjects: Subjects,
+        leases: Leases,
+        gateway: CommandGateway,
+        projector: Projector | None,
     ) -> None:
-        self._wire, self._subjects, self._leases = wire, subjects, leases
+        self._connection, self._subjects, self._leases = connection, subjects, leases
         self._gateway, self._projector = gateway, projector
         self._listening: dict[int, Callable[[], Any]] = {}
         self._turn = asyncio.Lock()
@@ -53,7 +58,7 @@ class Ownership:
             LogError: the leases can't be had.
         """
         await self._leases.join()
-        self._stop_nudges = await self._wire.listen(self._nudges, self._hear)
+        self._stop_nudges = await self._connection.listen(self._nudges, self._hear)
         self._answering = asyncio.create_task(self._answer_nudges())
         await self._balance()
         self._nudge()
@@ -99,7 +104,7 @@ class Ownership:
         if partition not in self._listening:
             subject = self._subjects.commands(partition)
             # no queue group: a connection that is dead and not yet known to be would get every second command
-            self._listening[partition] = await self._wire.listen(subject, self._gateway.receive, linger=LINGER_S)
+            self._listening[partition] = await self._connection.listen(subject, self._gateway.receive, linger=LINGER_S)
 
     def _project(self) -> None:
         if self._projector is not None:
@@ -139,7 +144,7 @@ class Ownership:
 
     def _nudge(self) -> None:
         """Have the others look at the leases now, rather than at their next turn."""
-        self._wire.send(publish_frame(self._nudges.encode(), b"", self._leases.worker.encode()))
+        self._connection.send(publish_frame(self._nudges.encode(), b"", self._leases.worker.encode()))
 
     def _hear(self, _subject: bytes, _reply: bytes, payload: bytes, _headers: bytes | None) -> None:
         if payload != self._leases.worker.encode():
@@ -165,5 +170,5 @@ class Ownership:
         """Give back the leases."""
         async with self._turn:
             await self._leases.close()
-            if self._wire.is_connected:
+            if self._connection.is_connected:
                 self._nudge()

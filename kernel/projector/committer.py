@@ -1,4 +1,4 @@
-"""Writing batches to the database from a thread of its own, again for as long as it is the database that fails."""
+"""Committer batches to the database from a thread of its own, again for as long as it is the database that fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("eskernel")
 AWAY = "waiting for the database"
 
 
-class Writing:
+class Committer:
     """The way of one worker's batches to the database.
 
     Args:

@@ -18,17 +18,18 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Engine
 
-from kernel.actors.aggregate import Actors
 from kernel.actors.mailbox import DropRows, Fold, Turn
 from kernel.actors.residents import Resident, Residents
+from kernel.actors.system import Actors
 from kernel.app import App
+from kernel.errors import LogError
 from kernel.governance.pace import IDLE_S, Pace, read_batch, unpaced
-from kernel.log.base import Batch, EventLog, LogError, LogReader, Stored
+from kernel.log.base import Batch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address, Subjects
-from kernel.projector.committer import AWAY, Writing
+from kernel.projector.committer import AWAY, Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
 from kernel.projector.parking import say_parked
-from kernel.projector.progress import Hand, Progress
+from kernel.projector.progress import Hand, ReadProgress
 from kernel.settings import Settings
 from kernel.telemetry.metrics import (
     BATCH_EVENTS,
@@ -112,7 +113,7 @@ class Projector:
         self._owned: frozenset[int] = frozenset()
         # set while the session at work is to end: for a stop, or for other partitions
         self._interrupted = asyncio.Event()
-        self.writing = Writing(settings.consumer.backoff, self._interrupted, self._say)
+        self.committer = Committer(settings.consumer.backoff, self._interrupted, self._say)
         self._idle = asyncio.Event()
         self._idle.set()
         self._batch: list[Stored] = []
@@ -120,7 +121,7 @@ class Projector:
         self._failures: list[HandlerFailed] = []
         self._garbage: list[dict[str, Any]] = []
         self._read_to = 0
-        self.progress = Progress(subjects.partitions)
+        self.progress = ReadProgress(subjects.partitions)
         self.position = 0
         self.state = "starting"
 
@@ -174,7 +175,7 @@ class Projector:
                 await self._abandon()
             if not self._interrupted.is_set():
                 failures = failures + 1 if self.position == began_at else 1
-                await self.writing.rest(failures)
+                await self.committer.rest(failures)
         self._owned = frozenset()
         self._idle.set()
 
@@ -273,7 +274,7 @@ class Projector:
             raise
         self._position.advance(moves, self._writer.generations)
         self._read_to = batch.commits[-1].sequence
-        writing = self.writing.write(self._writer, write)
+        writing = self.committer.write(self._writer, write)
         task = asyncio.ensure_future(self._tracing.projecting(writing, groups, began))
         self._pending = _Pending(task, residents, groups, folded.count, self._read_to, hand)
 
@@ -378,7 +379,7 @@ class Projector:
         if moves:
             write = Write(moves)
             self._position.advance(moves, self._writer.generations)
-            await self.writing.write(self._writer, write)
+            await self.committer.write(self._writer, write)
         self.position = max(self.position, self._read_to)
 
     async def _abandon(self) -> None:
@@ -408,5 +409,5 @@ class Projector:
 
     def close(self) -> None:
         """Let go of the threads."""
-        self.writing.close()
+        self.committer.close()
         self._read_pool.shutdown(wait=False, cancel_futures=True)

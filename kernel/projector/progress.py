@@ -31,7 +31,7 @@ class Hand:
     skipped: Counter[tuple[int, int]] = field(default_factory=Counter)
 
 
-class Progress:
+class ReadProgress:
     """Kept by the projector as it reads and writes; asked when somebody wants to know how far behind it is.
 
     What is in hand is known exactly. How much is unread is known exactly too, from what came with the last messages

@@ -44,7 +44,7 @@ READ = 8_000
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RebuildProgress:
     """How far a rebuild is.
 
     Attributes:
@@ -92,7 +92,7 @@ class Rebuild:
         log: EventLog,
         engine: Engine,
         projections: Sequence[DeclaredProjection],
-        progress: Callable[[Progress], None] = lambda _: None,
+        progress: Callable[[RebuildProgress], None] = lambda _: None,
         pace: Pace | None = None,
     ) -> None:
         self._pace = pace or unpaced()
@@ -196,7 +196,7 @@ class Rebuild:
                 writing = asyncio.ensure_future(self._in(partial(self._writer.commit, write)))
                 self._done += len(window)
                 self._progress(
-                    Progress(self._done, max(total, self._done), self._events, time.perf_counter() - started)
+                    RebuildProgress(self._done, max(total, self._done), self._events, time.perf_counter() - started)
                 )
         finally:
             if writing is not None:
@@ -321,7 +321,7 @@ async def build_missing(
     app: App,
     log: EventLog,
     engine: Engine,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[RebuildProgress], None] = lambda _: None,
     pace: Pace | None = None,
 ) -> list[Rebuilt]:
     """Build every projection that has no live generation of its declared version."""

@@ -15,20 +15,9 @@ from typing import IO, Any
 import msgspec
 import orjson
 
+from kernel.errors import AlreadyRunning, NotRunning
 from kernel.settings import Settings
 from kernel.settings.sources import changed, written
-
-
-class AlreadyRunning(Exception):
-    """Another service works on this data directory."""
-
-
-class WorkersFailed(Exception):
-    """A worker could not start; the message has the reason that it gave."""
-
-
-class NotRunning(Exception):
-    """No running service was found, or more than one; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

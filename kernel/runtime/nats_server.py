@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from kernel.log.base import Unavailable
+from kernel.errors import Unavailable
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 

@@ -14,20 +14,10 @@ from pydantic import model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kernel.settings.connection import Connection, Security
+from kernel.settings.database import Batch, Database, DeadLetters
+from kernel.settings.governance import Backlog, Commands, Limit, Passivation, Rates
 from kernel.settings.jetstream import Consumer, JetStream
-from kernel.settings.runtime import (
-    Backlog,
-    Batch,
-    Commands,
-    Database,
-    DeadLetters,
-    Http,
-    Limit,
-    Logging,
-    Passivation,
-    Rates,
-    Tracing,
-)
+from kernel.settings.observability import Http, Logging, Tracing
 from kernel.settings.stream import Stream
 
 __all__ = [

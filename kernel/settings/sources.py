@@ -15,20 +15,13 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError as SourceError
 
+from kernel.errors import SettingsError
 from kernel.settings import Settings
 from kernel.settings.fields import shown
 
 PREFIX = "ESKERNEL_"
 DEFAULT_FILE = Path("eskernel.toml")
 Tree = dict[str, Any]
-
-
-class SettingsError(Exception):
-    """Settings that can't be: unknown keys, values out of range, contradictions; all of them, a line each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,24 +93,24 @@ class OpenTelemetry:
             "eskernel.partition": address.partition,
         } | {f"eskernel.{name}": value for name, value in more.items() if value}
 
-    def command(self, wire: CommandRequest, address: Address) -> _Span | None:
-        parent = _sampled(wire.traceparent)
+    def command(self, sent: CommandRequest, address: Address) -> _Span | None:
+        parent = _sampled(sent.traceparent)
         if parent is None:
             return None
         attributes = self._about(
             address,
-            command=wire.command,
-            command_id=wire.command_id,
-            correlation_id=wire.correlation_id,
-            causation_id=wire.causation_id,
+            command=sent.command,
+            command_id=sent.command_id,
+            correlation_id=sent.correlation_id,
+            causation_id=sent.causation_id,
         )
-        attributes["messaging.message.id"] = wire.command_id
-        if wire.correlation_id:
-            attributes["messaging.message.conversation_id"] = wire.correlation_id
-        span = self._tracer.start_span(f"command {wire.aggregate}.{wire.command}", parent, SpanKind.SERVER, attributes)
+        attributes["messaging.message.id"] = sent.command_id
+        if sent.correlation_id:
+            attributes["messaging.message.conversation_id"] = sent.correlation_id
+        span = self._tracer.start_span(f"command {sent.aggregate}.{sent.command}", parent, SpanKind.SERVER, attributes)
         if not span.is_recording():
             return None  # a sampler of the app's own is against it
-        wire.traceparent = _written(span.get_span_context())
+        sent.traceparent = _written(span.get_span_context())
         return _Span(span)
 
     def appends(self, address: Address, decisions: Sequence[Decision]) -> Sequence[_Span]:

@@ -29,7 +29,7 @@ class Span(Protocol):
 class Tracing(Protocol):
     """Makes spans where a sampled traceparent asks for them; traceparents that are none are passed over."""
 
-    def command(self, wire: CommandRequest, address: Address) -> Span | None:
+    def command(self, sent: CommandRequest, address: Address) -> Span | None:
         """Begin the span of a command, and have what follows hang below it: its traceparent replaces the sender's."""
 
     def appends(self, address: Address, decisions: Sequence[Decision]) -> Sequence[Span]:
@@ -48,7 +48,7 @@ class Tracing(Protocol):
 class NoTracing:
     """Traceparents flow from the request to the event unchanged."""
 
-    def command(self, wire: CommandRequest, address: Address) -> None:  # noqa: ARG002
+    def command(self, sent: CommandRequest, address: Address) -> None:  # noqa: ARG002
         return None
 
     def appends(self, address: Address, decisions: Sequence[Decision]) -> Sequence[Span]:  # noqa: ARG002

@@ -1,10 +1,11 @@
 """A NATS connection with a short way for messages that come or go by the ten thousand.
 
-nats-py spends most of a message's time on its regular expressions, header objects and per-subscription queues. `Wire`
-is nats-py's own client (connecting, reconnecting, authentication and requests are unchanged; TLS that was asked for
-is insisted upon), with two additions: messages of subscriptions made with `listen` go straight from the socket's
-buffer to a function, their headers left as bytes; and `send` writes protocol frames that the caller has made. It
-leans on inner names of nats-py, which is why the version is pinned and `tests/kernel/transport` watches those names.
+nats-py spends most of a message's time on its regular expressions, header objects and per-subscription queues.
+`NatsConnection` is nats-py's own client with two additions. Messages of subscriptions made with `listen` go straight
+from the socket's buffer to a function, with their headers left as bytes. `send` writes protocol frames that the caller
+has made. Connecting, reconnecting, authentication and requests are unchanged, except that TLS is insisted upon where
+the settings ask for it. It relies on private names of nats-py. The version is therefore pinned, and a test in
+`tests/kernel/transport` watches those names.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _TIME_MENDS = (
 class _FrameParser(Parser):
     """Reads whole MSG and HMSG frames by position; everything else is left to nats-py's parser, line by line."""
 
-    nc: Wire
+    nc: NatsConnection
     resets = 0
 
     def reset(self) -> None:
@@ -89,7 +90,7 @@ class _FrameParser(Parser):
         self.buf = bytearray(buffer[position:])
 
 
-class Wire(Client):
+class NatsConnection(Client):
     """nats-py's client with `listen` and `send`.
 
     Attributes:

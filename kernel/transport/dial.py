@@ -14,9 +14,10 @@ from typing import Any
 import nkeys
 from nats.aio.client import Server
 
+from kernel.errors import BadCredentials, ConnectionFailed
 from kernel.settings import Connection, JetStream, Security, Settings
 from kernel.settings.fields import shown
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 
 logger = logging.getLogger("eskernel")
 _JWT = re.compile(r"-----BEGIN NATS USER JWT-----\r?\n([\w-]+\.[\w-]+\.[\w-]+)\r?\n")
@@ -25,11 +26,9 @@ _FINAL = ("authorization violation", "certificate", "tls", "nkeys", "maximum con
 """What a server says that trying again at start would not mend."""
 
 
-class BadCredentials(ConnectionError):
-    """A file or an option of `security` can't be used; the message names it."""
-
-
-async def dial(settings: Settings, *, name: str, url: str = "", on_event: Callable[[str], None] | None = None) -> Wire:
+async def dial(
+    settings: Settings, *, name: str, url: str = "", on_event: Callable[[str], None] | None = None
+) -> NatsConnection:
     """Connect as the settings say.
 
     Args:
@@ -38,7 +37,7 @@ async def dial(settings: Settings, *, name: str, url: str = "", on_event: Callab
 
     Raises:
         BadCredentials: see there.
-        ConnectionError: no server answered; the message has the cause, and which option it points to.
+        ConnectionFailed: no server answered; the message has the cause, and which option it points to.
     """
     connection = settings.connection
     servers = [url] if url else list(connection.servers)
@@ -195,7 +194,7 @@ async def connect(
     security: Security | None = None,
     jetstream: JetStream | None = None,
     **options: Any,
-) -> Wire:
+) -> NatsConnection:
     """Connect; the client reconnects by itself, and what happens to the connection is told to `on_event`.
 
     Args:
@@ -203,20 +202,20 @@ async def connect(
         options: nats-py's, in place of those that the default settings lead to.
 
     Raises:
-        ConnectionError: no server answered; the message has the cause that the server gave, where it gave one.
+        ConnectionFailed: no server answered; the message has the cause that the server gave, where it gave one.
     """
     servers = url.split(",") if isinstance(url, str) else list(url)
     security = security or Security()
-    wire = Wire()
+    connection = NatsConnection()
     if jetstream is not None:
-        wire.api, wire.request_timeout = jetstream.prefix, jetstream.request_timeout
+        connection.api, connection.request_timeout = jetstream.prefix, jetstream.request_timeout
     causes: list[str] = []
     final = asyncio.Event()
 
     async def error(problem: Exception) -> None:
         causes.append(str(problem) or type(problem).__name__)
         del causes[: -max(5, len(servers))]
-        wire.trouble = causes[-1]
+        connection.trouble = causes[-1]
         # each was tried once
         if len(causes) >= len(servers) and any(known in one.lower() for one in causes for known in _FINAL):
             final.set()
@@ -230,7 +229,7 @@ async def connect(
     async def reconnected() -> None:
         if on_event is not None:
             on_event("reconnected")
-        for callback in wire.reconnections:
+        for callback in connection.reconnections:
             callback()
 
     async def closed() -> None:
@@ -240,7 +239,7 @@ async def connect(
     settings = {**connection_options(Connection()), "pending_size": 64 * 1024 * 1024, **options}
     reconnects, settings["allow_reconnect"] = settings["allow_reconnect"], True  # at the start each server is tried
     connecting = asyncio.ensure_future(
-        wire.connect(
+        connection.connect(
             servers,
             name=name,
             error_cb=error,
@@ -256,14 +255,14 @@ async def connect(
     await asyncio.wait({connecting, refused}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
     refused.cancel()
     if connecting.done() and connecting.exception() is None:
-        wire.options["allow_reconnect"] = reconnects
-        return wire
+        connection.options["allow_reconnect"] = reconnects
+        return connection
     if not connecting.done():
         connecting.cancel()
         await asyncio.wait({connecting})
     failure = "no answer" if connecting.cancelled() else connecting.exception()
-    await wire.close()
+    await connection.close()
     # what a server said tells more than that it hung up afterwards
     telling = [one for one in causes if any(known in one.lower() for known in _FINAL)] or causes or [str(failure)]
     hint = _pointing(telling[-1], security, any("@" in one for one in servers))
-    raise ConnectionError(f"can't connect to NATS at {shown(','.join(servers))}: {telling[-1]}; {hint}")
+    raise ConnectionFailed(f"can't connect to NATS at {shown(','.join(servers))}: {telling[-1]}; {hint}")

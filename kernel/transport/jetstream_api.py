@@ -8,8 +8,8 @@ from typing import Any
 import nats.errors
 import orjson
 
-from kernel.log.base import LogError, Unavailable
-from kernel.transport.connection import Wire
+from kernel.errors import LogError, Unavailable
+from kernel.transport.connection import NatsConnection
 
 NO_MESSAGE, NO_STREAM = 10037, 10059
 DEFAULT_PREFIX = "$JS.API"
@@ -23,7 +23,9 @@ class ApiError(LogError):
         self.code = int(error.get("err_code", 0))
 
 
-async def call_api(wire: Wire, subject: str, body: object, timeout: float | None = None) -> dict[str, Any]:
+async def call_api(
+    connection: NatsConnection, subject: str, body: object, timeout: float | None = None
+) -> dict[str, Any]:
     """Ask the JetStream API.
 
     Args:
@@ -34,11 +36,15 @@ async def call_api(wire: Wire, subject: str, body: object, timeout: float | None
         Unavailable: it did not answer.
     """
     try:
-        message = await wire.request(
-            f"{wire.api}.{subject}", orjson.dumps(body) if body else b"", timeout=timeout or wire.request_timeout
+        message = await connection.request(
+            f"{connection.api}.{subject}",
+            orjson.dumps(body) if body else b"",
+            timeout=timeout or connection.request_timeout,
         )
     except nats.errors.NoRespondersError:
-        where = "" if wire.api == DEFAULT_PREFIX else f" at {wire.api} (jetstream.domain, jetstream.api_prefix)"
+        where = (
+            "" if connection.api == DEFAULT_PREFIX else f" at {connection.api} (jetstream.domain, jetstream.api_prefix)"
+        )
         raise Unavailable(f"JetStream is not enabled on this server{where}, or not yet ready") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
@@ -52,13 +58,13 @@ async def call_api(wire: Wire, subject: str, body: object, timeout: float | None
     return answer
 
 
-def server_version(wire: Wire) -> tuple[int, int]:
+def server_version(connection: NatsConnection) -> tuple[int, int]:
     """Return the connected server's major and minor version."""
-    version = wire.connected_server_version
+    version = connection.connected_server_version
     return version.major, version.minor
 
 
-def version_text(wire: Wire) -> str:
+def version_text(connection: NatsConnection) -> str:
     """Return the connected server's version as people write it."""
-    version = wire.connected_server_version
+    version = connection.connected_server_version
     return f"{version.major}.{version.minor}.{version.patch}"

@@ -9,22 +9,15 @@ from typing import Any
 
 import orjson
 
-from kernel.log.subjects import Subjects
-from kernel.settings import Settings
-from kernel.transport.connection import Wire, publish_frame, status_of
+from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
 logger = logging.getLogger("eskernel")
 ANSWER_S = 2.0
 """A worker that is there answers long before."""
 
 
-def subjects_of(app: str, settings: Settings) -> Subjects:
-    """Return an app's subjects as far as they are known without its stream: not those of partitions."""
-    return Subjects(settings.stream.subject_prefix or app, 1)
-
-
 async def ask_all(
-    wire: Wire, subject: str, payload: bytes = b"", timeout: float = ANSWER_S
+    connection: NatsConnection, subject: str, payload: bytes = b"", timeout: float = ANSWER_S
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the workers' answers, sorted by their names, and the names of those that gave none in time."""
     told: dict[str, dict[str, Any]] = {}
@@ -41,10 +34,10 @@ async def ask_all(
         if known <= told.keys():
             complete.set()
 
-    inbox = wire.new_inbox()
-    stop = await wire.listen(inbox, answered)
+    inbox = connection.new_inbox()
+    stop = await connection.listen(inbox, answered)
     try:
-        wire.send(publish_frame(subject.encode(), inbox.encode(), payload))
+        connection.send(publish_frame(subject.encode(), inbox.encode(), payload))
         async with asyncio.timeout(timeout):
             await complete.wait()
     except TimeoutError:
@@ -54,7 +47,9 @@ async def ask_all(
     return [told[name] for name in sorted(told)], sorted(known - told.keys())
 
 
-async def ask_others(wire: Wire, subject: str, told: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+async def ask_others(
+    connection: NatsConnection, subject: str, told: Callable[[dict[str, Any]], None]
+) -> Callable[[], None]:
     """Return a function that asks without waiting; `told` is called with each answer, whenever it comes."""
 
     def answered(_subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
@@ -65,10 +60,10 @@ async def ask_others(wire: Wire, subject: str, told: Callable[[dict[str, Any]], 
         except Exception as error:  # another worker's answer must not cost the connection
             logger.warning("%s: an answer that can't be used: %s", subject, error)
 
-    inbox = wire.new_inbox()
-    await wire.listen(inbox, answered)
+    inbox = connection.new_inbox()
+    await connection.listen(inbox, answered)
 
     def ask() -> None:
-        wire.send(publish_frame(subject.encode(), inbox.encode(), b""))
+        connection.send(publish_frame(subject.encode(), inbox.encode(), b""))
 
     return ask

@@ -13,8 +13,9 @@ from typing import Any
 
 import orjson
 
-from kernel.monitoring.health import HttpServer
-from kernel.runtime.directory import DataDirectory, WorkersFailed, running_as
+from kernel.errors import WorkersFailed
+from kernel.monitoring.http import HttpServer
+from kernel.runtime.directory import DataDirectory, running_as
 from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits, end_with_parent
 from kernel.settings import Settings
 from kernel.settings.sources import changed

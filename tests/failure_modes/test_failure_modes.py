@@ -157,8 +157,8 @@ async def test_a_half_open_connection_is_noticed_and_replaced(
     await proxied.note(20)
     monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the question that a dead connection does not answer
     stall(proxy)
-    assert proxied.service._wire is not None
-    proxied.service._wire.send(b"PUB nowhere 1000000\r\n%b\r\n" % bytes(1_000_000) * unsent)
+    assert proxied.service._connection is not None
+    proxied.service._connection.send(b"PUB nowhere 1000000\r\n%b\r\n" % bytes(1_000_000) * unsent)
     assert not (await proxied.component("log"))["ok"]
     await wait_until(lambda: warned(caplog, "NATS: reconnected"))
     await wait_until(lambda: len(proxied.service.status()["partitions"]) == 64)
@@ -171,10 +171,10 @@ async def test_commands_do_not_go_to_a_dead_connection_that_the_server_still_bel
 ) -> None:
     await proxied.note(20)
     stall(proxy)
-    wire, back = proxied.service._wire, asyncio.Event()
-    assert wire is not None
-    wire.reconnections.append(back.set)
-    await wire.force_reconnect()
+    connection, back = proxied.service._connection, asyncio.Event()
+    assert connection is not None
+    connection.reconnections.append(back.set)
+    await connection.force_reconnect()
     await back.wait()
     await wait_until(lambda: len(proxied.service.status()["partitions"]) == 64)
     # less time than a client takes to send a command again
@@ -222,19 +222,19 @@ async def test_somebody_else_on_the_servers_port_is_outwaited(
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
 async def test_a_dead_read_loop_is_noticed_and_replaced(proxied: Running, wait_until: Wait, how: str) -> None:
     await proxied.note(20)
-    wire = proxied.service._wire
-    assert wire is not None
-    reading = wire._reading_task
+    connection = proxied.service._connection
+    assert connection is not None
+    reading = connection._reading_task
     if how == "cancelled":
         reading.cancel()
     else:
-        parse = wire._ps.parse
+        parse = connection._ps.parse
 
         async def fail(data: bytes = b"") -> None:
-            wire._ps.parse = parse  # type: ignore[method-assign]
+            connection._ps.parse = parse  # type: ignore[method-assign]
             raise ValueError("a frame that nobody can read")
 
-        wire._ps.parse = fail  # type: ignore[method-assign]
+        connection._ps.parse = fail  # type: ignore[method-assign]
     await wait_until(reading.done)
     await proxied.note(20)
     await proxied.check()
@@ -249,9 +249,9 @@ async def test_lost_pulls_are_sent_again(
 
 
 async def _lose_pulls(here: Running, wait_until: Wait, monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = here.service._wire
-    assert wire is not None
-    send, lost = wire.send, 0
+    connection = here.service._connection
+    assert connection is not None
+    send, lost = connection.send, 0
 
     def lossy(frames: bytes) -> None:
         nonlocal lost
@@ -260,8 +260,8 @@ async def _lose_pulls(here: Running, wait_until: Wait, monkeypatch: pytest.Monke
         else:
             send(frames)
 
-    monkeypatch.setattr(wire, "send", lossy)
-    await wire.force_reconnect()
+    monkeypatch.setattr(connection, "send", lossy)
+    await connection.force_reconnect()
     await wait_until(lambda: lost == 2)
     await here.check()
 
@@ -284,7 +284,7 @@ async def test_a_question_that_fails_after_a_reconnect_is_asked_again(
 
     monkeypatch.setattr(appender, "verify", later)
     await proxied.note(20)
-    await proxied.service._wire.force_reconnect()  # type: ignore[union-attr]
+    await proxied.service._connection.force_reconnect()  # type: ignore[union-attr]
     await proxied.note(10, timeout=5)
     await proxied.check()
     assert failed > 3
@@ -324,8 +324,8 @@ def with_tls(certificate: Path, more: str = "") -> str:
     return f'tls {{ cert_file: "{certificate}", key_file: "{certificate.with_name("key.pem")}" }}\n{more}'
 
 
-async def is_encrypted(wire: Any) -> bool:
-    return wire._transport._io_writer.get_extra_info("ssl_object") is not None
+async def is_encrypted(connection: Any) -> bool:
+    return connection._transport._io_writer.get_extra_info("ssl_object") is not None
 
 
 async def test_a_tls_url_never_talks_in_clear(nats_url: str) -> None:
@@ -335,11 +335,11 @@ async def test_a_tls_url_never_talks_in_clear(nats_url: str) -> None:
 
 async def test_a_tls_url_is_encrypted_where_the_server_leaves_the_choice(tmp_path: Path, certificate: Path) -> None:
     async with server(tmp_path, more=with_tls(certificate, "allow_non_tls: true")) as nats:
-        wire = await connect(
+        connection = await connect(
             nats.url.replace("nats://", "tls://"), name="private", tls=ssl.create_default_context(cafile=certificate)
         )
-        assert await is_encrypted(wire)
-        await wire.close()
+        assert await is_encrypted(connection)
+        await connection.close()
 
 
 async def test_a_server_that_comes_back_without_tls_is_not_talked_to(
@@ -350,7 +350,7 @@ async def test_a_server_that_comes_back_without_tls_is_not_talked_to(
     async with server(tmp_path, more=with_tls(certificate)) as nats:
         url = nats.url.replace("nats://", "tls://")
         async with running(app_name, tmp_path, url) as service:
-            assert await is_encrypted(service.service._wire)
+            assert await is_encrypted(service.service._connection)
             await service.note(20)
             nats.more = ""
             await nats.restart()
@@ -360,4 +360,4 @@ async def test_a_server_that_comes_back_without_tls_is_not_talked_to(
             nats.more = with_tls(certificate)
             await nats.restart()
             await service.check()
-            assert await is_encrypted(service.service._wire)
+            assert await is_encrypted(service.service._connection)

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from kernel import Client, CommandError, Service
-from kernel.log import LogError, StreamMismatch, find_log
+from kernel import Client, Service
+from kernel.errors import CommandError, LogError, StreamMismatch
+from kernel.log import find_log
 from kernel.transport.dial import connect
 from projections import SchemaError
 from projections.database import open_database
@@ -175,11 +176,11 @@ async def test_a_stream_restored_from_an_older_backup_stops_the_service_before_i
             await stopped(here, "older backup")
             with pytest.raises((CommandError, TimeoutError)):
                 await sending
-            wire = await connect(nats.url, name="checker")
-            log = await find_log(wire, app_name)
+            connection = await connect(nats.url, name="checker")
+            log = await find_log(connection, app_name)
             assert (await log.info()).last == stored
             await log.close()
-            await wire.close()
+            await connection.close()
 
 
 async def test_the_process_ends_with_the_reason_and_an_exit_code(nats_url: str, app_name: str, tmp_path: Path) -> None:
@@ -343,9 +344,9 @@ async def test_a_start_tells_what_there_is(
     assert "commits" in line
     assert "64 partitions" in line
     assert "power cut" in line
-    wire = await connect(nats_url, name="version")
-    assert f"nats-server {wire._server_info['version']}" in line
-    await wire.close()
+    connection = await connect(nats_url, name="version")
+    assert f"nats-server {connection._server_info['version']}" in line
+    await connection.close()
 
 
 async def test_a_client_of_a_stream_that_is_gone_is_told(nats_url: str, app_name: str) -> None:

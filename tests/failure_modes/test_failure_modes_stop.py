@@ -75,16 +75,16 @@ async def test_a_stop_answers_what_is_under_way_and_tells_others_when_to_come_ba
         assert gateway is not None
         await wait_until(lambda: gateway.pending)
         stopping = asyncio.create_task(here.service.stop())
-        wire = await connect(nats_url, name="late")
+        connection = await connect(nats_url, name="late")
         request = orjson.dumps({"aggregate": "Notebook", "id": "late", "command": "Note", "data": {"text": "a"}})
         subject = here.client.log.subjects.commands(here.client.log.subjects.partition("Notebook", "late"))
-        answer = orjson.loads((await wire.request(subject, request, timeout=5)).data)
+        answer = orjson.loads((await connection.request(subject, request, timeout=5)).data)
         assert answer["error"]["type"] == "overloaded"
         assert answer["error"]["retry_after"] > 0
         await under_way
         proxy.delay = 0.0
         await stopping
-        await wire.close()
+        await connection.close()
     await proxy.stop()
     async with running(app_name, tmp_path, nats_url) as again:
         again.acknowledged = here.acknowledged

@@ -14,8 +14,8 @@ import nats.errors
 from nats.aio.client import Client as Nats
 
 from aggregates import Rejected
-from kernel import Client, CommandError
-from kernel.log import LogError
+from kernel import Client
+from kernel.errors import CommandError, LogError
 from tests.faults.app import Burst, Drain, Fill, Mark, Tank, tanks
 from tests.faults.rules import PROJECTIONS, Attempt, Garbage, partition_of
 
@@ -141,7 +141,7 @@ class Load:
 
     async def _client(self, index: int) -> Client:
         client = self._clients[index]
-        if client._wire.is_closed:
+        if client._connection.is_closed:
             self.problems["a client's connection was closed for good"] += 1
             self._clients[index] = await Client.connect(self._app, nats=self._urls[index])
         return self._clients[index]

@@ -94,8 +94,8 @@ async def test_ten_kills_at_random_moments_lose_and_double_nothing(
 
 async def _check_log(url: str, app: str, total: int, last: int) -> None:
     """Read the raw log: each aggregate's events are 1, 2, 3, ... and each command is there once."""
-    wire = await connect(url, name="checker")
-    log = await find_log(wire, app)
+    connection = await connect(url, name="checker")
+    log = await find_log(connection, app)
     reader = await log.read(0)
     sequences: dict[str, int] = {}
     commands: set[tuple[str, str]] = set()
@@ -111,7 +111,7 @@ async def _check_log(url: str, app: str, total: int, last: int) -> None:
     assert len(commands) == total
     await reader.close()
     await log.close()
-    await wire.close()
+    await connection.close()
 
 
 async def test_a_service_that_starts_after_a_kill_does_not_wait_for_the_leases_of_the_dead(

@@ -12,9 +12,8 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from kernel import Client, QueryTimeout, Receipt, Service, Settings
-from kernel.log import Unavailable
-from kernel.runtime.directory import AlreadyRunning
+from kernel import Client, Receipt, Service, Settings
+from kernel.errors import AlreadyRunning, QueryTimeout, Unavailable
 from projections import SchemaError
 from projections.database import open_database
 from projections.tables import dead_letter, stream
@@ -296,9 +295,9 @@ async def test_a_connection_closed_for_good_ends_the_service_with_a_reason(
 ) -> None:
     service = Service(bank(app_name), settings_for(tmp_path, nats=nats_url))
     await service.start()
-    assert service._wire is not None
+    assert service._connection is not None
     # as nats-py does by itself after some of the server's errors
-    await service._wire.close()
+    await service._connection.close()
     async with asyncio.timeout(10):
         await service.stopped.wait()
     assert "closed for good" in service.failure

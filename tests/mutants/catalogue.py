@@ -130,7 +130,7 @@ MUTANTS = [
         """            frames: list[bytes] = []
             for one in group:
                 self._send_one(one, time.perf_counter(), frames)
-            self._wire.send(b"".join(frames))
+            self._connection.send(b"".join(frames))
             return
         one = group[0]
 """,
@@ -159,7 +159,7 @@ MUTANTS = [
         """            self.deciding = deciding
             self.gateway.append(""",
         """            for request, reached, _ in deciding:
-                cell.remember(request.wire.command_id, reached, cell.position + 1)
+                cell.remember(request.connection.command_id, reached, cell.position + 1)
                 self.gateway.succeed(self.address, request, reached, cell.position + 1, False)
             self.deciding = []
             self.gateway.append(""",
@@ -213,11 +213,11 @@ MUTANTS = [
         "dedupe-removed",
         "a repeated command takes effect once",
         "kernel/actors/aggregate.py",
-        """            known = cell.commands.get(wire.command_id)
+        """            known = cell.commands.get(connection.command_id)
             if known is not None:
                 self.gateway.succeed(self.address, request, known[0], known[1], True)
                 continue
-            if not request.searched and wire.command_id in cell.seen:
+            if not request.searched and connection.command_id in cell.seen:
 """,
         """            if False:
 """,
@@ -227,7 +227,7 @@ MUTANTS = [
         "dedupe-forgets",
         "a repeated command takes effect once, however late",
         "kernel/actors/aggregate.py",
-        "if not request.searched and wire.command_id in cell.seen:",
+        "if not request.searched and connection.command_id in cell.seen:",
         "if False:",
         (f"{COMMANDS}::test_a_repeated_command_is_found_however_long_ago_it_was",),
     ),
@@ -235,7 +235,7 @@ MUTANTS = [
         "dedupe-not-within-a-commit",
         "a command that comes twice at once takes effect once",
         "kernel/actors/aggregate.py",
-        " or any(one[0].wire.command_id == wire.command_id for one in deciding)",
+        " or any(one[0].connection.command_id == connection.command_id for one in deciding)",
         "",
         (f"{COMMANDS}::test_a_command_that_arrives_twice_at_once_takes_effect_once",),
     ),

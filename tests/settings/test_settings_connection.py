@@ -14,7 +14,7 @@ import pytest
 from nats.aio.client import Server as PoolServer
 
 from kernel.settings import Connection
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connection_options, dial
 from tests.conftest import settings_for
 from tests.failing import free_port, running
@@ -25,14 +25,14 @@ Wait = Callable[..., Any]
 
 
 @asynccontextmanager
-async def dialled(servers: str, **values: Any) -> AsyncIterator[tuple[Wire, list[str]]]:
+async def dialled(servers: str, **values: Any) -> AsyncIterator[tuple[NatsConnection, list[str]]]:
     """A connection, and what happened to it."""
     events: list[str] = []
-    wire = await dial(settings_for(Path(), nats=servers, **values), name="test", on_event=events.append)
+    connection = await dial(settings_for(Path(), nats=servers, **values), name="test", on_event=events.append)
     try:
-        yield wire, events
+        yield connection, events
     finally:
-        await wire.close()
+        await connection.close()
 
 
 @contextmanager
@@ -49,9 +49,9 @@ async def test_all_servers_are_tried_and_the_dead_ones_passed_over(tmp_path: Pat
     dead = f"nats://127.0.0.1:{free_port()}"
     async with server(tmp_path, binary=binary) as nats:
         for servers in (f"{dead},{nats.url}", f"{nats.url},{dead}"):
-            async with dialled(servers) as (wire, _):
-                assert wire.connected_url is not None
-                assert wire.connected_url.port == nats.port
+            async with dialled(servers) as (connection, _):
+                assert connection.connected_url is not None
+                assert connection.connected_url.port == nats.port
 
 
 @pytest.mark.setting("connection.servers")
@@ -59,13 +59,13 @@ async def test_when_a_server_dies_the_next_is_taken(tmp_path: Path, binary: str,
     one, other = (Server(tmp_path / name, binary=binary) for name in "ab")
     try:
         await asyncio.gather(one.start(), other.start())
-        async with dialled(f"{one.url},{other.url}") as (wire, events):
-            assert wire.connected_url is not None
-            first = wire.connected_url.port
+        async with dialled(f"{one.url},{other.url}") as (connection, events):
+            assert connection.connected_url is not None
+            first = connection.connected_url.port
             used, left = (one, other) if first == one.port else (other, one)
             await used.kill()
             await wait_until(lambda: "reconnected" in events)
-            assert wire.connected_url.port == left.port
+            assert connection.connected_url.port == left.port
     finally:
         await one.kill()
         await other.kill()
@@ -79,10 +79,10 @@ async def test_a_service_goes_on_when_a_server_of_its_cluster_dies(
         urls = ",".join(member.url for member in members)
         async with running(app_name, tmp_path, urls, client=urls, stream__replicas=3) as service:
             await service.note(20)
-            wire = service.service._wire
-            assert wire is not None
-            assert wire.connected_url is not None
-            await next(one for one in members if one.port == wire.connected_url.port).kill()
+            connection = service.service._connection
+            assert connection is not None
+            assert connection.connected_url is not None
+            await next(one for one in members if one.port == connection.connected_url.port).kill()
             await service.note(20, timeout=60)
             await service.check()
 
@@ -119,15 +119,15 @@ async def test_a_service_that_may_not_reconnect_for_ever_stops_with_a_reason(
 async def test_so_many_attempts_are_made_and_one_more(tmp_path: Path, wait_until: Wait) -> None:
     async with server(tmp_path) as nats:
         values: dict[str, Any] = {"connection__max_reconnects": 3, "connection__reconnect_wait": 0.001}
-        async with dialled(nats.url, **values) as (wire, events):
+        async with dialled(nats.url, **values) as (connection, events):
             attempts: list[Any] = []
-            connect = wire._connect_to_server
+            connect = connection._connect_to_server
 
             async def counted(one: Any) -> None:
                 attempts.append(one)
                 await connect(one)
 
-            wire._connect_to_server = counted  # type: ignore[method-assign]
+            connection._connect_to_server = counted  # type: ignore[method-assign]
             await nats.kill()
             await wait_until(lambda: "closed" in events)
             assert len(attempts) == 4
@@ -137,11 +137,11 @@ async def test_so_many_attempts_are_made_and_one_more(tmp_path: Path, wait_until
 async def test_for_ever_is_for_ever(tmp_path: Path, wait_until: Wait) -> None:
     async with server(tmp_path) as nats:
         values: dict[str, Any] = {"connection__reconnect_wait": 0.001, "connection__reconnect_max_wait": 0.001}
-        async with dialled(nats.url, **values) as (wire, events):
+        async with dialled(nats.url, **values) as (connection, events):
             await nats.kill()
             await wait_until(lambda: len(events) > 200)
             await nats.start()
-            await wait_until(lambda: wire.is_connected)
+            await wait_until(lambda: connection.is_connected)
             assert "closed" not in events
 
 
@@ -204,11 +204,11 @@ async def test_attempts_at_a_server_that_says_nothing_leave_no_sockets_open(tmp_
     async with server(tmp_path) as nats:
         values: dict[str, Any] = {"connection__reconnect_wait": 0.001, "connection__reconnect_max_wait": 0.001}
         values["connection__connect_timeout"] = 0.05
-        async with dialled(nats.url, **values) as (wire, events):
+        async with dialled(nats.url, **values) as (connection, events):
             assert nats.process is not None
             before = open_files()
             nats.process.send_signal(signal.SIGSTOP)
-            await wire.force_reconnect()
+            await connection.force_reconnect()
             await wait_until(lambda: len(events) > 20)
             assert open_files() <= before + 4
             nats.process.send_signal(signal.SIGCONT)
@@ -220,13 +220,13 @@ async def test_a_connection_that_has_gone_dead_is_noticed_by_its_pings(nats_url:
     await proxy.start()
     try:
         values: dict[str, Any] = {"connection__ping_interval": 0.05, "connection__max_missed_pings": 4}
-        async with dialled(proxy.url, **values) as (wire, events):
+        async with dialled(proxy.url, **values) as (connection, events):
             seen: list[int] = []
             for writer in proxy._writers:
                 writer.transport.pause_reading()  # type: ignore[attr-defined]
 
             def noticed() -> bool:
-                seen.append(wire._pings_outstanding)
+                seen.append(connection._pings_outstanding)
                 return "reconnected" in events
 
             await wait_until(noticed)
@@ -238,14 +238,17 @@ async def test_a_connection_that_has_gone_dead_is_noticed_by_its_pings(nats_url:
 @pytest.mark.setting("connection.ping_interval")
 async def test_pings_of_a_live_connection_are_answered(nats_url: str, wait_until: Wait, monkeypatch: Any) -> None:
     pongs: list[int] = []
-    async with dialled(nats_url, connection__ping_interval=0.01, connection__max_missed_pings=5) as (wire, events):
-        original = wire._process_pong
+    async with dialled(nats_url, connection__ping_interval=0.01, connection__max_missed_pings=5) as (
+        connection,
+        events,
+    ):
+        original = connection._process_pong
 
         async def counted() -> None:
             pongs.append(1)
             await original()
 
-        monkeypatch.setattr(wire, "_process_pong", counted)
+        monkeypatch.setattr(connection, "_process_pong", counted)
         await wait_until(lambda: len(pongs) > 10)
         assert events == []
 

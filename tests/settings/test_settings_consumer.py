@@ -15,7 +15,7 @@ from sqlalchemy import text
 from kernel.log import JetStreamLog
 from kernel.log.reader import JetStreamReader
 from kernel.projector.rebuild import Rebuild
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api
 from projections.database import open_database
@@ -42,17 +42,19 @@ async def consumers(url: str, stream: str) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def reading(url: str, app: str, **values: Any) -> AsyncIterator[tuple[Wire, JetStreamLog, JetStreamReader]]:
+async def reading(
+    url: str, app: str, **values: Any
+) -> AsyncIterator[tuple[NatsConnection, JetStreamLog, JetStreamReader]]:
     """A live reader, as the projections have."""
-    wire = await dial(settings_for(Path(), nats=url), name="test")
+    connection = await dial(settings_for(Path(), nats=url), name="test")
     try:
-        log = await open_log(wire, app, **values)
+        log = await open_log(connection, app, **values)
         reader = await log.read(0, live=True)
         assert isinstance(reader, JetStreamReader)
-        yield wire, log, reader
+        yield connection, log, reader
         await log.close()
     finally:
-        await wire.close()
+        await connection.close()
 
 
 async def fill(log: JetStreamLog, count: int, start: int = 0) -> None:
@@ -219,10 +221,10 @@ async def test_so_much_is_asked_for_at_once_and_heartbeats_come_so_often(
     url: str, app_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values: dict[str, Any] = {"consumer__window": 7, "consumer__heartbeat": 20.0}
-    async with reading(url, app_name, **values) as (wire, log, reader):
+    async with reading(url, app_name, **values) as (connection, log, reader):
         sent: list[bytes] = []
-        send = wire.send
-        monkeypatch.setattr(wire, "send", lambda frames: (sent.append(frames), send(frames))[1])
+        send = connection.send
+        monkeypatch.setattr(connection, "send", lambda frames: (sent.append(frames), send(frames))[1])
         await fill(log, 50)
         got = 0
         async with asyncio.timeout(20):
@@ -238,14 +240,14 @@ async def test_so_much_is_asked_for_at_once_and_heartbeats_come_so_often(
 
 @pytest.mark.setting("consumer.heartbeat")
 async def test_without_heartbeats_a_new_consumer_is_made(url: str, app_name: str) -> None:
-    async with reading(url, app_name, consumer__heartbeat=0.1) as (wire, log, reader):
+    async with reading(url, app_name, consumer__heartbeat=0.1) as (connection, log, reader):
         await fill(log, 3)
         assert len((await reader.next(10)).commits) == 3
         first = reader._consumer
         for _ in range(10):
             await reader.next(10, timeout=0.1)
         assert reader._consumer == first  # they come, and a quiet stream is no reason
-        await call_api(wire, f"CONSUMER.DELETE.{app_name}.{first}", {})
+        await call_api(connection, f"CONSUMER.DELETE.{app_name}.{first}", {})
         await fill(log, 3, start=3)
         got = 0
         async with asyncio.timeout(10):
@@ -260,7 +262,7 @@ async def test_the_server_removes_the_consumer_of_a_worker_that_is_gone(
 ) -> None:
     values: dict[str, Any] = {"consumer__heartbeat": 0.1, "consumer__inactive_threshold": 0.4}
     async with server(tmp_path, binary=binary) as nats:
-        async with reading(nats.url, app_name, **values) as (wire, log, reader):
+        async with reading(nats.url, app_name, **values) as (connection, log, reader):
             await fill(log, 1)
             await reader.next(10)
             first = reader._consumer
@@ -268,8 +270,8 @@ async def test_the_server_removes_the_consumer_of_a_worker_that_is_gone(
                 await reader.next(10, timeout=0.1)
             assert reader._consumer == first  # not while it is used, quiet as it may be
             assert len(await consumers(nats.url, app_name)) == 1
-            wire._transport._io_writer.transport.abort()  # type: ignore[union-attr]
-            await wire.close()
+            connection._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+            await connection.close()
 
             async def gone() -> bool:
                 return not await consumers(nats.url, app_name)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from kernel import Client
-from kernel.log import JetStreamLog, StreamMismatch, Unavailable, UnknownOutcome
-from kernel.transport.connection import Wire
+from kernel.errors import StreamMismatch, Unavailable, UnknownOutcome
+from kernel.log import JetStreamLog
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook, notebooks
@@ -26,15 +27,15 @@ MAPPED = 'mappings = { "acme.js.>": "$JS.API.>" }\n'
 
 
 @asynccontextmanager
-async def opened(url: str, app: str, **values: Any) -> AsyncIterator[tuple[Wire, JetStreamLog]]:
+async def opened(url: str, app: str, **values: Any) -> AsyncIterator[tuple[NatsConnection, JetStreamLog]]:
     settings = settings_for(Path(), nats=url, **values)
-    wire = await dial(settings, name="test")
+    connection = await dial(settings, name="test")
     try:
-        log = await open_log(wire, app, nats=url, **values)
-        yield wire, log
+        log = await open_log(connection, app, nats=url, **values)
+        yield connection, log
         await log.close()
     finally:
-        await wire.close()
+        await connection.close()
 
 
 @asynccontextmanager
@@ -79,18 +80,18 @@ async def test_all_requests_go_there(
     tmp_path: Path, app_name: str, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], prefix: bytes
 ) -> None:
     asked: list[bytes] = []
-    request, send = Wire.request, Wire.send
+    request, send = NatsConnection.request, NatsConnection.send
 
-    def requested(wire: Wire, subject: str, *rest: Any, **more: Any) -> Any:
+    def requested(connection: NatsConnection, subject: str, *rest: Any, **more: Any) -> Any:
         asked.append(subject.encode())
-        return request(wire, subject, *rest, **more)
+        return request(connection, subject, *rest, **more)
 
-    def sent(wire: Wire, frames: bytes) -> None:
+    def sent(connection: NatsConnection, frames: bytes) -> None:
         asked.extend(line.split()[1] for line in frames.split(b"\r\n") if line.startswith((b"PUB ", b"HPUB ")))
-        send(wire, frames)
+        send(connection, frames)
 
-    monkeypatch.setattr(Wire, "request", requested)
-    monkeypatch.setattr(Wire, "send", sent)
+    monkeypatch.setattr(NatsConnection, "request", requested)
+    monkeypatch.setattr(NatsConnection, "send", sent)
     async with server(tmp_path / "nats", MAPPED + "jetstream { domain: hub }") as nats:
         await whole_service(app_name, tmp_path, nats.url, **how)
     apis = [one for one in asked if b"STREAM." in one or b"CONSUMER." in one or b"DIRECT.GET" in one]
@@ -150,16 +151,16 @@ async def test_an_append_whose_outcome_is_not_found_out_is_given_up(nats_url: st
 async def test_no_more_appends_are_under_way(tmp_path: Path, app_name: str, binary: str) -> None:
     async with server(tmp_path, binary=binary) as nats:
         values: dict[str, Any] = {"jetstream__max_in_flight": 7, "group_commit": "never"}
-        async with opened(nats.url, app_name, **values) as (wire, log):
+        async with opened(nats.url, app_name, **values) as (connection, log):
             most = 0
-            send = wire.send
+            send = connection.send
 
             def watched(frames: bytes) -> None:
                 nonlocal most
                 most = max(most, log.appender.pressure[1])
                 send(frames)
 
-            wire.send = watched  # type: ignore[method-assign]
+            connection.send = watched  # type: ignore[method-assign]
             subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(100)]
             await asyncio.gather(*(log.append(one, 0, one.encode()) for one in subjects))
             assert most == 7
@@ -168,10 +169,10 @@ async def test_no_more_appends_are_under_way(tmp_path: Path, app_name: str, bina
 @pytest.mark.setting("jetstream.group_commit", lacking="`always`: refused at start, with the version it needs (2.12)")
 @pytest.mark.parametrize("how", ["always", "never"])
 async def test_commits_go_out_together_or_one_by_one(nats_url: str, app_name: str, how: str) -> None:
-    async with opened(nats_url, app_name, group_commit=how) as (wire, log):
+    async with opened(nats_url, app_name, group_commit=how) as (connection, log):
         sent: list[bytes] = []
-        send = wire.send
-        wire.send = lambda frames: (sent.append(frames), send(frames))[1]  # type: ignore[method-assign]
+        send = connection.send
+        connection.send = lambda frames: (sent.append(frames), send(frames))[1]  # type: ignore[method-assign]
         subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(20)]
         await asyncio.gather(*(log.append(one, 0, one.encode()) for one in subjects))
         assert b"".join(sent).count(b"Nats-Batch-Commit") == (1 if how == "always" else 0)
@@ -189,10 +190,10 @@ async def test_a_server_without_batches_is_told(tmp_path: Path, app_name: str) -
 
 @pytest.mark.setting("jetstream.group_commit")
 async def test_a_stream_without_batches_is_told_and_update_mends_it(nats_url: str, app_name: str) -> None:
-    async with opened(nats_url, app_name, group_commit="never") as (wire, log):
-        config = (await call_api(wire, f"STREAM.INFO.{app_name}", None))["config"]
-        await call_api(wire, f"STREAM.DELETE.{app_name}", None)
-        await call_api(wire, f"STREAM.CREATE.{app_name}", {**config, "allow_atomic": False})
+    async with opened(nats_url, app_name, group_commit="never") as (connection, log):
+        config = (await call_api(connection, f"STREAM.INFO.{app_name}", None))["config"]
+        await call_api(connection, f"STREAM.DELETE.{app_name}", None)
+        await call_api(connection, f"STREAM.CREATE.{app_name}", {**config, "allow_atomic": False})
     with pytest.raises(StreamMismatch, match=r"without allow_atomic: stream.existing = 'update' adds it"):
         async with opened(nats_url, app_name, group_commit="always"):
             pass

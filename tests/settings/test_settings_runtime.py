@@ -49,8 +49,8 @@ def backlog() -> dict[str, str]:
 @asynccontextmanager
 async def behind(url: str, backlog: dict[str, str], name: str) -> AsyncIterator[LogReader]:
     """A reader with the backlog before it, of which a read gives little."""
-    wire = await dial(settings_for(Path(), nats=url), name="test")
-    log = await open_log(wire, backlog.setdefault(url, name), consumer__window=100)
+    connection = await dial(settings_for(Path(), nats=url), name="test")
+    log = await open_log(connection, backlog.setdefault(url, name), consumer__window=100)
     try:
         if not (await log.info()).commits:
             subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(BACKLOG)]
@@ -58,7 +58,7 @@ async def behind(url: str, backlog: dict[str, str], name: str) -> AsyncIterator[
         yield await log.read(0)
     finally:
         await log.close()
-        await wire.close()
+        await connection.close()
 
 
 @pytest.mark.setting("batch.events", "batch.bytes", "batch.time")
@@ -317,11 +317,11 @@ async def test_no_more_commands_are_taken_at_once(nats_url: str, app_name: str, 
             receive(*message)
             most = max(most, gateway.pending)
 
-        service.service._wire.listeners = {  # type: ignore[union-attr]
+        service.service._connection.listeners = {  # type: ignore[union-attr]
             key: watched if listener == receive else listener
-            for key, listener in service.service._wire.listeners.items()  # type: ignore[union-attr]
+            for key, listener in service.service._connection.listeners.items()  # type: ignore[union-attr]
         }
-        service.service._wire._ps.nc.listeners = service.service._wire.listeners  # type: ignore[union-attr]
+        service.service._connection._ps.nc.listeners = service.service._connection.listeners  # type: ignore[union-attr]
         await service.note(100, ids=50)
         assert 1 <= most <= 5
 

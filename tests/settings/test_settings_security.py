@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from kernel import Client, Service
-from kernel.transport.connection import Wire
-from kernel.transport.dial import BadCredentials, dial
+from kernel.errors import BadCredentials
+from kernel.transport.connection import NatsConnection
+from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
@@ -34,18 +35,18 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 
 
 @asynccontextmanager
-async def dialled(url: str, **values: Any) -> AsyncIterator[Wire]:
-    wire = await dial(settings_for(Path(), nats=url, **values), name="test")
+async def dialled(url: str, **values: Any) -> AsyncIterator[NatsConnection]:
+    connection = await dial(settings_for(Path(), nats=url, **values), name="test")
     try:
-        yield wire
+        yield connection
     finally:
-        await wire.close()
+        await connection.close()
 
 
 async def taken(url: str, **values: Any) -> None:
     """A service would be let in, and can use JetStream."""
-    async with dialled(url, **values) as wire:
-        assert "streams" in await call_api(wire, "INFO", None)
+    async with dialled(url, **values) as connection:
+        assert "streams" in await call_api(connection, "INFO", None)
 
 
 async def refused(url: str, *words: str, **values: Any) -> str:
@@ -210,27 +211,27 @@ async def test_a_server_that_comes_back_in_clear_text_is_not_told_anything(
     async with server(tmp_path, certificates.required + token_config("right"), binary=binary) as nats:
         url = nats.url if how == "required" else nats.url.replace("nats:", "tls:")
         options: dict[str, Any] = {"security__tls_required": True} if how == "required" else {}
-        async with dialled(url, security__ca_file=certificates.ca, security__token="right", **options) as wire:
+        async with dialled(url, security__ca_file=certificates.ca, security__token="right", **options) as connection:
             await nats.stop()
             nats.config = token_config("right")
             await nats.start()
-            await wait_until(lambda: "TLS was asked for" in wire.trouble)
-            assert not wire.is_connected
+            await wait_until(lambda: "TLS was asked for" in connection.trouble)
+            assert not connection.is_connected
             await nats.stop()
             nats.config = certificates.required + token_config("right")
             await nats.start()
-            await wait_until(lambda: wire.is_connected)
+            await wait_until(lambda: connection.is_connected)
 
 
 @pytest.mark.setting("security.tls_required")
 async def test_servers_that_a_tls_server_names_are_spoken_to_in_tls_too(tmp_path: Path, certificates: Tls) -> None:
     async with server(tmp_path, certificates.required) as nats:
         settings: dict[str, Any] = {"security__ca_file": certificates.ca}
-        async with dialled(nats.url.replace("nats:", "tls:"), **settings) as wire:
-            assert wire._wants_tls()
-            assert "tls" in wire.options
-        async with dialled(f"nats://127.0.0.1:{free_port()},tls://127.0.0.1:{nats.port}", **settings) as wire:
-            assert "tls" in wire.options
+        async with dialled(nats.url.replace("nats:", "tls:"), **settings) as connection:
+            assert connection._wants_tls()
+            assert "tls" in connection.options
+        async with dialled(f"nats://127.0.0.1:{free_port()},tls://127.0.0.1:{nats.port}", **settings) as connection:
+            assert "tls" in connection.options
 
 
 # secrets

@@ -9,18 +9,9 @@ import orjson
 import pytest
 from pydantic import SecretStr
 
+from kernel.errors import SettingsError
 from kernel.settings import Connection, Database, Security, Settings
-from kernel.settings.sources import (
-    SettingsError,
-    changed,
-    leaves,
-    load,
-    parse_assignment,
-    settings_of,
-    shown_value,
-    value_of,
-    written,
-)
+from kernel.settings.sources import changed, leaves, load, parse_assignment, settings_of, shown_value, value_of, written
 
 FILE = """
 workers = 2

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from kernel import Client, Service
-from kernel.log import JetStreamLog, LogError, StreamMismatch, Unavailable
-from kernel.transport.connection import Wire
+from kernel.errors import LogError, StreamMismatch, Unavailable
+from kernel.log import JetStreamLog
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook, notebooks
@@ -36,16 +37,16 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def opened(url: str, app: str, **values: Any) -> AsyncIterator[tuple[Wire, JetStreamLog]]:
-    wire = await dial(settings_for(Path(), nats=url), name="test")
+async def opened(url: str, app: str, **values: Any) -> AsyncIterator[tuple[NatsConnection, JetStreamLog]]:
+    connection = await dial(settings_for(Path(), nats=url), name="test")
     try:
-        log = await open_log(wire, app, **values)
+        log = await open_log(connection, app, **values)
         try:
-            yield wire, log
+            yield connection, log
         finally:
             await log.close()
     finally:
-        await wire.close()
+        await connection.close()
 
 
 async def config_of(url: str, stream: str) -> dict[str, Any]:
@@ -177,11 +178,13 @@ async def test_replicas_are_on_so_many_servers_and_can_be_raised(
         url = members[0].url
         async with opened(url, app_name) as (_, log):
             await append(log, "n")
-        async with opened(url, app_name, stream__replicas=3, stream__existing="update") as (wire, log):
+        async with opened(url, app_name, stream__replicas=3, stream__existing="update") as (connection, log):
             assert "majority of 3 servers" in (await log.info()).durability
 
             async def followed() -> bool:
-                found = (await call_api(wire, f"STREAM.INFO.{app_name}", None)).get("cluster", {}).get("replicas") or []
+                found = (await call_api(connection, f"STREAM.INFO.{app_name}", None)).get("cluster", {}).get(
+                    "replicas"
+                ) or []
                 return len(found) == 2 and all(one.get("current") for one in found)
 
             await wait_until(followed, timeout=40)

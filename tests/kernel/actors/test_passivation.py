@@ -12,10 +12,10 @@ import pytest
 
 from aggregates.cell import Cell
 from kernel import Client, Service
-from kernel.actors.aggregate import Actors
 from kernel.actors.mailbox import Loaded
 from kernel.actors.residents import Residents
 from kernel.actors.sizing import size_of
+from kernel.actors.system import Actors
 from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
 from tests.apps import Note, Notebook, notebooks
@@ -245,7 +245,7 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
     assert service._log is not None
     assert service._projector is not None
     gate, written = asyncio.Event(), asyncio.Event()
-    read, write = service._log.read_subject, service._projector.writing.write
+    read, write = service._log.read_subject, service._projector.committer.write
 
     async def slow_read(subject: str, after: int = 0) -> Any:
         await gate.wait()
@@ -256,7 +256,7 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
         await write(writer, batch)
 
     monkeypatch.setattr(service._log, "read_subject", slow_read)
-    monkeypatch.setattr(service._projector.writing, "write", slow_write)
+    monkeypatch.setattr(service._projector.committer, "write", slow_write)
     async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
         # one loads, those behind it are stashed
         sending = [asyncio.ensure_future(client.execute(Notebook, "busy", Note("a", n))) for n in range(5)]

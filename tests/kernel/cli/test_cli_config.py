@@ -126,12 +126,12 @@ async def test_check_says_what_a_start_would_do_about_each_difference(
     from kernel.transport.dial import connect
     from tests.conftest import open_log
 
-    wire = await connect(nats_url, name="test")
-    log = await open_log(wire, app_name)
+    connection = await connect(nats_url, name="test")
+    log = await open_log(connection, app_name)
     for n in range(3):
         await log.append(log.subjects.address("Notebook", f"n{n}").subject, 0, b"%d" % n)
     await log.close()
-    await wire.close()
+    await connection.close()
     given = ["--nats", nats_url, "--set", "stream.compression=s2", "--set", "stream.max_messages=1000"]
     async with api(nats_url) as ask:
         before = (await ask(f"STREAM.INFO.{app_name}"))["config"]

@@ -1,4 +1,4 @@
-"""Commands over the wire, on a running service: receipts, refusals, and errors that say what was wrong."""
+"""Commands over the connection, on a running service: receipts, refusals, and errors that say what was wrong."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from aggregates import InvalidId, Rejected
 from aggregates.commit import Decision, decode, encode
 from aggregates.context import uuid7
 from examples.bank import Account, Deposit
-from kernel import App, Client, CommandError, Overloaded, Service
-from kernel.log import Unavailable
+from kernel import App, Client, Service
+from kernel.errors import CommandError, Overloaded, Unavailable
 from tests.apps import Explode, Note, Notebook, Noted, NoteTwice, Weigh, bank, notebooks
 from tests.conftest import settings_for
 
@@ -201,8 +201,8 @@ async def test_an_append_that_may_lie_below_somebody_elses_is_looked_for(service
         else:
             take(subject, reply, payload, headers)
 
-    key = next(key for key, listener in service._wire.listeners.items() if listener == take)  # type: ignore[union-attr]
-    service._wire.listeners[key] = lose  # type: ignore[union-attr]
+    key = next(key for key, listener in service._connection.listeners.items() if listener == take)  # type: ignore[union-attr]
+    service._connection.listeners[key] = lose  # type: ignore[union-attr]
     sending = [asyncio.create_task(client.execute(Notebook, "n", Note("again"), timeout=60)) for _ in range(20)]
     await lost.wait()
     last = await client.log.last(address.subject)
@@ -244,9 +244,10 @@ async def test_beyond_the_limit_commands_are_refused_with_a_time_to_retry_after(
     service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, max_commands=10))
     await service.start()
     async with await Client.connect(service.app, nats=nats_url) as client:
-        wire = {"aggregate": "Notebook", "command": "Note", "data": {"text": "a"}}
+        request = {"aggregate": "Notebook", "command": "Note", "data": {"text": "a"}}
+        # shorter than the time to retry after, so that the refusal is not ridden out
         outcomes = await asyncio.gather(
-            *(client.send({**wire, "id": f"n{n}", "command_id": uuid7()}, timeout=0.01) for n in range(200)),
+            *(client.send({**request, "id": f"n{n}", "command_id": uuid7()}, timeout=0.15) for n in range(200)),
             return_exceptions=True,
         )
         refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]

@@ -15,12 +15,13 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from kernel import App, Client, Overloaded, Service
+from kernel import App, Client, Service
+from kernel.errors import Overloaded
 from kernel.governance.remote_pace import following
-from kernel.log.subjects import Address
+from kernel.log.subjects import Address, subjects_of
 from kernel.projector.rebuild import Rebuild
 from kernel.transport.dial import connect
-from kernel.transport.survey import ask_all, subjects_of
+from kernel.transport.survey import ask_all
 from projections.database import open_database
 from tests.apps import Lines, Note, Notebook, Pages, Words
 from tests.conftest import settings_for
@@ -197,12 +198,12 @@ async def test_limits_are_changed_on_all_running_workers_and_adopted_by_later_on
         return rate
 
     services = [made(n) for n in range(2)]
-    wire = await connect(nats_url, name="operator")
+    connection = await connect(nats_url, name="operator")
     subject = subjects_of(app_name, services[0].settings).service("limits")
 
     async def tell(at: float, **values: float | None) -> list[dict[str, Any]]:
         overrides = {name.replace("__", "."): value for name, value in values.items()}
-        answers, silent = await ask_all(wire, subject, json.dumps({"overrides": overrides, "at": at}).encode())
+        answers, silent = await ask_all(connection, subject, json.dumps({"overrides": overrides, "at": at}).encode())
         assert silent == []
         return answers
 
@@ -224,7 +225,7 @@ async def test_limits_are_changed_on_all_running_workers_and_adopted_by_later_on
         await tell(3)
         assert [commands(one) for one in services] == [None] * 3
     finally:
-        await wire.close()
+        await connection.close()
         for service in services:
             await service.stop()
 
@@ -244,8 +245,8 @@ async def test_a_worker_that_was_away_when_limits_were_set_has_them_when_it_is_b
         assert second is not None
         first.answer(b'{"overrides":{"commands.rate":7},"at":5}')
         assert not second.limiting
-        assert services[1]._wire is not None
-        await services[1]._wire.force_reconnect()
+        assert services[1]._connection is not None
+        await services[1]._connection.force_reconnect()
         await wait_until(lambda: second.rates.commands.rate == 7)
     finally:
         for service in services:
@@ -370,7 +371,7 @@ async def test_a_rebuild_gives_way_to_a_slow_live_projection(
             unslow.enter_context(slowed(fresh_postgres, "pages__1", 0.5))
             loading = asyncio.ensure_future(loaded(here.client, stop))
             await wait_until(lambda: governor.lanes["rebuild"].present == 20)
-            async with following(here.client.wire, subjects, here.service.settings.rates.rebuild) as pace:
+            async with following(here.client.connection, subjects, here.service.settings.rates.rebuild) as pace:
                 assert pace.bucket.rate == 20
                 rebuilding = asyncio.ensure_future(
                     Rebuild(here.service.app, here.client.log, engine, here.service.app.projections, pace=pace).run()
@@ -393,15 +394,15 @@ async def test_a_rebuild_gives_way_to_a_slow_live_projection(
 @pytest.mark.setting("rates.rebuild.rate")
 async def test_a_rebuild_nobody_limits_goes_as_fast_as_it_can(nats_url: str, app_name: str, tmp_path: Path) -> None:
     settings = settings_for(tmp_path, nats=nats_url, rates__rebuild={"rate": 5.0})
-    wire = await connect(nats_url, name="rebuild")
+    connection = await connect(nats_url, name="rebuild")
     try:
-        async with following(wire, subjects_of(app_name, settings), settings_for(tmp_path).rates.rebuild) as pace:
+        async with following(connection, subjects_of(app_name, settings), settings_for(tmp_path).rates.rebuild) as pace:
             assert pace.bucket.rate is None
             assert await pace.room(10**6) == 10**6
-        async with following(wire, subjects_of(app_name, settings), settings.rates.rebuild) as pace:
+        async with following(connection, subjects_of(app_name, settings), settings.rates.rebuild) as pace:
             assert pace.bucket.rate == 5, "nobody runs, but the settings say how fast"
     finally:
-        await wire.close()
+        await connection.close()
 
 
 @pytest.mark.setting("rates.append_latency")

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel import App
+from kernel.errors import LimitsError, SettingsError
 from kernel.governance.governor import Governor, Signals
-from kernel.governance.limits import LimitsError, Overrides, override, parse
+from kernel.governance.limits import Overrides, override, parse
 from kernel.governance.rates import BAD_SPELL, MARGIN_S, QUEUE_S, Keyed, Lane, TokenBucket
-from kernel.settings.runtime import Limit, Rates
-from kernel.settings.sources import SettingsError
+from kernel.settings.governance import Limit, Rates
 from tests.apps import Note, Notebook, notebooks
 
 RATE = st.floats(0.01, 1e6)

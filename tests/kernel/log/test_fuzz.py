@@ -169,8 +169,8 @@ async def test_any_request_has_one_answer_and_harms_no_neighbour(
     service: Service, client: Client, dice: random.Random, wait_until: Wait
 ) -> None:
     alerts = ALERTS._value.get()
-    wire = await nats.connect(service.nats_url)
-    inbox = wire.new_inbox()
+    connection = await nats.connect(service.nats_url)
+    inbox = connection.new_inbox()
     answers: dict[int, bytes] = {}
     twice: list[int] = []
     waiting: set[int] = set()
@@ -185,7 +185,7 @@ async def test_any_request_has_one_answer_and_harms_no_neighbour(
         if not waiting:
             all_here.set()
 
-    await wire.subscribe(f"{inbox}.*", cb=take, pending_msgs_limit=COUNT)
+    await connection.subscribe(f"{inbox}.*", cb=take, pending_msgs_limit=COUNT)
     sent: dict[int, bytes] = {}
     good: list[int] = []
     outcomes: Counter[str] = Counter()
@@ -203,9 +203,9 @@ async def test_any_request_has_one_answer_and_harms_no_neighbour(
             place = dice.choice(["", f".{dice.randrange(64)}"])
             # some don't want to know; the endpoint has to bear that too
             if not valid and dice.random() < 0.02:
-                await wire.publish(f"{service.app.name}.cmd", spoilt(dice, request(dice, "bad")))
-            await wire.publish(f"{service.app.name}.cmd{place}", payload, reply=f"{inbox}.{number}")
-        await wire.flush()
+                await connection.publish(f"{service.app.name}.cmd", spoilt(dice, request(dice, "bad")))
+            await connection.publish(f"{service.app.name}.cmd{place}", payload, reply=f"{inbox}.{number}")
+        await connection.flush()
         async with asyncio.timeout(20):
             await all_here.wait()
         for number in range(start, start + WINDOW):
@@ -233,14 +233,14 @@ async def test_any_request_has_one_answer_and_harms_no_neighbour(
     rows = await client.query("select sum(times) as n from words where word like 'good %'")
     assert rows[0]["n"] == len(good)
 
-    await wire.flush()
+    await connection.flush()
     assert twice == []
     assert ALERTS._value.get() == alerts
     assert service.status()["commands_pending"] == 0
     assert service.status()["projection"]["state"] == "running"
     assert service.health.ready
     assert not service.stopped.is_set()
-    await wire.close()
+    await connection.close()
 
 
 # a value of any shape, which neither the bank nor the notebooks take
@@ -293,16 +293,16 @@ async def test_a_command_with_a_deep_value_is_answered_and_its_aggregate_goes_on
     )
     await service.start()
     alerts = ALERTS._value.get()
-    wire = await nats.connect(nats_url)
+    connection = await nats.connect(nats_url)
     deep = b'{"aggregate":"Box","id":"b","command":"Pack","data":{"value":%b1%b}}' % (b"[" * depth, b"]" * depth)
     fine = b'{"aggregate":"Box","id":"b","command":"Pack","data":{"value":1}}'
     try:
         for payload in (deep, fine):
-            outcome = check_answer((await wire.request(f"{app_name}.cmd", payload, timeout=2)).data)
+            outcome = check_answer((await connection.request(f"{app_name}.cmd", payload, timeout=2)).data)
         assert outcome == "ok"
         assert ALERTS._value.get() == alerts
     finally:
-        await wire.close()
+        await connection.close()
         # a command without an answer would otherwise be waited for
         if service._gateway is not None:
             service._gateway._pending = 0
@@ -344,8 +344,8 @@ async def test_garbage_in_the_stream_stops_no_projection(
 ) -> None:
     names = {Noted: ("Noted", 1)}
     good = encode("/x", "n", names, [Decision("c", [Noted("strange", 1)])], 0, "2013-01-01T12:00:00Z")
-    wire = await nats.connect(service.nats_url)
-    stream = wire.jetstream()
+    connection = await nats.connect(service.nats_url)
+    stream = connection.jetstream()
     subjects = service._log.subjects  # type: ignore[union-attr]
     receipts = []
     for number in range(400):
@@ -359,7 +359,7 @@ async def test_garbage_in_the_stream_stops_no_projection(
     assert (await client.query("select sum(times) as n from words where word like 'good %'"))[0]["n"] == 400
     assert (await client.query("select count(*) as n from lines where notebook like 'good %'"))[0]["n"] == 400
     assert service.status()["projection"]["state"] == "running"
-    await wire.close()
+    await connection.close()
     engine = open_database(service.database_url, read_only=True)
     with engine.connect() as connection:
         letters = connection.execute(select(dead_letter.c.aggregate_id)).scalars().all()
@@ -416,6 +416,6 @@ def subject_of(service: Service, token: str) -> str:
 
 
 async def publish(service: Service, subject: str, payload: bytes) -> None:
-    wire = await nats.connect(service.nats_url)
-    await wire.jetstream().publish(subject, payload)
-    await wire.close()
+    connection = await nats.connect(service.nats_url)
+    await connection.jetstream().publish(subject, payload)
+    await connection.close()

@@ -13,20 +13,11 @@ from typing import Any
 import pytest
 
 from aggregates import InvalidId
-from kernel.log import (
-    Conflict,
-    JetStreamLog,
-    LogError,
-    MemoryLog,
-    PayloadTooLarge,
-    Stored,
-    StreamMismatch,
-    Unavailable,
-    find_log,
-)
+from kernel.errors import Conflict, LogError, PayloadTooLarge, StreamMismatch, Unavailable
+from kernel.log import JetStreamLog, MemoryLog, Stored, find_log
 from kernel.log.base import LogReader
 from kernel.runtime.nats_server import EmbeddedServer
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 from kernel.transport.jetstream_api import call_api
 from tests.conftest import open_log
@@ -79,23 +70,23 @@ async def log(place: tuple[str, dict[str, Any]], app_name: str) -> AsyncIterator
     if not url:
         yield MemoryLog(app_name, PARTITIONS)
         return
-    wire = await connect(url, name="contract")
-    opened = await open_log(wire, app_name, partitions=PARTITIONS, **options)
+    connection = await connect(url, name="contract")
+    opened = await open_log(connection, app_name, partitions=PARTITIONS, **options)
     yield opened
     await opened.close()
-    await wire.close()
+    await connection.close()
 
 
 @pytest.fixture
-async def wire(nats_url: str) -> AsyncIterator[Wire]:
+async def connection(nats_url: str) -> AsyncIterator[NatsConnection]:
     connected = await connect(nats_url, name="test")
     yield connected
     await connected.close()
 
 
 @pytest.fixture
-async def grouped(wire: Wire, app_name: str) -> AsyncIterator[JetStreamLog]:
-    opened = await open_log(wire, app_name, partitions=PARTITIONS, group_commit="always")
+async def grouped(connection: NatsConnection, app_name: str) -> AsyncIterator[JetStreamLog]:
+    opened = await open_log(connection, app_name, partitions=PARTITIONS, group_commit="always")
     yield opened
     await opened.close()
 
@@ -466,16 +457,16 @@ async def test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece(
                 assert stored == [Stored(outcome, subject(grouped, name), f"{position} {name}".encode())]
 
 
-async def test_an_atomic_batch_goes_out_where_the_log_groups(wire: Wire, grouped: JetStreamLog) -> None:
+async def test_an_atomic_batch_goes_out_where_the_log_groups(connection: NatsConnection, grouped: JetStreamLog) -> None:
     await asyncio.gather(*[grouped.append(subject(grouped, str(n)), 0, b"%d" % n) for n in range(10)])
-    stored = await call_api(wire, f"STREAM.MSG.GET.{grouped.stream}", {"seq": 5})
+    stored = await call_api(connection, f"STREAM.MSG.GET.{grouped.stream}", {"seq": 5})
     assert b"Nats-Batch-Id" in base64.b64decode(stored["message"]["hdrs"])
 
 
-async def test_an_existing_stream_keeps_its_partitions(wire: Wire, app_name: str) -> None:
-    first = await open_log(wire, app_name, partitions=4)
+async def test_an_existing_stream_keeps_its_partitions(connection: NatsConnection, app_name: str) -> None:
+    first = await open_log(connection, app_name, partitions=4)
     sequence = await first.append(subject(first), 0, b"first")
-    again, found = await open_log(wire, app_name, partitions=32), await find_log(wire, app_name)
+    again, found = await open_log(connection, app_name, partitions=32), await find_log(connection, app_name)
     for log in (again, found):
         assert log.subjects.partitions == 4
         assert (await log.info()).partitions == 4
@@ -484,9 +475,9 @@ async def test_an_existing_stream_keeps_its_partitions(wire: Wire, app_name: str
         await log.close()
 
 
-async def test_a_log_that_is_not_there_is_not_found(wire: Wire, app_name: str) -> None:
+async def test_a_log_that_is_not_there_is_not_found(connection: NatsConnection, app_name: str) -> None:
     with pytest.raises(Unavailable, match=app_name):
-        await find_log(wire, app_name)
+        await find_log(connection, app_name)
 
 
 @pytest.mark.parametrize(
@@ -499,21 +490,25 @@ async def test_a_log_that_is_not_there_is_not_found(wire: Wire, app_name: str) -
         ({"description": "eskernel format=1 partitions=4", "retention": "workqueue"}, "retention"),
     ],
 )
-async def test_a_foreign_stream_is_refused(wire: Wire, app_name: str, config: dict[str, Any], named: str) -> None:
+async def test_a_foreign_stream_is_refused(
+    connection: NatsConnection, app_name: str, config: dict[str, Any], named: str
+) -> None:
     base = {"name": app_name, "subjects": [f"{app_name}.evt.>"], "storage": "file", "discard": "new"}
-    await call_api(wire, f"STREAM.CREATE.{app_name}", {**base, **config})
+    await call_api(connection, f"STREAM.CREATE.{app_name}", {**base, **config})
     with pytest.raises(StreamMismatch, match=named):
-        await open_log(wire, app_name)
+        await open_log(connection, app_name)
 
 
-async def test_a_reader_survives_the_deletion_of_its_consumer(wire: Wire, grouped: JetStreamLog) -> None:
+async def test_a_reader_survives_the_deletion_of_its_consumer(
+    connection: NatsConnection, grouped: JetStreamLog
+) -> None:
     made = await fill(grouped, 300)
     reader = await grouped.read(0)
     found = (await reader.next(50, timeout=20)).commits
     for number in range(3):
-        consumers = (await call_api(wire, f"CONSUMER.NAMES.{grouped.stream}", None))["consumers"]
+        consumers = (await call_api(connection, f"CONSUMER.NAMES.{grouped.stream}", None))["consumers"]
         assert len(consumers) == 1
-        await call_api(wire, f"CONSUMER.DELETE.{grouped.stream}.{consumers[0]}", {})
+        await call_api(connection, f"CONSUMER.DELETE.{grouped.stream}.{consumers[0]}", {})
         # part of what follows may be in the reader's hands already; the last commit is not
         one = subject(grouped, f"after-{number}")
         made.append(Stored(await grouped.append(one, 0, b"after %d" % number), one, b"after %d" % number))
@@ -596,17 +591,17 @@ async def proxied(
 ) -> AsyncIterator[JetStreamLog]:
     """A log whose connection goes through the proxy."""
     proxy.target = nats_url
-    wire = await connect(await proxy.start(), name="proxied")
-    opened = await open_log(wire, app_name, partitions=PARTITIONS, group_commit=request.param)
+    connection = await connect(await proxy.start(), name="proxied")
+    opened = await open_log(connection, app_name, partitions=PARTITIONS, group_commit=request.param)
     yield opened
     await opened.close()
-    await wire.close()
+    await connection.close()
 
 
 async def test_appends_whose_answers_are_lost_settle_as_what_they_became(
-    proxied: JetStreamLog, proxy: Proxy, wire: Wire, wait_until: Callable[..., Any]
+    proxied: JetStreamLog, proxy: Proxy, connection: NatsConnection, wait_until: Callable[..., Any]
 ) -> None:
-    beside = await find_log(wire, proxied.stream)
+    beside = await find_log(connection, proxied.stream)
     await proxied.append(subject(proxied, "taken"), 0, b"taken")
     proxy.lose_answers = True
     futures = [proxied.append(subject(proxied, str(n)), 0, b"%d" % n) for n in range(10)]
@@ -626,9 +621,9 @@ async def test_appends_whose_answers_are_lost_settle_as_what_they_became(
 
 
 async def test_appends_that_got_lost_on_the_way_are_sent_again(
-    proxied: JetStreamLog, proxy: Proxy, wire: Wire, wait_until: Callable[..., Any]
+    proxied: JetStreamLog, proxy: Proxy, connection: NatsConnection, wait_until: Callable[..., Any]
 ) -> None:
-    beside = await find_log(wire, proxied.stream)
+    beside = await find_log(connection, proxied.stream)
     proxy.lose_requests = True
     futures = [proxied.append(subject(proxied, str(n)), 0, b"%d" % n) for n in range(10)]
     await wait_until(lambda: proxied.appender.pressure[1] > 0)
@@ -653,19 +648,21 @@ def server_url(request: pytest.FixtureRequest) -> str:
 
 async def test_a_slow_connection_does_not_shorten_a_history(proxy: Proxy, app_name: str, server_url: str) -> None:
     proxy.target = server_url
-    wire = await connect(await proxy.start(), name="slow")
-    log = await open_log(wire, app_name, partitions=PARTITIONS)
+    connection = await connect(await proxy.start(), name="slow")
+    log = await open_log(connection, app_name, partitions=PARTITIONS)
     made = await fill(log, 5, ids=1)
     proxy.latency = 0.35
     assert await log.read_subject(subject(log, "0")) == made
     assert await log.read_subject(subject(log, "0"), made[-1].sequence) == []
     proxy.latency = 0
     await log.close()
-    await wire.close()
+    await connection.close()
 
 
-async def test_a_reader_goes_on_after_a_lost_connection(proxied: JetStreamLog, proxy: Proxy, wire: Wire) -> None:
-    beside = await find_log(wire, proxied.stream)
+async def test_a_reader_goes_on_after_a_lost_connection(
+    proxied: JetStreamLog, proxy: Proxy, connection: NatsConnection
+) -> None:
+    beside = await find_log(connection, proxied.stream)
     made = await fill(beside, 100)
     reader = await proxied.read(0)
     found = (await reader.next(30, timeout=20)).commits
@@ -699,8 +696,8 @@ async def test_acknowledged_appends_survive_the_death_of_the_server(
 ) -> None:
     server = EmbeddedServer(tmp_path / "nats")
     proxy.target = await server.start()
-    wire = await connect(await proxy.start(), name="survivor")
-    log = await open_log(wire, app_name, partitions=PARTITIONS, group_commit=group_commit)
+    connection = await connect(await proxy.start(), name="survivor")
+    log = await open_log(connection, app_name, partitions=PARTITIONS, group_commit=group_commit)
     made = await fill(log, 200, ids=20)
     in_flight = [log.append(subject(log, f"flight-{n}"), 0, b"flight %d" % n) for n in range(50)]
     await asyncio.wait(in_flight, timeout=0.001)
@@ -726,5 +723,5 @@ async def test_acknowledged_appends_survive_the_death_of_the_server(
                 assert isinstance(outcome, LogError)
     finally:
         await log.close()
-        await wire.close()
+        await connection.close()
         await restarted.stop()

@@ -15,7 +15,7 @@ from kernel.log.subjects import Address
 from kernel.monitoring.backlog import Alarm, Backlog, Level, Rate
 from kernel.monitoring.pressure import Pressure, PressureGauge
 from kernel.projector.grouping import Group
-from kernel.projector.progress import Progress
+from kernel.projector.progress import ReadProgress
 from kernel.settings import Backlog as Thresholds
 from projections.checkpoints import Position
 
@@ -174,14 +174,14 @@ def batch(first: int, last: int, pending: int, oldest: float) -> Batch:
     return Batch([Stored(one, "", b"") for one in range(first, last + 1)], pending, oldest)
 
 
-def started(*folded: dict[int, int]) -> tuple[Progress, Clock]:
+def started(*folded: dict[int, int]) -> tuple[ReadProgress, Clock]:
     clock = Clock()
-    progress = Progress(4, clock)
+    progress = ReadProgress(4, clock)
     progress.begin(Position(folded or ({0: 0, 1: 0, 2: 0, 3: 0},)), frozenset(range(4)))
     return progress, clock
 
 
-def waiting(progress: Progress, projections: int = 1) -> dict[tuple[int, int], tuple[float, float]]:
+def waiting(progress: ReadProgress, projections: int = 1) -> dict[tuple[int, int], tuple[float, float]]:
     return {(one, at): (count, age) for one, at, count, age in progress.waiting(projections, frozenset(range(4)))}
 
 

@@ -145,14 +145,14 @@ async def test_looking_costs_the_server_nothing(
     )
     await service.start()
     asked: list[str] = []
-    assert service._wire is not None
-    real = service._wire.request
+    assert service._connection is not None
+    real = service._connection.request
 
     async def counted(subject: str, *arguments: Any, **options: Any) -> Any:
         asked.append(subject)
         return await real(subject, *arguments, **options)
 
-    monkeypatch.setattr(service._wire, "request", counted)
+    monkeypatch.setattr(service._connection, "request", counted)
     looks = service.scheduler.jobs["detect_backlog"]
     before = looks.runs
     await wait_until(lambda: looks.runs > before + 20)

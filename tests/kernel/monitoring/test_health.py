@@ -15,10 +15,11 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
 from kernel import Alert, App, Service
-from kernel.alerts import Alerts
 from kernel.cli.run import run as run_command
-from kernel.log.base import Unavailable
-from kernel.monitoring.health import DEAD_S, Health, HttpServer
+from kernel.errors import Unavailable
+from kernel.monitoring.alerting import Alerts
+from kernel.monitoring.health import DEAD_S, Health
+from kernel.monitoring.http import HttpServer
 from kernel.settings import Http
 from projections.database import open_database
 from projections.tables import stream

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kernel.partitions.leases import Leases, Members, clock
-from kernel.transport.connection import Wire
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 from kernel.transport.jetstream_api import call_api
 
@@ -21,15 +21,15 @@ PARTITIONS = 8
 
 
 @pytest.fixture
-async def wire(nats_url: str) -> AsyncIterator[Wire]:
+async def connection(nats_url: str) -> AsyncIterator[NatsConnection]:
     connected = await connect(nats_url, name="leases")
     yield connected
     await connected.close()
 
 
 @asynccontextmanager
-async def worker(wire: Wire, app: str, name: str, ttl: float = 5.0) -> AsyncIterator[Leases]:
-    leases = Leases(wire, app, name, PARTITIONS, ttl=ttl)
+async def worker(connection: NatsConnection, app: str, name: str, ttl: float = 5.0) -> AsyncIterator[Leases]:
+    leases = Leases(connection, app, name, PARTITIONS, ttl=ttl)
     await leases.start()
     await leases.join()
     try:
@@ -42,25 +42,25 @@ async def acquire(leases: Leases) -> list[int]:
     return await leases.acquire(await leases.members())
 
 
-async def test_the_first_worker_takes_everything(wire: Wire, app_name: str) -> None:
-    async with worker(wire, app_name, "a") as a:
+async def test_the_first_worker_takes_everything(connection: NatsConnection, app_name: str) -> None:
+    async with worker(connection, app_name, "a") as a:
         assert sorted(await acquire(a)) == list(range(PARTITIONS))
         assert a.held == frozenset(range(PARTITIONS))
         assert all(a.holds(one) for one in range(PARTITIONS))
         assert not a.holds(PARTITIONS)
 
 
-async def test_a_partition_has_one_holder_however_many_reach_for_it(wire: Wire, app_name: str) -> None:
-    async with worker(wire, app_name, "a") as a, worker(wire, app_name, "b") as b:
+async def test_a_partition_has_one_holder_however_many_reach_for_it(connection: NatsConnection, app_name: str) -> None:
+    async with worker(connection, app_name, "a") as a, worker(connection, app_name, "b") as b:
         everything = Members(("a",), frozenset()), Members(("b",), frozenset())
         got = await asyncio.gather(a.acquire(everything[0]), b.acquire(everything[1]))
         assert sorted(got[0] + got[1]) == list(range(PARTITIONS))
 
 
-async def test_shares_are_even_and_surplus_is_given_back(wire: Wire, app_name: str) -> None:
-    async with worker(wire, app_name, "a") as a:
+async def test_shares_are_even_and_surplus_is_given_back(connection: NatsConnection, app_name: str) -> None:
+    async with worker(connection, app_name, "a") as a:
         await acquire(a)
-        async with worker(wire, app_name, "b") as b, worker(wire, app_name, "c") as c:
+        async with worker(connection, app_name, "b") as b, worker(connection, app_name, "c") as c:
             members = await a.members()
             assert members.workers == ("a", "b", "c")
             assert sum(one.share(members) for one in (a, b, c)) == PARTITIONS
@@ -72,9 +72,9 @@ async def test_shares_are_even_and_surplus_is_given_back(wire: Wire, app_name: s
 
 
 async def test_a_lease_that_is_renewed_stays_and_one_that_is_not_runs_out(
-    wire: Wire, app_name: str, wait_until: Wait
+    connection: NatsConnection, app_name: str, wait_until: Wait
 ) -> None:
-    async with worker(wire, app_name, "a", ttl=0.6) as a, worker(wire, app_name, "b", ttl=0.6) as b:
+    async with worker(connection, app_name, "a", ttl=0.6) as a, worker(connection, app_name, "b", ttl=0.6) as b:
         await a.acquire(Members(("a",), frozenset()))
         started = clock()
         while clock() - started < 1.5:
@@ -95,9 +95,9 @@ async def test_a_lease_that_is_renewed_stays_and_one_that_is_not_runs_out(
 
 
 async def test_the_deadline_counts_from_before_the_request(
-    wire: Wire, app_name: str, monkeypatch: pytest.MonkeyPatch
+    connection: NatsConnection, app_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with worker(wire, app_name, "a", ttl=2.0) as a:
+    async with worker(connection, app_name, "a", ttl=2.0) as a:
         await a.acquire(Members(("a",), frozenset()))
         put = a._put
 
@@ -113,8 +113,10 @@ async def test_the_deadline_counts_from_before_the_request(
         assert all(lease.deadline <= asked + 2.0 for lease in a._held.values())
 
 
-async def test_what_somebody_else_has_taken_is_not_released(wire: Wire, app_name: str, wait_until: Wait) -> None:
-    async with worker(wire, app_name, "a", ttl=0.5) as a, worker(wire, app_name, "b", ttl=0.5) as b:
+async def test_what_somebody_else_has_taken_is_not_released(
+    connection: NatsConnection, app_name: str, wait_until: Wait
+) -> None:
+    async with worker(connection, app_name, "a", ttl=0.5) as a, worker(connection, app_name, "b", ttl=0.5) as b:
         await a.acquire(Members(("a",), frozenset()))
 
         async def taken() -> bool:
@@ -126,34 +128,36 @@ async def test_what_somebody_else_has_taken_is_not_released(wire: Wire, app_name
         assert theirs <= (await b.members()).held
 
 
-async def test_leaving_gives_everything_back_at_once(wire: Wire, app_name: str) -> None:
-    async with worker(wire, app_name, "a", ttl=60.0) as a:
+async def test_leaving_gives_everything_back_at_once(connection: NatsConnection, app_name: str) -> None:
+    async with worker(connection, app_name, "a", ttl=60.0) as a:
         await acquire(a)
-    async with worker(wire, app_name, "b", ttl=60.0) as b:
+    async with worker(connection, app_name, "b", ttl=60.0) as b:
         assert (await b.members()).workers == ("b",)
         assert len(await acquire(b)) == PARTITIONS
 
 
-async def test_a_bucket_that_is_gone_is_made_again_without_a_rush(wire: Wire, app_name: str) -> None:
-    async with worker(wire, app_name, "a") as a, worker(wire, app_name, "b") as b:
+async def test_a_bucket_that_is_gone_is_made_again_without_a_rush(connection: NatsConnection, app_name: str) -> None:
+    async with worker(connection, app_name, "a") as a, worker(connection, app_name, "b") as b:
         await acquire(a)
         await acquire(b)
         await a.members()
-        await call_api(wire, f"STREAM.DELETE.KV_{app_name}-leases", None)
+        await call_api(connection, f"STREAM.DELETE.KV_{app_name}-leases", None)
         await a.members()
         assert sorted(await a.renew()) == [0, 1, 2, 3]
         # b has not said yet that it is still there: its share is not for a
         assert len(await acquire(a)) == PARTITIONS // 2
 
 
-async def test_the_dead_lose_everything_at_once_and_the_living_nothing(wire: Wire, app_name: str) -> None:
-    async with worker(wire, app_name, "a", ttl=600.0) as a, worker(wire, app_name, "b", ttl=600.0) as b:
+async def test_the_dead_lose_everything_at_once_and_the_living_nothing(
+    connection: NatsConnection, app_name: str
+) -> None:
+    async with worker(connection, app_name, "a", ttl=600.0) as a, worker(connection, app_name, "b", ttl=600.0) as b:
         await a.acquire(Members(("a", "b"), frozenset()))
         await b.acquire(Members(("b",), a.held))
         theirs = a.held
         async with b.alone("living"):
             await a._put("l.start", 0)  # as if it had died while it held it
-            await wire.publish(f"$KV.{app_name}-leases.p.by-hand", b"not ours")
+            await connection.publish(f"$KV.{app_name}-leases.p.by-hand", b"not ours")
             await b.bury(["a", "never-there"])
             left = await b.members()
             assert left.workers == ("b",)
@@ -167,8 +171,8 @@ async def test_the_dead_lose_everything_at_once_and_the_living_nothing(wire: Wir
         assert sorted(await a.renew()) == sorted(theirs), "who was taken for dead notices"
 
 
-async def test_one_at_a_time_is_alone(wire: Wire, app_name: str) -> None:
-    async with worker(wire, app_name, "a", ttl=0.6) as a, worker(wire, app_name, "b", ttl=0.6) as b:
+async def test_one_at_a_time_is_alone(connection: NatsConnection, app_name: str) -> None:
+    async with worker(connection, app_name, "a", ttl=0.6) as a, worker(connection, app_name, "b", ttl=0.6) as b:
         inside: list[str] = []
 
         async def work(leases: Leases) -> None:
@@ -182,9 +186,9 @@ async def test_one_at_a_time_is_alone(wire: Wire, app_name: str) -> None:
 
 
 async def test_a_lease_that_ran_out_while_it_was_needed_is_taken_again(
-    wire: Wire, app_name: str, wait_until: Wait
+    connection: NatsConnection, app_name: str, wait_until: Wait
 ) -> None:
-    async with worker(wire, app_name, "a", ttl=0.6) as a:
+    async with worker(connection, app_name, "a", ttl=0.6) as a:
 
         async def there() -> bool:
             return "l.start" in await a._keys()
@@ -193,7 +197,9 @@ async def test_a_lease_that_ran_out_while_it_was_needed_is_taken_again(
             last = await a._last(f"$KV.{app_name}-leases.l.start")
             assert last is not None
             # as the bucket does when the loop was held up for longer than a lease
-            await call_api(wire, f"STREAM.MSG.DELETE.KV_{app_name}-leases", {"seq": last.sequence, "no_erase": True})
+            await call_api(
+                connection, f"STREAM.MSG.DELETE.KV_{app_name}-leases", {"seq": last.sequence, "no_erase": True}
+            )
             assert not await there()
             await wait_until(there)
         assert not await there()
@@ -206,6 +212,6 @@ def test_any_members_share_everything_evenly() -> None:
     names = [f"w{n}" for n in range(chance.randrange(1, 40))]
     partitions = chance.randrange(1, 300)
     members = Members(tuple(sorted(names)), frozenset())
-    shares = [Leases(Wire(), "x", name, partitions, ttl=1.0).share(members) for name in names]
+    shares = [Leases(NatsConnection(), "x", name, partitions, ttl=1.0).share(members) for name in names]
     assert sum(shares) == partitions
     assert max(shares) - min(shares) <= 1

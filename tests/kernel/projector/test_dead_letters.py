@@ -14,7 +14,7 @@ from aggregates import Aggregate, applies, event
 from aggregates.commit import Decision, encode
 from aggregates.declaration import declare
 from kernel import App
-from projections import DROP, Drop, Fenced, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
+from projections import DROP, Drop, Fenced, NoSuchLetter, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
 from projections.fold import Folded
 from tests.conftest import Commit, ReadSide, envelopes
 
@@ -294,9 +294,9 @@ def test_letters_are_shown_with_their_events_and_bytes(side: StorySide) -> None:
 def test_what_does_not_wait_cannot_be_retried_or_skipped(side: StorySide) -> None:
     park(side, "Lengths", "row")
     for act in (side.retry, side.skip):
-        with pytest.raises(dead_letters.NoSuchLetter, match="dead-letters list"):
+        with pytest.raises(NoSuchLetter, match="dead-letters list"):
             act("Lengths", "a")
-        with pytest.raises(dead_letters.NoSuchLetter):
+        with pytest.raises(NoSuchLetter):
             act("Totals", "b")
 
 
@@ -310,7 +310,7 @@ def test_quarantined_bytes_are_skipped_by_their_place(side: StorySide) -> None:
     left = dead_letters.skip(side.engine, None, "", "", "stories.evt.1.Story.x", "me", "noise", 8)
     assert (left.payload, left.event) == (b"\xff", None)
     assert [one.stream_sequence for one in dead_letters.waiting(side.engine)] == [7]
-    with pytest.raises(dead_letters.NoSuchLetter):
+    with pytest.raises(NoSuchLetter):
         dead_letters.skip(side.engine, None, "", "", "stories.evt.1.Story.x", "me", "noise", 8)
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, inspect
 
 from kernel import Client, Service
 from kernel.app import App
-from kernel.projector.rebuild import Progress, Rebuild, clean_up
+from kernel.projector.rebuild import Rebuild, RebuildProgress, clean_up
 from projections import Rows, applies
 from projections.database import open_database
 from tests.apps import Lines, Note, Notebook, Noted, Page, Words, notebooks
@@ -36,7 +36,7 @@ async def test_a_rebuild_gives_the_same_rows(
 ) -> None:
     service = await start(nats_url, database_url, tmp_path, notebooks(app_name))
     engine = open_database(database_url)
-    told: list[Progress] = []
+    told: list[RebuildProgress] = []
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
         before = await client.query(TABLES[name], after=await fill(client, 500))  # type: ignore[arg-type]
         (built,) = await Rebuild(service.app, client.log, engine, [service.app.projection(name)], told.append).run()
@@ -170,7 +170,7 @@ async def test_a_rebuild_that_breaks_off_changes_nothing_and_the_next_one_cleans
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
         before = await client.query(TABLES["Pages"], after=await fill(client, 100))  # type: ignore[arg-type]
 
-        def interrupt(_: Progress) -> None:
+        def interrupt(_: RebuildProgress) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

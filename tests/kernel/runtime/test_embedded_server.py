@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from kernel.log import Unavailable
+from kernel.errors import Unavailable
 from kernel.runtime.nats_server import EmbeddedServer, find_binary
 from kernel.transport.dial import connect
 from tests.conftest import open_log
@@ -64,11 +64,11 @@ async def test_it_starts_on_a_free_port_and_takes_connections(server: EmbeddedSe
     assert url == server.url
     assert url.startswith("nats://127.0.0.1:")
     assert servers_on(server.directory) == [server.pid]
-    wire = await connect(url, name="test")
-    log = await open_log(wire, "app")
+    connection = await connect(url, name="test")
+    log = await open_log(connection, "app")
     assert (await log.info()).commits == 0
     await log.close()
-    await wire.close()
+    await connection.close()
 
 
 async def test_two_servers_run_side_by_side(server: EmbeddedServer, tmp_path: Path) -> None:
@@ -99,12 +99,12 @@ async def test_it_stops_and_leaves_no_process(server: EmbeddedServer) -> None:
 
 async def test_it_keeps_its_store_over_a_restart(server: EmbeddedServer) -> None:
     for expected in range(3):
-        wire = await connect(await server.start(), name="test")
-        log = await open_log(wire, "app")
+        connection = await connect(await server.start(), name="test")
+        log = await open_log(connection, "app")
         assert (await log.info()).commits == expected
         await log.append(log.subjects.address("Thing", str(expected)).subject, 0, b"%d" % expected)
         await log.close()
-        await wire.close()
+        await connection.close()
         await server.stop()
 
 
@@ -177,11 +177,11 @@ async def test_a_server_that_was_left_behind_is_stopped_by_the_next_start(
         await server.start()
         assert servers_on(server.directory) == [server.pid]
         assert left.poll() is not None
-        wire = await connect(server.url, name="test")
-        log = await open_log(wire, "app")
+        connection = await connect(server.url, name="test")
+        log = await open_log(connection, "app")
         assert (await log.info()).commits == 0
         await log.close()
-        await wire.close()
+        await connection.close()
     finally:
         left.kill()
         left.wait()
@@ -194,9 +194,9 @@ async def test_a_directory_of_a_killed_owner_is_taken_over(owner: Any, server: E
     await server.start()
     assert servers_on(server.directory) == [server.pid]
     assert server.pid != pid
-    wire = await connect(server.url, name="test")
-    await open_log(wire, "app")
-    await wire.close()
+    connection = await connect(server.url, name="test")
+    await open_log(connection, "app")
+    await connection.close()
 
 
 @pytest.fixture

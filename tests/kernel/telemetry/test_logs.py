@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kernel import Client
-from kernel.protocol import CommandError
+from kernel.errors import CommandError
 from kernel.runtime.nats_server import end_with_parent
 from kernel.settings import Settings
 from kernel.telemetry.logging import about

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from aggregates import Rejected
 from aggregates.commit import Decision, encode
 from kernel import Client
-from kernel.protocol import CommandError
+from kernel.errors import CommandError
 from kernel.runtime.directory import find_running
 from kernel.runtime.nats_server import end_with_parent
 from kernel.transport.connection import publish_frame
@@ -181,19 +181,19 @@ async def dead_letters(one: Scraped) -> None:
     await one.until(lambda n: n >= 1, "eskernel_dead_letters_total")
     await one.until(lambda n: n == 1, "eskernel_parked_aggregates")
     await one.until(lambda n: n >= 2, "eskernel_dead_letter_retries_total", outcome="failed")
-    wire = one.client.log._wire
-    wire.send(publish_frame(f"{one.client.app.name}.evt.0.Notebook.x".encode(), b"", b"garbage"))
+    connection = one.client.log._connection
+    connection.send(publish_frame(f"{one.client.app.name}.evt.0.Notebook.x".encode(), b"", b"garbage"))
     await one.until(lambda n: n >= 1, "eskernel_quarantined_messages")
 
 
 async def conflicts(one: Scraped) -> None:
     """Somebody else appends just before the service does."""
-    wire, log = one.client.log._wire, one.client.log
+    connection, log = one.client.log._connection, one.client.log
     address = log.subjects.address("Notebook", "n0")
     receipt = await one.send("n0", Note("before"))
     version = receipt.version
     for _ in range(100):
-        wire.send(publish_frame(address.subject.encode(), b"", foreign_commit(version)))
+        connection.send(publish_frame(address.subject.encode(), b"", foreign_commit(version)))
         receipt = await one.send("n0", Note("after"))
         version = receipt.version
         if await one.value("eskernel_appends_total", outcome="conflict"):
@@ -243,12 +243,12 @@ async def leases(one: Scraped) -> None:
 
 
 async def governance(one: Scraped) -> None:
-    wire, subject = one.client.log._wire, one.client.log.subjects.service("limits")
+    connection, subject = one.client.log._connection, one.client.log.subjects.service("limits")
 
     async def limit(**values: float | None) -> None:
         named = {f"{name}.rate": value for name, value in values.items()}
         at = asyncio.get_running_loop().time() + 1e9
-        answer = await wire.request(subject, orjson.dumps({"at": at, "overrides": named}), timeout=5)
+        answer = await connection.request(subject, orjson.dumps({"at": at, "overrides": named}), timeout=5)
         assert "error" not in orjson.loads(answer.data), answer.data
 
     await limit(commands=5.0, live=1.0)

@@ -22,7 +22,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, StatusC
 from aggregates import Rejected
 from aggregates.commit import decode
 from kernel import Client, Service
-from kernel.protocol import CommandError
+from kernel.errors import CommandError
 from kernel.telemetry.tracing import NO_TRACING
 from tests.apps import Explode, Note, Notebook, notebooks
 from tests.conftest import settings_for

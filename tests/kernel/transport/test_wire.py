@@ -17,7 +17,7 @@ from nats.aio.client import Client
 from nats.protocol import parser
 from nats.protocol.parser import Parser
 
-from kernel.transport.connection import Wire, _FrameParser, header_of, publish_frame, status_of
+from kernel.transport.connection import NatsConnection, _FrameParser, header_of, publish_frame, status_of
 from kernel.transport.dial import connect
 
 # what kernel/transport/connection.py leans on
@@ -38,7 +38,7 @@ def test_the_inner_names_of_nats_py_are_there() -> None:
     assert hasattr(client, "_flush_queue")
     assert iscoroutinefunction(client._process_msg)
     assert list(signature(client._process_msg).parameters) == ["sid", "subject", "reply", "data", "headers"]
-    assert isinstance(Wire()._ps, _FrameParser)
+    assert isinstance(NatsConnection()._ps, _FrameParser)
 
 
 def test_the_inner_names_of_nats_pys_parser_are_there() -> None:
@@ -53,16 +53,16 @@ def test_the_inner_names_of_nats_pys_parser_are_there() -> None:
 
 
 async def test_a_connection_uses_the_frame_parser_and_its_flush_queue(nats_url: str) -> None:
-    wire = await connect(nats_url, name="inner")
-    assert type(wire._ps) is _FrameParser
-    assert isinstance(wire._flush_queue, asyncio.Queue)
-    before = wire._sid
-    stop = await wire.listen("inner.test", lambda *_: None)
-    assert wire._sid == before + 1
-    assert list(wire.listeners) == [str(before + 1).encode()]
+    connection = await connect(nats_url, name="inner")
+    assert type(connection._ps) is _FrameParser
+    assert isinstance(connection._flush_queue, asyncio.Queue)
+    before = connection._sid
+    stop = await connection.listen("inner.test", lambda *_: None)
+    assert connection._sid == before + 1
+    assert list(connection.listeners) == [str(before + 1).encode()]
     await stop()
-    assert wire.listeners == {}
-    await wire.close()
+    assert connection.listeners == {}
+    await connection.close()
 
 
 # frames
@@ -224,18 +224,18 @@ async def test_big_payloads_arrive_whole(nats_url: str, app_name: str, headers: 
 
 
 async def test_listeners_and_ordinary_subscriptions_live_side_by_side(nats_url: str, app_name: str) -> None:
-    wire = await connect(nats_url, name="both")
+    connection = await connect(nats_url, name="both")
     heard: list[bytes] = []
-    stop = await wire.listen(f"{app_name}.*", lambda subject, _reply, payload, _headers: heard.append(payload))
-    ordinary = await wire.subscribe(f"{app_name}.*")
-    await wire.publish(f"{app_name}.a", b"one", headers={"Kind": "small"})
+    stop = await connection.listen(f"{app_name}.*", lambda subject, _reply, payload, _headers: heard.append(payload))
+    ordinary = await connection.subscribe(f"{app_name}.*")
+    await connection.publish(f"{app_name}.a", b"one", headers={"Kind": "small"})
     message = await ordinary.next_msg(timeout=10)
     assert (message.data, message.headers, heard) == (b"one", {"Kind": "small"}, [b"one"])
     await stop()
-    await wire.publish(f"{app_name}.a", b"two")
+    await connection.publish(f"{app_name}.a", b"two")
     assert (await ordinary.next_msg(timeout=10)).data == b"two"
     assert heard == [b"one"]
-    await wire.close()
+    await connection.close()
 
 
 async def test_no_server_is_a_connection_error_that_names_the_address() -> None:

@@ -13,8 +13,7 @@ import pytest
 from examples.bank import Account, Deposit
 from examples.bank import app as bank
 from kernel import Client, Service
-from kernel.log import Conflict
-from kernel.protocol import CommandError
+from kernel.errors import CommandError, Conflict
 from kernel.transport.dial import connect
 from kernel.workers.supervisor import Supervisor
 from tests.apps import Note, Notebook, notebooks
@@ -76,12 +75,12 @@ async def test_a_command_that_does_not_know_its_partition_reaches_the_owner(
 ) -> None:
     database = f"sqlite:///{tmp_path / 'p.db'}"
     async with workers(2, tmp_path, nats_url, database, app_name, wait_until):
-        wire = await connect(nats_url, name="anybody")
+        connection = await connect(nats_url, name="anybody")
         for n in range(40):
             request = b'{"aggregate":"Notebook","id":"n%d","command":"Note","data":{"text":"a"}}' % n
-            answer = await wire.request(f"{app_name}.cmd", request, timeout=5)
+            answer = await connection.request(f"{app_name}.cmd", request, timeout=5)
             assert b'"ok"' in answer.data
-        await wire.close()
+        await connection.close()
 
 
 async def test_partitions_move_under_load_without_a_command_lost_or_refused(

@@ -1,0 +1,42 @@
+"""With which exit code the command line reports each error."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy.exc import DBAPIError
+
+from aggregates import DeclarationError, EskernelError, InvalidId, InvalidMessage
+from kernel.errors import (
+    AlreadyRunning,
+    AppNotFound,
+    CommandTimeout,
+    LimitsError,
+    LogError,
+    NoDatabase,
+    NotDeclared,
+    NotRunning,
+    QueryTimeout,
+    SettingsError,
+    WorkersFailed,
+)
+
+FAILED: Final = 1
+"""Refused, or failed."""
+USAGE: Final = 2
+"""Wrong usage, settings or declarations."""
+UNREACHABLE: Final = 3
+"""Nothing runs there, or it does not answer."""
+
+_CODES: Final[list[tuple[type[BaseException], int]]] = [
+    *((kind, USAGE) for kind in (AppNotFound, SettingsError, LimitsError, NotDeclared, NoDatabase)),
+    *((kind, USAGE) for kind in (DeclarationError, InvalidId, InvalidMessage)),
+    *((kind, UNREACHABLE) for kind in (NotRunning, AlreadyRunning, WorkersFailed, CommandTimeout, QueryTimeout)),
+    *((kind, UNREACHABLE) for kind in (LogError, ConnectionError, TimeoutError)),
+    *((kind, FAILED) for kind in (EskernelError, DBAPIError, OSError)),
+]
+
+
+def exit_code_of(error: type[BaseException]) -> int | None:
+    """Return the exit code of an error's class, None for one that no user can cause: it gets a traceback."""
+    return next((code for kind, code in _CODES if issubclass(error, kind)), None)
