@@ -54,7 +54,7 @@ from kernel.transport.survey import ask_others
 from projections.checkpoints import knows, register
 from projections.database import open_database
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.service")
 
 
 LEAVE_S = 3.0

@@ -20,7 +20,7 @@ from kernel.protocol import ErrorType
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import LOAD_SECONDS, LOADS
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.actors")
 MAX_LOADS = 256
 """Histories read at the same time."""
 

@@ -29,7 +29,7 @@ from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from projections.database import open_database
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.cli")
 
 console = Console()
 errors = Console(stderr=True)

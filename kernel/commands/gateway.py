@@ -40,7 +40,7 @@ from kernel.telemetry.metrics import (
 )
 from kernel.telemetry.tracing import NO_TRACING, Tracing
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.commands")
 RETRY_AFTER_S = 0.2
 MOVED_RETRY_S = 0.05
 """After so long somebody else has the partition, or we have it again."""

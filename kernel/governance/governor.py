@@ -21,7 +21,7 @@ from kernel.governance.rates import Keyed, Lane, TokenBucket
 from kernel.settings.governance import Limit, Rates
 from kernel.telemetry.metrics import RATE_LIMIT, RATE_PRESENT
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.governance")
 WARN, CRITICAL = 1, 2
 """Levels of the backlog."""
 LIVE_WORTH_S, REBUILD_WORTH_S = 0.2, 1.0

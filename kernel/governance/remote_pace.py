@@ -20,7 +20,7 @@ from kernel.settings.governance import Limit
 from kernel.transport.connection import NatsConnection
 from kernel.transport.survey import ask_all
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.governance")
 INTERVAL_S = 1.0
 FIRST_S = 0.3
 """What answers within this time counts at the start; a worker that has just died must not hold up others."""

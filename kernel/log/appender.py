@@ -24,7 +24,7 @@ from kernel.log.base import Stored
 from kernel.settings.jetstream import GroupCommit
 from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.log")
 
 MAX_IN_FLIGHT = 4_000
 """The server drops publications beyond 10,000."""

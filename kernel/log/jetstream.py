@@ -21,7 +21,7 @@ from kernel.settings import Consumer, Settings
 from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
 from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.log")
 FORMAT = 1
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
 

@@ -12,7 +12,7 @@ from kernel.settings import Settings, Stream
 from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, server_version, version_text
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.log")
 OLDEST = (2, 10)
 """Oldest server that the tests run on."""
 ATOMIC = (2, 12)

@@ -13,7 +13,7 @@ from typing import Any
 from kernel.alerts import Alert, OnAlert
 from kernel.telemetry.metrics import ALERTS_DROPPED, ALERTS_TOLD
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.monitoring")
 LIMIT_S = 10.0
 """For one call of an async callback; then it is cancelled. A sync one can't be: what comes waits behind it."""
 WAITING = 1_000

@@ -25,7 +25,7 @@ from kernel.telemetry.metrics import (
     SPEED,
 )
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.monitoring")
 SLICE = 1_000
 """Measurements between turns of the loop."""
 _LOUD = {Level.OK: logging.INFO, Level.WARN: logging.WARNING, Level.CRITICAL: logging.ERROR}

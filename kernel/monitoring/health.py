@@ -14,7 +14,7 @@ from kernel.alerts import Alert
 from kernel.monitoring.alerting import Alerts
 from kernel.telemetry.metrics import COMPONENT_OK
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.monitoring")
 DEAD_S = 30.0
 """No job has begun for so long, though some do each second: the process is of no use any more."""
 STOPPING = "stopping"

@@ -27,7 +27,7 @@ from kernel.transport.connection import NatsConnection
 from projections import NoSuchLetter, dead_letters
 from projections.tables import stream
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.monitoring")
 
 PROBE_S = 5.0
 """For each probe."""

@@ -25,7 +25,7 @@ from kernel.log.base import Stored
 from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.partitions")
 _NAME_IN_USE = 10058
 _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _MARGIN = 0.9

@@ -17,7 +17,7 @@ from kernel.projector.live import Projector
 from kernel.telemetry.metrics import LEASES_LOST, MOVED, PARTITIONS
 from kernel.transport.connection import NatsConnection, publish_frame
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.partitions")
 LINGER_S = 1.0
 """Commands that were on their way when a subscription ended are still told that their partition is moving."""
 HAND_OVER_S = 3.0

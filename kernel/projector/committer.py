@@ -13,7 +13,7 @@ from projections.database import is_infrastructure
 from projections.errors import Fenced, HandlerFailed
 from projections.unit_of_work import Write, Writer
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.projector")
 AWAY = "waiting for the database"
 
 

@@ -49,7 +49,7 @@ from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Letter
 from projections.unit_of_work import Write, Writer
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.projector")
 T = TypeVar("T")
 
 SLICE = 400

@@ -11,7 +11,7 @@ from kernel.telemetry.logging import about
 from projections.declaration import DeclaredProjection
 from projections.errors import HandlerFailed
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.projector")
 
 
 def say_parked(

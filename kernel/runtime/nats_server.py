@@ -20,7 +20,7 @@ from kernel.errors import Unavailable
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.runtime")
 SYNCED = "acknowledged events are on disk: they survive a power cut"
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0

@@ -15,7 +15,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from kernel.telemetry.metrics import JOB_SECONDS, JOBS
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.runtime")
 JOB_TIMEOUT_S = 30.0
 JUMP_S = 1.0
 """The wall clock is compared with one that nobody sets this often; a difference of this much is a jump."""

@@ -17,7 +17,7 @@ import orjson
 
 from kernel.settings import Logging
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.telemetry")
 LIBRARIES = ("aiohttp", "alembic", "apscheduler", "asyncio", "nats", "opentelemetry", "sqlalchemy", "thespian")
 """Heard from warnings upwards, whatever the level: their information is about themselves."""
 

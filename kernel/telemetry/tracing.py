@@ -16,7 +16,7 @@ from kernel.log.subjects import Address
 from kernel.projector.grouping import Group
 from kernel.protocol import CommandRequest
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.telemetry")
 
 
 class Span(Protocol):

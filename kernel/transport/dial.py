@@ -19,7 +19,7 @@ from kernel.settings import Connection, JetStream, Security, Settings
 from kernel.settings.fields import shown
 from kernel.transport.connection import NatsConnection
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.transport")
 _JWT = re.compile(r"-----BEGIN NATS USER JWT-----\r?\n([\w-]+\.[\w-]+\.[\w-]+)\r?\n")
 _SEED = re.compile(r"-----BEGIN USER NKEY SEED-----\r?\n(SU[A-Z2-7]+)\r?\n")
 _FINAL = ("authorization violation", "certificate", "tls", "nkeys", "maximum connections")

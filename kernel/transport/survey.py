@@ -11,7 +11,7 @@ import orjson
 
 from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.transport")
 ANSWER_S = 2.0
 """A worker that is there answers long before."""
 

@@ -22,7 +22,7 @@ from kernel.settings.sources import changed
 from kernel.workers.scrape import merge, scrape
 from kernel.workers.worker import REFUSED, describe
 
-logger = logging.getLogger("eskernel")
+logger = logging.getLogger("eskernel.workers")
 FROZEN_S = 15.0
 """A worker whose loop has not turned for so long is killed: its partitions have moved on long before."""
 START_S = 3600.0

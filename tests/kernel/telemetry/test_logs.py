@@ -107,7 +107,7 @@ async def test_every_line_is_a_json_object_with_the_ids_of_what_it_is_about(
     failed = only(lines, "Explode failed")
     assert failed["event"] == "Notebook n1: Explode failed: ZeroDivisionError: boom"
     assert {name: failed[name] for name in failed if name not in ("timestamp", "exception", "event")} == {
-        "level": "warning", "logger": "eskernel", "app": app_name, "worker": 0, "outcome": "failed",
+        "level": "warning", "logger": "eskernel.commands", "app": app_name, "worker": 0, "outcome": "failed",
         "aggregate": "Notebook", "aggregate_id": "n1", "command": "Explode", "command_id": "c1",
         "correlation_id": "order 7", "causation_id": "click",
     }  # fmt: skip
@@ -140,7 +140,7 @@ async def test_workers_say_who_they_are_and_why_one_did_not_start(nats_url: str,
         assert service.stop() == 0
         lines = service.lines()
     assert {line["worker"] for line in lines} == {0, 1, 2}
-    assert {line["app"] for line in lines if line["logger"] == "eskernel"} == {app_name}
+    assert {line["app"] for line in lines if line["logger"].startswith("eskernel")} == {app_name}
     (tmp_path / "second").mkdir()
     refused = Run(tmp_path / "second", "nats://127.0.0.1:1", app_name, "--log-format", "json")
     try:
