@@ -29,8 +29,8 @@ async def run(
     inbox = connection.new_inbox()
     next_pull = publish_frame(
         f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}".encode(),
-        inbox.encode(),
         orjson.dumps({"batch": PULL, "expires": 30_000_000_000}),
+        reply=inbox.encode(),
     )
     arrived = asyncio.Event()
     buffer: list[bytes] = []

@@ -10,17 +10,23 @@ from contextlib import contextmanager
 from sqlalchemy import Engine
 
 import migrations
-from kernel.actors.residents import Residents
-from kernel.actors.system import Actors
 from kernel.app import App
 from kernel.commands.gateway import CommandGateway
 from kernel.log import JetStreamLog, StreamInfo
 from kernel.projector.live import Projector
 from kernel.projector.rebuild import build_missing
 from kernel.settings import Settings
+from kernel.transport.outbox import Outbox
 from projections import generations
 from projections.checkpoints import register
 from projections.database import open_database
+
+
+class Discard:
+    """Takes frames and sends them nowhere."""
+
+    def send(self, frames: bytes) -> None:
+        pass
 
 
 @contextmanager
@@ -43,40 +49,30 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
                 # live and empty: a service would rather build it by replay
                 generations.show(connection, generations.create(connection, declared, range(info.partitions)))
         settings = Settings()
-        gateway = CommandGateway(
-            app,
-            log,
-            log.subjects,
-            lambda _subject, _payload, _reply: None,
-            settings.commands.pending,
-            lambda _partition: True,
-        )
-        gateway.actors = Actors(gateway)
-        gateway.residents = Residents(gateway.actors, settings.passivation.count, settings.passivation.idle)
+        gateway = CommandGateway(app, log, Outbox(Discard()), lambda _partition: True, settings.passivation)
 
         async def fenced() -> None:
             raise AssertionError("nobody else writes")
 
-        projector = Projector(app, log, log.subjects, engine, gateway.actors, gateway.residents, lambda _: True, fenced)
-        projector.own(frozenset(range(info.partitions)))
+        projector = Projector(app, log, engine, gateway.residents, lambda _partition: True)
+        projector.assign(frozenset(range(info.partitions)))
         started = time.perf_counter()
-        running = asyncio.create_task(projector.run())
+        projector.start(fenced)
         try:
             while projector.position < info.last or not _written(projector):
-                assert not running.done(), projector.state
+                assert projector.state in ("starting", "running"), projector.state
                 await asyncio.sleep(0.005)
             rate = info.commits / (time.perf_counter() - started)
             assert projector.state == "running", projector.state
         finally:
-            await projector.stop()
-            await asyncio.wait({running})
-            projector.close()
-            gateway.actors.close()
+            await projector.stop(60.0)
+            await projector.close()
+            gateway.close()
         return rate
 
 
 def _written(projector: Projector) -> bool:
-    return projector._pending is None or projector._pending.task.done()
+    return not projector.committer.lasting
 
 
 async def rebuild(app: App, log: JetStreamLog, url: str) -> float:

@@ -16,14 +16,15 @@ import psutil
 from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope, decode, encode, timestamp
 from aggregates.context import uuid7
+from benchmarks.our_projection import Discard
 from benchmarks.rounds import percentiles
 from examples.bank import Account, Deposited, app
 from kernel.actors.mailbox import Fold, Loaded, Turn
-from kernel.actors.residents import Residents
-from kernel.actors.system import Actors
 from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
 from kernel.log.subjects import Address, Subjects
+from kernel.settings import Passivation
+from kernel.transport.outbox import Outbox
 from projections.fold import Folded
 
 LIVE, CYCLE_LIVE, SINGLE = 100_000, 10_000, 5_000
@@ -36,11 +37,11 @@ class Worker:
     def __init__(self, limit: int) -> None:
         self.subjects = Subjects(app.name, 64)
         log = MemoryLog()
-        gateway = CommandGateway(app, log, self.subjects, lambda *_: None, 10_000, lambda _: True)
-        self.alerts: list[str] = []
-        gateway.alert = self.alerts.append  # type: ignore[method-assign]
-        gateway.actors = self.actors = Actors(gateway)
-        gateway.residents = self.residents = Residents(self.actors, limit, 3_600.0)
+        passivation = Passivation(count=limit, idle=3_600.0, memory=0)
+        gateway = CommandGateway(app, log, Outbox(Discard()), lambda _partition: True, passivation)
+        self.bugs: list[str] = []
+        gateway.report_bug = self.bugs.append  # type: ignore[method-assign]
+        self.actors, self.residents = gateway.actors, gateway.residents
         self.plan = app.plan()
         names = {Deposited: ("Deposited", 1)}
         payload = encode("/bank/Account", "a", names, [Decision(uuid7(), [Deposited(1)])], 0, timestamp())
@@ -61,7 +62,7 @@ class Worker:
             messages.append((resident.actor, Fold(resident.address, turn, self.commits, [None], frozenset())))
             messages.append((resident.actor, Loaded(cell)))
         self.actors.send(messages)
-        assert not self.alerts, self.alerts[0]
+        assert not self.bugs, self.bugs[0]
 
 
 def states(addresses: list[Address]) -> list[Cell[Any]]:

@@ -8,22 +8,19 @@ from pathlib import Path
 
 from kernel import Service
 from kernel.app import load_app
-from kernel.monitoring.probes import Watch
-from kernel.partitions.leases import Leases
-from kernel.partitions.ownership import Ownership
+from kernel.assembly import Parts
 from kernel.settings.sources import settings_of
 
 
 class Bare(Service):
     """A service that does not look after itself: what that costs is measured against it."""
 
-    def _schedule(self, watch: Watch, ownership: Ownership, leases: Leases) -> None:  # noqa: ARG002 - ours has fewer
-        self.scheduler.every(leases.ttl / 3, ownership.renew_leases)
-        self.scheduler.every(0.5, self._passivate)
+    def _schedule(self, parts: Parts) -> None:
+        self.scheduler.every(parts.leases.ttl / 3, parts.ownership.renew_leases)
+        self.scheduler.every(0.5, parts.gateway.residents.passivate)
         self.scheduler.start()
-        assert self._gateway is not None
         # what is noted for the metrics is not noted
-        self._gateway._times = _Nowhere()
+        parts.gateway.answers._times = _Nowhere()
         self._loop_lag.stop()
 
 

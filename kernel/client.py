@@ -25,8 +25,9 @@ from kernel.runtime.directory import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 from kernel.telemetry.tracing import sender_context
-from kernel.transport.connection import NatsConnection, publish_frame, status_of
+from kernel.transport.connection import NatsConnection, status_of
 from kernel.transport.dial import dial
+from kernel.transport.outbox import Outbox
 from projections.checkpoints import reached
 from projections.database import open_database
 
@@ -51,7 +52,7 @@ class Client:
         self._waiting: dict[bytes, asyncio.Future[Receipt]] = {}
         self._token = 0
         self._inbox = connection.new_inbox().encode()
-        self._frames: list[bytes] = []
+        self._outbox = Outbox(connection)
         self._loop = asyncio.get_running_loop()
         self._names = {
             command: (name, declared.name)
@@ -201,9 +202,7 @@ class Client:
         token = b"%d" % self._token
         future: asyncio.Future[Receipt] = self._loop.create_future()
         self._waiting[token] = future
-        if not self._frames:
-            self._loop.call_soon(self._send)
-        self._frames.append(publish_frame(subject, b"%b.%b" % (self._inbox, token), payload))
+        self._outbox.publish(subject, payload, reply=b"%b.%b" % (self._inbox, token))
         # cheaper than a time-out context: most commands are answered long before
         handle = self._loop.call_later(max(timeout, 0.001), self._expire, token)
         try:
@@ -211,10 +210,6 @@ class Client:
         finally:
             handle.cancel()
             self._waiting.pop(token, None)
-
-    def _send(self) -> None:
-        frames, self._frames = self._frames, []
-        self._connection.send(b"".join(frames))
 
     def _expire(self, token: bytes) -> None:
         future = self._waiting.get(token)

@@ -210,7 +210,7 @@ class Running:
 
     async def component(self, name: str) -> dict[str, Any]:
         """What /readyz says of a component, after a fresh probe."""
-        await self.service._watch.probe()
+        await self.service.parts.probes.probe()
         async with aiohttp.ClientSession() as http, http.get(f"{self.service.http.url}/readyz") as answer:
             report = await answer.json()
             assert answer.status == (200 if report["ready"] else 503)

@@ -55,8 +55,7 @@ async def test_a_command_is_answered_when_its_append_is_acknowledged_and_not_bef
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(notebooks(app_name), nats_url, tmp_path) as (service, client):
-        log = service._log
-        assert log is not None
+        log = service.parts.log
         held: asyncio.Future[asyncio.Future[int]] = asyncio.get_running_loop().create_future()
         append = log.append
 
@@ -154,8 +153,7 @@ async def test_what_was_known_of_a_partition_is_forgotten_when_it_is_lost(
     async with running(app, nats_url, tmp_path) as (service, client):
         first = await client.execute(Account, "alice", Deposit(500))
         address = client.log.subjects.address("Account", "alice")
-        ownership = service._ownership
-        assert ownership is not None
+        ownership = service.parts.ownership
         await ownership._drop([address.partition])
         theirs = encode(
             f"/{app_name}/Account",
@@ -166,7 +164,7 @@ async def test_what_was_known_of_a_partition_is_forgotten_when_it_is_lost(
             "2013-01-01T00:00:00Z",
         )
         await client.log.append(address.subject, first.sequence, theirs)
-        await ownership._take([address.partition])
+        await ownership._assign([address.partition])
         assert (await client.execute(Account, "alice", Withdraw(700))).version == 3
 
 
@@ -182,14 +180,11 @@ async def test_a_lease_is_given_back_when_the_projection_has_let_go_and_not_befo
         commit(self, write)
 
     async with running(notebooks(app_name), nats_url, tmp_path) as (service, client):
-        assert service._ownership is not None
-        assert service._leases is not None
-        assert service._engine is not None
-        leases = service._leases
+        leases = service.parts.leases
         monkeypatch.setattr(Writer, "commit", later)
         receipt = await client.execute(Notebook, "n", Note("one"))
         assert await asyncio.to_thread(writing.wait, 20)
-        giving = asyncio.create_task(service._ownership._give_back(frozenset({receipt.partition})))
+        giving = asyncio.create_task(service.parts.ownership._revoke(frozenset({receipt.partition})))
         try:
             for _ in range(5):
                 assert receipt.partition in (await leases.members()).held
@@ -198,7 +193,7 @@ async def test_a_lease_is_given_back_when_the_projection_has_let_go_and_not_befo
             go_on.set()
         await giving
         assert receipt.partition not in (await leases.members()).held
-        with service._engine.connect() as connection:
+        with service.parts.engine.connect() as connection:
             assert min(reached(connection, receipt.partition).values()) == receipt.sequence
 
 
@@ -206,10 +201,7 @@ async def test_a_lease_is_given_back_when_its_commands_are_answered_and_not_befo
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(notebooks(app_name), nats_url, tmp_path) as (service, client):
-        assert service._ownership is not None
-        assert service._leases is not None
-        assert service._log is not None
-        address, leases, log = client.log.subjects.address("Notebook", "n"), service._leases, service._log
+        address, leases, log = client.log.subjects.address("Notebook", "n"), service.parts.leases, service.parts.log
         append, appending = log.append, asyncio.Event()
         go_on: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -224,7 +216,7 @@ async def test_a_lease_is_given_back_when_its_commands_are_answered_and_not_befo
         monkeypatch.setattr(log, "append", later)
         command = asyncio.create_task(client.execute(Notebook, "n", Note("one")))
         await appending.wait()
-        giving = asyncio.create_task(service._ownership._give_back(frozenset({address.partition})))
+        giving = asyncio.create_task(service.parts.ownership._revoke(frozenset({address.partition})))
         try:
             for _ in range(5):
                 assert address.partition in (await leases.members()).held
@@ -266,19 +258,17 @@ async def test_at_a_cut_over_the_new_copy_has_what_the_old_one_had(
 ) -> None:
     async with running(notebooks(app_name), nats_url, tmp_path) as (service, client):
         await client.query("select 1", after=[await client.execute(Notebook, "n", Note("before"))])
-        assert service._engine is not None
-        assert service._projector is not None
-        projector, cut_over = service._projector, Rebuild._cut_over
+        projector, cut_over = service.parts.projector, Rebuild._cut_over
 
         async def late(rebuild: Rebuild, *given: Any) -> None:
             # the live copy goes on meanwhile; then it stops, so that nobody makes up for what the new one lacks
             await client.query("select 1", after=[await client.execute(Notebook, "n", Note("meanwhile"))])
-            projector.own(frozenset())
-            await projector.let_go()
+            projector.assign(frozenset())
+            await projector.released()
             await cut_over(rebuild, *given)
 
         monkeypatch.setattr(Rebuild, "_cut_over", late)
-        await Rebuild(service.app, client.log, service._engine, service.app.projections).run()
+        await Rebuild(service.app, client.log, service.parts.engine, service.app.projections).run()
         assert await client.query("select notes, last from pages") == [{"notes": 2, "last": "meanwhile"}]
         assert await client.query("select count(*) as n from lines") == [{"n": 2}]
 

@@ -41,7 +41,7 @@ RATES = {
     "eskernel_aggregate_loads_total": "loads from the log",
 }
 NEVER = {
-    "eskernel_kernel_alerts_total": "alerts of the kernel",
+    "eskernel_kernel_bugs_total": "bugs in the kernel",
     "eskernel_leases_lost_total": "leases lost",
     "eskernel_fenced_batches_total": "batches fenced",
     "eskernel_dead_letters_total": "dead letters",

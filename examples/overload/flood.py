@@ -100,7 +100,7 @@ class Flood:
                 name.encode(),
                 number,
             )
-            frames.append(publish_frame(self._where(name), b"%b.%b" % (self._inbox, token), payload))
+            frames.append(publish_frame(self._where(name), payload, reply=b"%b.%b" % (self._inbox, token)))
             self._sent[token] = now
         self._seen.sent += how_many
         self._connection.send(b"".join(frames))

@@ -1,14 +1,15 @@
-"""The actors: one per live aggregate, children of their partition's parent, all in this process (Thespian).
+"""The actor of one live aggregate.
 
-Actors never wait and never raise. What needs waiting (loading, appending) they ask of the `Gateway`, and they are told
-the result by a message. While something is under way an actor stashes commands; those are then decided together.
+Actors never wait and never raise. The `Gateway` does what takes time (loading, appending) and sends the result as a
+message. Meanwhile the actor stashes the commands that come, and then decides them together.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
 from thespian.actors import Actor, ActorAddress
 
@@ -29,18 +30,43 @@ from kernel.actors.mailbox import (
     Unstorable,
 )
 from kernel.errors import Conflict, LogError, PayloadTooLarge, UnknownOutcome
-from kernel.log.subjects import Address
+from kernel.log.subjects import NOWHERE
 from kernel.protocol import ErrorType
 from projections.errors import HandlerFailed
 
 MAX_DECISIONS = 100
 """Commands decided together in one commit."""
-Verdict = tuple[ErrorType, str] | None
-"""What a command led to: an error and its message, nothing at all (`None`), or events (`APPENDED`)."""
-APPENDED: Verdict = ("failed", "appended")
-_MOVED = "the aggregate's partition has moved to another worker"
 MAX_ATTEMPTS = 8
 """Decisions of one command against ever newer state before giving up."""
+_MOVED = "the aggregate's partition has moved to another worker"
+
+
+class Phase(Enum):
+    """What an aggregate's actor waits for. In every phase but the first it stashes the commands that come."""
+
+    READY = auto()
+    """Nothing: commands are decided at once, after loading the state where it is not in memory."""
+    LOADING = auto()
+    """The aggregate's state, from the log."""
+    SEARCHING = auto()
+    """Whether a command id is in the aggregate's history."""
+    APPENDING = auto()
+    """The outcome of a commit."""
+
+
+class Verdict(NamedTuple):
+    """What a command led to, while its answer waits for an append.
+
+    Attributes:
+        version: of the aggregate after the command.
+        appended: the command made events; they are in the commit that is being appended.
+        error: why the command was refused, or failed.
+    """
+
+    request: Request
+    version: int
+    appended: bool
+    error: tuple[ErrorType, str] | None = None
 
 
 def _plain_receive(actor: Actor) -> Callable[[Any, ActorAddress], None]:
@@ -49,26 +75,37 @@ def _plain_receive(actor: Actor) -> Callable[[Any, ActorAddress], None]:
 
 
 def _keep(_actor: Actor, _receive: object) -> None:
-    """Thespian would put its own receiver here, which looks up a logger at each message."""
+    """Ignore Thespian's own receiver, which looks up a logger at each message."""
 
 
 class AggregateActor(Actor):  # type: ignore[misc]
-    """A thin shell around one aggregate's cell and its folded rows."""
+    """A thin shell around one aggregate's cell and its folded rows.
+
+    Attributes:
+        address: the aggregate that the shell serves at present.
+        cell: the aggregate's state, or None where it has to be loaded first.
+        rows: the folded rows, or None where the database has to be asked first.
+        sequence: of the last event folded into the rows, where that is known.
+        stash: commands that wait for the present phase to end.
+        verdicts: of the commands whose commit is being appended.
+        stale: the state may be out of date; it is dropped at the end of the phase.
+        singly: commands are decided one by one, since a commit of several was too large.
+    """
 
     _receive = property(_plain_receive, _keep)
 
     gateway: Gateway
 
     def __init__(self) -> None:
-        self.address: Address | None = None
+        self.address = NOWHERE
         self.cell: Cell[Any] | None = None
         self.rows: list[Any] | None = None
         self.sequence: int | None = None
-        self.stash: list[Request] | None = None
-        self.deciding: list[tuple[Request, int, Verdict]] | None = None
-        self.loading = False
-        self.alone = False
-        self.left = False
+        self.stash: Sequence[Request] = ()
+        self.verdicts: Sequence[Verdict] = ()
+        self.phase = Phase.READY
+        self.stale = False
+        self.singly = False
 
     def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
         """Handle one message; a failure is answered, never raised."""
@@ -89,9 +126,12 @@ class AggregateActor(Actor):  # type: ignore[misc]
             elif kind is DropRows:
                 self.rows = self.sequence = None
             elif kind is Passivate:
-                self.address = self.cell = self.rows = self.sequence = self.stash = None
+                self.address, self.stash, self.singly = NOWHERE, (), False
+                self.cell = self.rows = self.sequence = None
         except Exception as error:
-            self.gateway.alert(f"{self.address and self.address.subject}: {type(error).__name__}: {error}")
+            self.gateway.report_bug(f"{self.address.subject}: {type(error).__name__}: {error}")
+
+    # events
 
     def _fold(self, fold: Fold) -> None:
         turn = fold.turn
@@ -108,58 +148,58 @@ class AggregateActor(Actor):  # type: ignore[misc]
         except HandlerFailed as failure:
             turn.failure = failure
         if self.cell is not None and self.sequence is not None and self.sequence > self.cell.version:
-            self.left = True  # somebody else has written: what we know is out of date
-            self._forget_cell()
+            self._forget()  # another writer has appended
+
+    # ownership and freshness of the state
 
     def _leave(self) -> None:
-        self.left = True
-        requests, self.stash = self.stash or [], None
+        requests, self.stash = self.stash, ()
         for request in requests:
             self._fail(request, "unavailable", _MOVED)
-        self._forget_cell()
+        self._forget()
 
-    def _forget_cell(self) -> None:
-        """Load the state again before the next decision; one that is under way is concluded with what it has."""
-        if self.deciding is None and not self.loading:
+    def _forget(self) -> None:
+        """Load the state again before the next decision; what is under way is concluded with the state that it has."""
+        self.stale = self.phase is not Phase.READY
+        if not self.stale:
             self.cell = None
-            self.left = False
+
+    def _end_phase(self) -> None:
+        self.phase = Phase.READY
+        if self.stale:
+            self._forget()
+
+    # commands
 
     def _take(self, decide: Decide) -> None:
         self.address = decide.address
-        self.stash = decide.requests if self.stash is None else self.stash + decide.requests
-        if not self.loading and self.deciding is None:
-            self._next()
+        self.stash = [*self.stash, *decide.requests] if self.stash else decide.requests
+        if self.phase is Phase.READY:
+            self._go_on()
 
-    def _next(self) -> None:
+    def _go_on(self) -> None:
         """Go on with what is stashed: load if the state is not here, else decide."""
-        assert self.address is not None
         if not self.stash:
-            self.stash = None
-        elif self.cell is None:
-            self.loading = True
+            return
+        if self.cell is None:
+            self.phase = Phase.LOADING
             self.gateway.load(self.address)
         else:
             self._decide(self.cell)
 
     def _loaded(self, loaded: Loaded) -> None:
-        self.loading = False
+        stale = self.stale  # what was loaded may have been out of date on arrival
         self.cell = loaded.cell
-        if self.left:
-            # what was loaded may have been out of date on arrival
-            self._forget_cell()
-            self._next()
-        elif loaded.error is not None:
-            requests, self.stash = self.stash or [], None
+        self._end_phase()
+        if loaded.error is not None and not stale:
+            requests, self.stash = self.stash, ()
             for request in requests:
                 self._fail(request, *loaded.error)
         else:
-            self._next()
+            self._go_on()
 
     def _searched(self, searched: Searched) -> None:
-        assert self.address is not None
-        self.loading = False
-        if self.left:
-            self._forget_cell()
+        self._end_phase()
         request = searched.request
         if searched.found is not None:
             self.gateway.succeed(self.address, request, *searched.found, True)
@@ -167,26 +207,25 @@ class AggregateActor(Actor):  # type: ignore[misc]
             self._fail(request, "unavailable", searched.error)
         else:
             request.searched = True
-            self.stash = [request, *(self.stash or [])]
-        self._next()
+            self.stash = [request, *self.stash]
+        self._go_on()
 
     def _decide(self, cell: Cell[Any]) -> None:
-        assert self.address is not None
-        requests, self.stash = self.stash or [], None
+        requests, self.stash = self.stash, ()
         if not self.gateway.holds(self.address.partition):
-            # frozen, perhaps, while somebody else took over: not even a refusal of ours would be worth anything
+            # this worker may have been frozen while another took over: not even a refusal of ours would be right
             for request in requests:
                 self._fail(request, "unavailable", _MOVED)
             self.cell = None
             return
-        limit = 1 if self.alone else MAX_DECISIONS
-        version = cell.version
+        limit = 1 if self.singly else MAX_DECISIONS
+        before = cell.version
         decisions: list[Decision] = []
-        deciding: list[tuple[Request, int, Verdict]] = []
+        verdicts: list[Verdict] = []
         for place, request in enumerate(requests):
             sent = request.sent
-            if deciding and (
-                len(decisions) == limit or any(one[0].sent.command_id == sent.command_id for one in deciding)
+            if len(decisions) == limit or any(
+                verdict.request.sent.command_id == sent.command_id for verdict in verdicts
             ):
                 self.stash = requests[place:]
                 break
@@ -195,96 +234,94 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 self.gateway.succeed(self.address, request, known[0], known[1], True)
                 continue
             if not request.searched and sent.command_id in cell.seen:
-                if not decisions:
-                    # nothing is decided until it is known: what happens meanwhile could push it out of memory
-                    self.loading = True
-                    self.stash = requests[place + 1 :]
-                    self.gateway.search(self.address, request)
-                    return
-                self.stash = requests[place:]
-                break
-            verdict: Verdict = None
+                if decisions:
+                    self.stash = requests[place:]
+                    break
+                # nothing is decided until it is known: what happens meanwhile could push it out of memory
+                self.phase = Phase.SEARCHING
+                self.stash = requests[place + 1 :]
+                self.gateway.search(self.address, request)
+                return
+            error: tuple[ErrorType, str] | None = None
             events: list[Any] = []
             try:
                 events = cell.decide(request.command, Context(sent.command_id))
             except Rejected as rejection:
-                verdict = "rejected", str(rejection)
-            except Exception as error:
-                verdict, request.error = ("failed", f"{type(error).__name__}: {error}"), error
+                error = "rejected", str(rejection)
+            except Exception as problem:
+                error, request.error = ("failed", f"{type(problem).__name__}: {problem}"), problem
             if not events:
+                verdict = Verdict(request, cell.version, False, error)
                 if decisions:
                     # it rests on events that are not in the log yet, and perhaps never will be
-                    deciding.append((request, cell.version, verdict))
+                    verdicts.append(verdict)
                 else:
-                    self._conclude(request, cell.version, cell.position, verdict)
+                    self._answer(verdict, cell.position)
                 continue
             try:
                 cell.evolve(events)
-            except Exception as error:
+            except Exception as problem:
                 # an applier failed halfway: only the log knows the state now
-                request.error = error
-                self._fail(request, "failed", f"{type(error).__name__} while applying: {error}")
+                request.error = problem
+                self._fail(request, "failed", f"{type(problem).__name__} while applying: {problem}")
                 self.cell = None
-                self.stash = [one[0] for one in deciding] + requests[place + 1 :]
-                self._next()
+                self.stash = [verdict.request for verdict in verdicts] + list(requests[place + 1 :])
+                self._go_on()
                 return
             request.attempts += 1
             decisions.append(
                 Decision(sent.command_id, events, sent.correlation_id, sent.causation_id, sent.traceparent)
             )
-            deciding.append((request, cell.version, APPENDED))
+            verdicts.append(Verdict(request, cell.version, True))
         if decisions:
-            self.deciding = deciding
-            self.gateway.append(self.address, cell, version, decisions)
-        elif self.stash is not None:
-            self._next()
+            self.phase, self.verdicts = Phase.APPENDING, verdicts
+            self.gateway.append(self.address, cell, before, decisions)
+        else:
+            self._go_on()
 
     def _appended(self, result: int | Exception) -> None:
-        assert self.address is not None
-        deciding, self.deciding = self.deciding or [], None
-        cell = self.cell
-        if isinstance(result, int) and cell is not None:
-            cell.position = result
-            self.alone = False
-            for request, version, verdict in deciding:
-                if verdict is APPENDED:
-                    cell.remember(request.sent.command_id, version, result)
-                    self.gateway.succeed(self.address, request, version, result, False)
-                else:
-                    self._conclude(request, version, result, verdict)
+        verdicts, self.verdicts = self.verdicts, ()
+        if isinstance(result, int) and self.cell is not None:
+            self.cell.position = result
+            self.singly = False
+            for verdict in verdicts:
+                if verdict.appended:
+                    self.cell.remember(verdict.request.sent.command_id, verdict.version, result)
+                self._answer(verdict, result)
         else:
             self.cell = None  # it has folded events that are not in the log, as far as we know
-            again = [request for request, _, _ in deciding]
-            if isinstance(result, PayloadTooLarge | Unstorable) and len(again) > 1:
-                self.alone = True  # one of them is to blame, or all together: one by one
-            elif isinstance(result, Conflict):
-                if result.uncertain:
-                    # ours may be in the log below somebody else's: only the whole history knows
-                    for request in again:
-                        request.searched = False
-                for request in [one for one in again if one.attempts >= MAX_ATTEMPTS]:
-                    again.remove(request)
-                    self._fail(request, "conflict", f"{self.address.aggregate} {self.address.id} kept changing")
-            else:
-                for request, _, verdict in deciding:
-                    # what appended nothing is only told that it was decided on what was not stored
-                    self._fail(request, _error_type(result) if verdict is APPENDED else "unavailable", str(result))
-                again = []
-            if again:
-                self.stash = again + (self.stash or [])
-        if self.left:
-            self._forget_cell()
-        self._next()
+            if again := self._to_decide_again(verdicts, result):
+                self.stash = [*again, *self.stash]
+        self._end_phase()
+        self._go_on()
 
-    def _conclude(self, request: Request, version: int, sequence: int, verdict: Verdict) -> None:
-        assert self.address is not None
-        if verdict is None:
-            self.gateway.succeed(self.address, request, version, sequence, False)
+    def _to_decide_again(self, verdicts: Sequence[Verdict], result: int | Exception) -> list[Request]:
+        """Return the commands that a failed append leaves to be decided again; the others are answered."""
+        requests = [verdict.request for verdict in verdicts]
+        if isinstance(result, PayloadTooLarge | Unstorable) and len(requests) > 1:
+            self.singly = True  # one of them is to blame, or all together: one by one
+            return requests
+        if isinstance(result, Conflict):
+            if result.uncertain:
+                # ours may be in the log below another writer's: only the whole history knows
+                for request in requests:
+                    request.searched = False
+            for request in [request for request in requests if request.attempts >= MAX_ATTEMPTS]:
+                requests.remove(request)
+                self._fail(request, "conflict", f"{self.address.aggregate} {self.address.id} kept changing")
+            return requests
+        for verdict in verdicts:
+            # what appended nothing is only told that it was decided on what was not stored
+            self._fail(verdict.request, _error_type(result) if verdict.appended else "unavailable", str(result))
+        return []
+
+    def _answer(self, verdict: Verdict, sequence: int) -> None:
+        if verdict.error is None:
+            self.gateway.succeed(self.address, verdict.request, verdict.version, sequence, False)
         else:
-            self._fail(request, *verdict)
+            self._fail(verdict.request, *verdict.error)
 
     def _fail(self, request: Request, type: ErrorType, message: str) -> None:
-        assert self.address is not None
         self.gateway.fail(self.address, request, type, message)
 
 

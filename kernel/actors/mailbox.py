@@ -57,7 +57,7 @@ class Gateway(Protocol):
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
         """Answer the sender with an error."""
 
-    def alert(self, problem: str) -> None:
+    def report_bug(self, problem: str) -> None:
         """Report a bug in the kernel."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable
@@ -71,7 +72,7 @@ class Residents:
     """
 
     def __init__(self, actors: Actors, limit: int, idle: float, budget: int = 0) -> None:
-        self._actors = actors
+        self.actors = actors
         self.limit = limit
         self.idle = idle
         self.budget = budget
@@ -115,7 +116,7 @@ class Residents:
             resident.used = now
             found.append(resident)
         for partition, places in new.items():
-            for place, actor in zip(places, self._actors.spawn(partition, len(places)), strict=True):
+            for place, actor in zip(places, self.actors.spawn(partition, len(places)), strict=True):
                 found[place].actor = actor
         LIVE.set(len(live))
         return found
@@ -131,7 +132,7 @@ class Residents:
             if resident.size < 0:
                 sizes.measured += 1
                 resident.size = 0
-            size = self._actors.size_of(resident.actor)
+            size = self.actors.size_of(resident.actor)
             sizes.bytes += size - resident.size
             resident.size = size
             if resident.busy:
@@ -157,6 +158,13 @@ class Residents:
             LIVE.set(len(self._live))
             MEMORY.set(self.memory)
         return gone
+
+    async def passivate(self) -> None:
+        """Measure what was used, and passivate all that should go, giving way to the event loop between slices."""
+        self.measure()
+        await asyncio.sleep(0)
+        while self.sweep():  # noqa: ASYNC110 - gives way between slices
+            await asyncio.sleep(0)
 
     def _next_to_go(self) -> list[Resident] | None:
         """Return the next few that go, None if there are none; what is busy is in use: to the end of the line."""
@@ -190,7 +198,7 @@ class Residents:
 
     def _passivate(self, going: list[Resident]) -> None:
         passivate = Passivate()
-        self._actors.send([(resident.actor, passivate) for resident in going])
+        self.actors.send([(resident.actor, passivate) for resident in going])
         for resident in going:
             subject, aggregate = resident.address.subject, resident.address.aggregate
             del self._live[subject]

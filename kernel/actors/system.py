@@ -37,7 +37,7 @@ class PartitionActor(Actor):  # type: ignore[misc]
         if isinstance(message, Spawn):
             message.into.extend(self.createActor(self.kind) for _ in range(message.count))
         elif isinstance(message, PoisonMessage):
-            self.gateway.alert(f"poisoned: {message.details}")
+            self.gateway.report_bug(f"poisoned: {message.details}")
 
 
 class RouterActor(Actor):  # type: ignore[misc]
@@ -52,7 +52,7 @@ class RouterActor(Actor):  # type: ignore[misc]
             for receiver, one in message:
                 send(receiver, one)
         elif isinstance(message, PoisonMessage):
-            self.gateway.alert(f"poisoned: {message.details}")
+            self.gateway.report_bug(f"poisoned: {message.details}")
 
 
 class Actors:

@@ -14,6 +14,7 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import asynchronous, console, explain, fail, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
+from kernel.runtime.memory import settle_memory
 from kernel.service import Service
 from kernel.settings.fields import shown
 from kernel.settings.sources import Loaded
@@ -64,6 +65,7 @@ async def run(app: str, loaded: Loaded) -> None:
     await asyncio.wait(waiting[:2], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         await starting
+        settle_memory()
         _tell(service, found.name)
         await asyncio.wait(waiting[1:], return_when=asyncio.FIRST_COMPLETED)
         console.print("stopping: answering what is under way ...", highlight=False)

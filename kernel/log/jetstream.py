@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -30,21 +31,29 @@ class JetStreamLog:
     """One app's stream. Made by `open_log` (which looks after the stream) or `find_log` (which does not).
 
     Args:
-        atomic: the stream takes atomic batches.
+        stream: what the server says about the stream: its configuration, and when it was created.
         worker: for the names of consumers.
+        on_replaced: called with the reason where the stream turns out to be another one.
+
+    Attributes:
+        created: when the stream was created, as it was when the log was opened.
     """
 
     def __init__(
         self,
         connection: NatsConnection,
         subjects: Subjects,
-        stream: str,
+        stream: dict[str, Any],
         settings: Settings,
-        atomic: bool,
         worker: str = "",
+        on_replaced: Callable[[str], None] = lambda _: None,
     ) -> None:
+        config = stream["config"]
         self.subjects = subjects
-        self.stream = stream
+        self.stream: str = config["name"]
+        self.created = str(stream["created"])
+        self._on_replaced = on_replaced
+        self._acknowledged = 0
         self._connection = connection
         self._live = settings.consumer
         # a rebuild acknowledges nothing, and waits for nobody's pace
@@ -60,7 +69,8 @@ class JetStreamLog:
         self.appender = Appender(
             connection,
             self.last,
-            atomic=atomic and server_version(connection) >= (2, 12),
+            verify=self.verify,
+            atomic=bool(config.get("allow_atomic")) and server_version(connection) >= (2, 12),
             group_commit=jetstream.group_commit,
             timeout=jetstream.publish_timeout,
             deadline=jetstream.publish_deadline,
@@ -114,8 +124,8 @@ class JetStreamLog:
             self._connection.send(
                 publish_frame(
                     f"{self._connection.api}.DIRECT.GET.{self.stream}".encode(),
-                    b"%b.%b" % (self._inbox.encode(), token),
                     request,
+                    reply=b"%b.%b" % (self._inbox.encode(), token),
                 )
             )
             try:
@@ -167,7 +177,9 @@ class JetStreamLog:
         return await self._reader(after, subject, self._live if live else self._plain)
 
     async def _reader(self, after: int, subject: str | None, settings: Consumer) -> JetStreamReader:
-        reader = JetStreamReader(self._connection, self._ask, self.stream, after, subject, settings, self._worker)
+        reader = JetStreamReader(
+            self._connection, self._ask, self.stream, after, subject, settings, self._worker, self._note_acknowledged
+        )
         self._readers.add(reader)
         return reader
 
@@ -197,6 +209,32 @@ class JetStreamLog:
             commits=commits,
             durability=_durability(config),
         )
+
+    def _note_acknowledged(self, sequence: int) -> None:
+        self._acknowledged = max(self._acknowledged, sequence)
+
+    async def verify(self) -> StreamInfo:
+        """Make sure that the stream is the one that was opened, and has not lost its end.
+
+        Raises:
+            Replaced: it is not, or it has; `on_replaced` was called.
+            LogError: that could not be found out.
+        """
+        # as it is before asking: both grow meanwhile
+        known = max(self._acknowledged, self.appender.highest)
+        try:
+            info = await self.info()
+            if info.created != self.created:
+                raise Replaced(f"the stream was created at {info.created}, the one at start at {self.created}")
+            if info.last < known:
+                raise Replaced(
+                    f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from "
+                    "an older backup"
+                )
+        except Replaced as error:
+            self._on_replaced(f"{error}; restore it, or start with an empty database and data directory")
+            raise
+        return info
 
     async def close(self) -> None:
         await self.appender.close()

@@ -38,6 +38,7 @@ class JetStreamReader:
         api: asks the JetStream API.
         subject: filter, or None to read the whole stream unfiltered, which is the fastest.
         worker: for the consumer's name.
+        on_acknowledge: called with each sequence that is acknowledged.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class JetStreamReader:
         subject: str | None,
         settings: Consumer,
         worker: str,
+        on_acknowledge: Callable[[int], None],
     ) -> None:
+        self._on_acknowledge = on_acknowledge
         self._connection, self._api, self._stream = connection, api, stream
         self._after, self._subject = after, subject
         self._settings, self._worker = settings, worker
@@ -132,7 +135,7 @@ class JetStreamReader:
                 }
             )
             self._requested += self._window
-            self._connection.send(publish_frame(self._next, self._inbox.encode(), request))
+            self._connection.send(publish_frame(self._next, request, reply=self._inbox.encode()))
 
     async def next(self, limit: int, timeout: float | None = None) -> Batch:
         """See `LogReader.next`.
@@ -195,11 +198,12 @@ class JetStreamReader:
 
     def acknowledge(self, sequence: int) -> None:
         """See `LogReader.acknowledge`."""
+        self._on_acknowledge(sequence)
         reply = b""
         while self._handed and self._handed[0][0] <= sequence:
             reply = self._handed.popleft()[1]
         if reply and not self._broken:
-            self._connection.send(publish_frame(reply, b"", b"+ACK"))
+            self._connection.send(publish_frame(reply, b"+ACK"))
 
     async def _drop(self) -> None:
         if self._stop_listening is not None:

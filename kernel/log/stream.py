@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kernel.errors import Replaced, StreamMismatch, Unavailable
@@ -94,7 +95,13 @@ async def find_config(connection: NatsConnection, name: str) -> dict[str, Any] |
 
 
 async def open_log(
-    connection: NatsConnection, app: str, settings: Settings | None = None, *, create: bool = True, worker: str = ""
+    connection: NatsConnection,
+    app: str,
+    settings: Settings | None = None,
+    *,
+    create: bool = True,
+    worker: str = "",
+    on_replaced: Callable[[str], None] = lambda _: None,
 ) -> JetStreamLog:
     """Return the app's log, looking after its stream as `settings.stream.existing` says.
 
@@ -103,6 +110,7 @@ async def open_log(
     Args:
         create: make a stream where there is none.
         worker: for the names of consumers.
+        on_replaced: called with the reason where the stream later turns out to be another one, or to have lost its end.
 
     Raises:
         Replaced: there is none, and there should be.
@@ -143,7 +151,7 @@ async def open_log(
     state = answer.get("state") or {}
     if missing := int(state.get("last_seq", 0)) - int(state.get("messages", 0)):
         logger.warning("%d messages of the stream %s are missing: deleted, or lost by the server", missing, name)
-    return await _start(connection, app, config, settings, worker)
+    return await _start(connection, app, answer, settings, worker, on_replaced)
 
 
 async def find_log(
@@ -159,14 +167,19 @@ async def find_log(
     answer = await find_config(connection, name)
     if answer is None:
         raise Unavailable(f"there is no stream {name!r} on this server; has the service been started?")
-    return await _start(connection, app, answer["config"], settings, worker)
+    return await _start(connection, app, answer, settings, worker, lambda _: None)
 
 
 async def _start(
-    connection: NatsConnection, app: str, config: dict[str, Any], settings: Settings, worker: str
+    connection: NatsConnection,
+    app: str,
+    stream: dict[str, Any],
+    settings: Settings,
+    worker: str,
+    on_replaced: Callable[[str], None],
 ) -> JetStreamLog:
-    subjects = Subjects(settings.stream.subject_prefix or app, partitions_of(config))
-    log = JetStreamLog(connection, subjects, config["name"], settings, bool(config.get("allow_atomic")), worker)
+    subjects = Subjects(settings.stream.subject_prefix or app, partitions_of(stream["config"]))
+    log = JetStreamLog(connection, subjects, stream, settings, worker, on_replaced)
     await log.start()
     return log
 

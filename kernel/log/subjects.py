@@ -27,6 +27,10 @@ class Address(NamedTuple):
     id: str
 
 
+NOWHERE = Address("", -1, "", "")
+"""The address of no aggregate."""
+
+
 def fnv1a(text: str) -> int:
     """Return the 32-bit FNV-1a hash of the text's UTF-8 bytes (RFC 9923)."""
     value = 0x811C9DC5

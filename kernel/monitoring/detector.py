@@ -1,4 +1,4 @@
-"""Looking how far behind the projections are and how hard publishing is pressed, and saying so when that changes."""
+"""How far behind the projections are, and how hard publishing is pressed; changes are logged and alerted."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ SLICE = 1_000
 _LOUD = {Level.OK: logging.INFO, Level.WARN: logging.WARNING, Level.CRITICAL: logging.ERROR}
 
 
-class Lookout:
-    """A worker's view of its own backlog and pressure: two jobs, which ask nobody outside the process.
+class Detector:
+    """A worker's view of its own backlog and pressure: two jobs, which ask nothing outside the process.
 
     Args:
-        projections: names, in the order of the app.
+        backlog: of the app's projections, in their order.
         progress: what the projector knows.
-        held: the partitions that are ours at the moment.
-        load: commands under way, and the seconds of the slowest append lately.
+        held: returns the partitions that this worker holds.
+        load: returns the commands under way, and the seconds of the slowest append lately.
     """
 
     def __init__(
         self,
         settings: Settings,
-        projections: list[str],
+        backlog: Backlog,
         progress: ReadProgress,
         held: Callable[[], Collection[int]],
         appender: Appender,
@@ -53,8 +53,8 @@ class Lookout:
     ) -> None:
         self._progress, self._held, self._appender, self._load = progress, held, appender, load
         self._alerts = alerts
-        self._names = projections
-        self.backlog = Backlog(settings.backlog, projections)
+        self._names = list(backlog.projections)
+        self.backlog = backlog
         self.pressure = PressureGauge(
             settings.jetstream.max_in_flight,
             settings.commands.pending,
@@ -66,10 +66,10 @@ class Lookout:
     @property
     def behind(self) -> int:
         """Commits that the projection furthest behind has not projected of what is ours."""
-        return round(max((one.behind for one in self.backlog.projections.values()), default=0.0))
+        return round(max((projection.behind for projection in self.backlog.projections.values()), default=0.0))
 
     async def detect_backlog(self) -> None:
-        """Measure every projection in every partition of ours; tell what changed."""
+        """Measure every projection in every partition that is held; report what changed."""
         held, now = frozenset(self._held()), time.monotonic()
         self._progress.heard(self._appender.highest)
         found = self._progress.waiting(len(self._names), held)
@@ -78,18 +78,19 @@ class Lookout:
             if not number % SLICE:
                 await asyncio.sleep(0)
         for change in self.backlog.finish(held, self._progress.done, now):
-            self._tell(change)
+            self._report(change)
         LAG.set(self.behind)
         SPEED.set(self.backlog.rate)
-        for one in self.backlog.projections.values():
-            BACKLOG_BEHIND.labels(projection=one.projection).set(one.behind)
-            BACKLOG_AGE.labels(projection=one.projection).set(one.age)
-            BACKLOG_DRAIN.labels(projection=one.projection).set(one.drain)
+        for measured in self.backlog.projections.values():
+            name = measured.projection
+            BACKLOG_BEHIND.labels(projection=name).set(measured.behind)
+            BACKLOG_AGE.labels(projection=name).set(measured.age)
+            BACKLOG_DRAIN.labels(projection=name).set(measured.drain)
             for level in (Level.WARN, Level.CRITICAL):
-                name = level.name.lower()
-                BACKLOG_PARTITIONS.labels(projection=one.projection, level=name).set(one.levels[level])
+                count = measured.levels[level]
+                BACKLOG_PARTITIONS.labels(projection=name, level=level.name.lower()).set(count)
 
-    def _tell(self, change: Change) -> None:
+    def _report(self, change: Change) -> None:
         count = len(change.partitions)
         where = f"{count} partitions" if count > 1 else f"partition {change.partitions[0]}"
         detail = f"{change.behind} commits behind, the oldest {change.age:.1f} s old, in {where}"
@@ -113,7 +114,7 @@ class Lookout:
         )
 
     def measure_pressure(self) -> None:
-        """Measure the publishing side; tell what changed."""
+        """Measure the publishing side; report what changed."""
         queued, in_flight = self._appender.pressure
         pending, latency = self._load()
         latency = max(latency, self._appender.waiting_for)
@@ -121,7 +122,7 @@ class Lookout:
         PRESSURE.set(self.pressure.level)
         if changed is None:
             return
-        before, after = (one.name.lower() for one in changed)
+        before, after = (level.name.lower() for level in changed)
         detail = (
             f"{queued} appends waiting, {in_flight} in flight, {pending} commands under way, "
             f"appends take up to {latency * 1000:.0f} ms"

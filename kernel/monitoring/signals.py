@@ -1,4 +1,4 @@
-"""How a worker is doing, as the governor wants to know it: gathered about once a second from counters."""
+"""How a worker is doing, as the governor wants to know it: collected about once a second from counters."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.metrics import LOOP_LAG
 
 
-class Gatherer:
-    """Turns counters into signals.
+class SignalCollector:
+    """Turns the counters of a worker's parts into the signals that the governor goes by.
 
     Args:
         loop_lag: how late the event loop is.
         backlog: level of the projections' backlog: 0 none, 1 warning, 2 critical.
 
     Attributes:
-        slowest_append: seconds, between the last two calls of `gather`.
+        slowest_append: seconds, between the last two calls of `collect`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Gatherer:
         self._appends = self._batches = (0, 0)
         self.slowest_append = 0.0
 
-    def gather(self) -> Signals:
+    def collect(self) -> Signals:
         """Return how it was since the last call."""
         gateway, projector = self._gateway, self._projector
         appends, batches = (gateway.appended, gateway.unappended), projector.committer.batches

@@ -81,7 +81,7 @@ class Leases:
         self._renewals = 0
         self._seen: tuple[str, ...] = ()
         self._unsettled = 0.0
-        self._joined = False
+        self._started = self._joined = False
         self._writing = asyncio.Lock()
 
     async def start(self) -> None:
@@ -91,6 +91,7 @@ class Leases:
             LogError: it can't be made.
         """
         await self._appender.start()
+        self._started = True
         await self._create_bucket()
         self._connection.reconnections.append(self._reconnected)
 
@@ -323,6 +324,9 @@ class Leases:
 
     async def close(self) -> None:
         """Give back everything and leave."""
+        if not self._started:
+            return
+        self._started = False
         if self._reconnected in self._connection.reconnections:
             self._connection.reconnections.remove(self._reconnected)
         if self._connection.is_connected:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import nats.errors
 
-from kernel.commands.gateway import CommandGateway
+from kernel.commands.admission import Admission
 from kernel.errors import LogError
 from kernel.log.subjects import Subjects
 from kernel.partitions.leases import Leases, Members
@@ -27,8 +28,10 @@ HAND_OVER_S = 3.0
 class Ownership:
     """The partitions of one worker, from lease to subscription.
 
-    Args:
-        projector: None where the app has no projections.
+    Partitions are assigned to the worker's parts, revoked from them in good order, or lost at once.
+
+    Attributes:
+        members: the workers, and the partitions that are held, as they were last read.
     """
 
     def __init__(
@@ -36,19 +39,18 @@ class Ownership:
         connection: NatsConnection,
         subjects: Subjects,
         leases: Leases,
-        gateway: CommandGateway,
-        projector: Projector | None,
+        admission: Admission,
+        projector: Projector,
     ) -> None:
         self._connection, self._subjects, self._leases = connection, subjects, leases
-        self._gateway, self._projector = gateway, projector
+        self._admission, self._projector = admission, projector
         self._listening: dict[int, Callable[[], Any]] = {}
         self._turn = asyncio.Lock()
         self._nudges = subjects.service("leases")
-        self._stop_nudges: Callable[[], Any] | None = None
         self._nudged = asyncio.Event()
-        self._answering: asyncio.Task[None] | None = None
-        self._balancing: asyncio.Future[None] | None = None
+        self._balancing: set[asyncio.Future[None]] = set()
         self._leaving = False
+        self._exit = AsyncExitStack()
         self.members = Members((), frozenset())
 
     async def start(self) -> None:
@@ -58,8 +60,9 @@ class Ownership:
             LogError: the leases can't be had.
         """
         await self._leases.join()
-        self._stop_nudges = await self._connection.listen(self._nudges, self._hear)
-        self._answering = asyncio.create_task(self._answer_nudges())
+        self._exit.push_async_callback(await self._connection.listen(self._nudges, self._note_nudge))
+        answering = asyncio.create_task(self._answer_nudges())
+        self._exit.callback(answering.cancel)
         await self._balance()
         self._nudge()
 
@@ -67,9 +70,11 @@ class Ownership:
         """Renew, and let go of what was lost; then see to our share. One turn of the scheduler."""
         if self._leaving:
             return
-        await self._drop(await self._leases.renew())
+        await self._lose(await self._leases.renew())
         if not self._turn.locked():  # a hand-over may take its time, and renewing must not wait for it
-            self._balancing = asyncio.ensure_future(self._balance())
+            balancing = asyncio.ensure_future(self._balance())
+            self._balancing.add(balancing)
+            balancing.add_done_callback(self._balancing.discard)
 
     async def _balance(self) -> None:
         """Give back what is too much, take what is free."""
@@ -80,21 +85,26 @@ class Ownership:
                 self.members = members = await self._leases.members()
                 if surplus := self._leases.surplus(members):
                     logger.info("giving back %d partitions: there are %d workers", len(surplus), len(members.workers))
-                    await self._give_back(frozenset(surplus))
+                    await self._revoke(frozenset(surplus))
                 elif got := await self._leases.acquire(members):
-                    await self._take(got)
+                    await self._assign(got)
             except (LogError, nats.errors.Error, OSError) as error:
                 # the next turn goes on from what there is
                 logger.warning("leases: %s", error)
             PARTITIONS.set(len(self._leases.held))
 
+    @property
+    def holdings(self) -> tuple[int, int, int]:
+        """How many partitions this worker holds, how many there are, and how many it should hold."""
+        return len(self._leases.held), self._leases.partitions, self._leases.share(self.members)
+
     async def verify(self) -> None:
         """Make sure of what is still ours; the fence was met."""
-        await self._drop(await self._leases.renew())
+        await self._lose(await self._leases.renew())
 
-    async def _take(self, partitions: list[int]) -> None:
+    async def _assign(self, partitions: list[int]) -> None:
         MOVED.labels(direction="taken").inc(len(partitions))
-        self._gateway.taking.update(partitions)
+        self._admission.assign(frozenset(partitions))
         for partition in partitions:
             await self._listen(partition)
         self._project()
@@ -104,34 +114,34 @@ class Ownership:
         if partition not in self._listening:
             subject = self._subjects.commands(partition)
             # no queue group: a connection that is dead and not yet known to be would get every second command
-            self._listening[partition] = await self._connection.listen(subject, self._gateway.receive, linger=LINGER_S)
+            self._listening[partition] = await self._connection.listen(
+                subject, self._admission.receive, linger=LINGER_S
+            )
 
     def _project(self) -> None:
-        if self._projector is not None:
-            self._projector.own(frozenset(self._listening))
+        self._projector.assign(frozenset(self._listening))
 
-    async def _drop(self, partitions: list[int]) -> None:
+    async def _lose(self, partitions: list[int]) -> None:
         """Stop all work for partitions that may be somebody else's by now."""
         if not partitions:
             return
         LEASES_LOST.inc(len(partitions))
-        self._gateway.forget(frozenset(partitions))
+        self._admission.lose(frozenset(partitions))
         await self._stop_listening(partitions)
         self._project()
 
-    async def _give_back(self, partitions: frozenset[int]) -> None:
+    async def _revoke(self, partitions: frozenset[int]) -> None:
         """Finish what is under way, and only then let others take them: they find everything written."""
         MOVED.labels(direction="given back").inc(len(partitions))
         await self._stop_listening(partitions)
         self._project()
-        if not await self._gateway.let_go(partitions, HAND_OVER_S):
+        if not await self._admission.revoke(partitions, HAND_OVER_S):
             logger.warning("handing over with commands unanswered; their senders will repeat them")
-        if self._projector is not None:
-            try:
-                async with asyncio.timeout(HAND_OVER_S):
-                    await self._projector.let_go()
-            except TimeoutError:
-                logger.warning("handing over while a batch is being written; the fence decides about it")
+        try:
+            async with asyncio.timeout(HAND_OVER_S):
+                await self._projector.released()
+        except TimeoutError:
+            logger.warning("handing over while a batch is being written; the fence decides about it")
         await self._leases.release(partitions)
         self._nudge()
 
@@ -144,9 +154,9 @@ class Ownership:
 
     def _nudge(self) -> None:
         """Have the others look at the leases now, rather than at their next turn."""
-        self._connection.send(publish_frame(self._nudges.encode(), b"", self._leases.worker.encode()))
+        self._connection.send(publish_frame(self._nudges.encode(), self._leases.worker.encode()))
 
-    def _hear(self, _subject: bytes, _reply: bytes, payload: bytes, _headers: bytes | None) -> None:
+    def _note_nudge(self, _subject: bytes, _reply: bytes, payload: bytes, _headers: bytes | None) -> None:
         if payload != self._leases.worker.encode():
             self._nudged.set()
 
@@ -160,10 +170,7 @@ class Ownership:
         """Stop taking commands and give back everything; the projector must have stopped."""
         self._leaving = True
         async with self._turn:
-            if self._answering is not None:
-                self._answering.cancel()
-            if self._stop_nudges is not None:
-                await self._stop_nudges()
+            await self._exit.aclose()
             await self._stop_listening(list(self._listening))
 
     async def close(self) -> None:

@@ -23,15 +23,15 @@ class Committer:
     Args:
         backoff: pauses in seconds after failures; the last one repeats.
         interrupted: set when nothing should be tried again.
-        say: told what is being waited for, or that all runs, for people.
+        set_state: called with what is being waited for, or `running`; for people.
 
     Attributes:
         batches: how many were written, and how many attempts failed.
         slowest: seconds of the slowest since somebody set this to 0.
     """
 
-    def __init__(self, backoff: Sequence[float], interrupted: asyncio.Event, say: Callable[[str], None]) -> None:
-        self._backoff, self._interrupted, self._say = backoff, interrupted, say
+    def __init__(self, backoff: Sequence[float], interrupted: asyncio.Event, set_state: Callable[[str], None]) -> None:
+        self._backoff, self._interrupted, self._set_state = backoff, interrupted, set_state
         self._pool = ThreadPoolExecutor(1, "eskernel-write")
         self._began = 0.0
         self.batches = (0, 0)
@@ -69,14 +69,14 @@ class Committer:
             self.batches = self.batches[0], self.batches[1] + 1
             if not is_infrastructure(error) or self._interrupted.is_set():
                 raise
-            self._say(AWAY)
+            self._set_state(AWAY)
             logger.warning("database: %s; trying again", str(error).splitlines()[0])
             return False
         BATCHES.labels(outcome="ok").inc()
         self.batches = self.batches[0] + 1, self.batches[1]
         BATCH_SECONDS.observe(took := time.perf_counter() - started)
         self.slowest = max(self.slowest, took)
-        self._say("running")
+        self._set_state("running")
         return True
 
     async def rest(self, failures: int) -> None:

@@ -14,7 +14,7 @@ from projections.errors import HandlerFailed
 logger = logging.getLogger("eskernel.projector")
 
 
-def say_parked(
+def log_parked(
     when: Literal["for", "while building"],
     failure: HandlerFailed,
     projections: Sequence[DeclaredProjection],

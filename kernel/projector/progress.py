@@ -42,6 +42,7 @@ class ReadProgress:
     Attributes:
         done: commits written since the start.
         end: the stream sequence that the log is known to have reached.
+        projected: the stream sequence up to which everything is written.
     """
 
     def __init__(self, partitions: int, clock: Callable[[], float] = time.time) -> None:
@@ -55,6 +56,7 @@ class ReadProgress:
         self._since = 0.0
         self.done = 0
         self.end = 0
+        self.projected = 0
 
     def begin(self, position: Position, owned: frozenset[int]) -> None:
         """A session begins to read behind its checkpoints: what was in hand is unread again."""

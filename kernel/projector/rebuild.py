@@ -25,7 +25,7 @@ from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
-from kernel.projector.parking import say_parked
+from kernel.projector.parking import log_parked
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -121,7 +121,7 @@ class Rebuild:
                     raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
                 except HandlerFailed as failure:
                     # noticed too late to fold the window again: begin anew, with the aggregate parked
-                    say_parked("while building", failure, self._projections, self._written.items())
+                    log_parked("while building", failure, self._projections, self._written.items())
                     self._plan.park(self._writer.blame(failure, list(self._written.items())))
                 else:
                     break
@@ -244,7 +244,7 @@ class Rebuild:
     async def _fold_again(self, failure: HandlerFailed, groups: Groups, to: int) -> Write:
         """Park what failed, and fold the window again from stored rows."""
         while True:
-            say_parked("while building", failure, self._projections, groups.items())
+            log_parked("while building", failure, self._projections, groups.items())
             self._plan.park(self._writer.blame(failure, list(groups.items())))
             self._build.forget()
             await self._in(partial(self._build.load, self._build.missing(list(groups))))

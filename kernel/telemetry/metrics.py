@@ -76,7 +76,7 @@ COMPONENT_OK = Gauge("eskernel_component_ok", "1 while a component of the health
 JOBS = Counter("eskernel_jobs_total", "Runs of scheduled jobs", ["job", "outcome"])
 JOB_SECONDS = Gauge("eskernel_job_seconds", "How long a job's last run took", ["job"])
 LOOP_LAG = Gauge("eskernel_loop_lag_seconds", "Most that the event loop was late in the last second")
-ALERTS = Counter("eskernel_kernel_alerts_total", "Failures that should not happen: bugs in the kernel")
+BUGS = Counter("eskernel_kernel_bugs_total", "Failures that should not happen: bugs in the kernel")
 
 KINDS = ("timeout", "connection", "permission", "invalid", "conflict", "database", "handler")
 """Classes of errors; each is there from the start, so that a rate can be taken of it."""

@@ -230,7 +230,7 @@ class NatsConnection(Client):
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
 
 
-def publish_frame(subject: bytes, reply: bytes, payload: bytes, headers: bytes = b"") -> bytes:
+def publish_frame(subject: bytes, payload: bytes, *, reply: bytes = b"", headers: bytes = b"") -> bytes:
     """Return a PUB or HPUB frame.
 
     Args:

@@ -37,7 +37,7 @@ async def ask_all(
     inbox = connection.new_inbox()
     stop = await connection.listen(inbox, answered)
     try:
-        connection.send(publish_frame(subject.encode(), inbox.encode(), payload))
+        connection.send(publish_frame(subject.encode(), payload, reply=inbox.encode()))
         async with asyncio.timeout(timeout):
             await complete.wait()
     except TimeoutError:
@@ -64,6 +64,6 @@ async def ask_others(
     await connection.listen(inbox, answered)
 
     def ask() -> None:
-        connection.send(publish_frame(subject.encode(), inbox.encode(), b""))
+        connection.send(publish_frame(subject.encode(), b"", reply=inbox.encode()))
 
     return ask

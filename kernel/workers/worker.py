@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from kernel.app import load_app
+from kernel.runtime.memory import settle_memory
 from kernel.runtime.scheduler import Scheduler
 from kernel.service import Service
 from kernel.settings import Settings
@@ -87,6 +88,7 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
     if (error := starting.exception()) is not None:
         parent.tell(failed=str(error) or type(error).__name__)
         return REFUSED
+    settle_memory()
     beat()
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     for one in waiting:

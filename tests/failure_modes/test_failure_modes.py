@@ -124,7 +124,7 @@ async def test_cuts_in_the_middle_of_commands_lose_and_double_nothing(
     proxy.delay = 0.05
     for _ in range(4):
         sending = asyncio.create_task(proxied.note(100))
-        await wait_until(lambda: proxied.service._log.appender.pressure[1])  # type: ignore[union-attr]
+        await wait_until(lambda: proxied.service.parts.log.appender.pressure[1])
         proxy.cut()
         await sending
     await proxied.check()
@@ -157,8 +157,7 @@ async def test_a_half_open_connection_is_noticed_and_replaced(
     await proxied.note(20)
     monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the question that a dead connection does not answer
     stall(proxy)
-    assert proxied.service._connection is not None
-    proxied.service._connection.send(b"PUB nowhere 1000000\r\n%b\r\n" % bytes(1_000_000) * unsent)
+    proxied.service.parts.connection.send(b"PUB nowhere 1000000\r\n%b\r\n" % bytes(1_000_000) * unsent)
     assert not (await proxied.component("log"))["ok"]
     await wait_until(lambda: warned(caplog, "NATS: reconnected"))
     await wait_until(lambda: len(proxied.service.status()["partitions"]) == 64)
@@ -171,8 +170,7 @@ async def test_commands_do_not_go_to_a_dead_connection_that_the_server_still_bel
 ) -> None:
     await proxied.note(20)
     stall(proxy)
-    connection, back = proxied.service._connection, asyncio.Event()
-    assert connection is not None
+    connection, back = proxied.service.parts.connection, asyncio.Event()
     connection.reconnections.append(back.set)
     await connection.force_reconnect()
     await back.wait()
@@ -222,8 +220,7 @@ async def test_somebody_else_on_the_servers_port_is_outwaited(
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
 async def test_a_dead_read_loop_is_noticed_and_replaced(proxied: Running, wait_until: Wait, how: str) -> None:
     await proxied.note(20)
-    connection = proxied.service._connection
-    assert connection is not None
+    connection = proxied.service.parts.connection
     reading = connection._reading_task
     if how == "cancelled":
         reading.cancel()
@@ -249,8 +246,7 @@ async def test_lost_pulls_are_sent_again(
 
 
 async def _lose_pulls(here: Running, wait_until: Wait, monkeypatch: pytest.MonkeyPatch) -> None:
-    connection = here.service._connection
-    assert connection is not None
+    connection = here.service.parts.connection
     send, lost = connection.send, 0
 
     def lossy(frames: bytes) -> None:
@@ -270,9 +266,8 @@ async def test_a_question_that_fails_after_a_reconnect_is_asked_again(
     proxied: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a cluster without a leader: the server is there, and JetStream is not yet."""
-    assert proxied.service._log is not None
-    appender, failed = proxied.service._log.appender, 0
-    verify = appender.verify
+    appender, failed = proxied.service.parts.log.appender, 0
+    verify = appender._verify
 
     async def later() -> None:
         nonlocal failed
@@ -280,11 +275,11 @@ async def test_a_question_that_fails_after_a_reconnect_is_asked_again(
         if failed <= 3:
             error = {"code": 503, "err_code": 10008, "description": "JetStream system temporarily unavailable"}
             raise ApiError("STREAM.INFO", error)
-        await verify()  # type: ignore[misc]
+        await verify()
 
-    monkeypatch.setattr(appender, "verify", later)
+    monkeypatch.setattr(appender, "_verify", later)
     await proxied.note(20)
-    await proxied.service._connection.force_reconnect()  # type: ignore[union-attr]
+    await proxied.service.parts.connection.force_reconnect()
     await proxied.note(10, timeout=5)
     await proxied.check()
     assert failed > 3
@@ -295,12 +290,12 @@ async def test_every_command_sent_into_an_outage_is_answered(proxied: Running, p
     await proxied.note(20)
     proxy.lose_requests = True
     sending = asyncio.create_task(proxied.note(100))
-    await wait_until(lambda: proxied.service._log.appender.pressure[1])  # type: ignore[union-attr]
+    await wait_until(lambda: proxied.service.parts.log.appender.pressure[1])
     proxy.cut()
     await sending
     await proxied.check()
-    assert proxied.service._gateway.pending == 0  # type: ignore[union-attr]
-    assert proxied.service._log.appender.pressure == (0, 0)  # type: ignore[union-attr]
+    assert proxied.service.parts.gateway.pending.total == 0
+    assert proxied.service.parts.log.appender.pressure == (0, 0)
 
 
 # TLS
@@ -350,7 +345,7 @@ async def test_a_server_that_comes_back_without_tls_is_not_talked_to(
     async with server(tmp_path, more=with_tls(certificate)) as nats:
         url = nats.url.replace("nats://", "tls://")
         async with running(app_name, tmp_path, url) as service:
-            assert await is_encrypted(service.service._connection)
+            assert await is_encrypted(service.service.parts.connection)
             await service.note(20)
             nats.more = ""
             await nats.restart()
@@ -360,4 +355,4 @@ async def test_a_server_that_comes_back_without_tls_is_not_talked_to(
             nats.more = with_tls(certificate)
             await nats.restart()
             await service.check()
-            assert await is_encrypted(service.service._connection)
+            assert await is_encrypted(service.service.parts.connection)

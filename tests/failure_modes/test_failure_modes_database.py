@@ -120,7 +120,7 @@ async def test_a_database_that_is_away_is_shown_with_its_reason(
         await behind(here)
         await until_shown(here, "database", wait_until, "not currently accepting connections")
         await until_shown(here, "projection", wait_until, "waiting for the database")
-        await here.service._lookout.detect_backlog()
+        await here.service.parts.detector.detect_backlog()
         assert metric("eskernel_projection_lag_commits") > 0
         await wait_until(lambda: warned(caplog, "database", "not currently accepting connections"))
         admin.do(f"ALTER DATABASE {name_of(fresh_postgres)} ALLOW_CONNECTIONS true")
@@ -227,8 +227,7 @@ async def test_an_exhausted_pool_is_waited_for(
 ) -> None:
     async with running(app_name, tmp_path, nats_url, database_url) as here:
         await here.client.query("select 1", after=await here.note(20))
-        engine = here.service._engine
-        assert engine is not None
+        engine = here.service.parts.engine
         engine.pool._timeout = 0.2  # type: ignore[attr-defined]
         taken = [engine.raw_connection() for _ in range(10 - engine.pool.checkedout())]  # type: ignore[attr-defined]
         await behind(here)

@@ -94,7 +94,7 @@ async def test_a_log_server_whose_disk_is_full_is_shown(app_name: str, tmp_path:
             running(app_name, tmp_path, nats.url) as here,
         ):
             await here.note(20)
-            here.service._log.appender._timeout = 1.0  # type: ignore[union-attr]
+            here.service.parts.log.appender._timeout = 1.0
             fill(seen / "filler")
             with pytest.raises((CommandError, TimeoutError)):
                 await here.client.execute(Notebook, "big", Note("b" * 100_000), timeout=2.5)

@@ -71,8 +71,7 @@ async def test_a_stop_answers_what_is_under_way_and_tells_others_when_to_come_ba
         await here.note(10)
         proxy.delay = 0.3
         under_way = asyncio.create_task(here.note(10))
-        gateway = here.service._gateway
-        assert gateway is not None
+        gateway = here.service.parts.gateway
         await wait_until(lambda: gateway.pending)
         stopping = asyncio.create_task(here.service.stop())
         connection = await connect(nats_url, name="late")
@@ -165,8 +164,7 @@ async def test_a_dead_letters_next_attempt_survives_a_clock_set_back(
     async with running(app_name, tmp_path, nats_url, retry_after=1.0) as here:
         last = await here.client.execute(Notebook, "bad", Note("poison row"))
         await here.client.query("select 1", after=last)
-        engine = here.service._engine
-        assert engine is not None
+        engine = here.service.parts.engine
         clock.ahead = 48 * 3600.0
         with engine.begin() as connection:
             connection.execute(dead_letter.update().values(next_attempt=time.time() + 1))

@@ -18,6 +18,7 @@ from projections.database import open_database
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
+from tests.kernel.runtime.test_embedded_server import servers_on
 
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -37,9 +38,8 @@ async def test_a_database_that_refuses_connections_is_waited_for(
             connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"))
         # commands need no database: they go on
         second = await asyncio.gather(*(client.execute(Notebook, f"n{n % 9}", Note("b")) for n in range(90)))
-        assert service._projector is not None
-        await wait_until(lambda: service._projector.state == "waiting for the database")
-        await service._watch.probe()
+        await wait_until(lambda: service.parts.projector.state == "waiting for the database")
+        await service.parts.probes.probe()
         assert not service.health.ready
         with admin.connect() as connection:
             connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
@@ -104,10 +104,10 @@ async def test_the_embedded_server_is_started_again_when_it_dies(app_name: str, 
     await service.start()
     async with await Client.connect(service.app, data=tmp_path) as client:
         await client.execute(Notebook, "n", Note("a"))
-        assert service._server is not None
-        os.kill(service._server.pid, signal.SIGKILL)
+        (pid,) = servers_on(service.directory.path / "nats")
+        os.kill(pid, signal.SIGKILL)
         receipt = await client.execute(Notebook, "n", Note("b"), timeout=60)
         assert receipt.version == 2
         assert await client.query("select notes from pages", after=receipt, timeout=30) == [{"notes": 2}]
     await service.stop()
-    assert not service._server.pid
+    assert servers_on(service.directory.path / "nats") == []

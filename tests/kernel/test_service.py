@@ -138,8 +138,7 @@ async def test_what_the_database_refuses_stops_nobody_else(
             {"times": 50}
         ]
         assert (await client.query("select sum(notes) as n from pages where notebook like 'n%'"))[0]["n"] == 50
-    assert service._projector is not None
-    assert service._projector.state == "running"
+    assert service.parts.projector.state == "running"
     await service.stop()
 
 
@@ -295,9 +294,8 @@ async def test_a_connection_closed_for_good_ends_the_service_with_a_reason(
 ) -> None:
     service = Service(bank(app_name), settings_for(tmp_path, nats=nats_url))
     await service.start()
-    assert service._connection is not None
     # as nats-py does by itself after some of the server's errors
-    await service._connection.close()
+    await service.parts.connection.close()
     async with asyncio.timeout(10):
         await service.stopped.wait()
     assert "closed for good" in service.failure

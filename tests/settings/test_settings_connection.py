@@ -79,8 +79,7 @@ async def test_a_service_goes_on_when_a_server_of_its_cluster_dies(
         urls = ",".join(member.url for member in members)
         async with running(app_name, tmp_path, urls, client=urls, stream__replicas=3) as service:
             await service.note(20)
-            connection = service.service._connection
-            assert connection is not None
+            connection = service.service.parts.connection
             assert connection.connected_url is not None
             await next(one for one in members if one.port == connection.connected_url.port).kill()
             await service.note(20, timeout=60)

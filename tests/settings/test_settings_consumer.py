@@ -15,6 +15,7 @@ from sqlalchemy import text
 from kernel.log import JetStreamLog
 from kernel.log.reader import JetStreamReader
 from kernel.projector.rebuild import Rebuild
+from kernel.projector.session import Session
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api
@@ -286,8 +287,7 @@ async def test_the_projections_rest_so_long_after_each_failure(
     async with running(app_name, tmp_path, nats_url, consumer__backoff="0.011,0.022,0.033") as service:
         await service.note(5)
         await service.check()
-        projector = service.service._projector
-        assert projector is not None
+        projector = service.service.parts.projector
         rested: list[float] = []
         timeout = asyncio.timeout
 
@@ -296,14 +296,14 @@ async def test_the_projections_rest_so_long_after_each_failure(
                 rested.append(seconds)
             return timeout(seconds)
 
-        async def failing() -> None:
+        async def failing(*_given: Any) -> None:
             raise OSError("on purpose")
 
-        claim = projector._claim
+        claim = Session.claim
         monkeypatch.setattr(asyncio, "timeout", noted)
-        monkeypatch.setattr(projector, "_claim", failing)
+        monkeypatch.setattr(Session, "claim", failing)
         projector._interrupted.set()
         await wait_until(lambda: len(rested) >= 5)
         assert rested[:5] == [0.011, 0.022, 0.033, 0.033, 0.033]
-        monkeypatch.setattr(projector, "_claim", claim)
+        monkeypatch.setattr(Session, "claim", claim)
         await service.check()

@@ -28,7 +28,7 @@ async def test_one_event_that_waits_for_long_is_a_backlog_by_its_age(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, thresholds: dict[str, Any], level: Level
 ) -> None:
     async with running(app_name, tmp_path, nats_url, backlog__min_duration=0.1, **QUICK, **thresholds) as here:
-        lookout = here.service._lookout
+        lookout = here.service.parts.detector
         file = here.service.database_url.removeprefix("sqlite:///")
         connection = sqlite3.connect(file, isolation_level=None)
         connection.execute("BEGIN IMMEDIATE")
@@ -43,7 +43,7 @@ async def test_one_event_that_waits_for_long_is_a_backlog_by_its_age(
 async def test_a_short_backlog_is_not_told(nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait) -> None:
     patient = QUICK | {"backlog__count_warn": 1, "backlog__min_duration": 3600.0}
     async with running(app_name, tmp_path, nats_url, **patient) as here:
-        lookout = here.service._lookout
+        lookout = here.service.parts.detector
         file = here.service.database_url.removeprefix("sqlite:///")
         connection = sqlite3.connect(file, isolation_level=None)
         connection.execute("BEGIN IMMEDIATE")
@@ -63,8 +63,7 @@ async def test_an_event_loop_that_is_late_slows_the_commands_where_rates_adapt(
 ) -> None:
     more = {"rates__loop_lag": 0.1, "rates__adaptive": adaptive, "rates__minimum": 1000.0}
     async with running(app_name, tmp_path, nats_url, **more) as here:
-        governor = here.service._governor
-        assert governor is not None
+        governor = here.service.parts.governor
         lane = governor.lanes["commands"]
         for _ in range(40):
             await here.client.execute(Notebook, "n", Note("a"))

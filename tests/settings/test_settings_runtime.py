@@ -24,6 +24,7 @@ from kernel import App, Client, Service
 from kernel.governance.pace import read_batch, unpaced
 from kernel.log.base import LogReader
 from kernel.partitions.leases import bucket_of
+from kernel.projector.session import Session
 from kernel.settings import Batch, Database
 from kernel.transport.dial import dial
 from kernel.workers.supervisor import Supervisor
@@ -87,15 +88,13 @@ async def test_a_service_writes_no_wider_batches(
 ) -> None:
     async with running(app_name, tmp_path, nats_url, batch__events=3) as service:
         widest: list[int] = []
-        projector = service.service._projector
-        assert projector is not None
-        project = projector._project
+        project = Session._project
 
-        async def watched(batch: Any) -> None:
+        async def watched(session: Session, batch: Any) -> None:
             widest.append(len(batch.commits))
-            await project(batch)
+            await project(session, batch)
 
-        monkeypatch.setattr(projector, "_project", watched)
+        monkeypatch.setattr(Session, "_project", watched)
         await service.note(60, ids=30)
         await service.check()
         assert max(widest) <= 3
@@ -185,8 +184,7 @@ async def test_a_service_and_its_clients_use_the_database_as_set(
     async with running(app_name, tmp_path, nats_url, database_url, **values) as service:
         await service.note(20)
         await service.check()
-        for engine in (service.service._engine, service.client._engine):
-            assert engine is not None
+        for engine in (service.service.parts.engine, service.client._engine):
             assert engine.pool.size() == 3  # type: ignore[attr-defined]
             assert engine.pool._max_overflow == 1  # type: ignore[attr-defined]
             with engine.connect() as connection:
@@ -290,16 +288,15 @@ async def test_a_stop_waits_so_long_for_commands(
 ) -> None:
     service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, drain=drain))
     await service.start()
-    gateway = service._gateway
-    assert gateway is not None
+    admission = service.parts.admission
     waited: list[float] = []
-    drained = gateway.drain
+    drained = admission.stop
 
     async def noted(seconds: float) -> bool:
         waited.append(seconds)
         return bool(await drained(seconds))
 
-    monkeypatch.setattr(gateway, "drain", noted)
+    monkeypatch.setattr(admission, "stop", noted)
     await service.stop()
     assert waited == [drain]
 
@@ -308,20 +305,18 @@ async def test_a_stop_waits_so_long_for_commands(
 async def test_no_more_commands_are_taken_at_once(nats_url: str, app_name: str, tmp_path: Path) -> None:
     most = 0
     async with running(app_name, tmp_path, nats_url, commands__pending=5) as service:
-        gateway = service.service._gateway
-        assert gateway is not None
-        receive = gateway.receive
+        pending, receive = service.service.parts.gateway.pending, service.service.parts.admission.receive
 
         def watched(*message: Any) -> None:
             nonlocal most
             receive(*message)
-            most = max(most, gateway.pending)
+            most = max(most, pending.total)
 
-        service.service._connection.listeners = {  # type: ignore[union-attr]
+        service.service.parts.connection.listeners = {
             key: watched if listener == receive else listener
-            for key, listener in service.service._connection.listeners.items()  # type: ignore[union-attr]
+            for key, listener in service.service.parts.connection.listeners.items()
         }
-        service.service._connection._ps.nc.listeners = service.service._connection.listeners  # type: ignore[union-attr]
+        service.service.parts.connection._ps.nc.listeners = service.service.parts.connection.listeners
         await service.note(100, ids=50)
         assert 1 <= most <= 5
 
@@ -355,9 +350,7 @@ async def test_a_transient_failure_is_tried_again_so_often_and_ever_later(
     monkeypatch.setattr(dead_letters, "retry", noted)
     await service.start()
     try:
-        engine, watch = service._engine, service._watch
-        assert engine is not None
-        assert watch is not None
+        engine, watch = service.parts.engine, service.parts.probes
         async with await Client.connect(app, service.settings) as client:
             await client.execute(Notebook, "n", Note("unsure"))
 

@@ -388,6 +388,6 @@ async def test_one_app_may_run_twice_on_a_server(
             assert service.status()["workers"] == [service.worker]
             async with await Client.connect(service.app, service.settings) as client:
                 await client.execute(Notebook, "n", Note("b"))
-            assert (await one.service._log.info()).commits == 0  # type: ignore[union-attr]
+            assert (await one.service.parts.log.info()).commits == 0
         finally:
             await service.stop()

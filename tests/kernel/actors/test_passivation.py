@@ -15,9 +15,10 @@ from kernel import Client, Service
 from kernel.actors.mailbox import Loaded
 from kernel.actors.residents import Residents
 from kernel.actors.sizing import size_of
-from kernel.actors.system import Actors
 from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
+from kernel.settings import Passivation
+from kernel.transport.outbox import Outbox
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
 
@@ -25,13 +26,16 @@ Wait = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def residents(limit: int, idle: float, budget: int = 0) -> Residents:
-    log = MemoryLog("books")
+    passivation = Passivation.model_construct(count=limit, idle=idle, memory=budget)
     gateway = CommandGateway(
-        notebooks("books"), log, log.subjects, lambda *_message: None, 100, lambda _partition: True
+        notebooks("books"), MemoryLog("books"), Outbox(Discard()), lambda _partition: True, passivation
     )
-    gateway.actors = Actors(gateway)
-    gateway.residents = Residents(gateway.actors, limit, idle, budget)
     return gateway.residents
+
+
+class Discard:
+    def send(self, frames: bytes) -> None:
+        pass
 
 
 def wake(of: Residents, *ids: int) -> list[Any]:
@@ -188,7 +192,7 @@ async def test_with_hardly_any_room_every_number_is_right(
         async def lane(start: int) -> None:
             for number in range(start, 1000, 25):
                 receipts.append(await client.execute(Notebook, f"n{number % 100}", Note("word", number)))
-                await service._passivate()
+                await service.parts.gateway.residents.passivate()
 
         await asyncio.gather(*(lane(start) for start in range(25)))
         pages = await client.query("select * from pages", after=receipts)
@@ -206,7 +210,7 @@ async def test_an_idle_service_passivates_everything(
     await service.start()
     async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
         await asyncio.gather(*(client.execute(Notebook, f"n{n}", Note("word")) for n in range(50)))
-        await wait_until(lambda: len(service.residents) == 0)
+        await wait_until(lambda: len(service.parts.gateway.residents) == 0)
         again = await client.execute(Notebook, "n7", Note("word"))
         assert again.version == 2
         rows = await client.query("select notes from pages where notebook = 'n7'", after=again)
@@ -226,7 +230,7 @@ async def test_a_memory_budget_too_small_for_anything_keeps_every_number_right(
         async def lane(start: int) -> None:
             for number in range(start, 600, 20):
                 receipts.append(await client.execute(Notebook, f"n{number % 60}", Note("word", number)))
-                await service._passivate()
+                await service.parts.gateway.residents.passivate()
 
         await asyncio.gather(*(lane(start) for start in range(20)))
         pages = await client.query("select * from pages", after=receipts)
@@ -242,10 +246,8 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
 ) -> None:
     service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, max_actors=1, idle=0.001))
     await service.start()
-    assert service._log is not None
-    assert service._projector is not None
     gate, written = asyncio.Event(), asyncio.Event()
-    read, write = service._log.read_subject, service._projector.committer.write
+    read, write = service.parts.log.read_subject, service.parts.projector.committer.write
 
     async def slow_read(subject: str, after: int = 0) -> Any:
         await gate.wait()
@@ -255,26 +257,26 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
         await written.wait()
         await write(writer, batch)
 
-    monkeypatch.setattr(service._log, "read_subject", slow_read)
-    monkeypatch.setattr(service._projector.committer, "write", slow_write)
+    monkeypatch.setattr(service.parts.log, "read_subject", slow_read)
+    monkeypatch.setattr(service.parts.projector.committer, "write", slow_write)
     async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
         # one loads, those behind it are stashed
         sending = [asyncio.ensure_future(client.execute(Notebook, "busy", Note("a", n))) for n in range(5)]
         poisoned = asyncio.ensure_future(client.execute(Notebook, "bad", Note("poison row")))
 
         def live() -> set[str]:
-            return {one.address.id for one in service.residents.all()}
+            return {one.address.id for one in service.parts.gateway.residents.all()}
 
         await wait_until(lambda: live() == {"busy", "bad"})
         for _ in range(3):
-            await service._passivate()
+            await service.parts.gateway.residents.passivate()
         assert live() == {"busy", "bad"}
         gate.set()
         receipts = [*await asyncio.gather(*sending), await poisoned]
         # folded, one of them parked, and not yet written
-        await wait_until(lambda: service._projector._pending is not None)
+        await wait_until(lambda: service.parts.projector.committer.lasting)
         for _ in range(3):
-            await service._passivate()
+            await service.parts.gateway.residents.passivate()
         assert "busy" in live()
         written.set()
         await client.query("select 1", after=receipts)

@@ -190,8 +190,7 @@ async def test_an_answer_never_exceeds_what_the_server_takes(service: Service) -
 async def test_an_append_that_may_lie_below_somebody_elses_is_looked_for(service: Service, client: Client) -> None:
     """The acknowledgement is lost, then another writer appends: deciding again must not double the commands."""
     await asyncio.gather(*(client.execute(Notebook, "n", Note("first")) for _ in range(12)))
-    assert service._log is not None
-    appender, address = service._log.appender, service._log.subjects.address("Notebook", "n")
+    appender, address = service.parts.log.appender, service.parts.log.subjects.address("Notebook", "n")
     take = appender._acknowledged
     lost = asyncio.Event()
 
@@ -201,8 +200,8 @@ async def test_an_append_that_may_lie_below_somebody_elses_is_looked_for(service
         else:
             take(subject, reply, payload, headers)
 
-    key = next(key for key, listener in service._connection.listeners.items() if listener == take)  # type: ignore[union-attr]
-    service._connection.listeners[key] = lose  # type: ignore[union-attr]
+    key = next(key for key, listener in service.parts.connection.listeners.items() if listener == take)
+    service.parts.connection.listeners[key] = lose
     sending = [asyncio.create_task(client.execute(Notebook, "n", Note("again"), timeout=60)) for _ in range(20)]
     await lost.wait()
     last = await client.log.last(address.subject)
@@ -277,8 +276,7 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
     await service.start()
     async with await Client.connect(service.app, nats=nats_url) as client:
         await client.execute(Account, "a", Deposit(100))
-        assert service._log is not None
-        append, failed = service._log.append, []
+        append, failed = service.parts.log.append, []
 
         def fail_once(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
             if failed:
@@ -288,15 +286,13 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
             future.set_exception(Unavailable("not now"))
             return future
 
-        monkeypatch.setattr(service._log, "append", fail_once)
+        monkeypatch.setattr(service.parts.log, "append", fail_once)
         answers: list[bytes] = []
-        gateway = service._gateway
-        assert gateway is not None
-        monkeypatch.setattr(gateway, "_publish", lambda _subject, payload, _reply: answers.append(payload))
+        monkeypatch.setattr(service.parts.outbox, "publish", lambda _subject, payload: answers.append(payload))
         partition = client.log.subjects.commands(client.log.subjects.partition("Account", "a")).encode()
         for cents in (100, 50):
             request = b'{"aggregate":"Account","id":"a","command":"Withdraw","data":{"cents":%d}}' % cents
-            gateway.receive(partition, b"reply", request, None)
+            service.parts.admission.receive(partition, b"reply", request, None)
         async with asyncio.timeout(10):
             while len(answers) < 2:
                 await asyncio.sleep(0)

@@ -112,11 +112,10 @@ async def test_a_hot_aggregate_is_refused_alone(
 ) -> None:
     """One id gets 90 % of a flood, more than may be under way for one: nobody else is refused for it."""
     async with running(app_name, tmp_path, nats_url, commands__pending_per_aggregate=50) as here:
-        gateway = here.service._gateway
-        assert gateway is not None
+        gateway, admission = here.service.parts.gateway, here.service.parts.admission
         turned_away: list[str] = []
         most = 0
-        turn_away = gateway._turn_away
+        turn_away = admission._turn_away
 
         def watched(address: Address, *rest: Any) -> None:
             nonlocal most
@@ -126,7 +125,7 @@ async def test_a_hot_aggregate_is_refused_alone(
             most = max(most, resident.commands)
             turn_away(address, *rest)
 
-        monkeypatch.setattr(gateway, "_turn_away", watched)
+        monkeypatch.setattr(admission, "_turn_away", watched)
 
         async def send(name: str) -> None:
             await here.client.execute(Notebook, name, Note("a"), timeout=60)
@@ -137,7 +136,7 @@ async def test_a_hot_aggregate_is_refused_alone(
         await here.client.query("select 1", after=await here.client.execute(Notebook, "hot", Note("a")))
         rows = await here.client.query("select notes from pages where notebook = 'hot'")
         assert rows == [{"notes": 901}]
-        assert gateway.pending == 0
+        assert gateway.pending.total == 0
         assert all(resident.commands == 0 for resident in gateway.residents.all())
 
 
@@ -160,20 +159,20 @@ async def test_others_overtake_a_hot_aggregate(nats_url: str, app_name: str, tmp
 
 
 async def test_where_a_limit_does_not_reach_for_all_few_commands_come_before_many(
-    nats_url: str, app_name: str, tmp_path: Path
+    nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(app_name, tmp_path, nats_url, rates__commands={"rate": 1.0, "burst": 30}) as here:
-        gateway, answers = here.service._gateway, dict[bytes, bytes]()
-        assert gateway is not None
-        publish = gateway._publish
-        gateway._publish = lambda subject, payload, reply: (
-            answers.update({subject: payload}) or publish(b"nowhere", payload, reply)
+        answers: dict[bytes, bytes] = {}
+        monkeypatch.setattr(
+            here.service.parts.outbox, "publish", lambda subject, payload: answers.update({subject: payload})
         )
         subject = f"{app_name}.cmd".encode()
         names = ["hot"] * 200 + [f"cold{n}" for n in range(20)]
         for place, name in enumerate(names):
             request = {"aggregate": "Notebook", "id": name, "command": "Note", "data": {"text": "a"}}
-            gateway.receive(subject, f"{name}.{place}".encode(), json.dumps(request).encode(), None)
+            here.service.parts.admission.receive(
+                subject, f"{name}.{place}".encode(), json.dumps(request).encode(), None
+            )
         async with asyncio.timeout(10):
             while len(answers) < len(names):
                 await asyncio.sleep(0)
@@ -240,13 +239,10 @@ async def test_a_worker_that_was_away_when_limits_were_set_has_them_when_it_is_b
     try:
         for service in services:
             await service.start()
-        first, second = (service._governor for service in services)
-        assert first is not None
-        assert second is not None
+        first, second = (service.parts.governor for service in services)
         first.answer(b'{"overrides":{"commands.rate":7},"at":5}')
         assert not second.limiting
-        assert services[1]._connection is not None
-        await services[1]._connection.force_reconnect()
+        await services[1].parts.connection.force_reconnect()
         await wait_until(lambda: second.rates.commands.rate == 7)
     finally:
         for service in services:
@@ -294,10 +290,9 @@ async def test_the_live_lane_holds_up_projecting_and_not_the_end(
         receipts = await here.note(100, ids=100)
         await here.client.query("select 1", after=receipts, timeout=30)
         assert metric("eskernel_throttled_seconds_total", lane="live") > before
-        here.service._governor.answer(b'{"overrides":{"live.rate":0.001,"live.burst":1},"at":1}')  # type: ignore[union-attr]
+        here.service.parts.governor.answer(b'{"overrides":{"live.rate":0.001,"live.burst":1},"at":1}')
         await here.note(30, ids=30)
-        projector = here.service._projector
-        assert projector is not None
+        projector = here.service.parts.projector
         assert projector.position < max(receipt.sequence for receipt in receipts) + 30
         async with asyncio.timeout(10):
             await here.service.stop()
@@ -324,8 +319,7 @@ async def test_a_slow_database_slows_the_projections_until_it_is_well_again(
     record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     async with running(app_name, tmp_path, nats_url, fresh_postgres, **ADAPTING) as here:
-        governor = here.service._governor
-        assert governor is not None
+        governor = here.service.parts.governor
         lanes = governor.lanes
         stop = asyncio.Event()
         loading = asyncio.ensure_future(loaded(here.client, stop))
@@ -361,8 +355,7 @@ async def test_a_rebuild_gives_way_to_a_slow_live_projection(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
     async with running(app_name, tmp_path, nats_url, fresh_postgres, **ADAPTING) as here:
-        governor = here.service._governor
-        assert governor is not None
+        governor = here.service.parts.governor
         await here.client.query("select 1", after=await here.note(600, ids=600))
         engine = open_database(fresh_postgres)
         subjects = subjects_of(app_name, here.service.settings)
@@ -411,9 +404,7 @@ async def test_a_log_that_takes_its_time_slows_the_commands(
 ) -> None:
     async with running(app_name, tmp_path, nats_url, rates__append_latency=0.05, rates__increase=0.5) as here:
         service = here.service
-        assert service._log is not None
-        assert service._governor is not None
-        append = service._log.append
+        append = service.parts.log.append
 
         def late(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
             later: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -424,14 +415,14 @@ async def test_a_log_that_takes_its_time_slows_the_commands(
             asyncio.get_running_loop().call_later(0.1, hand_on)
             return later
 
-        service._log.append = late  # type: ignore[method-assign]
+        service.parts.log.append = late  # type: ignore[method-assign]
         stop = asyncio.Event()
         loading = asyncio.ensure_future(loaded(here.client, stop))
-        lane = service._governor.lanes["commands"]
+        lane = service.parts.governor.lanes["commands"]
         await wait_until(lambda: lane.rate is not None)
         assert "rates.append_latency" in lane.why
-        assert service._governor.limiting
-        service._log.append = append  # type: ignore[method-assign]
+        assert service.parts.governor.limiting
+        service.parts.log.append = append  # type: ignore[method-assign]
         await wait_until(lambda: lane.rate is None, timeout=60)
         stop.set()
         await loading

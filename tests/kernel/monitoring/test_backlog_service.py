@@ -63,7 +63,6 @@ async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
     thresholds = QUICK | {"backlog__count_warn": 2, "backlog__count_critical": 10, "partitions": 8}
     service = Service(app, settings_for(tmp_path, nats=nats_url, database=database_url, **thresholds))
     await service.start()
-    assert service._watch is not None
     async with await Client.connect(app, nats=nats_url, database=database_url) as client:
         await client.query("select 1", after=await note(client, 20))
         with locked(database_url):
@@ -78,7 +77,7 @@ async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
             partitions = backlog["projections"][0]["partitions"]
             assert sum(one["behind"] for one in partitions) == pytest.approx(300, rel=0.02)
             assert metric("eskernel_projection_lag_commits") == 300
-            await service._watch.probe()
+            await service.parts.probes.probe()
             status, report = await get(f"{service.http.url}/readyz")
             assert status == 503
             assert not report["projecting"]
@@ -88,7 +87,7 @@ async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
         await client.query("select 1", after=receipts, timeout=30)
         await wait_until(lambda: service.status()["backlog"]["level"] == "ok")
         assert [one["behind"] for one in service.status()["backlog"]["projections"]] == [0] * 3
-        await service._watch.probe()
+        await service.parts.probes.probe()
         assert (await get(f"{service.http.url}/readyz"))[0] == 200
         assert {one.kind for one in heard} >= {"backlog", "health"}
         worst = [one for one in heard if (one.projection, one.after) == ("Pages", "critical")]
@@ -145,14 +144,13 @@ async def test_looking_costs_the_server_nothing(
     )
     await service.start()
     asked: list[str] = []
-    assert service._connection is not None
-    real = service._connection.request
+    real = service.parts.connection.request
 
     async def counted(subject: str, *arguments: Any, **options: Any) -> Any:
         asked.append(subject)
         return await real(subject, *arguments, **options)
 
-    monkeypatch.setattr(service._connection, "request", counted)
+    monkeypatch.setattr(service.parts.connection, "request", counted)
     looks = service.scheduler.jobs["detect_backlog"]
     before = looks.runs
     await wait_until(lambda: looks.runs > before + 20)
@@ -202,11 +200,10 @@ async def test_pressure_on_publishing_is_told(
     heard: list[Alert] = []
     service = Service(listening(app_name, heard.append), settings_for(tmp_path, nats=nats_url, **QUICK))
     await service.start()
-    assert service._log is not None
-    service._log.appender.refusal = "the log is full or busy"
+    service.parts.log.appender.refusal = "the log is full or busy"
     await wait_until(lambda: [one for one in heard if one.kind == "pressure" and one.after == "critical"])
     assert service.status()["pressure"]["level"] == "critical"
-    service._log.appender.refusal = ""
+    service.parts.log.appender.refusal = ""
     await wait_until(lambda: service.status()["pressure"]["level"] == "low")
     await wait_until(lambda: [one for one in heard if one.kind == "pressure" and one.after == "low"])
     await service.stop()

@@ -161,8 +161,7 @@ async def test_a_probe_that_hangs_fails_by_itself_and_holds_up_no_other(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
 ) -> None:
     async with running(app_name, tmp_path, nats_url) as here:
-        watch = here.service._watch
-        assert watch is not None
+        watch = here.service.parts.probes
         monkeypatch.setattr("kernel.monitoring.probes.PROBE_S", 0.1)
         answer = asyncio.Event()
 
@@ -176,7 +175,7 @@ async def test_a_probe_that_hangs_fails_by_itself_and_holds_up_no_other(
             asked.append(1)
             return "fine"
 
-        watch._probes |= {"log": hang, "database": database}
+        watch.checks |= {"log": hang, "database": database}
         for _ in range(3):
             await watch.probe()
         components = here.service.health.components
@@ -197,17 +196,15 @@ async def test_what_breaks_and_mends_is_told_to_callbacks(
     heard: list[Alert] = []
     service = Service(listening(app_name, heard.append), settings_for(tmp_path, nats=nats_url))
     await service.start()
-    assert service._watch is not None
-    assert service._log is not None
-    mended = service._log.info
+    mended = service.parts.log.info
 
     async def away() -> Any:
         raise Unavailable("it is away")
 
-    monkeypatch.setattr(service._log, "info", away)
-    await service._watch.probe()
-    monkeypatch.setattr(service._log, "info", mended)
-    await service._watch.probe()
+    monkeypatch.setattr(service.parts.log, "info", away)
+    await service.parts.probes.probe()
+    monkeypatch.setattr(service.parts.log, "info", mended)
+    await service.parts.probes.probe()
     await wait_until(lambda: len([one for one in heard if one.subject == "log"]) == 2)
     broken, works = [one for one in heard if one.subject == "log"]
     assert (broken.kind, broken.before, broken.after) == ("health", "ok", "failing")
@@ -224,19 +221,17 @@ async def test_a_database_that_can_be_read_and_not_written_is_not_ready(
     admin = create_engine(make_url(fresh_postgres).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     name = make_url(fresh_postgres).database
     async with running(app_name, tmp_path, nats_url, fresh_postgres) as here:
-        watch = here.service._watch
-        assert watch is not None
+        watch = here.service.parts.probes
         with admin.connect() as connection:
             connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-        assert here.service._engine is not None
-        here.service._engine.dispose()
+        here.service.parts.engine.dispose()
         await watch.probe()
         database = here.service.health.components["database"]
         assert not database.ok
         assert "read-only" in database.detail
         with admin.connect() as connection:
             connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
-        here.service._engine.dispose()
+        here.service.parts.engine.dispose()
         await watch.probe()
         assert database.ok
     admin.dispose()
@@ -246,9 +241,8 @@ async def test_probing_leaves_nothing_in_the_database(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path
 ) -> None:
     async with running(app_name, tmp_path, nats_url, database_url) as here:
-        assert here.service._watch is not None
         for _ in range(3):
-            await here.service._watch.probe()
+            await here.service.parts.probes.probe()
         engine = open_database(database_url, read_only=True)
         with engine.connect() as connection:
             assert list(connection.scalars(select(stream.c.app))) == [app_name]
@@ -259,8 +253,7 @@ async def test_an_event_loop_that_is_late_is_not_ready(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(app_name, tmp_path, nats_url) as here:
-        watch = here.service._watch
-        assert watch is not None
+        watch = here.service.parts.probes
         monkeypatch.setattr("kernel.monitoring.probes.LATE_S", 0.1)
         time.sleep(0.5)
         await watch.probe()

@@ -182,7 +182,7 @@ async def dead_letters(one: Scraped) -> None:
     await one.until(lambda n: n == 1, "eskernel_parked_aggregates")
     await one.until(lambda n: n >= 2, "eskernel_dead_letter_retries_total", outcome="failed")
     connection = one.client.log._connection
-    connection.send(publish_frame(f"{one.client.app.name}.evt.0.Notebook.x".encode(), b"", b"garbage"))
+    connection.send(publish_frame(f"{one.client.app.name}.evt.0.Notebook.x".encode(), b"garbage"))
     await one.until(lambda n: n >= 1, "eskernel_quarantined_messages")
 
 
@@ -193,7 +193,7 @@ async def conflicts(one: Scraped) -> None:
     receipt = await one.send("n0", Note("before"))
     version = receipt.version
     for _ in range(100):
-        connection.send(publish_frame(address.subject.encode(), b"", foreign_commit(version)))
+        connection.send(publish_frame(address.subject.encode(), foreign_commit(version)))
         receipt = await one.send("n0", Note("after"))
         version = receipt.version
         if await one.value("eskernel_appends_total", outcome="conflict"):
@@ -286,7 +286,7 @@ async def memory(one: Scraped) -> None:
 
 
 async def the_kernel_itself(one: Scraped) -> None:
-    assert await one.value("eskernel_kernel_alerts_total") == 0
+    assert await one.value("eskernel_kernel_bugs_total") == 0
     await one.until(lambda n: n >= 5, "eskernel_jobs_total", outcome="ok")
     assert await one.value("eskernel_job_seconds") > 0
     assert 0 <= await one.value("eskernel_loop_lag_seconds") < 60

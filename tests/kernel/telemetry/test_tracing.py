@@ -70,8 +70,7 @@ async def running(
 
 async def stored(service: Service, aggregate_id: str) -> list[str | None]:
     """The traceparents of an aggregate's events."""
-    log = service._log
-    assert log is not None
+    log = service.parts.log
     commits = await log.read_subject(log.subjects.address("Notebook", aggregate_id).subject)
     return [event.traceparent for commit in commits for event in decode(commit.payload)]
 
@@ -145,7 +144,9 @@ async def test_commands_that_share_a_commit_keep_their_traces_apart(
         plain = await client.execute(Notebook, "n1", Note("untraced"))
         await wait_until(lambda: len(named(exporter, "project")) >= 30)
         await client.query("select 1", after=plain)
-        assert len(await service._log.read_subject(service._log.subjects.address("Notebook", "n1").subject)) < 30  # type: ignore[union-attr]
+        assert (
+            len(await service.parts.log.read_subject(service.parts.log.subjects.address("Notebook", "n1").subject)) < 30
+        )
         assert (await stored(service, "n1"))[-1] is None
     assert len(set(traces)) == 30
     for one in traces:
@@ -242,8 +243,7 @@ async def test_without_a_provider_traceparents_only_flow(nats_url: str, app_name
     async with running(app_name, tmp_path, nats_url) as (service, client):
         await client.execute(Notebook, "n1", Note("a"), traceparent=SAMPLED)
         assert await stored(service, "n1") == [SAMPLED]
-        assert service._gateway is not None
-        assert service._gateway._tracing is NO_TRACING
+        assert service.parts.gateway._tracing is NO_TRACING
 
 
 @pytest.mark.setting("tracing.enabled")
@@ -277,8 +277,8 @@ async def main():
         await client.execute(Notebook, "n1", Note("a"))
         receipt = await client.execute(Notebook, "n1", Note("a"), traceparent=sys.argv[4])
         await client.query("select 1", after=receipt)
-    assert service._gateway._tracing is NO_TRACING
-    commits = await service._log.read_subject(service._log.subjects.address("Notebook", "n1").subject)
+    assert service.parts.gateway._tracing is NO_TRACING
+    commits = await service.parts.log.read_subject(service.parts.log.subjects.address("Notebook", "n1").subject)
     print([event.traceparent for commit in commits for event in decode(commit.payload)])
     await service.stop()
 

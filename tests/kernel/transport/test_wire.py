@@ -214,7 +214,7 @@ async def test_big_payloads_arrive_whole(nats_url: str, app_name: str, headers: 
     payloads = [bytes([number]) * 900_000 for number in range(5)]
     subject = f"{app_name}.x".encode()
     for payload in payloads:
-        sender.send(publish_frame(subject, b"answer.here", payload, headers))
+        sender.send(publish_frame(subject, payload, reply=b"answer.here", headers=headers))
     async with asyncio.timeout(30):
         await complete.wait()
     assert heard == [(subject, b"answer.here", payload, headers or None) for payload in payloads]

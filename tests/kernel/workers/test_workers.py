@@ -43,7 +43,7 @@ async def workers(
 
 
 def owner(services: list[Service], aggregate_id: str) -> Service:
-    partition = services[0]._log.subjects.partition("Notebook", aggregate_id)  # type: ignore[union-attr]
+    partition = services[0].parts.log.subjects.partition("Notebook", aggregate_id)
     (one,) = [service for service in services if partition in service.status()["partitions"]]
     return one
 
@@ -51,8 +51,7 @@ def owner(services: list[Service], aggregate_id: str) -> Service:
 async def freeze(service: Service) -> None:
     """As SIGSTOP does, seen from outside: it renews nothing, and hears of nothing."""
     service.scheduler.stop()
-    ownership = service._ownership
-    assert ownership is not None
+    ownership = service.parts.ownership
     ownership._leaving = True
 
 
@@ -156,7 +155,12 @@ async def test_a_killed_worker_that_is_started_again_takes_over_from_itself_at_o
 
 
 async def test_a_thawed_worker_refuses_commands_and_can_write_nothing(
-    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+    nats_url: str,
+    database_url: str,
+    app_name: str,
+    tmp_path: Path,
+    wait_until: Wait,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with workers(2, tmp_path, nats_url, database_url, app_name, wait_until) as services:
         aggregate = next(f"n{n}" for n in range(100) if owner(services, f"n{n}") is services[1])
@@ -167,22 +171,20 @@ async def test_a_thawed_worker_refuses_commands_and_can_write_nothing(
             await wait_until(lambda: len(first.status()["partitions"]) == 64, timeout=5)
             address = client.log.subjects.address("Notebook", aggregate)
             answers: list[bytes] = []
-            frozen._gateway._publish = lambda _subject, payload, _reply: answers.append(payload)  # type: ignore[union-attr]
+            monkeypatch.setattr(frozen.parts.outbox, "publish", lambda _subject, payload: answers.append(payload))
             # a command that it had in its hands, and would decide on a state that somebody else has since changed
             receipts = [await client.execute(Notebook, aggregate, Note("after"), timeout=10)]
             assert receipts[0].version == 2
-            frozen._gateway.taking.add(address.partition)  # type: ignore[union-attr]
+            frozen.parts.admission.assign(frozenset({address.partition}))
             request = b'{"aggregate":"Notebook","id":"%s","command":"Note","data":{"text":"stale"}}'
-            frozen._gateway.receive(  # type: ignore[union-attr]
-                address.subject.encode(), b"somewhere", request % aggregate.encode(), None
-            )
+            frozen.parts.admission.receive(address.subject.encode(), b"somewhere", request % aggregate.encode(), None)
             await wait_until(lambda: answers)
             assert b'"unavailable"' in answers[0]
             stored = await client.log.read_subject(address.subject)
             assert len(stored) == 2
             # and a commit on a stale state meets the log's own check
             with pytest.raises(Conflict):
-                await frozen._log.append(address.subject, stored[0].sequence, b"[stale]")  # type: ignore[union-attr]
+                await frozen.parts.log.append(address.subject, stored[0].sequence, b"[stale]")
             rows = await client.query("select notes from pages where notebook = :n", {"n": aggregate}, after=receipts)
             assert rows == [{"notes": 2}]
 
@@ -202,10 +204,10 @@ async def test_a_partition_that_comes_back_is_decided_on_what_others_have_writte
             assert [(await client.execute(Notebook, f"n{n}", Note("two"))).version for n in range(30)] == [2] * 30
             await second.stop()
             await wait_until(lambda: len(services[0].status()["partitions"]) == 64)
-            conflicts = services[0]._log.appender.read_backs  # type: ignore[union-attr]
+            conflicts = services[0].parts.log.appender.read_backs
             three = [await client.execute(Notebook, f"n{n}", Note("three")) for n in range(30)]
             assert [receipt.version for receipt in three] == [3] * 30
-            assert services[0]._log.appender.read_backs == conflicts  # type: ignore[union-attr]
+            assert services[0].parts.log.appender.read_backs == conflicts
             rows = await client.query("select notes from pages", after=three)
             assert [row["notes"] for row in rows] == [3] * 30
 
@@ -221,7 +223,7 @@ async def test_a_foreign_writer_is_noticed_and_caught_up_with(
             theirs = stored.payload.replace(b'"sequence":1', b'"sequence":2').replace(b'"text":"a"', b'"text":"b"')
             sequence = await client.log.append(address.subject, stored.sequence, theirs)
             await wait_until(lambda: service.status()["projection"]["position"] >= sequence)
-            resident = service.residents.find(address.subject)
+            resident = service.parts.gateway.residents.find(address.subject)
             assert resident is not None
             receipt = await client.execute(Notebook, "n", Note("c"))
             assert receipt.version == 3
@@ -253,7 +255,7 @@ async def test_a_stopping_worker_says_when_to_try_again(
     async with workers(1, tmp_path, nats_url, database, app_name, wait_until) as (service,):
         async with await Client.connect(service.app, nats=nats_url) as client:
             await client.execute(Notebook, "n", Note("a"))
-            service._gateway._draining = True  # type: ignore[union-attr]
+            service.parts.admission._stopping = True
             with pytest.raises(CommandError) as refused:
                 await client.execute(Notebook, "n", Note("b"), timeout=0.1)
             assert refused.value.type == "overloaded"

@@ -1,0 +1,290 @@
+"""Putting a worker together: its parts are built once, in order, and each says how it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy import Engine
+
+from kernel.app import App
+from kernel.commands.admission import Admission
+from kernel.commands.gateway import CommandGateway
+from kernel.governance.governor import Governor
+from kernel.governance.remote_pace import following
+from kernel.log import JetStreamLog, open_log
+from kernel.log.base import StreamInfo
+from kernel.monitoring.alerting import Alerts
+from kernel.monitoring.backlog import Backlog
+from kernel.monitoring.connection_events import ConnectionEvents
+from kernel.monitoring.detector import Detector
+from kernel.monitoring.health import Health
+from kernel.monitoring.probes import (
+    DatabaseCheck,
+    Probes,
+    check_appends,
+    check_commands,
+    check_leases,
+    check_log,
+    check_loop,
+    check_projection,
+)
+from kernel.monitoring.signals import SignalCollector
+from kernel.partitions.leases import Leases
+from kernel.partitions.ownership import Ownership
+from kernel.projector.live import Projector
+from kernel.projector.rebuild import RebuildProgress, build_missing, clean_up
+from kernel.projector.retries import DeadLetterRetries
+from kernel.runtime.directory import DataDirectory
+from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits
+from kernel.settings import Settings
+from kernel.telemetry.loop_lag import LoopLag
+from kernel.telemetry.tracing import Tracing, open_tracing
+from kernel.transport.connection import NatsConnection
+from kernel.transport.dial import dial
+from kernel.transport.jetstream_api import version_text
+from kernel.transport.outbox import Outbox
+from projections.checkpoints import knows, register
+from projections.database import open_database
+
+logger = logging.getLogger("eskernel.service")
+
+
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """What a worker has before anything is started.
+
+    Attributes:
+        worker: its name, unlike any other's.
+        stopped: set when the service stops.
+        lost: stops the service, with a reason why it cannot go on.
+    """
+
+    app: App
+    settings: Settings
+    worker: str
+    directory: DataDirectory
+    alerts: Alerts
+    health: Health
+    loop_lag: LoopLag
+    stopped: asyncio.Event
+    lost: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a worker's log and database are.
+
+    Attributes:
+        nats_url, database_url: as the service was told, or as it has made them itself.
+        durability: a sentence for people: what survives which failure.
+    """
+
+    nats_url: str
+    database_url: str
+    durability: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of one worker, all of them built and none started but the connection, the log and the leases."""
+
+    places: Places
+    engine: Engine
+    connection: NatsConnection
+    outbox: Outbox
+    log: JetStreamLog
+    leases: Leases
+    governor: Governor
+    gateway: CommandGateway
+    admission: Admission
+    projector: Projector
+    ownership: Ownership
+    detector: Detector
+    signals: SignalCollector
+    retries: DeadLetterRetries
+    probes: Probes
+
+
+async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
+    """Build the parts of a worker, in order, and make the database fit the program and the log.
+
+    Args:
+        closing: closes what was built, in reverse order; also after a failure halfway.
+
+    Raises:
+        ConnectionFailed, LogError, SchemaError, SettingsError: what stands in the way, and what to do.
+    """
+    app, settings = base.app, base.settings
+    governor = Governor(app, settings.rates)
+    nats_url = await _find_server(base, closing)
+    database_url = settings.database.url or f"sqlite:///{base.directory.path / 'projections.db'}"
+    closing.callback(base.alerts.close)
+    engine = open_database(database_url, **settings.database.options())
+    closing.callback(engine.dispose)
+    connection = await _connect(base, nats_url, closing)
+    log = await open_log(
+        connection,
+        app.name,
+        embedded_commits(settings),
+        create=not await asyncio.to_thread(knows, engine, app.name),
+        worker=base.worker,
+        on_replaced=base.lost,
+    )
+    closing.push_async_callback(log.close)
+    info = await log.info()
+    durability = SYNCED if settings.embedded and settings.stream.sync else info.durability
+    logger.info(
+        "log: %d commits (%d to %d) in %d partitions on nats-server %s; %s",
+        info.commits, info.first, info.last, info.partitions, version_text(connection), durability,
+    )  # fmt: skip
+    leases = await _join_leases(base, connection, log, info, closing)
+    async with leases.alone("start"):
+        # workers that start together build what is missing one after the other: the second finds it done
+        await _prepare_database(base, connection, log, engine)
+    places = Places(nats_url, database_url, durability)
+    return _assemble(base, places, engine, connection, log, leases, governor, closing)
+
+
+async def _find_server(base: Foundation, closing: AsyncExitStack) -> str:
+    """Return the URL of the servers that the settings name, or of one that is started here."""
+    settings = base.settings
+    if not settings.embedded:
+        return ",".join(settings.connection.servers)
+    server = EmbeddedServer(base.directory.path / "nats", sync=settings.stream.sync)
+    closing.push_async_callback(server.stop)
+    url = await server.start()
+    keeping = asyncio.create_task(server.keep())
+    closing.callback(keeping.cancel)
+    return url
+
+
+async def _connect(base: Foundation, nats_url: str, closing: AsyncExitStack) -> NatsConnection:
+    settings = base.settings
+    events = ConnectionEvents(base.stopped, base.lost)
+    connection = await dial(
+        settings,
+        name=f"eskernel {base.app.name}",
+        url=nats_url if settings.embedded else "",
+        on_event=events.note,
+    )
+    events.establish()
+
+    async def close() -> None:
+        if not connection.is_closed:
+            await connection.close()
+
+    closing.push_async_callback(close)
+    return connection
+
+
+async def _join_leases(
+    base: Foundation, connection: NatsConnection, log: JetStreamLog, info: StreamInfo, closing: AsyncExitStack
+) -> Leases:
+    settings, directory = base.settings, base.directory
+    leases = Leases(
+        connection, log.stream, base.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
+    )
+    closing.push_async_callback(leases.close)
+    await leases.start()
+    if dead := directory.dead():
+        # only this worker knows that they are dead: the others wait until the leases run out
+        await leases.bury(dead)
+        directory.forget(dead)
+    directory.mark(base.worker)
+    return leases
+
+
+async def _prepare_database(base: Foundation, connection: NatsConnection, log: JetStreamLog, engine: Engine) -> None:
+    """Bring the kernel's tables up to date, compare the database with the log, and build what is missing."""
+    app = base.app
+
+    def upgrade() -> None:
+        from migrations import upgrade  # Alembic takes its time to load, and this is the one place for it
+
+        upgrade(engine)
+
+    def remove_old() -> None:
+        for declared in app.projections:
+            clean_up(engine, declared)
+
+    def report(progress: RebuildProgress) -> None:
+        logger.info("building projections: %d of %d commits", progress.done, progress.total)
+
+    # in threads, and loaded there too: meanwhile the lease is renewed
+    await asyncio.to_thread(upgrade)
+    info = await log.info()
+    await asyncio.to_thread(register, engine, app.name, info.created, info.partitions, info.last)
+    # other workers may be at work, and live projection goes before
+    async with following(connection, log.subjects, base.settings.rates.rebuild) as pace:
+        await build_missing(app, log, engine, report, pace)
+    await asyncio.to_thread(remove_old)
+
+
+def _assemble(
+    base: Foundation,
+    places: Places,
+    engine: Engine,
+    connection: NatsConnection,
+    log: JetStreamLog,
+    leases: Leases,
+    governor: Governor,
+    closing: AsyncExitStack,
+) -> Parts:
+    app, settings = base.app, base.settings
+    tracing: Tracing = open_tracing(app, settings.tracing.enabled)
+    outbox = Outbox(connection)
+    gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, tracing)
+    closing.callback(gateway.close)
+    admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)
+    projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing)
+    closing.push_async_callback(projector.close)
+    ownership = Ownership(connection, log.subjects, leases, admission, projector)
+    closing.push_async_callback(ownership.leave)
+    backlog = Backlog(settings.backlog, [declared.name for declared in app.projections])
+    signals = SignalCollector(gateway, log.appender, projector, base.loop_lag, lambda: backlog.worst)
+    detector = Detector(
+        settings,
+        backlog,
+        projector.progress,
+        lambda: leases.held,
+        log.appender,
+        lambda: (gateway.pending.total, signals.slowest_append),
+        base.alerts,
+    )
+    database_check = DatabaseCheck(engine, projector, base.worker)
+    closing.callback(database_check.close)
+    probes = Probes(
+        base.health,
+        {
+            "log": partial(check_log, connection, log, projector.progress),
+            "appends": partial(check_appends, log.appender, detector),
+            "database": database_check.check,
+            "leases": partial(check_leases, ownership),
+            "projection": partial(check_projection, projector, detector),
+            "commands": check_commands,
+            "loop": partial(check_loop, base.loop_lag),
+        },
+    )
+    closing.callback(probes.close)
+    return Parts(
+        places=places,
+        engine=engine,
+        connection=connection,
+        outbox=outbox,
+        log=log,
+        leases=leases,
+        governor=governor,
+        gateway=gateway,
+        admission=admission,
+        projector=projector,
+        ownership=ownership,
+        detector=detector,
+        signals=signals,
+        retries=DeadLetterRetries(app, engine, log.subjects, leases.holds, settings.dead_letters),
+        probes=probes,
+    )

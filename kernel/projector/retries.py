@@ -1,0 +1,68 @@
+"""Dead letters that are retried by the service: those whose handler failed with something that may pass."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from sqlalchemy import Engine
+
+from kernel.app import App
+from kernel.log.subjects import Subjects
+from kernel.settings import DeadLetters
+from kernel.telemetry.logging import about
+from kernel.telemetry.metrics import PARKED, QUARANTINED, RETRIES
+from projections import NoSuchLetter, dead_letters
+
+logger = logging.getLogger("eskernel.projector")
+
+
+class DeadLetterRetries:
+    """Folds again, with growing pauses, the events that wait for a retry in this worker's partitions.
+
+    Args:
+        holds: says whether this worker holds a partition.
+    """
+
+    def __init__(
+        self, app: App, engine: Engine, subjects: Subjects, holds: Callable[[int], bool], settings: DeadLetters
+    ) -> None:
+        self._app, self._engine, self._subjects, self._holds, self._settings = app, engine, subjects, holds, settings
+        self._names = {declared.name for declared in app.projections}
+
+    async def retry_dead_letters(self) -> None:
+        """Retry what is due."""
+        for retried in await asyncio.to_thread(self._retry_due):
+            RETRIES.labels(outcome="failed" if retried.left else "ok").inc()
+            logger.log(
+                logging.WARNING if retried.left else logging.INFO,
+                "retried %s %s for %s: %d folded, %d left%s",
+                retried.aggregate, retried.aggregate_id, retried.projection, retried.folded, retried.left,
+                f": {retried.error}" if retried.left else "",
+                extra=about(retried.aggregate, retried.aggregate_id, projection=retried.projection),
+            )  # fmt: skip
+
+    def _retry_due(self) -> list[dead_letters.Retried]:
+        parked, quarantined = dead_letters.counts(self._engine)
+        PARKED.set(parked)
+        QUARANTINED.set(quarantined)
+        done = []
+        for letter in dead_letters.due(self._engine, time.time()) if parked else ():
+            partition = self._subjects.partition(letter.aggregate, letter.aggregate_id)
+            if not self._holds(partition) or letter.projection not in self._names:
+                continue
+            pause = None
+            if letter.attempts < self._settings.retries:
+                pause = min(self._settings.retry_after * 2**letter.attempts, dead_letters.MAX_PAUSE_S)
+            plan = dead_letters.plan_of(self._app.plan(), letter.projection)
+            try:
+                done.append(
+                    dead_letters.retry(
+                        self._engine, plan, letter.projection, letter.aggregate, letter.aggregate_id, pause
+                    )
+                )
+            except NoSuchLetter:
+                pass  # an operator was faster
+        return done

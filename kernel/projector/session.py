@@ -1,0 +1,341 @@
+"""Projecting from one claim of the partitions until it ends: read, fold, write rows and checkpoint together.
+
+While one batch is being written by the database's thread, the next is read, decoded and folded. Whatever goes wrong
+(a fence, a handler, an odd log) ends the session. The next one begins from the checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Engine
+
+from kernel.actors.mailbox import DropRows, Fold, Turn
+from kernel.actors.residents import Resident, Residents
+from kernel.app import App
+from kernel.governance.pace import IDLE_S, Pace, read_batch
+from kernel.log.base import Batch, EventLog, LogReader, Stored
+from kernel.log.subjects import Address
+from kernel.projector.committer import Committer
+from kernel.projector.grouping import Group, Sorter, batch_of
+from kernel.projector.parking import log_parked
+from kernel.projector.progress import Hand, ReadProgress
+from kernel.settings import Settings
+from kernel.telemetry.metrics import (
+    BATCH_EVENTS,
+    ERRORS,
+    EVENTS,
+    FOLD_SECONDS,
+    LOG_EVENTS,
+    PARKINGS,
+    POSITION,
+    ROWS,
+)
+from kernel.telemetry.tracing import Tracing
+from projections.checkpoints import Claim, Move, claim
+from projections.database import reads
+from projections.errors import HandlerFailed
+from projections.fold import Folded, Letter, Plan
+from projections.unit_of_work import Write, Writer
+
+logger = logging.getLogger("eskernel.projector")
+T = TypeVar("T")
+
+SLICE = 400
+"""Aggregates folded before the event loop gets a turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorContext:
+    """What all sessions of a projector share.
+
+    Attributes:
+        residents: the live aggregates, whose actors fold.
+        plan: the app's projections, compiled for folding.
+        progress: what is read, in hand, and written.
+        readers: the thread that reads from the database.
+        interrupted: set while the session at work is to end.
+        failures: found when a batch was written, and not yet in the dead letters.
+        running: called whenever the session has caught up.
+    """
+
+    app: App
+    log: EventLog
+    engine: Engine
+    residents: Residents
+    plan: Plan
+    settings: Settings
+    pace: Pace
+    tracing: Tracing
+    committer: Committer
+    progress: ReadProgress
+    readers: ThreadPoolExecutor
+    interrupted: asyncio.Event
+    failures: list[HandlerFailed]
+    running: Callable[[], None]
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Run a function that reads from the database in the thread for that."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, work)
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A write under way, and what it will have moved."""
+
+    task: asyncio.Future[None]
+    residents: list[Resident]
+    groups: list[Group]
+    events: int
+    position: int
+    hand: Hand
+
+
+class Session:
+    """One claim of some partitions, and the work on them. Made by `claim`; `end` must be called.
+
+    Args:
+        partitions: those that were claimed.
+        writer: writes batches under the claim's epoch.
+    """
+
+    def __init__(self, context: ProjectorContext, partitions: frozenset[int], claimed: Claim, writer: Writer) -> None:
+        self._context, self._plan, self._progress = context, context.plan, context.progress
+        self._position = claimed.position
+        self._writer = writer
+        self._sorter = Sorter(
+            context.log.subjects,
+            context.app.types,
+            partitions,
+            claimed.position,
+            len(context.app.projections),
+            self._quarantine,
+        )
+        self._under_way: _UnderWay | None = None
+        self._batch: list[Stored] = []
+        self._garbage: list[dict[str, Any]] = []
+        self._read_to = claimed.position.lowest
+
+    @classmethod
+    async def claim(cls, context: ProjectorContext, partitions: frozenset[int]) -> Self:
+        """Claim the partitions of the live generations as they are now, fencing their previous owner."""
+        app, letters = context.app, context.settings.dead_letters
+        claimed: Claim = await context.read(lambda: claim(context.engine, app.name, app.projections, partitions))
+        retry_after = letters.retry_after if letters.retries else 0.0
+        writer = Writer(context.engine, context.plan, claimed.generations, claimed.epoch, retry_after)
+
+        def load_parked() -> None:
+            with reads(context.engine).connect() as connection:
+                writer.load_parked(connection)
+
+        await context.read(load_parked)
+        for failure in context.failures:
+            context.plan.park(failure)
+        context.progress.begin(claimed.position, partitions)
+        return cls(context, partitions, claimed, writer)
+
+    async def run(self) -> None:
+        """Project until interrupted; then conclude what is under way."""
+        interrupted, progress = self._context.interrupted, self._progress
+        reader = await self._context.log.read(self._position.lowest, live=True)
+        try:
+            last_quiet = time.monotonic()
+            while not interrupted.is_set():
+                batch = await self._next(reader)
+                if batch.commits:
+                    await self._project(batch)
+                    reader.acknowledge(progress.projected)
+                    # what arrived meanwhile is the next batch: under load batches grow by themselves
+                    await asyncio.sleep(0)
+                if not batch.commits or time.monotonic() - last_quiet > IDLE_S:
+                    await self._settle()
+                    await self._advance_quiet()
+                    reader.acknowledge(progress.projected)
+                    self._context.running()
+                    last_quiet = time.monotonic()
+            await self._settle()
+            await self._advance_quiet()
+        finally:
+            await reader.close()
+
+    async def end(self) -> None:
+        """Wait for the write under way, whatever becomes of it, and forget folded rows."""
+        try:
+            await self._settle()
+        except Exception as error:
+            logger.info("the write under way ended with: %s", str(error).splitlines()[0])
+        self._drop_rows(self._context.residents.all())
+
+    async def _next(self, reader: LogReader) -> Batch:
+        """Wait for commits, but not past an interruption; meanwhile conclude the write under way."""
+        context = self._context
+        reading = asyncio.ensure_future(read_batch(reader, context.settings.batch, context.pace))
+        stopping = asyncio.ensure_future(context.interrupted.wait())
+        try:
+            while not reading.done() and not stopping.done():
+                waiting: set[asyncio.Future[Any]] = {reading, stopping}
+                if self._under_way is not None:
+                    waiting.add(self._under_way.task)
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if self._under_way is not None and self._under_way.task.done():
+                    await self._settle()
+                    reader.acknowledge(self._progress.projected)
+            return reading.result() if reading.done() else Batch([], 0)
+        finally:
+            stopping.cancel()
+            if not reading.done():
+                reading.cancel()
+                await asyncio.wait({reading})
+
+    async def _project(self, batch: Batch) -> None:
+        """Fold one batch and hand it to the database, behind the one being written."""
+        arrived = time.perf_counter()
+        LOG_EVENTS.inc(len(batch.commits))
+        groups = await self._sorter.sort(batch.commits)
+        self._context.pace.spend(sum(len(group.commits) for group in groups))
+        self._batch = batch.commits
+        hand = self._progress.read(groups, batch)
+        moves = self._position.moves(self._writer.generations, batch.commits[-1].sequence)
+        if not groups and not moves and not self._garbage:
+            self._read_to = batch.commits[-1].sequence
+            self._progress.written(hand)
+            return
+        began = time.time_ns()
+        residents = self._context.residents.wake([group.address for group in groups])
+        for resident in residents:
+            resident.busy += 1  # from here until it is written
+        try:
+            folded, write = await self._fold_or_park(groups, residents, moves)
+            FOLD_SECONDS.observe(time.perf_counter() - arrived)
+            for index, count in folded.written().items():
+                ROWS.labels(projection=self._name(index)).inc(count)
+            write.letters += self._garbage
+            self._garbage = []
+            await self._settle()
+        except BaseException:
+            for resident in residents:
+                resident.busy -= 1
+            raise
+        self._position.advance(moves, self._writer.generations)
+        self._read_to = batch.commits[-1].sequence
+        writing = self._context.committer.write(self._writer, write)
+        task = asyncio.ensure_future(self._context.tracing.projecting(writing, groups, began))
+        self._under_way = _UnderWay(task, residents, groups, folded.count, self._read_to, hand)
+
+    async def _fold_or_park(
+        self, groups: list[Group], residents: list[Resident], moves: list[Move]
+    ) -> tuple[Folded, Write]:
+        """Fold the batch; when a handler fails, park its aggregate and fold all of it again from stored rows."""
+        while True:
+            turn = await self._fold(groups, residents)
+            failure = turn.failure
+            if failure is None:
+                try:
+                    return turn.folded, self._writer.freeze(turn.folded, moves, self._letter)
+                except HandlerFailed as refused:
+                    failure = self._writer.blame(refused, batch_of(groups))
+            self._note_parked(failure, groups)
+            await self._settle()
+            self._plan.park(failure)
+            self._drop_rows(residents)
+
+    async def _fold(self, groups: list[Group], residents: list[Resident]) -> Turn:
+        """Have the actors fold their commits; give the loop a turn between slices."""
+        turn = Turn(self._plan, Folded(self._plan))
+        asleep = [resident.address for resident in residents if not resident.has_rows]
+        stored = await self._load_rows(asleep)
+        for start in range(0, len(groups), SLICE):
+            messages = []
+            for group, resident in zip(groups[start : start + SLICE], residents[start : start + SLICE], strict=True):
+                rows = kept = None
+                if not resident.has_rows:
+                    rows, kept = stored[group.address.subject]
+                    resident.has_rows = True
+                messages.append((resident.actor, Fold(group.address, turn, group.commits, rows, group.skip, kept)))
+            self._context.residents.actors.send(messages)
+            if start:
+                await asyncio.sleep(0)
+        return turn
+
+    async def _load_rows(self, addresses: list[Address]) -> dict[str, tuple[list[Any], int | None]]:
+        """Load the stored rows of aggregates that wake up, one SELECT for all of them and each projection.
+
+        Where there are none, the sequence of the last event is kept beside them.
+        """
+        by_aggregate: dict[str, dict[str, str]] = {}
+        for address in addresses:
+            by_aggregate.setdefault(address.aggregate, {})[address.id] = address.subject
+
+        def load() -> dict[str, tuple[list[Any], int | None]]:
+            found: dict[str, tuple[list[Any], int | None]] = {}
+            with reads(self._context.engine).connect() as connection:
+                for aggregate, subjects in by_aggregate.items():
+                    rows = self._writer.load_rows(connection, aggregate, list(subjects))
+                    kept = self._writer.load_kept(connection, aggregate, rows)
+                    for aggregate_id, records in rows.items():
+                        found[subjects[aggregate_id]] = records, kept.get(aggregate_id)
+            return found
+
+        return await self._context.read(load)
+
+    def _drop_rows(self, residents: list[Resident]) -> None:
+        drop = DropRows()
+        self._context.residents.actors.send([(resident.actor, drop) for resident in residents])
+        for resident in residents:
+            resident.has_rows = False
+
+    def _letter(self, letter: Letter) -> tuple[int, bytes]:
+        partition = self._context.log.subjects.address(*letter.aggregate).partition
+        place = bisect_left(self._batch, letter.stream_sequence, key=attrgetter("sequence"))
+        return partition, self._batch[place].payload
+
+    def _quarantine(self, sequence: int, subject: str, partition: int, payload: bytes, why: str) -> None:
+        """Keep bytes that are no commit of this app; they concern no projection in particular."""
+        logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
+        self._garbage.append(self._writer.garbage(sequence, subject, partition, payload, why))
+
+    async def _settle(self) -> None:
+        """Wait for the write under way."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return
+        try:
+            await under_way.task
+        except HandlerFailed as failure:
+            self._note_parked(failure, under_way.groups)
+            self._context.failures.append(self._writer.blame(failure, batch_of(under_way.groups)))
+            raise
+        finally:
+            for resident in under_way.residents:
+                resident.busy -= 1
+        self._context.failures.clear()
+        self._progress.projected = under_way.position
+        self._progress.written(under_way.hand)
+        EVENTS.inc(under_way.events)
+        BATCH_EVENTS.observe(under_way.events)
+        POSITION.set(self._progress.projected)
+
+    async def _advance_quiet(self) -> None:
+        """Move up the checkpoints of partitions without news, so that the next start need not read that far back."""
+        moves = self._position.quiet_moves(self._writer.generations, self._read_to)
+        if moves:
+            write = Write(moves)
+            self._position.advance(moves, self._writer.generations)
+            await self._context.committer.write(self._writer, write)
+        self._progress.projected = max(self._progress.projected, self._read_to)
+
+    def _name(self, index: int) -> str:
+        return self._context.app.projections[index].name if index >= 0 else "every projection"
+
+    def _note_parked(self, failure: HandlerFailed, groups: list[Group]) -> None:
+        log_parked("for", failure, self._context.app.projections, batch_of(groups))
+        PARKINGS.labels(reason=failure.kind).inc()
+        ERRORS.labels(kind="handler").inc()

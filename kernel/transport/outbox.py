@@ -1,0 +1,37 @@
+"""Messages that leave together: what is published in one turn of the event loop goes to the socket in one piece."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from kernel.transport.connection import publish_frame
+
+
+class FrameSender(Protocol):
+    """What takes protocol frames: a `NatsConnection`."""
+
+    def send(self, frames: bytes) -> None:
+        """Queue frames for the socket."""
+
+
+class Outbox:
+    """Collects the frames of one turn of the event loop and sends them at its end."""
+
+    def __init__(self, connection: FrameSender) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._frames: list[bytes] = []
+
+    def publish(self, subject: bytes, payload: bytes, *, reply: bytes = b"") -> None:
+        """Publish a message; answers to it go to the subject `reply`. Never waits.
+
+        While the connection is down the message waits, and goes out after the reconnect.
+        """
+        if not self._frames:
+            self._loop.call_soon(self._send)
+        self._frames.append(publish_frame(subject, payload, reply=reply))
+
+    def _send(self) -> None:
+        frames, self._frames = self._frames, []
+        self._connection.send(b"".join(frames))
