@@ -109,7 +109,7 @@ MUTANTS = [
         "expected-not-sent",
         "of two appends behind the same commit one is refused",
         "kernel/log/appender.py",
-        r"""headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % one.expected""",
+        r"""headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % append.expected""",
         r"""headers = b"NATS/1.0\r\n\r\n" """,
         (f"{LOG}::test_an_append_with_a_stale_expected_sequence_conflicts_and_tells_the_actual_one",),
     ),
@@ -128,17 +128,16 @@ MUTANTS = [
         "a conflict refuses the guilty commit only",
         "kernel/log/appender.py",
         """            frames: list[bytes] = []
-            for one in group:
-                self._send_one(one, time.perf_counter(), frames)
+            for append in group:
+                self._send_one(append, time.perf_counter(), frames)
             self._connection.send(b"".join(frames))
             return
-        one = group[0]
+        append = group[0]
 """,
-        """            for one in group:
-                if not one.future.done():
-                    one.future.set_exception(Conflict(one.subject, one.expected, None))
+        """            for append in group:
+                append.fail(Conflict(append.subject, append.expected, None))
             return
-        one = group[0]
+        append = group[0]
 """,
         (f"{LOG}::test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece",),
     ),
@@ -156,44 +155,44 @@ MUTANTS = [
         "ack-before-commit",
         "a receipt means that the commit is in the log",
         "kernel/actors/aggregate.py",
-        """            self.deciding = deciding
+        """            self.phase, self.verdicts = Phase.APPENDING, verdicts
             self.gateway.append(""",
-        """            for request, reached, _ in deciding:
-                cell.remember(request.connection.command_id, reached, cell.position + 1)
-                self.gateway.succeed(self.address, request, reached, cell.position + 1, False)
-            self.deciding = []
+        """            for verdict in verdicts:
+                cell.remember(verdict.request.sent.command_id, verdict.version, cell.position + 1)
+                self._answer(verdict, cell.position + 1)
+            self.phase, self.verdicts = Phase.APPENDING, ()
             self.gateway.append(""",
         (f"{OWN}::test_a_command_is_answered_when_its_append_is_acknowledged_and_not_before",),
     ),
     Mutant(
         "uncertain-taken-as-stored",
         "an append whose answer is lost is read back",
-        "kernel/log/appender.py",
-        "task = self._loop.create_task(self._find_out(one, why))",
-        "one.future.set_result(one.expected + 1)\n                continue",
+        "kernel/log/settling.py",
+        "task = asyncio.get_running_loop().create_task(self._settle(append, why))",
+        "append.future.set_result(append.expected + 1)\n                continue",
         (f"{LOG}::test_appends_that_got_lost_on_the_way_are_sent_again",),
     ),
     Mutant(
         "uncertain-sent-again-unread",
         "an append whose answer is lost is read back",
-        "kernel/log/appender.py",
-        "task = self._loop.create_task(self._find_out(one, why))",
-        "one.attempts = 0\n                self._waiting.append(one)\n                continue",
+        "kernel/log/settling.py",
+        "task = asyncio.get_running_loop().create_task(self._settle(append, why))",
+        "append.attempts = 0\n                self._sender.send_again(append)\n                continue",
         (f"{LOG}::test_appends_whose_answers_are_lost_settle_as_what_they_became",),
     ),
     Mutant(
         "uncertain-told-unavailable",
         "an append whose answer is lost is read back",
-        "kernel/log/appender.py",
-        "task = self._loop.create_task(self._find_out(one, why))",
-        "one.future.set_exception(Unavailable(why))\n                continue",
+        "kernel/log/settling.py",
+        "task = asyncio.get_running_loop().create_task(self._settle(append, why))",
+        "append.fail(LogError(why))\n                continue",
         (f"{LOG}::test_appends_whose_answers_are_lost_settle_as_what_they_became",),
     ),
     Mutant(
         "resent-conflict-certain",
         "a conflict of an append that was sent twice is looked into",
         "kernel/log/appender.py",
-        " or (error.err_code == _WRONG_LAST_SEQUENCE and one.attempts > 1)",
+        " or (error.err_code == _WRONG_LAST_SEQUENCE and append.attempts > 1)",
         "",
         (f"{OWN}::test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into",),
     ),
@@ -201,8 +200,8 @@ MUTANTS = [
         "other-log-appended-to",
         "nothing is acknowledged on a log that was replaced",
         "kernel/log/appender.py",
-        "self._verified.clear()",
-        "pass",
+        "            self._verified = False\n",
+        "            pass\n",
         (
             "tests/failure_modes/test_failure_modes_log.py::"
             "test_a_stream_restored_from_an_older_backup_stops_the_service_before_it_acknowledges_anything",
@@ -213,11 +212,11 @@ MUTANTS = [
         "dedupe-removed",
         "a repeated command takes effect once",
         "kernel/actors/aggregate.py",
-        """            known = cell.commands.get(connection.command_id)
+        """            known = cell.commands.get(sent.command_id)
             if known is not None:
                 self.gateway.succeed(self.address, request, known[0], known[1], True)
                 continue
-            if not request.searched and connection.command_id in cell.seen:
+            if not request.searched and sent.command_id in cell.seen:
 """,
         """            if False:
 """,
@@ -227,7 +226,7 @@ MUTANTS = [
         "dedupe-forgets",
         "a repeated command takes effect once, however late",
         "kernel/actors/aggregate.py",
-        "if not request.searched and connection.command_id in cell.seen:",
+        "if not request.searched and sent.command_id in cell.seen:",
         "if False:",
         (f"{COMMANDS}::test_a_repeated_command_is_found_however_long_ago_it_was",),
     ),
@@ -235,7 +234,7 @@ MUTANTS = [
         "dedupe-not-within-a-commit",
         "a command that comes twice at once takes effect once",
         "kernel/actors/aggregate.py",
-        " or any(one[0].connection.command_id == connection.command_id for one in deciding)",
+        " or any(\n                verdict.request.sent.command_id == sent.command_id for verdict in verdicts\n            )",
         "",
         (f"{COMMANDS}::test_a_command_that_arrives_twice_at_once_takes_effect_once",),
     ),
@@ -312,14 +311,14 @@ MUTANTS = [
         "lease-deleted-before-projection-let-go",
         "others find everything written when a partition is free",
         "kernel/partitions/ownership.py",
-        """        if self._projector is not None:
-            try:
-                async with asyncio.timeout(HAND_OVER_S):
+        """        try:
+            async with asyncio.timeout(HAND_OVER_S):
+                await self._projector.released()
 """,
         """        await self._leases.release(partitions)
-        if self._projector is not None:
-            try:
-                async with asyncio.timeout(HAND_OVER_S):
+        try:
+            async with asyncio.timeout(HAND_OVER_S):
+                await self._projector.released()
 """,
         (f"{OWN}::test_a_lease_is_given_back_when_the_projection_has_let_go_and_not_before",),
     ),
@@ -327,8 +326,8 @@ MUTANTS = [
         "lease-deleted-before-commands-answered",
         "commands under way are answered before a partition is free",
         "kernel/partitions/ownership.py",
-        "if not await self._gateway.let_go(partitions, HAND_OVER_S):",
-        "if not await self._gateway.let_go(partitions, 0.0):",
+        "if not await self._admission.revoke(partitions, HAND_OVER_S):",
+        "if not await self._admission.revoke(partitions, 0.0):",
         (f"{OWN}::test_a_lease_is_given_back_when_its_commands_are_answered_and_not_before",),
     ),
     Mutant(
@@ -343,8 +342,8 @@ MUTANTS = [
     Mutant(
         "refused-write-not-parked",
         "what a statement refuses waits alone",
-        "kernel/projector/live.py",
-        """        for failure in self._failures:
+        "kernel/projector/session.py",
+        """        for failure in context.failures:
 """,
         """        for failure in ():
 """,
@@ -425,7 +424,7 @@ MUTANTS = [
     Mutant(
         "garbage-lost",
         "bytes that are no commit are kept",
-        "kernel/projector/live.py",
+        "kernel/projector/session.py",
         "write.letters += self._garbage",
         "pass",
         (f"{SERVICE}::test_garbage_on_the_stream_is_kept_aside_and_stops_nothing[sqlite]",),
