@@ -45,7 +45,7 @@ class Walk:
     def go(self) -> None:
         """Take every block in order."""
         blocks = [block for block in read_blocks(self.path) if block.argument("skip") is None]
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        for block, following in zip(blocks, [*blocks[1:], None][: len(blocks)], strict=True):
             if block.language == "text":
                 continue
             expected = following if following is not None and following.language == "text" else None
