@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.docs.pages import Block, files_before, read_blocks, write_block
 from tests.docs.warm import Warm
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 _ERROR = re.compile(r"#\s*error: (.*)$")
 _READING = ("query", "show", "status", "backlog", "jobs", "dead-letters list", "dead-letters show")
 
