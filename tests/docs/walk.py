@@ -76,6 +76,7 @@ class Walk:
                 # a projection is a moment behind its commands, and health behind what it speaks of
                 if not self._only_reads(block) or time.monotonic() > deadline:
                     raise
+                time.sleep(0.1)
 
     def _execute(self, block: Block) -> str:
         if block.language == "python":
