@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from kernel.cli import main
 from kernel.settings.sources import leaves
-from tests.docs.pages import ROOT
+from tests.docs.pages import GUIDE, ROOT, files_left_behind, read_blocks
+from tests.test_folder_rules import imported
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -24,6 +26,10 @@ _SETTING = re.compile(r"`([a-z_]+\.[a-z_]+(?:\.[a-z_]+)?)`")
 PROSE = {"lacks"}
 """Words behind the product's name at the beginning of a line."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation.replace("-", "").replace("_", ""))
+
+
+PUBLIC = {"aggregates", "projections", "kernel", "kernel.errors", "kernel.settings", "kernel.log", "examples.bank"}
+OTHERS = {"pytest", "sqlalchemy", "sqlalchemy.orm"}
 
 
 def anchors(page: Path) -> set[str]:
@@ -79,3 +85,11 @@ def test_every_page_can_be_reached_from_the_index() -> None:
         waiting += [(page.parent / target.partition("#")[0]).resolve() for target in _LINK.findall(page.read_text())]
     tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {ROOT / name for name in tracked.split()} <= found
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(GUIDE.glob("*.md"))], ids=lambda page: page.name)
+def test_snippets_import_only_what_is_public(page: Path) -> None:
+    own = {Path(name).stem for name in files_left_behind(page)}
+    blocks = [block for block in read_blocks(page) if block.language == "python"]
+    used = {name for block in blocks for name in imported(block.text)}
+    assert {name for name in used if name.partition(".")[0] not in sys.stdlib_module_names} <= PUBLIC | OTHERS | own
