@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from aggregates import DeclarationError
@@ -12,8 +9,6 @@ from examples.bank import Account, Balance, Balances, Deposited, Withdrawn
 from examples.flights import AirportDay, AirportDays, Arrived, Departed, LongDelay, LongDelays
 from projections import Rows, applies, projected
 from tests.apps import Line, Lines, Noted, Pages
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 def test_rows_are_specified_by_their_models() -> None:
@@ -70,10 +65,3 @@ def test_a_wrong_declaration_is_told() -> None:
 
     with pytest.raises(DeclarationError, match="did you mean cents"):
         projected(Broken).given("alice", Deposited(1)).then()
-
-
-def test_the_readme_shows_the_bank_as_it_is_and_its_scenarios_hold() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    bank = (README.parent / "examples" / "bank" / "__init__.py").read_text()
-    assert bank.endswith(blocks[0])
-    exec(compile(blocks[1], "README.md", "exec"), {})
