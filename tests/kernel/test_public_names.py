@@ -69,8 +69,8 @@ def test_the_public_names_are_those_of_the_list() -> None:
     listed = GOLDEN.read_text().split()
     added, gone = sorted({*public_names()} - {*listed}), sorted({*listed} - {*public_names()})
     assert public_names() == listed, (
-        f"new: {', '.join(added) or 'none'}; gone: {', '.join(gone) or 'none'}. A new name is a promise, and one that is "
-        f"gone breaks users' programs. If that is what you want, accept it: {ACCEPT}"
+        f"new: {', '.join(added) or 'none'}; gone: {', '.join(gone) or 'none'}. A new name is a promise, and one "
+        f"that is gone breaks users' programs. If that is what you want, accept it: {ACCEPT}"
     )
 
 
