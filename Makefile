@@ -42,9 +42,10 @@ soak: $(READY) ## load with evictions; memory, files, threads, consumers must st
 bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json (YEAR=1, MILLION=1: more)
 	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 
-docs: $(READY) ## write the pages that are made of the code: settings, metrics, dashboard
+docs: $(READY) ## write the pages that are made of the code: settings, metrics, errors, dashboard
 	@$(BIN)/python docs/configuration.py > docs/configuration.md
 	@$(BIN)/python docs/metrics.py > docs/metrics.md
+	@$(BIN)/python docs/errors.py > docs/errors.md
 	@$(BIN)/python docs/monitoring/dashboard.py > docs/monitoring/dashboard.json
 
 overload: $(READY) ## three times the load that the machine can bear, second by second; writes docs/overload.svg

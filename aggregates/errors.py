@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class EskernelError(Exception):
     """The base of every exception of eskernel; `kernel.errors` draws the whole hierarchy."""
+
+    def __reduce__(self) -> tuple[Callable[..., EskernelError], tuple[Any, ...]]:
+        """Let errors cross processes: Python would call `__init__` with the message, whatever it takes."""
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(cls: type[EskernelError], args: tuple[Any, ...], attributes: dict[str, Any]) -> EskernelError:
+    error = cls.__new__(cls, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class Rejected(EskernelError):

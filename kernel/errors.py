@@ -30,7 +30,7 @@
     │   └── Overloaded                  the service takes no more commands at the moment
     ├── CommandTimeout                  no answer to a command in time (also a TimeoutError)
     ├── QueryTimeout                    the projections did not include a receipt in time (also a TimeoutError)
-    └── NoDatabase                      the client was connected without a database
+    └── NoDatabase                      the client was connected without a database (also a RuntimeError)
 
 The errors of the domain are importable from `aggregates`, those of the read side from `projections`, the others from
 here. docs/errors.md says what to do about each, and with which exit code the command line reports it.

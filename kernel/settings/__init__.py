@@ -1,7 +1,7 @@
 """What a service can be told: one typed tree. Every field does what it says, and a test shows its effect.
 
-`kernel.settings.sources` reads it from a file, the environment and the command line; docs/configuration.md is made of
-the texts here. Times are in seconds, sizes in bytes (`64MiB` is understood too).
+`load` reads it from a file, the environment and the command line; docs/configuration.md is made of the texts here.
+Times are in seconds, sizes in bytes (`64MiB` is understood too).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "Http",
     "JetStream",
     "Limit",
+    "Loaded",
     "Logging",
     "Passivation",
     "Rates",
@@ -38,11 +39,12 @@ __all__ = [
     "Settings",
     "Stream",
     "Tracing",
+    "load",
 ]
 
 
 class Settings(BaseSettings):
-    """Settings of a service. Made in Python, or with `kernel.settings.sources.load`."""
+    """Settings of a service. Made in Python, or with `load`."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
@@ -83,7 +85,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read nothing but what is given; `kernel.settings.sources.load` reads files and environment."""
+        """Read nothing but what is given; `load` reads files and environment."""
         return (init_settings,)
 
     @model_validator(mode="after")
@@ -99,3 +101,6 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the service starts a server of its own."""
         return not self.connection.servers
+
+
+from kernel.settings.sources import Loaded, load  # noqa: E402 - it reads into the tree above

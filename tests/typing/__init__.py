@@ -1,0 +1,1 @@
+"""Programs of users that type checkers read."""
