@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 import click
+
+from kernel.packages import enter
 
 EXIT_CODES: Final = (
     "Exit codes: 0 done, 1 refused or failed, 2 wrong usage or declarations, 3 nothing running or reachable."
@@ -50,7 +53,7 @@ class _LazyGroup(click.Group):
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(package_name="eskernel")
+@click.version_option(package_name="eskernel", prog_name="eskernel", message="%(prog)s %(version)s")
 def main() -> None:
     """An event-sourcing kernel on NATS JetStream.
 
@@ -69,3 +72,4 @@ def main() -> None:
     Commands find the service that runs on the data directory (.eskernel in this folder); --nats, --database and
     --app name another one.
     """
+    enter(Path.cwd())  # before a command is imported
