@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -32,6 +32,10 @@ _COMMANDS: Final = {
 
 class _LazyGroup(click.Group):
     """Imports a command when it is used: most need a fraction of what a service needs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        enter(Path.cwd())  # before a command is imported: this folder may be on the path already
+        return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -72,4 +76,3 @@ def main() -> None:
     Commands find the service that runs on the data directory (.eskernel in this folder); --nats, --database and
     --app name another one.
     """
-    enter(Path.cwd())  # before a command is imported
