@@ -34,7 +34,7 @@ class _OwnPackagesFirst(MetaPathFinder):
 
 
 def reserve() -> None:
-    """From now on, import eskernel's packages from `HOME`, also those that are imported later."""
+    """Import eskernel's packages from `HOME` from now on, whatever stands on `sys.path`."""
     if not any(isinstance(finder, _OwnPackagesFirst) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OwnPackagesFirst())
 

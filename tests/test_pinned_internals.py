@@ -1,4 +1,4 @@
-"""Inner names of other libraries: those that the code leans on are listed here, pinned, and do what it needs.
+"""The inner names of other libraries that the code leans on are listed here, pinned, and tested for what it needs.
 
 nats-py's inner names are tested further in tests/kernel/transport/test_wire.py.
 """
@@ -64,7 +64,7 @@ PUBLIC = {"_exit", "_asdict", "_replace", "_fields"}
 
 
 def private_names(source: str) -> tuple[set[str], set[str]]:
-    """Return the private attributes that a source uses, and those that it defines."""
+    """Return the private attributes that a source uses, and the names that it defines."""
     used, defined = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
