@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from aggregates import Aggregate, DeclarationError
 from aggregates.declaration import AggregateType, declare
 from kernel.errors import AppNotFound, NotDeclared
 from kernel.log.subjects import APP_NAME
+from kernel.packages import namesake
 from projections.declaration import DeclaredProjection, declare_projection
 from projections.fold import TRANSIENT, Plan
 from projections.projection import Projection
@@ -128,31 +128,55 @@ class App:
 def load_app(spec: str) -> App:
     """Import an app named as `package.module:variable`.
 
+    Its module is looked for on `sys.path`, which stays as it is. `eskernel` itself puts the current folder there.
+
     Raises:
-        AppNotFound: no such module or variable, or it is no App.
+        AppNotFound: no such module or variable, or it is no App; or the app's own module can't be imported because it
+            has the name of one of eskernel's packages.
         DeclarationError: the app's declarations are wrong.
     """
     module_name, _, variable = spec.partition(":")
     if not module_name or not variable:
         raise AppNotFound(f"{spec!r} does not name an app; write it as package.module:variable, like examples.bank:app")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise AppNotFound(f"can't import {module_name!r}: {error}; run from the folder that holds it") from None
     except DeclarationError:
         raise
     except Exception as error:
+        for concerned in _modules_concerned(error):
+            _refuse_namesake(concerned, f"can't import {module_name!r}: {error}")
+        if isinstance(error, ModuleNotFoundError):
+            raise AppNotFound(f"can't import {module_name!r}: {error}; run from the folder that holds it") from None
         place = traceback.extract_tb(error.__traceback__)
         where = next((one for one in reversed(place) if "importlib" not in one.filename), None)
         at = f" ({where.filename}, line {where.lineno})" if where is not None else ""
         raise AppNotFound(f"importing {module_name} failed{at}: {type(error).__name__}: {error}") from error
     found = getattr(module, variable, None)
     if not isinstance(found, App):
+        _refuse_namesake(module_name, f"{module_name} has no App named {variable!r}")
         raise AppNotFound(f"{module_name} has no App named {variable!r}")
     return found
+
+
+def _modules_concerned(error: Exception) -> Iterator[str]:
+    """Yield the names of modules that an import may have taken for others."""
+    if isinstance(error, ImportError) and error.name:
+        yield error.name
+    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+        yield error.obj.__name__
+    running = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    if running:
+        yield running[-1].f_globals["__name__"]  # the module whose import failed first
+
+
+def _refuse_namesake(module: str, failure: str) -> None:
+    """Raise `AppNotFound` if a module has the name of one of eskernel's, and the user has one of that name too."""
+    if (place := namesake(module)) is not None:
+        kind = "folder" if place.is_dir() else "file"
+        raise AppNotFound(
+            f"{failure}; {place.stem!r} is a package of eskernel, which hides your {kind} {place}: rename your {kind}, "
+            "or move it into a package of yours"
+        ) from None
 
 
 def _model(declared: DeclaredProjection, table: str) -> str:

@@ -2,9 +2,9 @@
 
 from alembic import context
 
-from migrations import VERSION_TABLE
-
 context.configure(
-    connection=context.config.attributes["connection"], version_table=VERSION_TABLE, transactional_ddl=False
+    connection=context.config.attributes["connection"],
+    version_table=context.config.attributes["version_table"],  # `migrations` may be the user's own package here
+    transactional_ddl=False,
 )
 context.run_migrations()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import click
+
+from kernel.packages import enter
 
 EXIT_CODES: Final = (
     "Exit codes: 0 done, 1 refused or failed, 2 wrong usage or declarations, 3 nothing running or reachable."
@@ -30,6 +33,10 @@ _COMMANDS: Final = {
 class _LazyGroup(click.Group):
     """Imports a command when it is used: most need a fraction of what a service needs."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        enter(Path.cwd())  # before a command is imported: this folder may be on the path already
+        return super().invoke(ctx)
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
 
@@ -50,7 +57,7 @@ class _LazyGroup(click.Group):
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(package_name="eskernel")
+@click.version_option(package_name="eskernel", prog_name="eskernel", message="%(prog)s %(version)s")
 def main() -> None:
     """An event-sourcing kernel on NATS JetStream.
 

@@ -21,6 +21,7 @@ from aggregates.messages import plain
 from kernel.app import App, load_app
 from kernel.cli.exit_codes import exit_code_of
 from kernel.client import Client
+from kernel.packages import enter
 from kernel.runtime.directory import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed, load
@@ -92,7 +93,7 @@ class Where:
         loaded = load_app(app) if app is not None and ":" in app else None
         running = find_running(settings.data, loaded.name if loaded is not None else app)
         if loaded is None:
-            sys.path.insert(0, running.directory)
+            enter(Path(running.directory))
             loaded = load_app(running.spec)
         found = running.as_settings()
         return Target(loaded, changed(found, {"database.url": self.database}) if self.database else found)

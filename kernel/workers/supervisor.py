@@ -15,6 +15,7 @@ import orjson
 
 from kernel.errors import WorkersFailed
 from kernel.monitoring.http import HttpServer
+from kernel.packages import environment
 from kernel.runtime.directory import DataDirectory, running_as
 from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits, end_with_parent
 from kernel.settings import Settings
@@ -149,9 +150,11 @@ class Supervisor:
         worker.heard = time.monotonic()
         process = worker.process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # not from this folder: the user's own `kernel` may be here
             "-m",
             "kernel.workers.worker",
             str(worker.number),
+            env=environment(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             # even one that is stopped or stuck: it leaves nothing that the next start does not mend

@@ -1,4 +1,4 @@
-"""A worker process: `python -m kernel.workers.worker NUMBER`, started by `eskernel run --workers N` and by nobody else.
+"""A worker process: `python -P -m kernel.workers.worker NUMBER`, started by `eskernel run --workers N` alone.
 
 Its parent writes one line to it, what to run, and keeps the pipe open: when it closes, the parent is gone and the
 worker stops. The worker tells it, a line of JSON each second, that its loop is turning and how it is.
@@ -10,11 +10,15 @@ import asyncio
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import orjson
 
+from aggregates import DeclarationError
 from kernel.app import load_app
+from kernel.errors import AppNotFound
+from kernel.packages import enter
 from kernel.runtime.memory import settle_memory
 from kernel.runtime.scheduler import Scheduler
 from kernel.service import Service
@@ -60,7 +64,11 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
     # Ctrl-C in a terminal reaches the whole group: the parent decides
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_reader(sys.stdin.fileno(), lambda: None if os.read(0, 4096) else _orphaned(stop))
-    app = load_app(order["spec"])
+    try:
+        app = load_app(order["spec"])
+    except (AppNotFound, DeclarationError) as problem:
+        parent.tell(failed=str(problem))
+        return REFUSED
     set_up(settings.logging, app.name, number)
     service = Service(app, settings, order["spec"], number=number)
 
@@ -114,7 +122,7 @@ def main() -> None:
         order = orjson.loads(told.readline())
     settings = Settings.model_validate(order["settings"])
     set_up(settings.logging, worker=number)
-    sys.path.insert(0, order["directory"])
+    enter(Path(order["directory"]))
     sys.exit(asyncio.run(_work(number, order, settings, parent)))
 
 
