@@ -40,7 +40,7 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
     with _database(app, url, info) as engine:
         with engine.begin() as connection:
             for declared in app.projections:
-                # live and empty: a service would rather build it by replay
+                # live though empty: a service would build an empty projection by replay
                 generations.show(connection, generations.create(connection, declared, range(info.partitions)))
         settings = Settings()
         gateway = CommandGateway(
@@ -55,7 +55,7 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
         gateway.residents = Residents(gateway.actors, settings.passivation.count, settings.passivation.idle)
 
         async def fenced() -> None:
-            raise AssertionError("nobody else writes")
+            raise AssertionError("the projector was fenced, but there is no other writer")
 
         projector = Projector(app, log, log.subjects, engine, gateway.actors, gateway.residents, lambda _: True, fenced)
         projector.own(frozenset(range(info.partitions)))

@@ -15,14 +15,14 @@ from kernel.settings.sources import settings_of
 
 
 class Bare(Service):
-    """A service that does not look after itself: what that costs is measured against it."""
+    """A service without its periodic jobs: the base against which their cost is measured."""
 
     def _schedule(self, watch: Watch, ownership: Ownership, leases: Leases) -> None:  # noqa: ARG002 - ours has fewer
         self.scheduler.every(leases.ttl / 3, ownership.renew_leases)
         self.scheduler.every(0.5, self._passivate)
         self.scheduler.start()
         assert self._gateway is not None
-        # what is noted for the metrics is not noted
+        # no figures are collected for the metrics
         self._gateway._times = _Nowhere()
         self._loop_lag.stop()
 
