@@ -1,1 +1,1 @@
-"""Measuring the kernel against hand-written loops with the same libraries, and against what else there is."""
+"""Measuring the kernel against hand-written loops with the same libraries, and against other libraries."""

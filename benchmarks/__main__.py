@@ -67,9 +67,9 @@ async def _measure(arguments: argparse.Namespace) -> None:
     print(f"{seconds} s; written to {arguments.out}")
 
 
-async def _until_told(arguments: argparse.Namespace) -> None:
+async def _run_until_terminated(arguments: argparse.Namespace) -> None:
     measuring = asyncio.ensure_future(_measure(arguments))
-    # cancelled, not killed: servers and folders have to go
+    # cancelled, not killed, so that servers are stopped and folders are removed
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, measuring.cancel)
     await measuring
 
@@ -78,9 +78,9 @@ def main() -> None:
     """Measure, print, write."""
     logging.basicConfig(level=logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
-    # as the service has it; the same for all
+    # the service's own setting, used for every way that is measured
     gc.set_threshold(200_000, 20, 100)
-    asyncio.run(_until_told(_arguments()))
+    asyncio.run(_run_until_terminated(_arguments()))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ GROUP = 200
 
 @dataclass(slots=True)
 class Task:
-    """What every way has to append: payloads round robin to the subjects, each behind the subject's last one."""
+    """The work of every way: append the payloads to the subjects, round robin, each after its subject's last one."""
 
     subjects: list[str]
     last: list[int]
@@ -69,7 +69,7 @@ async def ours(log: JetStreamLog, task: Task) -> float:
 async def by_hand(client: Client, task: Task) -> float:
     """Publish with plain nats-py and count the answers in one inbox, several thousand under way.
 
-    With one sender the stream's next sequence is known beforehand, so nothing waits for the answer of its subject's
+    With one sender the stream's next sequence is known beforehand, so no append waits for the answer to its subject's
     last commit. The server still checks every one.
     """
     inbox = client.new_inbox()
@@ -108,14 +108,14 @@ async def by_publish_async(client: Client, task: Task) -> float:
     stream = client.jetstream()
     size = len(task.subjects)
 
-    async def one(place: int) -> None:
+    async def append_in_turn(place: int) -> None:
         for number in range(place, len(task.payloads), size):
             headers = {EXPECTED: str(task.last[place])}
             future = await stream.publish_async(task.subjects[place], task.payloads[number], headers=headers)
             task.last[place] = (await future).seq
 
     started = time.perf_counter()
-    await asyncio.gather(*(one(place) for place in range(size)))
+    await asyncio.gather(*(append_in_turn(place) for place in range(size)))
     return len(task.payloads) / (time.perf_counter() - started)
 
 

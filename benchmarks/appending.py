@@ -19,7 +19,7 @@ EVENTS, EVENTS_SYNCED, RIVAL_SYNCED, EVENTS_AWAITED = 60_000, 20_000, 6_000, 1_5
 
 
 async def measure(path: Path) -> list[Row]:
-    """Measure appends as they come, and with a wait for the disk at each commit."""
+    """Measure appends with the default settings, and with a wait for the disk at each commit."""
     return [await _plain(path / "plain"), await _synced(path / "synced")]
 
 

@@ -1,4 +1,4 @@
-"""Sending commands to a service in another process, as fast as it goes or at a given pace."""
+"""Sending commands to a service in another process, as fast as possible or at a given rate."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ACCOUNTS, IN_FLIGHT = 1_000, 256
 
 @contextlib.asynccontextmanager
 async def service(spec: str, data: Path, *, sync: bool, bare: bool = False) -> AsyncIterator[str]:
-    """Run a service; give its word on durability.
+    """Run a service; yield what it says about durability.
 
     Args:
-        bare: without its care for itself: leases and passivation only.
+        bare: with leases and passivation only: no jobs, governor, metrics, health or backlog detection.
     """
     arguments = [sys.executable, "-m", "benchmarks.service_process", spec, str(data)]
     arguments += [option for option, wanted in (("--sync", sync), ("--bare", bare)) if wanted]
@@ -57,7 +57,7 @@ class Load:
         """Commands sent so far."""
         return self._number
 
-    async def one(self) -> float:
+    async def send(self) -> float:
         """Send a command and wait for its receipt; return the seconds it took."""
         self._number += 1
         begin = time.perf_counter()
@@ -72,19 +72,19 @@ class Load:
 
         async def sender() -> None:
             while time.perf_counter() < end:
-                took.append(await self.one())
+                took.append(await self.send())
 
         await asyncio.gather(*(sender() for _ in range(IN_FLIGHT)))
         return len(took) / (time.perf_counter() - begin), took
 
     async def paced(self, rate: float, seconds: float) -> list[float]:
-        """Send at a steady pace whatever the answers do; latency counts from when a command was due."""
+        """Send at a steady rate without waiting for answers; latency counts from the time a command was due."""
         begin = time.perf_counter()
         tasks: list[asyncio.Task[float]] = []
 
         async def due(moment: float) -> float:
             late = time.perf_counter() - moment
-            return late + await self.one()
+            return late + await self.send()
 
         while (now := time.perf_counter()) < begin + seconds:
             while len(tasks) < (now - begin) * rate:
@@ -100,9 +100,9 @@ def process_of(data: Path, app: str) -> int:
 
 @contextlib.asynccontextmanager
 async def load(app: App, spec: str, data: Path, *, sync: bool, bare: bool = False) -> AsyncIterator[tuple[Load, str]]:
-    """Run a service and a client; every account has been used once when it is given."""
+    """Run a service and a client; yield when every account has been used once."""
     async with service(spec, data, sync=sync, bare=bare) as durability, await Client.connect(app, data=data) as client:
         made = Load(client)
         for _ in range(ACCOUNTS // 200):
-            await asyncio.gather(*(made.one() for _ in range(200)))
+            await asyncio.gather(*(made.send() for _ in range(200)))
         yield made, durability

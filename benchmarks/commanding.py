@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[dict[str, str], str]] = {
     "cached": (rival.FAST_FORWARD, " with its cache"),
     "without_loading": (rival.NO_LOADING, " with its cache, for a single process: it doesn't load"),
 }
-"""The rival's settings, and how to say them. The aim is for load-decide-save; what its caches change stands beside."""
+"""The rival's settings, and their descriptions. The aim is for load-decide-save; its caches are shown too."""
 SURVIVES = {
     ("PostgreSQL", True): "power cut (all)",
     ("PostgreSQL", False): "process crash (all; PostgreSQL: synchronous_commit=off)",

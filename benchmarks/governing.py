@@ -1,4 +1,4 @@
-"""What the kernel's care for itself costs: jobs, governor, metrics, health, backlog, against a service without them."""
+"""The cost of jobs, governor, metrics, health and backlog detection, measured against a service without them."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ async def measure(path: Path) -> list[Row]:
             durability="process crash (all)",
             extra={
                 "median_of_ratios": round(ratio, 4),
-                "cpu_us_per_command": {name: round(one, 1) for name, one in cost.items()},
-                "cpu_percent_at_rest": {name: round(one, 2) for name, one in idle.items()},
+                "cpu_us_per_command": {name: round(microseconds, 1) for name, microseconds in cost.items()},
+                "cpu_percent_at_rest": {name: round(percent, 2) for name, percent in idle.items()},
                 "rounds": rounded(rates),
             },
         )

@@ -39,7 +39,7 @@ Write = list[tuple[str, list[Any]]]
 
 
 class Fold:
-    """Everything that the three projections know, and what of it has changed."""
+    """The state of all three projections, and which parts of it have changed."""
 
     def __init__(self) -> None:
         self.fleet: dict[str, list[Any]] = {}

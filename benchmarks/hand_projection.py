@@ -21,7 +21,7 @@ async def run(
     """Project the stream up to sequence `last`; return events per second.
 
     Args:
-        plain: receive by nats-py's own subscription and not by the kernel's short way past it.
+        plain: receive by nats-py's own subscription, instead of the kernel's faster parser.
     """
     config = {"deliver_policy": "all", "ack_policy": "none", "mem_storage": True, "inactive_threshold": 60_000_000_000}
     request = orjson.dumps({"stream_name": stream, "config": config})
@@ -40,7 +40,7 @@ async def run(
     def receive(_subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
         nonlocal got, sequence
         if headers is not None and headers[8:9] == b" ":
-            return  # a pull request that has run out
+            return  # the pull request has expired
         buffer.append(payload)
         sequence = reply
         got += 1

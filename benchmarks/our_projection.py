@@ -46,13 +46,13 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
     with _database(app, url, info) as engine:
         with engine.begin() as connection:
             for declared in app.projections:
-                # live and empty: a service would rather build it by replay
+                # live though empty: a service would build an empty projection by replay
                 generations.show(connection, generations.create(connection, declared, range(info.partitions)))
         settings = Settings()
         gateway = CommandGateway(app, log, Outbox(Discard()), lambda _partition: True, settings.passivation)
 
         async def fenced() -> None:
-            raise AssertionError("nobody else writes")
+            raise AssertionError("the projector was fenced, but there is no other writer")
 
         projector = Projector(app, log, engine, gateway.residents, lambda _partition: True)
         projector.assign(frozenset(range(info.partitions)))

@@ -1,4 +1,4 @@
-"""Servers and folders for measurements; all of them are gone afterwards, also after an error."""
+"""Servers and folders for measurements; all of them are removed afterwards, also after an error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kernel.runtime.nats_server import EmbeddedServer
 
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
-    """Give a folder that is removed afterwards."""
+    """Yield a folder that is removed afterwards."""
     path = Path(tempfile.mkdtemp(prefix="eskernel-bench-"))
     try:
         yield path
@@ -30,7 +30,7 @@ def folder() -> Iterator[Path]:
 
 
 def fsync_ms(path: Path) -> float:
-    """Return what a small write and its way to the disk take at the moment; on a shared disk that varies much."""
+    """Return the milliseconds that a small write and its fsync take now; on a shared disk this varies much."""
     took = []
     with (path / "probe").open("wb", buffering=0) as file:
         for _ in range(50):
@@ -43,7 +43,7 @@ def fsync_ms(path: Path) -> float:
 
 @contextlib.asynccontextmanager
 async def nats(path: Path, *, sync: bool = False) -> AsyncIterator[str]:
-    """Run a nats-server; give its URL."""
+    """Run a nats-server; yield its URL."""
     server = EmbeddedServer(path, sync=sync)
     try:
         yield await server.start()
@@ -53,7 +53,7 @@ async def nats(path: Path, *, sync: bool = False) -> AsyncIterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Postgres:
-    """A running PostgreSQL and how to get at it."""
+    """A running PostgreSQL server."""
 
     uri: str
     version: str
@@ -72,7 +72,7 @@ class Postgres:
 
 @contextlib.contextmanager
 def postgres(path: Path) -> Iterator[Postgres]:
-    """Run a PostgreSQL server as it comes."""
+    """Run a PostgreSQL server with its default settings."""
     path.mkdir(parents=True)
     server = get_server(path, cleanup_mode="stop")
     try:

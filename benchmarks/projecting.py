@@ -43,7 +43,7 @@ class Bench:
         return f"sqlite:///{self.file()}"
 
     def file(self) -> Path:
-        """Return a path that nothing is at."""
+        """Return an unused path."""
         return self.path / f"{next(self._number)}.db"
 
     async def by_hand(self, database: str, plain: bool = False) -> float:
@@ -108,7 +108,7 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
         "limit_is": "nats-py subscription and pulls, orjson, fold in dicts, one statement per table and 20,000 events",
         "extra": {"rounds": rounded(figures)},
     }
-    # the same loop on the connection that the kernel brings: stricter than the aim asks, and good to know
+    # the same loop on the kernel's own connection: a stricter limit than the aim asks for
     own_wire = common | {
         "limit": found["own wire"],
         "limit_is": "the same loop, pulling with kernel.transport.connection instead of a nats-py subscription",

@@ -32,9 +32,9 @@ class Row:
     """One line of the table.
 
     Attributes:
-        aim_limit, aim_rival: least ratios to the limit and to the rival that are aimed at.
-        met: said by the measurement itself where the aim is no ratio.
-        durability: what survives which failure, for every way in the row.
+        aim_limit, aim_rival: the aims: least ratios to the limit and to the rival.
+        met: whether the aim is met, for measurements whose aim is not a ratio.
+        durability: which failures the data survives, for every way in the row.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def finished(self) -> dict[str, Any]:
-        """Return the row with its ratios, as it is written."""
+        """Return the row with its ratios, in the form that goes into the file."""
         to_limit = round(self.ours / self.limit, 3) if self.limit else None
         to_rival = round(self.ours / self.rival, 2) if self.rival else None
         aims = [
@@ -72,7 +72,7 @@ class Row:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return a description of the machine."""
     return {
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -82,7 +82,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(**more: str) -> dict[str, str]:
-    """Return the versions of everything that takes part."""
+    """Return the versions of the libraries and servers that take part."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

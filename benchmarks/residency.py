@@ -1,4 +1,4 @@
-"""Residents: what a live actor costs, measured in a fresh process so that its memory is nobody else's."""
+"""Residents: the cost of a live actor, measured in a fresh process, whose memory holds nothing else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Worker:
             yield self.subjects._address("Account", f"account-{self._number}")
 
     def activate(self, addresses: list[Address], cells: list[Any]) -> None:
-        """Activate aggregates: each gets its state and folds one event into its row."""
+        """Activate aggregates: each loads its state and folds one event into its row."""
         turn = Turn(self.plan, Folded(self.plan))
         messages: list[tuple[Any, Any]] = []
         for resident, cell in zip(self.residents.wake(addresses), cells, strict=True):
@@ -66,7 +66,7 @@ class Worker:
 
 
 def states(addresses: list[Address]) -> list[Cell[Any]]:
-    """Return what belongs to the user: states."""
+    """Return the aggregates' states, which belong to the user."""
     declared = app.type_of(Account)
     return [Cell(declared, address.id) for address in addresses]
 
@@ -92,7 +92,7 @@ def one_hundred_thousand() -> dict[str, Any]:
     after = memory()
     assert len(worker.residents) == LIVE + BATCH
     state = (between - before) / len(own)
-    # as a running service has it
+    # the settings of a running service
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     took = []
@@ -114,7 +114,7 @@ def _named(number: int) -> Address:
 
 
 def cycles(count: int) -> dict[str, Any]:
-    """Activate ever new aggregates while only 10,000 may stay."""
+    """Activate new aggregates all the time, with at most 10,000 live."""
     worker = Worker(CYCLE_LIVE)
     fresh = worker.addresses()
     warm, early = count // 5, 0

@@ -16,7 +16,7 @@ SHORT, LONG = 200_000, 1_000_000
 
 
 async def measure(million: bool) -> list[Row]:
-    """Measure 100,000 live actors, and memory over ever new activations."""
+    """Measure 100,000 live actors, and memory over a long series of new activations."""
     live = await _run("residency", "0")
     print(f"  100,000 live actors: {live['actor_bytes']} bytes each over {live['state_bytes']} of state", flush=True)
     cycles = await _run("residency", str(LONG if million else SHORT))

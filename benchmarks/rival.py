@@ -18,9 +18,9 @@ FAST_FORWARD = {
     "DEEPCOPY_FROM_AGGREGATE_CACHE": "n",
     "POSTGRES_ENABLE_DB_FUNCTIONS": "y",
 }
-"""Its fastest settings for any number of processes: its cache asks the database at each load for what is new."""
+"""Its fastest settings for any number of processes: its cache queries the database for new events at each load."""
 NO_LOADING = {**FAST_FORWARD, "AGGREGATE_CACHE_FASTFORWARD": "n"}
-"""The same without asking, for one process that owns its aggregates: then a command doesn't load at all."""
+"""The same without that query, for one process that owns its aggregates: then a command doesn't load at all."""
 
 
 class Account(Aggregate):
@@ -67,9 +67,9 @@ def sqlite(path: Path, **more: str) -> dict[str, str]:
 
 
 class relaxed_sqlite:  # noqa: N801 - used as a function
-    """Within it, the library's new SQLite connections don't wait for the disk at each commit.
+    """A context in which the library's new SQLite connections don't wait for the disk at each commit.
 
-    The library has no setting for that. Without it the comparison where ours doesn't wait either would be unfair.
+    The library has no setting for that. Without it, comparing it with ours, which doesn't wait either, would be unfair.
     """
 
     def __enter__(self) -> None:

@@ -51,7 +51,7 @@ class Flights(Application[UUID]):
 
 
 class Totals(Projection[Any]):
-    """All three projections in one: one transaction for an event, not three."""
+    """All three projections in one: an event takes one transaction instead of three."""
 
     @singledispatchmethod
     def process_event(self, domain_event: Any, tracking: Tracking) -> None:  # noqa: ARG002 - the library's name
@@ -117,7 +117,7 @@ def events(commands: Iterable[tuple[str, Any]], limit: int) -> list[Any]:
 
 
 def _store(application: Flights, backlog: list[Any]) -> None:
-    # more at once fills the driver's pipeline, and its PostgreSQL recorder then waits for ever
+    # larger batches fill the driver's pipeline, and then its PostgreSQL recorder never returns
     for start in range(0, len(backlog), 50):
         application.events.put(backlog[start : start + 50])
 

@@ -1,4 +1,4 @@
-"""The same view on PostgreSQL. Of its own, because the library needs psycopg-pool for that."""
+"""The same view on PostgreSQL. It has its own module because the library needs psycopg-pool for it."""
 
 from __future__ import annotations
 

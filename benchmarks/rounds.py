@@ -1,4 +1,4 @@
-"""Measuring several ways in turns, so that a slow minute of the machine is everybody's slow minute."""
+"""Measuring several ways in turns, so that a slow minute of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def in_turns(what: str, ways: dict[str, Measure], rounds: int = ROUNDS) ->
     for number in range(rounds):
         for name, measure in ways.items():
             gc.collect()
-            # as a service does at its start: what was there before is not looked at again and again
+            # as a service does at its start, so that the collector does not scan long-lived objects again and again
             gc.freeze()
             figures[name].append(await measure())
         shown = ", ".join(f"{name} {found[-1]:,.0f}" for name, found in figures.items())
@@ -41,4 +41,4 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 def rounded(figures: dict[str, list[float]]) -> dict[str, Any]:
     """Return the figures of all rounds as they go into the report."""
-    return {name: [round(one, 1) for one in found] for name, found in figures.items()}
+    return {name: [round(figure, 1) for figure in measured] for name, measured in figures.items()}

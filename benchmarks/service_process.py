@@ -13,13 +13,13 @@ from kernel.settings.sources import settings_of
 
 
 class Bare(Service):
-    """A service that does not look after itself: what that costs is measured against it."""
+    """A service without its periodic jobs: the base against which their cost is measured."""
 
     def _schedule(self, parts: Parts) -> None:
         self.scheduler.every(parts.leases.ttl / 3, parts.ownership.renew_leases)
         self.scheduler.every(0.5, parts.gateway.residents.passivate)
         self.scheduler.start()
-        # what is noted for the metrics is not noted
+        # no figures are collected for the metrics
         parts.gateway.answers._times = _Nowhere()
         self._loop_lag.stop()
 

@@ -1,4 +1,4 @@
-"""The rows about several workers: the same backlog for one and for two, and how long a killed worker is missed."""
+"""The rows about several workers: a backlog for one and for two, and the time until a killed worker is replaced."""
 
 from __future__ import annotations
 
@@ -80,21 +80,21 @@ async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
 
 
 async def _project(app: App, spec: str, settings: Settings, log: JetStreamLog, info: StreamInfo) -> float:
-    """Return the seconds from when all workers were let go until everything is projected."""
+    """Return the seconds from the release of all workers until everything is projected."""
     assert settings.database.url is not None
     engine = open_database(settings.database.url)
     migrations.upgrade(engine)
     register(engine, app.name, info.created, info.partitions, info.last)
     with engine.begin() as connection:
         for declared in app.projections:
-            # live and empty: a service would rather build it by replay
+            # live though empty: a service would build an empty projection by replay
             generations.show(connection, generations.create(connection, declared, range(info.partitions)))
     leases = Leases(log._connection, app.name, "bench", info.partitions, ttl=settings.lease)
     await leases.start()
     supervisor = Supervisor(app.name, spec, settings)
     try:
         async with leases.alone("start"):
-            # all are loaded and wait for the lease under which workers look after the tables
+            # all workers have loaded the app and wait for the lease under which one of them migrates the tables
             starting = asyncio.create_task(supervisor.start())
             while not all(worker.told.get("durability") for worker in supervisor.workers):
                 assert not starting.done()
@@ -155,9 +155,9 @@ async def _killed(path: Path) -> Row:
 
 
 async def _settled(supervisor: Supervisor) -> None:
-    """Wait until the partitions are shared evenly, as the workers tell their parent."""
+    """Wait until the workers report to their parent that the partitions are shared evenly."""
     while True:
-        told = [worker.told.get("partitions", []) for worker in supervisor.workers]
-        if sorted(map(len, told)) == [32, 32] and not set(told[0]) & set(told[1]):
+        shares = [worker.told.get("partitions", []) for worker in supervisor.workers]
+        if sorted(map(len, shares)) == [32, 32] and not set(shares[0]) & set(shares[1]):
             return
         await asyncio.sleep(0.05)

@@ -20,14 +20,14 @@ ROUNDS = 400
 
 
 class Turns:
-    """How long each turn of the loop was held: by the clock, and by that of the processor."""
+    """How long each call held the event loop: in wall time and in processor time."""
 
     def __init__(self) -> None:
         self.clock: list[float] = []
         self.processor: list[float] = []
 
     async def hold(self, work: Callable[[], int]) -> int:
-        """Do something in one turn."""
+        """Run a function in one turn of the loop."""
         begin, own = time.perf_counter(), time.thread_time()
         found = work()
         self.processor.append(time.thread_time() - own)
@@ -37,7 +37,7 @@ class Turns:
 
 
 async def _passivate(residents: Residents, turns: Turns) -> int:
-    """Do what the job does."""
+    """Passivate as the service's job does."""
     await turns.hold(residents.measure)
     total = 0
     while gone := await turns.hold(residents.sweep):
@@ -46,26 +46,26 @@ async def _passivate(residents: Residents, turns: Turns) -> int:
 
 
 async def measure() -> dict[str, Any]:
-    """Sweep while nothing goes, under each limit in turn, and until nobody is left."""
+    """Sweep without passivation, then under each limit in turn, and at last until no actor is left."""
     worker = Worker(2 * LIVE)
     residents = worker.residents
     fresh = worker.addresses()
     for _ in range(LIVE // BATCH):
         addresses = list(islice(fresh, BATCH))
         worker.activate(addresses, states(addresses))
-    # as a running service has it
+    # the settings of a running service
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
     turns = Turns()
-    looking = time.perf_counter()
+    measuring = time.perf_counter()
     while residents._changed:
         await turns.hold(residents.measure)
-    looking = time.perf_counter() - looking
+    measuring = time.perf_counter() - measuring
     memory = residents.memory
     for _ in range(ROUNDS):
-        # a busy service: sweeps find what was used and what is new
-        addresses = list(islice(fresh, 50)) + [one.address for one in islice(residents._live.values(), 50)]
+        # a busy service: sweeps find used actors and new ones
+        addresses = list(islice(fresh, 50)) + [resident.address for resident in islice(residents._live.values(), 50)]
         residents.wake(addresses)
         await _passivate(residents, turns)
     gone = {}
@@ -81,7 +81,7 @@ async def measure() -> dict[str, Any]:
         "turns": len(turns.clock),
         "longest_by_the_clock_ms": round(max(turns.clock) * 1e3, 2),
         **{f"{name}_by_the_clock": value for name, value in percentiles(turns.clock).items()},
-        "measuring_all_s": round(looking, 2),
+        "measuring_all_s": round(measuring, 2),
         "measured_bytes_each": round(memory / LIVE),
         "passivated": gone,
     }

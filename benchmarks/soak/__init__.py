@@ -1,1 +1,1 @@
-"""A soak: steady load on aggregates that come and go all the time, and everything that could grow watched meanwhile."""
+"""A soak: steady load with constant activation and passivation, while everything that could grow is measured."""

@@ -32,9 +32,9 @@ from kernel import Client
 from kernel.transport.dial import connect
 
 WARM_UP = 3.0
-"""The first command to every account comes so much faster than the load: what a peak needs is there before."""
+"""How much faster than the load the warm-up sends, so that memory for a peak is allocated before the measuring."""
 SWEEP_S = 0.5
-"""Seconds between two sweeps of a worker, as the kernel's service has it."""
+"""Seconds between two sweeps of a worker; the service's own setting."""
 CATCH_UP_S = PATIENCE_S = 30.0
 console = Console()
 
@@ -48,37 +48,37 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-actors", type=int, default=500, help="live actors of a worker (500)")
     parser.add_argument("--idle", type=float, default=2.0, help="seconds until an actor is passivated (2)")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between samples (5)")
-    parser.add_argument("--markdown", type=Path, help="write what was found as Markdown")
+    parser.add_argument("--markdown", type=Path, help="write the report as Markdown")
     parser.add_argument("--picture", type=Path, help="write the picture, as SVG")
     parser.add_argument("--json", type=Path, help="write everything with all samples as JSON")
     return parser.parse_args()
 
 
-class Telling:
-    """The progress line; where nobody watches a terminal, a plain line each minute."""
+class ProgressLine:
+    """A progress bar on a terminal; a plain line each minute anywhere else."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[more]}"))
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
 
     def begin(self, what: str, total: float) -> TaskID:
         """Start a stage."""
         console.print(f"{what} ...", highlight=False)
         return self.bar.add_task(what, total=total, more="")
 
-    def tell(self, task: TaskID, done: float, more: str) -> None:
-        """Say how far it is."""
+    def show(self, task: TaskID, done: float, more: str) -> None:
+        """Show how far the stage is."""
         self.bar.update(task, completed=done, more=more)
-        if not console.is_terminal and time.monotonic() - self._said > 60:
-            self._said = time.monotonic()
+        if not console.is_terminal and time.monotonic() - self._printed > 60:
+            self._printed = time.monotonic()
             console.print(f"  {done:,.0f}: {more}", highlight=False)
 
 
 async def _soak(arguments: argparse.Namespace) -> Report:
-    telling = Telling()
+    progress = ProgressLine()
     date = datetime.now(UTC).date().isoformat()
-    with telling.bar:
+    with progress.bar:
         async with (
             service(arguments.workers, arguments.max_actors, arguments.idle) as running,
             _client(running, arguments.accounts) as load,
@@ -86,10 +86,10 @@ async def _soak(arguments: argparse.Namespace) -> Report:
         ):
             connection = await connect(running.running.nats, name="soak")
             try:
-                warm_up_s = await _warm_up(load, arguments.rate * WARM_UP, telling)
+                warm_up_s = await _warm_up(load, arguments.rate * WARM_UP, progress)
                 swing = arguments.rate / arguments.workers * SWEEP_S
                 sampler = Sampler(running, load, connection, http, swing)
-                measured_s = await _measure(load, sampler, arguments, telling)
+                measured_s = await _measure(load, sampler, arguments, progress)
                 await load.finish()
                 checks = await _checks(load, sampler, running, http, arguments.idle)
             finally:
@@ -117,20 +117,20 @@ async def _client(running: Service, accounts: int) -> AsyncIterator[Load]:
         yield Load(client, accounts)
 
 
-async def _warm_up(load: Load, rate: float, telling: Telling) -> float:
-    """Write to every account once: subjects and addresses are known then, and a peak has been seen."""
+async def _warm_up(load: Load, rate: float, progress: ProgressLine) -> float:
+    """Write to every account once, faster than the load will: afterwards all subjects and addresses are known."""
     begin = time.monotonic()
-    task = telling.begin(f"writing once to each of {load.accounts:,} accounts", load.accounts)
+    task = progress.begin(f"writing once to each of {load.accounts:,} accounts", load.accounts)
     driving = asyncio.create_task(load.drive(load.everyone(), rate))
     try:
         while not driving.done():
-            telling.tell(task, load.answered, f"{load.answered:,} written")
+            progress.show(task, load.answered, f"{load.answered:,} written")
             await asyncio.wait({driving}, timeout=0.5)
         driving.result()
         await load.finish()
     finally:
         driving.cancel()
-    telling.bar.remove_task(task)
+    progress.bar.remove_task(task)
     load.latencies()
     load.held_up = 0
     gc.collect()
@@ -138,22 +138,22 @@ async def _warm_up(load: Load, rate: float, telling: Telling) -> float:
     return time.monotonic() - begin
 
 
-async def _measure(load: Load, sampler: Sampler, arguments: argparse.Namespace, telling: Telling) -> float:
+async def _measure(load: Load, sampler: Sampler, arguments: argparse.Namespace, progress: ProgressLine) -> float:
     seconds = arguments.minutes * 60
-    task = telling.begin(f"measuring for {arguments.minutes:g} minutes", seconds)
+    task = progress.begin(f"measuring for {arguments.minutes:g} minutes", seconds)
     driving = asyncio.create_task(load.drive(load.mixture(), arguments.rate))
     begin, number = time.monotonic(), 0
     try:
         while (passed := time.monotonic() - begin) < seconds + arguments.every / 2:
             await sampler.sample()
             number += 1
-            telling.tell(task, passed, _line(sampler, load))
+            progress.show(task, passed, _line(sampler, load))
             await asyncio.wait({driving}, timeout=max(0.0, begin + number * arguments.every - time.monotonic()))
             if driving.done():
                 driving.result()
     finally:
         driving.cancel()
-    telling.bar.remove_task(task)
+    progress.bar.remove_task(task)
     return passed
 
 
@@ -171,7 +171,7 @@ def _line(sampler: Sampler, load: Load) -> str:
 async def _checks(
     load: Load, sampler: Sampler, running: Service, http: aiohttp.ClientSession, idle: float
 ) -> list[Check]:
-    """Find out whether all is there, and whether everything comes to rest."""
+    """Check that every acknowledged command is projected and that every actor is passivated."""
     deadline = time.monotonic() + CATCH_UP_S
     while True:
         rows = await load.client.query("select account, cents from balances")
@@ -181,14 +181,14 @@ async def _checks(
         await asyncio.sleep(0.5)
     acknowledged = sum(load.acknowledged.values())
     projected = sum(row["cents"] for row in rows)
-    told = (
+    finding = (
         f"{acknowledged:,} acknowledged, {projected:,} in the projection, compared for each of {len(rows):,} accounts"
     )
     if differences:
-        told += f"; {len(differences)} differ: {'; '.join(differences[:3])}"
+        finding += f"; {len(differences)} differ: {'; '.join(differences[:3])}"
     failures = "; ".join(f"{count} x {what}" for what, count in load.failures.most_common(3))
     checks = [
-        Check("commands", told, bool(differences)),
+        Check("commands", finding, bool(differences)),
         Check("commands that failed", failures or "0", bool(load.failures)),
         Check("times that the load's pace was given up", str(load.held_up)),
         Check("samples missed", str(sampler.missed)),
@@ -203,7 +203,7 @@ async def _checks(
 
 
 async def _left_live(running: Service, http: aiohttp.ClientSession, idle: float) -> int:
-    """Return how many actors stay live without load: one that does is held by something that was forgotten."""
+    """Return how many actors stay live without load: such an actor is leaked."""
     deadline = time.monotonic() + idle + 10.0
     while True:
         async with http.get(f"{running.running.http}/metrics") as answer:
@@ -224,7 +224,9 @@ def _show(found: Report) -> None:
     wide = Console(width=max(120, console.width))
     wide.print(table)
     for check in found.checks:
-        wide.print(f"{check.name}: {check.told}", style="red" if check.failed else None, highlight=False, markup=False)
+        wide.print(
+            f"{check.name}: {check.finding}", style="red" if check.failed else None, highlight=False, markup=False
+        )
     for complaint in found.complaints[:10]:
         wide.print(f"the service: {complaint}", highlight=False, markup=False)
     wide.print(found.summary(), style="red" if found.failed else "green", highlight=False, markup=False)
@@ -239,9 +241,9 @@ def _write(found: Report, arguments: argparse.Namespace) -> None:
         arguments.markdown.write_text(found.markdown(arguments.picture))
 
 
-async def _until_told(arguments: argparse.Namespace) -> Report:
+async def _run_until_terminated(arguments: argparse.Namespace) -> Report:
     soaking = asyncio.ensure_future(_soak(arguments))
-    # cancelled, not killed: servers and folders have to go
+    # cancelled, not killed, so that servers are stopped and folders are removed
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, soaking.cancel)
     return await soaking
 
@@ -251,7 +253,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR)
     arguments = _arguments()
     try:
-        found = asyncio.run(_until_told(arguments))
+        found = asyncio.run(_run_until_terminated(arguments))
     except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("interrupted; nothing is left of the service")
         sys.exit(130)

@@ -12,10 +12,10 @@ from examples.bank import Account, Deposit
 from kernel import Client
 
 HOT, HOT_SHARE, HOT_MOVES_S = 50, 0.3, 1.0
-"""Busy accounts at any moment, their share of the commands, and seconds until one of them is another: no account's
+"""Busy accounts at any moment, their share of the commands, and seconds until one of them is replaced: no account's
 history grows so long that loading it makes the load heavier with time."""
 MOST_IN_FLIGHT = 1_000
-"""With so many commands unanswered the pace is given up for a moment."""
+"""With this many commands unanswered the load pauses instead of keeping its rate."""
 TICK_S = 0.005
 
 
@@ -23,10 +23,10 @@ class Load:
     """A client that deposits one cent at a time.
 
     Attributes:
-        acknowledged: cents by account that the service has said it has.
-        unknown: cents by account of which nobody knows.
-        failures: what went wrong, and how often.
-        held_up: how often the pace had to be given up.
+        acknowledged: cents by account that the service has acknowledged.
+        unknown: cents by account whose command got no conclusive answer.
+        failures: how often each error occurred.
+        held_up: how often the load had to pause.
     """
 
     def __init__(self, client: Client, accounts: int) -> None:
@@ -50,17 +50,17 @@ class Load:
         return map(_name, range(self.accounts))
 
     def mixture(self) -> Iterator[str]:
-        """Yield accounts for ever: some busy ones, and any."""
+        """Yield accounts without end: busy ones for their share of the commands, any account for the rest."""
         while True:
             if random.random() < HOT_SHARE:
                 first = int((time.monotonic() - self._began) / HOT_MOVES_S)
-                # far apart: those that are busy together are in many partitions
+                # far apart, so that the busy accounts are spread over many partitions
                 yield _name((first + random.randrange(HOT)) * 7919 % self.accounts)
             else:
                 yield _name(random.randrange(self.accounts))
 
     async def drive(self, accounts: Iterator[str], rate: float) -> None:
-        """Send to these accounts at a pace, whatever the answers do; return when there are no more of them."""
+        """Send to these accounts at a steady rate without waiting for answers; return when the accounts end."""
         begin, sent = time.perf_counter(), 0
         while True:
             while sent < (time.perf_counter() - begin) * rate:
@@ -83,7 +83,7 @@ class Load:
         try:
             await self.client.execute(Account, account, Deposit(1))
         except Exception as error:
-            # no answer, or one that leaves it open; one that refuses is as bad here
+            # no answer, or an inconclusive one; a refusal counts as a failure here too
             self.unknown[account] += 1
             self.failures[f"{type(error).__name__}: {error}"[:200]] += 1
         else:
@@ -102,7 +102,7 @@ class Load:
         return sorted(took)
 
     def differences(self, stored: dict[str, int]) -> list[str]:
-        """Compare what was acknowledged with what the projection has."""
+        """Compare the acknowledged cents with those in the projection."""
         found = []
         for account in sorted({*stored, *self.acknowledged}):
             least, has = self.acknowledged[account], stored.get(account, 0)

@@ -1,4 +1,4 @@
-"""What was found, as Markdown."""
+"""The report as Markdown."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ memory **grows with the log** for as long as it grows by less than {LOG_FACTOR:g
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Something that must hold at the end, or (`failed` is None) is only told."""
+    """A condition that must hold at the end; where `failed` is None, a figure that is only reported."""
 
     name: str
-    told: str
+    finding: str
     failed: bool | None = None
 
 
 @dataclass(slots=True)
 class Report:
-    """All that a run found."""
+    """Everything that a run measured."""
 
     options: dict[str, Any]
     machine: dict[str, Any]
@@ -49,28 +49,28 @@ class Report:
 
     @property
     def growing(self) -> list[str]:
-        """What grows."""
+        """Titles of the growing series."""
         return [series.title for series, found in self.series if found is not None and found.verdict == GROWING]
 
     @property
     def failed(self) -> bool:
-        """Whether anything is as it must not be."""
+        """True if a series grows or a check failed."""
         return bool(self.growing) or any(check.failed for check in self.checks)
 
     @property
     def judged(self) -> list[tuple[Series, Trend]]:
-        """What is judged, with its trend."""
+        """The judged series with their trends."""
         return [(series, found) for series, found in self.series if found is not None and found.verdict != SHOWN]
 
     @property
     def shown(self) -> list[tuple[Series, Trend]]:
-        """What is only shown."""
+        """The series that are only shown, with their trends."""
         return [(series, found) for series, found in self.series if found is not None and found.verdict == SHOWN]
 
     def summary(self) -> str:
-        """Return the outcome in a line."""
+        """Return the outcome in one line."""
         wrong = [f"growing: {', '.join(self.growing)}"] if self.growing else []
-        wrong += [f"{check.name}: {check.told}" for check in self.checks if check.failed]
+        wrong += [f"{check.name}: {check.finding}" for check in self.checks if check.failed]
         if wrong:
             return "; ".join(wrong)
         if not self.judged:
@@ -86,7 +86,7 @@ class Report:
         return f"{len(self.judged) - len(following)} series are flat; {'; '.join(excused)}"
 
     def subtitle(self) -> str:
-        """Return what was run, in a line."""
+        """Return the options of the run in one line."""
         o = self.options
         return (
             f"{self.measured_s / 60:.0f} minutes, {o['rate']:g} commands/s to {o['accounts']:,} accounts, "
@@ -105,7 +105,7 @@ class Report:
             "commands": self.commands,
             "failed": self.failed,
             "growing": self.growing,
-            "checks": [{"name": one.name, "told": one.told, "failed": one.failed} for one in self.checks],
+            "checks": [{"name": check.name, "finding": check.finding, "failed": check.failed} for check in self.checks],
             "complaints": self.complaints,
             "series": [
                 {
@@ -148,7 +148,7 @@ class Report:
         lines += [f"| {_cells(series, found)} |" for series, found in self.shown]
         lines += ["", "| at the end | |", "|---|---|"]
         for check in self.checks:
-            lines.append(f"| {check.name} | {'**' + check.told + '**' if check.failed else check.told} |")
+            lines.append(f"| {check.name} | {'**' + check.finding + '**' if check.failed else check.finding} |")
         if picture is not None:
             lines += ["", f"![every series over time]({picture.name})"]
         for what in ("machine", "versions"):
@@ -163,7 +163,7 @@ def _cells(series: Series, found: Trend) -> str:
 
 def figures(series: Series, found: Trend) -> list[str]:
     """Return name, start, end, slope and relative slope as they are shown."""
-    # of what is nearly nothing any change is a multiple
+    # relative to a mean near zero, any change would look like a multiple
     relative = found.slope / found.mean if abs(found.mean) >= max(series.floor, 0.1) else None
     return [
         series.title,

@@ -1,4 +1,4 @@
-"""The service that is soaked: `eskernel run` in a folder of its own; nothing of it is left afterwards."""
+"""The service that is soaked: `eskernel run` in a folder of its own. Its processes and files are removed afterwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Service:
     """A running service.
 
     Attributes:
-        processes: by what they are called: parent, workers, nats-server.
+        processes: by name: parent, workers, nats-server.
     """
 
     running: Running
@@ -52,11 +52,11 @@ class Service:
             raise Failed(f"the service ended with {self.process.returncode}: {_tail(self.output)}")
 
     def restarted(self) -> list[str]:
-        """Return the names of processes that are no longer the ones of the start."""
+        """Return the names of processes that ended since the start."""
         return [name for name, process in self.processes.items() if not process.is_running()]
 
     def troubles(self) -> list[str]:
-        """Return the lines in which it complained."""
+        """Return the warnings, errors and tracebacks of its log."""
         return [line for line in self.output.read_text(errors="replace").splitlines() if _TROUBLE.search(line)]
 
 
@@ -65,7 +65,7 @@ async def service(workers: int, max_actors: int, idle: float) -> AsyncIterator[S
     """Run a service with its nats-server and its SQLite in a folder that is removed afterwards.
 
     Raises:
-        Failed: it did not start, or something of it was still there at the end.
+        Failed: the service did not start, or one of its processes survived the stop.
     """
     with tempfile.TemporaryDirectory(prefix="eskernel-soak-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -79,7 +79,7 @@ async def service(workers: int, max_actors: int, idle: float) -> AsyncIterator[S
                 stdout=file,
                 stderr=file,
                 cwd=Path(__file__).parents[2],
-                # a Ctrl-C is for us: we stop it when we have stopped
+                # Ctrl-C must reach only this process, which then stops the service
                 start_new_session=True,
                 preexec_fn=end_with_parent(signal.SIGTERM),
             )  # fmt: skip
@@ -90,9 +90,11 @@ async def service(workers: int, max_actors: int, idle: float) -> AsyncIterator[S
             yield Service(running, folder, output, process, seen)
         finally:
             await _stop(process)
-            left = [name for name, one in seen.items() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-            for one in left:
-                seen[one].kill()
+            left = [
+                name for name, child in seen.items() if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+            ]
+            for name in left:
+                seen[name].kill()
         if left:
             raise Failed(f"still there after the stop: {', '.join(left)}")
 
@@ -123,7 +125,7 @@ def _processes(pid: int, workers: int) -> dict[str, psutil.Process]:
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    """Have it drain; kill it if that takes too long, and its children with it."""
+    """Stop the service by draining it; kill it and its children if that takes too long."""
     if process.returncode is not None:
         return
     children = psutil.Process(process.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""Looking at everything that could grow: processes, the NATS server, the metrics page, the files."""
+"""Sampling everything that could grow: processes, the NATS server, the metrics page, the files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from kernel.transport.jetstream_api import call_api
 _MIB = 2**20
 STREAM = "files: the stream, MiB"
 LOG_FACTOR = 4.0
-"""The nats-server keeps the blocks of the log that were read lately, and every load of an old aggregate reads in many:
-its memory may grow by so many bytes for each byte of the log, the garbage collector's room included."""
+"""How many bytes the nats-server's memory may grow for each byte of the log. It caches the blocks that were read
+lately, loading an old aggregate reads many blocks, and its garbage collector needs room as well."""
 GAUGES = {
     "eskernel_actors_live": ("actors live", 0.0),
     "eskernel_actor_shells": ("Thespian addresses", 20.0),
@@ -47,17 +47,17 @@ NEVER = {
     "eskernel_dead_letters_total": "dead letters",
     "eskernel_append_read_backs": "appends read back",
 }
-"""What should not happen in calm weather; counted from the beginning of the measuring."""
+"""Events that should not happen in normal operation; counted from the beginning of the measuring."""
 
 
 class Sampler:
     """Takes a sample of everything at each call.
 
     Args:
-        swing: actors that a worker activates between two sweeps; their number goes up and down by so many.
+        swing: actors that a worker activates between two sweeps: the number of live actors fluctuates by this much.
 
     Attributes:
-        counts: counters as they were at the first sample and are now.
+        counts: each counter's value at the first sample and at the latest.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Sampler:
 
     @property
     def series(self) -> list[Series]:
-        """Return what was seen, in the order in which it is shown: all of a group together."""
+        """Return the series, sorted by group."""
         groups = list(dict.fromkeys(group for group, _ in self._series))
         return sorted(self._series.values(), key=lambda series: groups.index(series.group))
 
     async def sample(self) -> None:
-        """Look at everything once.
+        """Take one sample of everything.
 
         Raises:
             Failed: the service is gone, or one of its processes was replaced.
@@ -89,14 +89,14 @@ class Sampler:
         if gone := self._service.restarted():
             raise Failed(f"ended and perhaps started again: {', '.join(gone)}")
         self._at = time.monotonic() - self._began
-        self._look_at_processes()
-        await self._look_at_metrics()
+        self._sample_processes()
+        await self._sample_metrics()
         try:
-            await self._look_at_nats()
+            await self._sample_nats()
         except (LogError, TimeoutError):
             self.missed += 1
-        self._look_at_load()
-        self._look_at_files()
+        self._sample_load()
+        self._sample_files()
 
     def _note(self, group: str, name: str, value: float, unit: str = "", **more: Any) -> None:
         series = self._series.get((group, name))
@@ -111,7 +111,7 @@ class Sampler:
         if before is not None:
             self._note(group, name, (total - before[1]) / (self._at - before[0]), unit, judged=False)
 
-    def _look_at_processes(self) -> None:
+    def _sample_processes(self) -> None:
         for name, process in self._processes.items():
             with process.oneshot():
                 memory, times = process.memory_info().rss, process.cpu_times()
@@ -121,7 +121,7 @@ class Sampler:
                 self._note(name, "threads", process.num_threads(), floor=2.0)
                 self._note_rate(name, "processor", 100 * (times.user + times.system), "% of a core")
 
-    async def _look_at_metrics(self) -> None:
+    async def _sample_metrics(self) -> None:
         try:
             async with self._http.get(f"{self._service.running.http}/metrics") as answer:
                 page = await answer.text()
@@ -148,19 +148,19 @@ class Sampler:
         for name, count in counts.items():
             self.counts[name] = (self.counts.get(name, (count, count))[0], count)
 
-    async def _look_at_nats(self) -> None:
+    async def _sample_nats(self) -> None:
         stream = (await call_api(self._connection, f"STREAM.INFO.{APP}", None))["state"]
         leases = (await call_api(self._connection, f"STREAM.INFO.KV_{bucket_of(APP)}", None))["state"]
         self._note("JetStream", "consumers of the stream", stream["consumer_count"], floor=2.0)
         self._note("JetStream", "lease keys", leases.get("num_subjects", 0), floor=2.0)
         account = orjson.loads((await self._connection.request("$SYS.REQ.ACCOUNT.PING.STATZ", timeout=2)).data)
-        for one in account["data"]["account_statz"]:
-            if one["acc"] == "$G":
-                self._note("NATS", "connections", one["conns"], floor=2.0)
-                self._note("NATS", "subscriptions", one["num_subscriptions"], floor=5.0)
+        for entry in account["data"]["account_statz"]:
+            if entry["acc"] == "$G":
+                self._note("NATS", "connections", entry["conns"], floor=2.0)
+                self._note("NATS", "subscriptions", entry["num_subscriptions"], floor=5.0)
         self._note("files", "the stream", stream["bytes"] / _MIB, "MiB", judged=False)
 
-    def _look_at_load(self) -> None:
+    def _sample_load(self) -> None:
         self._note_rate("client", "commands", self._load.answered, "per second")
         took = self._load.latencies()
         if len(took) > 10:
@@ -168,7 +168,7 @@ class Sampler:
                 if name in ("p50_ms", "p99_ms"):
                     self._note("client", f"answered in, {name[:3]}", value, "ms", judged=False)
 
-    def _look_at_files(self) -> None:
+    def _sample_files(self) -> None:
         database = Path(self._service.running.database.removeprefix("sqlite:///"))
         for name, path in (("SQLite", database), ("SQLite's WAL", database.with_name(f"{database.name}-wal"))):
             try:

@@ -1,4 +1,4 @@
-"""Does it grow? A straight line through the samples, and how far it can be trusted."""
+"""Judging growth: a straight line through the samples, and the error of its slope."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from math import sqrt
 from statistics import fmean, median
 
 FITTED = 2 / 3
-"""Of the measured time, its last part: what fills up at the beginning, caches for instance, is no growth."""
+"""The last part of the measured time that is fitted: caches that fill up at the beginning are not growth."""
 TOLERANCE = 0.05
-"""Growth over the measured time, relative to the mean, that is no growth yet."""
+"""Relative to the mean, a change over the measured time below this is not growth."""
 ERRORS = 3.0
 """Growth of fewer standard errors could be chance: of some thirty series, one passes two now and then."""
 LEAST = 6
-"""A line through fewer samples says nothing."""
+"""Fewest samples that a line is fitted to."""
 FLAT, GROWING, FOLLOWING, SHOWN = "flat", "growing", "grows with the log", "shown"
 
 
 @dataclass(slots=True)
 class Series:
-    """One thing that was looked at again and again.
+    """One quantity, sampled again and again.
 
     Attributes:
-        group: whose it is, or where it comes from.
+        group: its owner or its source.
         judged: whether it must not grow.
         follows: title of a series that this one may grow with, and how many times as fast at most.
-        floor: growth over the measured time that is no growth yet, whatever the mean: a single file more, say.
+        floor: a change over the measured time below this is not growth, whatever the mean: one open file, say.
         times: seconds since the measuring began.
     """
 
@@ -41,13 +41,13 @@ class Series:
 
     @property
     def title(self) -> str:
-        """What it is called where all are listed."""
+        """Its name in a list of all series."""
         return f"{self.group}: {self.name}" + (f", {self.unit}" if self.unit else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """What became of a series.
+    """The trend of a series.
 
     Attributes:
         start, end: medians of the first and the last tenth.
@@ -70,14 +70,14 @@ class Trend:
 
 def judge(series: list[Series]) -> list[tuple[Series, Trend | None]]:
     """Return every series with its trend."""
-    found = [(one, trend(one)) for one in series]
-    slopes = {one.title: line.slope for one, line in found if line is not None}
-    for place, (one, line) in enumerate(found):
-        if one.follows is not None and line is not None and line.verdict == GROWING:
-            other, times = one.follows
-            if line.slope <= times * slopes.get(other, 0.0):
-                found[place] = (one, replace(line, verdict=FOLLOWING))
-    return found
+    judged = [(curve, trend(curve)) for curve in series]
+    slopes = {curve.title: line.slope for curve, line in judged if line is not None}
+    for place, (curve, line) in enumerate(judged):
+        if curve.follows is not None and line is not None and line.verdict == GROWING:
+            leader, times = curve.follows
+            if line.slope <= times * slopes.get(leader, 0.0):
+                judged[place] = (curve, replace(line, verdict=FOLLOWING))
+    return judged
 
 
 def trend(series: Series) -> Trend | None:
@@ -114,9 +114,9 @@ def trend(series: Series) -> Trend | None:
 
 def _standard_error(residuals: list[float], spread: float) -> float:
     """Return the slope's standard error, wider where neighbouring samples are alike, as memory's are."""
-    squares = sum(one * one for one in residuals)
+    squares = sum(residual * residual for residual in residuals)
     if squares < 1e-18:
         return 0.0
-    alike = sum(one * other for one, other in pairwise(residuals)) / squares
+    alike = sum(earlier * later for earlier, later in pairwise(residuals)) / squares
     alike = min(max(alike, 0.0), 0.9)
     return sqrt(squares / (len(residuals) - 2) / spread * (1 + alike) / (1 - alike))

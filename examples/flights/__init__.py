@@ -58,7 +58,7 @@ class Depart:
 
 @command
 class Arrive:
-    """It is there; delay or time in the air may not be on record."""
+    """The aircraft lands; the delay or the time in the air may be unknown."""
 
     flight: str
     airport: str
@@ -68,14 +68,14 @@ class Arrive:
 
 @command
 class Divert:
-    """It went elsewhere: no arrival is on record."""
+    """The aircraft lands at another airport: no arrival is on record."""
 
     flight: str
 
 
 @command
 class Cancel:
-    """It never left."""
+    """The flight does not take place."""
 
     flight: str
     origin: str
@@ -83,7 +83,7 @@ class Cancel:
 
 
 class Aircraft(Aggregate):
-    """One aircraft, by tail number; knows which of its flights are in the air, with the day they left."""
+    """One aircraft, by tail number; it knows which of its flights are in the air, and the day they departed."""
 
     in_air: dict[str, date] = field(default_factory=dict)
     flights: int = 0
@@ -96,11 +96,13 @@ class Aircraft(Aggregate):
 
     @handles
     def arrive(self, command: Arrive) -> Arrived:
-        return Arrived(command.flight, command.airport, self._left(command.flight), command.delay, command.air_minutes)
+        return Arrived(
+            command.flight, command.airport, self._departure_day(command.flight), command.delay, command.air_minutes
+        )
 
     @handles
     def divert(self, command: Divert) -> Diverted:
-        return Diverted(command.flight, self._left(command.flight))
+        return Diverted(command.flight, self._departure_day(command.flight))
 
     @handles
     def cancel(self, command: Cancel) -> Cancelled:
@@ -108,7 +110,7 @@ class Aircraft(Aggregate):
             raise Rejected(f"{command.flight} is in the air")
         return Cancelled(command.flight, command.origin, command.day)
 
-    def _left(self, flight: str) -> date:
+    def _departure_day(self, flight: str) -> date:
         if flight not in self.in_air:
             raise Rejected(f"{flight} has not departed")
         return self.in_air[flight]
@@ -162,7 +164,7 @@ class LongDelay(Base):
 
 
 class Fleet(Rows[AircraftTotals], of=Aircraft, version=1):
-    """What each aircraft did."""
+    """Totals of each aircraft."""
 
     @applies
     def departed(self, row: AircraftTotals, event: Departed) -> None:
@@ -186,7 +188,7 @@ class Fleet(Rows[AircraftTotals], of=Aircraft, version=1):
 
 
 class AirportDays(Tallies[AirportDay], of=Aircraft, version=1):
-    """What each airport saw, by day of departure."""
+    """Totals of each airport, by day of departure."""
 
     @applies
     def departed(self, tally: Tally[AirportDay], event: Departed) -> None:
@@ -204,7 +206,7 @@ class AirportDays(Tallies[AirportDay], of=Aircraft, version=1):
 
 
 class LongDelays(Sql, of=Aircraft, version=1):
-    """Flights that arrived three hours late, or later."""
+    """Flights that arrived at least three hours late."""
 
     tables = (LongDelay,)
 
@@ -212,13 +214,13 @@ class LongDelays(Sql, of=Aircraft, version=1):
     def arrived(self, tx: Transaction, events: Sequence[Recorded[Arrived]]) -> None:
         late = [
             {
-                "tail": one.meta.aggregate_id,
-                "flight": one.event.flight,
-                "airport": one.event.airport,
-                "minutes": one.event.delay,
+                "tail": arrival.meta.aggregate_id,
+                "flight": arrival.event.flight,
+                "airport": arrival.event.airport,
+                "minutes": arrival.event.delay,
             }
-            for one in events
-            if (one.event.delay or 0) >= LONG_DELAY_MINUTES
+            for arrival in events
+            if (arrival.event.delay or 0) >= LONG_DELAY_MINUTES
         ]
         if late:
             tx.execute(insert(tx.table(LongDelay)), late)

@@ -1,4 +1,4 @@
-"""Comparing every number in the projections with a group-by over the CSV that knows nothing of the kernel."""
+"""Comparing every number in the projections with a group-by over the CSV that does not use the kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Table = dict[tuple[Any, ...], tuple[Any, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One column of one table: the sum, or count, on both sides, and how many rows differ in it."""
+    """One column of one table: its sum, or count of distinct values, on both sides, and how many rows differ in it."""
 
     table: str
     column: str
@@ -28,7 +28,7 @@ class Comparison:
 
 
 def expected(rows: Iterable[dict[str, str]]) -> dict[str, Table]:
-    """Return what the tables must hold, by table and key, from the file's rows alone."""
+    """Return the expected content of the tables, by table and key, from the file's rows alone."""
     fleet: dict[str, list[Any]] = defaultdict(lambda: [0, 0, 0, 0, 0, 0, None])
     latest: dict[str, tuple[datetime, int]] = {}
     days: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
@@ -78,7 +78,7 @@ def _latest(
 
 
 def projected(engine: Engine) -> dict[str, Table]:
-    """Return what the tables hold, read with SQLAlchemy as any user would."""
+    """Return the content of the tables, read with plain SQLAlchemy."""
     found: dict[str, Table] = {}
     with engine.connect() as connection:
         for model, keys in ((AircraftTotals, 1), (AirportDay, 2), (LongDelay, 2)):
@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 
 def compare(engine: Engine, rows: Iterable[dict[str, str]]) -> list[Comparison]:
-    """Compare both, column by column over all keys that either side has."""
+    """Compare projected with expected tables, column by column, over all keys that either side has."""
     want, have = expected(rows), projected(engine)
     found = []
     for model, keys in ((AircraftTotals, 1), (AirportDay, 2), (LongDelay, 2)):

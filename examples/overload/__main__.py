@@ -1,9 +1,10 @@
-"""Commands at three times a service's capacity, and what the governor makes of it, second by second.
+"""Commands at three times a service's capacity, and how the governor handles them, second by second.
 
-1. A service of the bank is started, and its capacity measured: as many commands as it answers when it is kept busy.
-2. For some seconds three times as many are sent, by somebody who does not care about refusals. Beside that one honest
-   client waits as it is told (`retry_after`) and gets its commands through.
-3. The load ends; what was accepted is projected, and everything is as before.
+1. The example starts a service of the bank and measures its capacity: how many commands per second it accepts when it
+   is kept busy.
+2. For some seconds a sender offers three times as many and ignores refusals. Meanwhile one honest client waits after a
+   refusal for as long as the service asks (`retry_after`), and gets its commands through.
+3. The load ends. All accepted commands are projected, and the service is as responsive as before.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DRAIN_S = 60.0
 
 @dataclass
 class Second:
-    """What happened in one second."""
+    """The figures of one second."""
 
     at: int
     phase: str
@@ -50,16 +51,16 @@ class Second:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.overload", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=20, help="of overload (20)")
-    parser.add_argument("--times", type=float, default=3.0, help="the capacity (3)")
+    parser.add_argument("--seconds", type=int, default=20, help="seconds of overload (20)")
+    parser.add_argument("--times", type=float, default=3.0, help="offered load as a multiple of the capacity (3)")
     parser.add_argument("--picture", type=Path, help="write the time series as SVG")
-    parser.add_argument("--json", type=Path, help="write them as JSON")
+    parser.add_argument("--json", type=Path, help="write the time series as JSON")
     return parser.parse_args()
 
 
 @asynccontextmanager
 async def _service(data: Path) -> AsyncIterator[int]:
-    """Run the bank in a process of its own; gives its id."""
+    """Run the bank in a process of its own; yield the process id."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "kernel.cli", "run", "examples.bank:app", "--data", str(data),
         "--set", "commands.pending=2000", "--set", "logging.level=error",
@@ -78,9 +79,9 @@ async def _service(data: Path) -> AsyncIterator[int]:
 
 
 async def _status(client: Client) -> dict[str, Any]:
-    subject = client.log.subjects.service("status")
-    answer: dict[str, Any] = json.loads((await client.log._connection.request(subject, b"", timeout=5)).data)
-    return answer
+    answer = await client.connection.request(f"{app.name}.svc.status", b"", timeout=5)
+    status: dict[str, Any] = json.loads(answer.data)
+    return status
 
 
 def _memory(pid: int) -> float:
@@ -96,41 +97,41 @@ def _times(milliseconds: list[float]) -> tuple[float, float]:
     return cuts[49], cuts[98]
 
 
-class Telling:
-    """Watches, second by second, and prints a line for each."""
+class Recorder:
+    """Records the figures second by second, and prints a line for each."""
 
     def __init__(self, client: Client, flood: Flood, pid: int) -> None:
         self._client, self._flood, self._pid = client, flood, pid
         self.seconds: list[Second] = []
         print("second  phase      offered  accepted   refused    p50 ms   p99 ms    behind  memory MiB  limit")
 
-    async def watch(self, phase: str) -> Second:
-        """Let a second pass and note what happened in it."""
+    async def record(self, phase: str) -> Second:
+        """Let a second pass; return its figures."""
         await asyncio.sleep(1.0)
         status = await _status(self._client)
-        seen = self._flood.collect()
-        one = Second(
+        answers = self._flood.collect()
+        second = Second(
             len(self.seconds) + 1,
             phase,
-            seen.sent,
-            len(seen.accepted_ms),
-            seen.refused,
-            *_times(seen.accepted_ms),
+            answers.sent,
+            len(answers.accepted_ms),
+            answers.refused,
+            *_times(answers.accepted_ms),
             status["projection"]["behind"],
             _memory(self._pid),
             status["limits"]["lanes"]["commands"]["present"],
         )
-        self.seconds.append(one)
-        limit = "none" if one.limit is None else f"{one.limit:,.0f}/s"
+        self.seconds.append(second)
+        limit = "none" if second.limit is None else f"{second.limit:,.0f}/s"
         print(
-            f"{one.at:>6}  {phase:<9}{one.offered:>9,}{one.accepted:>10,}{one.refused:>10,}{one.p50_ms:>10.1f}"
-            f"{one.p99_ms:>9.1f}{one.behind:>10,}{one.memory_mib:>12.0f}  {limit}"
+            f"{second.at:>6}  {phase:<9}{second.offered:>9,}{second.accepted:>10,}{second.refused:>10,}"
+            f"{second.p50_ms:>10.1f}{second.p99_ms:>9.1f}{second.behind:>10,}{second.memory_mib:>12.0f}  {limit}"
         )
-        return one
+        return second
 
 
 async def _honest(client: Client, until: asyncio.Event) -> int:
-    """Send commands one by one, waiting as long as refusals say; return how many went through."""
+    """Send commands one by one; return how many took effect. The client waits for `retry_after` after each refusal."""
     done = 0
     while not until.is_set():
         await client.execute(Account, "honest", Deposit(1), timeout=60)
@@ -140,44 +141,43 @@ async def _honest(client: Client, until: asyncio.Event) -> int:
 
 async def _run(arguments: argparse.Namespace, data: Path) -> list[Second]:
     async with _service(data) as pid, await Client.connect(app, data=data) as client:
-        flood = await Flood.connect(client)
-        telling = Telling(client, flood, pid)
-        flood.keep_busy(500)
+        flood = await Flood.start(client.connection, app.name)
+        recorder = Recorder(client, flood, pid)
+        await flood.keep_busy(500)
         for _ in range(int(WARM_UP_S)):
-            await telling.watch("warm-up")
-        measured = [await telling.watch("capacity") for _ in range(int(MEASURE_S))]
+            await recorder.record("warm-up")
+        measured = [await recorder.record("capacity") for _ in range(int(MEASURE_S))]
         await flood.stop()
-        capacity = sorted(one.accepted for one in measured)[len(measured) // 2]
+        capacity = sorted(second.accepted for second in measured)[len(measured) // 2]
         print(f"capacity: {capacity:,} commands/s; now {arguments.times:g} times as many for {arguments.seconds} s")
         over = asyncio.Event()
         honest = asyncio.create_task(_honest(client, over))
         flood.offer(capacity * arguments.times)
-        overload = [await telling.watch("overload") for _ in range(arguments.seconds)]
+        overload = [await recorder.record("overload") for _ in range(arguments.seconds)]
         await flood.stop()
         over.set()
         went_through = await honest
         deadline = time.monotonic() + DRAIN_S
-        while (await telling.watch("drain")).behind and time.monotonic() < deadline:
+        while (await recorder.record("drain")).behind and time.monotonic() < deadline:
             pass
         rows = await client.query("select sum(cents) as n from balances")
-        _conclude(telling.seconds, overload, capacity, flood, went_through, int(rows[0]["n"]))
-        return telling.seconds
+        _conclude(recorder.seconds, overload, capacity, flood, went_through, int(rows[0]["n"]))
+        return recorder.seconds
 
 
 def _conclude(
     seconds: list[Second], overload: list[Second], capacity: int, flood: Flood, honest: int, projected: int
 ) -> None:
-    accepted, refused = sum(one.accepted for one in overload), sum(one.refused for one in overload)
+    accepted, refused = sum(second.accepted for second in overload), sum(second.refused for second in overload)
     first, last = overload[len(overload) // 4], overload[-1]
     print(f"accepted {accepted:,} ({accepted / len(overload) / capacity:.0%} of capacity), refused {refused:,},")
-    print(
-        f"each with a time to retry after ({flood.told[0]:.2f} to {flood.told[1]:.2f} s); unanswered {flood.unanswered}"
-    )
-    print(f"worst p99 of the accepted: {max(one.p99_ms for one in overload):.0f} ms")
+    shortest, longest = flood.retry_after
+    print(f"each with a time to retry after ({shortest:.2f} to {longest:.2f} s); unanswered {flood.unanswered}")
+    print(f"worst p99 of the accepted: {max(second.p99_ms for second in overload):.0f} ms")
     print(f"memory: {first.memory_mib:.0f} MiB after a quarter of it, {last.memory_mib:.0f} MiB at its end")
     print(f"an honest client got {honest} commands through, one after the other")
     drained = seconds[-1].behind == 0
-    print(f"drained {'after' if drained else 'NOT within'} {sum(one.phase == 'drain' for one in seconds)} s")
+    print(f"drained {'after' if drained else 'NOT within'} {sum(second.phase == 'drain' for second in seconds)} s")
     expected = flood.accepted + honest
     print(
         f"commands accepted {expected:,}, projected {projected:,}: {'equal' if expected == projected else 'DIFFERENT'}"
@@ -187,14 +187,14 @@ def _conclude(
 
 
 def main() -> None:
-    """Run it all in a temporary folder."""
+    """Run the example in a temporary folder."""
     arguments = _arguments()
     with tempfile.TemporaryDirectory(prefix="eskernel-overload-") as data:
         seconds = asyncio.run(_run(arguments, Path(data)))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in seconds], indent=1))
+        arguments.json.write_text(json.dumps([asdict(second) for second in seconds], indent=1))
     if arguments.picture:
-        arguments.picture.write_text(draw([asdict(one) for one in seconds]))
+        arguments.picture.write_text(draw([asdict(second) for second in seconds]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Commands by the ten thousand, by somebody who does not care about refusals."""
+"""Commands by the ten thousand, from a sender that ignores refusals.
+
+It needs nothing of the kernel but the wire format: any NATS client can send commands.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Self
 
-from kernel import Client
-from kernel.transport.connection import NatsConnection, publish_frame
+from nats.aio.client import Client as NatsClient
+from nats.aio.msg import Msg
 
 ACCOUNTS = 1_000
+_COMMAND = b'{"aggregate":"Account","id":"a%d","command":"Deposit","data":{"cents":1},"command_id":"o%d"}'
 TICK_S = 0.01
 PATIENCE_S = 30.0
 
 
 @dataclass
-class Seen:
-    """What came back since the last look."""
+class Answers:
+    """The commands sent and the answers received since the last collection."""
 
     sent: int = 0
     refused: int = 0
@@ -27,29 +31,30 @@ class Seen:
 
 
 class Flood:
-    """Sends deposits of one cent each, on the client's connection, without the client's patience.
+    """Sends deposits of one cent each, and never waits after a refusal.
 
     Attributes:
-        accepted: how many in all.
-        told: the shortest and the longest time to retry after.
+        accepted: accepted commands in all.
+        retry_after: the shortest and the longest `retry_after` of a sample of the refusals, in seconds.
     """
 
-    def __init__(self, client: Client, connection: NatsConnection) -> None:
-        self._connection, self._log = connection, client.log
-        self._inbox = connection.new_inbox().encode()
-        self._sent: dict[bytes, float] = {}
-        self._tokens = count(1)
-        self._seen = Seen()
+    def __init__(self, connection: NatsClient, app: str) -> None:
+        self._connection = connection
+        self._subject = f"{app}.cmd"
+        self._inbox = connection.new_inbox()
+        self._sent: dict[str, float] = {}
+        self._numbers = count(1)
+        self._answers = Answers()
         self._busy = 0
         self._offering: asyncio.Task[None] | None = None
         self.accepted = 0
-        self.told = (float("inf"), 0.0)
+        self.retry_after = (float("inf"), 0.0)
 
     @classmethod
-    async def connect(cls, client: Client) -> Self:
-        """Use a client's connection."""
-        flood = cls(client, client.log._connection)
-        await flood._connection.listen(f"{flood._inbox.decode()}.*", flood._answered)
+    async def start(cls, connection: NatsClient, app: str) -> Self:
+        """Return a flood that listens for its answers, and sends nothing yet."""
+        flood = cls(connection, app)
+        await connection.subscribe(f"{flood._inbox}.*", cb=flood._receive)
         return flood
 
     @property
@@ -57,21 +62,21 @@ class Flood:
         """Commands without an answer."""
         return len(self._sent)
 
-    def keep_busy(self, under_way: int) -> None:
-        """Send the next command whenever one is answered, so many at a time."""
-        self._busy = under_way
-        self._send(under_way)
+    async def keep_busy(self, in_flight: int) -> None:
+        """Keep this many commands in flight: send the next one whenever one is answered."""
+        self._busy = in_flight
+        await self._send(in_flight)
 
     def offer(self, rate: float) -> None:
-        """Send so many a second, whatever comes back."""
+        """Send this many commands per second, whatever the answers."""
         self._offering = asyncio.create_task(self._offer(rate))
 
     async def _offer(self, rate: float) -> None:
         began, sent = time.perf_counter(), 0
         while True:
             due = int((time.perf_counter() - began) * rate)
-            # somebody who fell behind by more than a tenth of a second does not catch up
-            self._send(min(due - sent, int(rate / 10)))
+            # a sender that is late by more than a tenth of a second does not catch up
+            await self._send(min(due - sent, int(rate / 10)))
             sent = due
             await asyncio.sleep(TICK_S)
 
@@ -84,42 +89,31 @@ class Flood:
         while self._sent and time.monotonic() < deadline:  # noqa: ASYNC110 - thousands of answers, no event for all
             await asyncio.sleep(TICK_S)
 
-    def collect(self) -> Seen:
-        """Return what happened since the last time."""
-        seen, self._seen = self._seen, Seen()
-        return seen
+    def collect(self) -> Answers:
+        """Return what was sent and answered since the last call."""
+        answers, self._answers = self._answers, Answers()
+        return answers
 
-    def _send(self, how_many: int) -> None:
+    async def _send(self, how_many: int) -> None:
         now = time.perf_counter()
-        frames = []
         for _ in range(how_many):
-            number = next(self._tokens)
-            token = b"%d" % number
-            name = f"a{number % ACCOUNTS}"
-            payload = b'{"aggregate":"Account","id":"%b","command":"Deposit","data":{"cents":1},"command_id":"o%d"}' % (
-                name.encode(),
-                number,
-            )
-            frames.append(publish_frame(self._where(name), payload, reply=b"%b.%b" % (self._inbox, token)))
-            self._sent[token] = now
-        self._seen.sent += how_many
-        self._connection.send(b"".join(frames))
+            number = next(self._numbers)
+            payload = _COMMAND % (number % ACCOUNTS, number)
+            self._sent[str(number)] = now
+            await self._connection.publish(self._subject, payload, reply=f"{self._inbox}.{number}")
+        self._answers.sent += how_many
 
-    def _where(self, name: str) -> bytes:
-        address = self._log.subjects.address("Account", name)
-        return self._log.subjects.commands(address.partition).encode()
-
-    def _answered(self, subject: bytes, _reply: bytes, payload: bytes, _headers: bytes | None) -> None:
-        started = self._sent.pop(subject[subject.rfind(b".") + 1 :], None)
+    async def _receive(self, message: Msg) -> None:
+        started = self._sent.pop(message.subject.rpartition(".")[2], None)
         if started is None:
             return
-        if payload.startswith(b'{"ok"'):
+        if message.data.startswith(b'{"ok"'):
             self.accepted += 1
-            self._seen.accepted_ms.append((time.perf_counter() - started) * 1000)
+            self._answers.accepted_ms.append((time.perf_counter() - started) * 1000)
         else:
-            self._seen.refused += 1
-            if self._seen.refused % 100 == 1:
-                after = json.loads(payload)["error"]["retry_after"]
-                self.told = (min(self.told[0], after), max(self.told[1], after))
+            self._answers.refused += 1
+            if self._answers.refused % 100 == 1:
+                seconds = json.loads(message.data)["error"]["retry_after"]
+                self.retry_after = (min(self.retry_after[0], seconds), max(self.retry_after[1], seconds))
         if self._busy:
-            self._send(1)
+            await self._send(1)

@@ -1,4 +1,4 @@
-"""The time series as a picture: plain SVG."""
+"""The time series drawn as plain SVG."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def draw(seconds: list[dict[str, Any]]) -> str:
     step = (_WIDTH - _LEFT - 20) / max(len(seconds) - 1, 1)
     for number, (title, series) in enumerate(_CHARTS):
         top = 24 + number * (_HEIGHT + _GAP)
-        highest = max(max(one[name] for one in seconds) for name, _ in series) * 1.05 or 1.0
-        for place, one in enumerate(seconds):
+        highest = max(max(second[name] for second in seconds) for name, _ in series) * 1.05 or 1.0
+        for place, second in enumerate(seconds):
             x = _LEFT + place * step
             box = f'x="{x:.1f}" y="{top}" width="{step + 0.5:.1f}" height="{_HEIGHT}"'
-            parts.append(f'<rect {box} fill="{_SHADES[one["phase"]]}"/>')
+            parts.append(f'<rect {box} fill="{_SHADES[second["phase"]]}"/>')
         parts.append(f'<text x="{_LEFT}" y="{top - 6}" font-weight="bold">{title}</text>')
         for share in (0.0, 0.5, 1.0):
             y = top + _HEIGHT * (1 - share)
@@ -37,8 +37,8 @@ def draw(seconds: list[dict[str, Any]]) -> str:
             parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#cccccc"/>')
         for place, (name, color) in enumerate(series):
             points = " ".join(
-                f"{_LEFT + n * step:.1f},{top + _HEIGHT * (1 - one[name] / highest):.1f}"
-                for n, one in enumerate(seconds)
+                f"{_LEFT + n * step:.1f},{top + _HEIGHT * (1 - second[name] / highest):.1f}"
+                for n, second in enumerate(seconds)
             )
             parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
             parts.append(
