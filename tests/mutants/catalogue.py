@@ -92,7 +92,7 @@ MUTANTS = [
         "stale-folded-again",
         "a projection sees each event once",
         "projections/checkpoints.py",
-        "if one[partition] >= sequence)",
+        "if sequences[partition] >= sequence)",
         "if one[partition] < 0)",
         (f"{OWN}::test_a_projection_that_is_behind_the_others_is_folded_alone",),
     ),
