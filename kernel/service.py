@@ -50,7 +50,7 @@ from kernel.telemetry.tracing import open_tracing
 from kernel.transport.connection import NatsConnection, publish_frame
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import version_text
-from kernel.transport.survey import ask_others
+from kernel.transport.survey import open_survey
 from projections.checkpoints import knows, register
 from projections.database import open_database
 
@@ -332,7 +332,7 @@ class Service:
                 governor.adopt(Overrides(**limits["overrides"]))
 
         self._listening.append(await connection.listen(subject, answer))
-        ask = await ask_others(connection, subject, told)
+        ask = await open_survey(connection, subject, told)
         connection.reconnections.append(ask)
         ask()
 

@@ -23,13 +23,14 @@ from kernel.actors.residents import Resident, Residents
 from kernel.actors.system import Actors
 from kernel.app import App
 from kernel.errors import LogError
-from kernel.governance.pace import IDLE_S, Pace, read_batch, unpaced
-from kernel.log.base import Batch, EventLog, LogReader, Stored
+from kernel.governance.pace import IDLE_S, Pace, unpaced
+from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address, Subjects
 from kernel.projector.committer import AWAY, Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
 from kernel.projector.parking import say_parked
 from kernel.projector.progress import Hand, ReadProgress
+from kernel.projector.reading import read_batch
 from kernel.settings import Settings
 from kernel.telemetry.metrics import (
     BATCH_EVENTS,
@@ -223,7 +224,7 @@ class Projector:
         finally:
             await reader.close()
 
-    async def _next(self, reader: LogReader) -> Batch:
+    async def _next(self, reader: LogReader) -> CommitBatch:
         """Wait for commits, but not past an interruption; meanwhile conclude the write under way."""
         reading = asyncio.ensure_future(read_batch(reader, self._max, self._pace))
         stopping = asyncio.ensure_future(self._interrupted.wait())
@@ -236,14 +237,14 @@ class Projector:
                 if self._pending is not None and self._pending.task.done():
                     await self._settle()
                     reader.acknowledge(self.position)
-            return reading.result() if reading.done() else Batch([], 0)
+            return reading.result() if reading.done() else CommitBatch([], 0)
         finally:
             stopping.cancel()
             if not reading.done():
                 reading.cancel()
                 await asyncio.wait({reading})
 
-    async def _project(self, batch: Batch) -> None:
+    async def _project(self, batch: CommitBatch) -> None:
         """Fold one batch and hand it to the database, behind the one being written."""
         arrived = time.perf_counter()
         LOG_EVENTS.inc(len(batch.commits))
