@@ -1,4 +1,4 @@
-"""What a domain expert writes and reads: aggregates, commands, events, and scenarios that specify them."""
+"""The domain: aggregates, commands, events, and the scenarios that specify them."""
 
 from aggregates.aggregate import Aggregate, applies, handles
 from aggregates.context import Context

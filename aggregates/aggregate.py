@@ -13,30 +13,31 @@ _ROLE = "__eskernel_role__"
 def handles(method: F) -> F:
     """Mark a method as the handler of the command that its first parameter is annotated with.
 
-    A handler reads state and returns events: one, a list or tuple of them, or None. It never changes state. To
-    refuse, it raises `Rejected`. A second parameter annotated `Context` brings time, ids and randomness.
+    A handler reads the state and returns an event, a list or tuple of events, or None. It never changes the state.
+    It raises `Rejected` to refuse the command. A second parameter annotated `Context` gives it time, ids and
+    randomness.
     """
     setattr(method, _ROLE, "handles")
     return method
 
 
 def applies(method: F) -> F:
-    """Mark a method that folds the event its first parameter is annotated with into state (or into a row).
+    """Mark a method that folds an event into the state (or into a row): the event that annotates its first parameter.
 
-    In an aggregate it is the only place where state changes, and it must not fail: what happened, happened.
+    An aggregate's state changes only in these methods. They must not fail: the event has already happened.
     """
     setattr(method, _ROLE, "applies")
     return method
 
 
 def role_of(method: object) -> str | None:
-    """Return "handles", "applies" or "upcasts" for a marked function, or None."""
+    """Return "handles" or "applies" for a marked function, or None."""
     return getattr(method, _ROLE, None)
 
 
 @dataclass_transform(kw_only_default=True)
 class _Fields:
-    """Makes a dataclass of every subclass, and tells type checkers so."""
+    """Turns every subclass into a dataclass, also for type checkers."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -44,13 +45,13 @@ class _Fields:
 
 
 class Aggregate(_Fields):
-    """A consistency boundary: state folded from its own events, and the rules for making new ones.
+    """A consistency boundary: state folded from the aggregate's own events, and the rules that produce new events.
 
-    Subclasses declare state as annotated fields *with defaults* (the state before the first event), command
-    handlers with `@handles` and event appliers with `@applies`.
+    A subclass declares its state as annotated fields *with defaults* (the state before the first event), its command
+    handlers with `@handles` and its event appliers with `@applies`.
 
     Attributes:
-        id: the aggregate's id, as the sender of commands gave it.
+        id: the aggregate's id, as the sender of the command gave it.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""The cell: one aggregate's state with its version. Load it, let it decide, let it evolve. No actors, no servers."""
+"""The cell: one aggregate's state and version in memory. It loads, decides and evolves, without actors or servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aggregates.seen import Seen
 
 A = TypeVar("A", bound=Aggregate)
 REMEMBERED_COMMANDS = 8
-"""How many of the latest commands a cell can answer for without asking the log."""
+"""Number of latest commands whose receipts a cell keeps. For an older command the log is read."""
 
 
 class Cell(Generic[A]):
@@ -22,10 +22,10 @@ class Cell(Generic[A]):
 
     Attributes:
         state: the user's aggregate object.
-        version: how many events it has folded, which is the `sequence` of the last one.
-        position: stream sequence of its last commit, 0 before the first; what the next append expects.
-        commands: the latest command ids with the version and stream sequence each led to.
-        seen: the ids of the commands before those.
+        version: number of events folded, equal to the `sequence` of the last event.
+        position: stream sequence of the last commit, 0 before the first; the next append expects it.
+        commands: receipts of the latest commands by command id: version and stream sequence after the command.
+        seen: the ids of all earlier commands.
     """
 
     __slots__ = ("commands", "declared", "position", "seen", "state", "version")
@@ -42,8 +42,8 @@ class Cell(Generic[A]):
         """Return the events that the command leads to, without applying them.
 
         Raises:
-            Rejected: the aggregate refuses.
-            InvalidMessage: no handler for this command, or the handler returned something that is not an event.
+            Rejected: the aggregate refuses the command.
+            InvalidMessage: no handler for this command, or the handler returned an object that is not an event.
         """
         handler = self.declared.handlers.get(type(command))
         if handler is None:
@@ -66,7 +66,7 @@ class Cell(Generic[A]):
         return events
 
     def evolve(self, events: Iterable[Any]) -> None:
-        """Fold events into state and count them."""
+        """Fold events into the state and count them."""
         for event in events:
             self.declared.appliers[type(event)](self.state, event)
             self.version += 1
@@ -75,8 +75,8 @@ class Cell(Generic[A]):
         """Fold one stored commit.
 
         Raises:
-            SequenceError: it does not follow what was folded before.
-            InvalidMessage: an event that this program can't read.
+            SequenceError: the commit does not follow the last folded event.
+            InvalidMessage: the commit contains an event that this program can't read.
         """
         for envelope in envelopes:
             if envelope.sequence != self.version + 1:
@@ -92,7 +92,7 @@ class Cell(Generic[A]):
         self.position = position
 
     def remember(self, command_id: str, version: int, position: int) -> None:
-        """Keep the receipt of a command; of the oldest beyond the limit only that it was seen."""
+        """Keep the receipt of a command. Beyond the limit, reduce the oldest receipt to its id in `seen`."""
         commands = self.commands
         commands[command_id] = (version, position)
         if len(commands) > REMEMBERED_COMMANDS:

@@ -1,4 +1,4 @@
-"""A commit: all events of one decision (or of several taken together), as one CloudEvents 1.0 JSON batch.
+"""A commit: the events of one decision, or of several appended together, as one CloudEvents 1.0 JSON batch.
 
 https://github.com/cloudevents/spec, JSON batch format. The extension attributes are ours: `sequence` (the event's
 place in its aggregate, from 1), `dataversion` (schema version), `commandid`, `correlationid`, `causationid`, and
@@ -27,8 +27,8 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
         time: moment of the decision, RFC 3339 in UTC.
         sequence: place in the aggregate's history, from 1.
         dataversion: schema version of `data`.
-        data: the event's fields, still JSON.
-        commandid: id of the command that caused it.
+        data: the event's fields as JSON bytes.
+        commandid: id of the command that caused the event.
     """
 
     id: str
@@ -44,7 +44,7 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
 
 
 class Decision(msgspec.Struct, gc=False):
-    """The events that one command led to, with the ids that tie them together."""
+    """The events that one command led to, with the command's correlation, causation and trace ids."""
 
     command_id: str
     events: Sequence[Any]
@@ -57,7 +57,7 @@ _decode = msgspec.json.Decoder(list[Envelope]).decode
 
 
 def timestamp() -> str:
-    """Return the present moment as RFC 3339 in UTC, to the microsecond."""
+    """Return the current time as RFC 3339 in UTC, to the microsecond."""
     return datetime.now(UTC).isoformat()[:-6] + "Z"
 
 
@@ -75,10 +75,10 @@ def encode(
         source: CloudEvents source, such as `/bank/Account`.
         names: wire name and schema version by event class.
         sequence: the aggregate's version before this commit.
-        time: moment of the decision, as `timestamp()` gives it.
+        time: moment of the decision, as `timestamp()` returns it.
 
     Raises:
-        InvalidMessage, TypeError: an event that can't be stored.
+        InvalidMessage, TypeError: an event can't be stored.
     """
     batch: list[dict[str, Any]] = []
     for decision in decisions:
@@ -109,15 +109,15 @@ def encode(
 
 
 def decode(payload: bytes) -> list[Envelope]:
-    """Return the events of a commit, their data still JSON.
+    """Return the events of a commit; each event's data stays undecoded JSON.
 
     Raises:
-        InvalidMessage: these bytes are no commit.
+        InvalidMessage: these bytes are not a commit.
     """
     try:
         envelopes = _decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage(f"not a commit: {error}") from None
     if not envelopes:
-        raise InvalidMessage("not a commit: it holds no events")
+        raise InvalidMessage("not a commit: it contains no events")
     return envelopes

@@ -13,7 +13,7 @@ _prefix = ""
 def uuid7() -> str:
     """Return a new UUIDv7 (RFC 9562): 48 bits of milliseconds, a 12-bit count within them, 62 random bits.
 
-    Those of one process are in order.
+    Ids made by one process are in ascending order.
     """
     global _last, _prefix
     millis = time.time_ns() // 1_000_000
@@ -27,7 +27,7 @@ def uuid7() -> str:
         count += 1
         _last = (before, count)
     else:
-        # more than 4,096 in a millisecond, or a clock set back: borrow from the next one
+        # more than 4,096 ids in a millisecond, or the clock was set back: borrow from the next millisecond
         count = 0
         text = f"{before + 1:012x}"
         _prefix = f"{text[:8]}-{text[8:]}-7"
@@ -37,9 +37,10 @@ def uuid7() -> str:
 
 
 class Context:
-    """Given to a command handler that asks for it with a second parameter annotated `Context`.
+    """Passed to a command handler whose second parameter is annotated `Context`.
 
-    Ids and randomness follow from the command's id: deciding it again gives the same. `now` is that of each decision.
+    Ids and random numbers are derived from the command's id: deciding a command again gives the same values. `now`
+    differs between decisions.
 
     Attributes:
         command_id: the id of the command being decided.
@@ -67,5 +68,5 @@ class Context:
         return self._random
 
     def new_id(self) -> str:
-        """Return an id for a new thing, the same one each time this command is decided."""
+        """Return a new id. The calls of one decision return the same ids whenever the command is decided again."""
         return f"{self.random.getrandbits(128):032x}"

@@ -1,4 +1,4 @@
-"""Reading an aggregate class once, at start: what it handles, applies and upcasts, and everything wrong with it."""
+"""Reads an aggregate class once, at start: the messages it handles, applies and upcasts, and all its problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Method = Callable[..., Any]
 
 @dataclass(slots=True)
 class EventType:
-    """An event class with its wire name, schema version, and the way up from older versions."""
+    """An event class with its wire name, its schema version, and the upcasters from older versions."""
 
     cls: type
     name: str
@@ -38,7 +38,7 @@ class EventType:
         """Return the event from its stored fields.
 
         Raises:
-            InvalidMessage: a version from the future, a missing upcaster, or fields that don't fit.
+            InvalidMessage: the version is newer than this program's, an upcaster is missing, or the fields don't fit.
         """
         try:
             if version == self.version:
@@ -52,21 +52,21 @@ class EventType:
     def _upcast(self, stored: Fields, version: int) -> Fields:
         if version > self.version:
             raise InvalidMessage(
-                f"stored {self.name} has schema version {version}, this program knows {self.version}: it is too old"
+                f"stored {self.name} has schema version {version}, but this program is too old: it knows versions up "
+                f"to {self.version}"
             )
         for step in range(version, self.version):
             if step not in self.upcasters:
-                raise InvalidMessage(f"stored {self.name} has schema version {step} and no upcaster leads from there")
+                raise InvalidMessage(f"stored {self.name} has schema version {step}, and no upcaster starts from it")
             stored = self.upcasters[step](stored)
         return stored
 
 
 @dataclass(slots=True)
 class Handler:
-    """A command handler: the function, the command's class, and whether it asks for a `Context`."""
+    """A command handler: the function, and whether it takes a `Context`."""
 
     function: Method
-    command: type
     wants_context: bool
 
 
@@ -79,7 +79,6 @@ class AggregateType(Generic[A]):
         handlers: by command class.
         commands: command classes by wire name.
         events: by wire name.
-        names: wire names by event class.
         appliers: by event class.
     """
 
@@ -88,7 +87,6 @@ class AggregateType(Generic[A]):
     handlers: dict[type, Handler] = field(default_factory=dict)
     commands: dict[str, type] = field(default_factory=dict)
     events: dict[str, EventType] = field(default_factory=dict)
-    names: dict[type, str] = field(default_factory=dict)
     appliers: dict[type, Method] = field(default_factory=dict)
 
 
@@ -101,7 +99,7 @@ def annotated(function: Method, *, skip: int, problems: list[str], where: str) -
         return None
     names = list(inspect.signature(function).parameters)[skip:]
     if missing := [name for name in names if name not in hints]:
-        problems.append(f"{where}: parameter {missing[0]!r} has no annotation; the annotation is what dispatches")
+        problems.append(f"{where}: parameter {missing[0]!r} has no annotation; annotate it with its class")
         return None
     return [hints[name] for name in names], hints.get("return", MISSING)
 
@@ -119,7 +117,7 @@ def declare(cls: type[A]) -> AggregateType[A]:
     """Read the class.
 
     Raises:
-        DeclarationError: with every problem found.
+        DeclarationError: the class has problems; the error lists all of them.
     """
     if not (isinstance(cls, type) and issubclass(cls, Aggregate)):
         raise DeclarationError([f"{cls!r} is not an aggregate; derive the class from aggregates.Aggregate"])
@@ -133,7 +131,7 @@ def declare(cls: type[A]) -> AggregateType[A]:
         if (upcast := upcast_of(member)) is not None:
             upcasters.append((where, upcast))
         elif role_of(member) in ("handles", "applies") and inspect.iscoroutinefunction(member):
-            problems.append(f"{where}: it can't be async; decisions and folds don't wait, the kernel does")
+            problems.append(f"{where}: it can't be async; make it an ordinary method")
         elif role_of(member) == "handles":
             _add_handler(declared, where, member, emitted, problems)
         elif role_of(member) == "applies":
@@ -141,7 +139,7 @@ def declare(cls: type[A]) -> AggregateType[A]:
     for event_class, where in emitted.items():
         if event_class not in declared.appliers:
             problems.append(
-                f"{where} returns {event_class.__name__}, which nothing in {cls.__name__} applies; "
+                f"{where} returns {event_class.__name__}, but no method of {cls.__name__} applies it; "
                 f"add a method with @applies for it"
             )
     for where, upcast in upcasters:
@@ -151,7 +149,7 @@ def declare(cls: type[A]) -> AggregateType[A]:
         elif not 1 <= upcast.version < spec.version:
             problems.append(
                 f"{where}: upcasts version {upcast.version} of {spec.name}, whose version is {spec.version}; "
-                "an upcaster starts from an older one"
+                "an upcaster starts from an older version"
             )
         else:
             declared.events[spec.name].upcasters[upcast.version] = upcast.function
@@ -173,7 +171,7 @@ def _check_state(cls: type[Aggregate], problems: list[str]) -> None:
     for state in fields(cls):
         if state.name != "id" and state.default is MISSING and state.default_factory is MISSING:
             problems.append(
-                f"{cls.__name__}.{state.name} has no default; state needs its value from before the first event"
+                f"{cls.__name__}.{state.name} has no default; give it the value that it has before the first event"
             )
 
 
@@ -201,7 +199,7 @@ def _add_handler(
         problems.append(f"{where}: annotate the result with the events it returns, such as `-> Deposited | None`")
     for event_class in returned:
         emitted.setdefault(event_class, where)
-    declared.handlers[command_class] = Handler(member, command_class, len(parameters) == 2)
+    declared.handlers[command_class] = Handler(member, len(parameters) == 2)
     declared.commands[command_spec.name] = command_class
 
 
@@ -220,13 +218,12 @@ def _add_applier(declared: AggregateType[Any], where: str, member: Method, probl
         if event_class in declared.appliers:
             problems.append(f"{where}: {declared.name} already applies {event_class.__name__}; keep one applier")
         elif spec.name in declared.events:
-            problems.append(f"{where}: {declared.name} has two events named {spec.name!r}; give one another name")
+            problems.append(f"{where}: {declared.name} has two events named {spec.name!r}; give one event another name")
         elif bad := wire_problems(event_class):
             problems.extend(bad)
         else:
             declared.appliers[event_class] = member
             declared.events[spec.name] = EventType(event_class, spec.name, spec.version)
-            declared.names[event_class] = spec.name
 
 
 def _is_union(annotation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What can go wrong in the domain, and what the kernel says about it."""
+"""The errors of the domain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _restore(cls: type[EskernelError], args: tuple[Any, ...], attributes: dict[s
 class Rejected(EskernelError):
     """Raise it in a command handler to refuse the command.
 
-    The message reaches the caller unchanged, nothing is appended, and the aggregate keeps its state.
+    The message reaches the sender unchanged. Nothing is appended, and the aggregate keeps its state.
     """
 
 
@@ -32,14 +32,14 @@ class InvalidMessage(EskernelError, ValueError):
 
 
 class InvalidId(EskernelError, ValueError):
-    """An aggregate id that cannot be addressed: empty, too long, or holding control characters."""
+    """An aggregate id that can't be addressed: it is empty, too long, or contains control characters."""
 
 
 class DeclarationError(EskernelError):
     """Declarations that can't work; raised once at start with *all* the problems found.
 
     Attributes:
-        problems: one sentence each, naming the class and the remedy.
+        problems: one sentence for each problem, with the class and the remedy.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -49,4 +49,4 @@ class DeclarationError(EskernelError):
 
 
 class SequenceError(EskernelError):
-    """An aggregate's events do not follow each other 1, 2, 3, ...: a gap, or a repeat."""
+    """The sequences of an aggregate's events are not 1, 2, 3, ...: an event is missing, or is there twice."""

@@ -19,7 +19,7 @@ _SPEC = "__eskernel_message__"
 
 
 class MessageSpec(NamedTuple):
-    """What the decorator recorded: the kind, the name on the wire and the schema version of the fields."""
+    """The record that the decorator leaves on a class: kind, wire name, and schema version of the fields."""
 
     kind: Kind
     name: str
@@ -37,9 +37,9 @@ def event(
     """Declare an event: something that happened to an aggregate, in the past tense.
 
     Args:
-        name: the event's type on the wire; the class name unless given. It is stored for ever.
-        version: schema version of the fields, from 1. Raise it when the fields change and declare how an older
-            one becomes a newer one with `upcasts`.
+        name: the event's type on the wire, by default the class name. Stored events keep it, so it must not change.
+        version: schema version of the fields, from 1. Raise it when the fields change, and convert the fields of
+            older versions with `upcasts`.
 
     Example:
         >>> @event
@@ -56,10 +56,10 @@ def command(cls: type[T], /) -> type[T]: ...
 def command(*, name: str | None = None) -> Callable[[type[T]], type[T]]: ...
 @dataclass_transform(frozen_default=True)
 def command(cls: type[T] | None = None, /, *, name: str | None = None) -> type[T] | Callable[[type[T]], type[T]]:
-    """Declare a command: what somebody wants an aggregate to do, in the imperative.
+    """Declare a command: a request to an aggregate, named in the imperative.
 
     Args:
-        name: the command's type on the wire; the class name unless given.
+        name: the command's type on the wire, by default the class name.
     """
     declared: type[T] | Callable[[type[T]], type[T]] = _message("command", cls, name, 1)
     return declared
@@ -75,7 +75,7 @@ def _message(kind: Kind, cls: type[T] | None, name: str | None, version: int) ->
 
 
 def spec_of(cls: object) -> MessageSpec | None:
-    """Return what `@event` or `@command` recorded on the class itself, or None for any other object."""
+    """Return the record that `@event` or `@command` left on the class itself, or None for any other object."""
     found = cls.__dict__.get(_SPEC) if isinstance(cls, type) else None
     return found if isinstance(found, MessageSpec) else None
 
@@ -87,7 +87,7 @@ def wire_problems(cls: type) -> list[str]:
         for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]
             where = f"{cls.__name__}.{field.name}"
             if field.name.startswith("_"):
-                problems.append(f"{where}: a field's name can't begin with an underscore; it would not be stored")
+                problems.append(f"{where}: a field whose name begins with an underscore is not stored; rename it")
             for inner in _types_within(field.type):
                 if isinstance(inner, msgspec.inspect.CustomType):
                     problems.append(
@@ -100,10 +100,10 @@ def wire_problems(cls: type) -> list[str]:
 
 
 def _types_within(info: Any, seen: frozenset[type] = frozenset()) -> Iterator[msgspec.inspect.Type]:
-    """Yield a type and every type that it is made of."""
+    """Yield a type and every type that it contains."""
     if isinstance(info, tuple | list):
-        for one in info:
-            yield from _types_within(one, seen)
+        for item in info:
+            yield from _types_within(item, seen)
     elif isinstance(info, msgspec.inspect.Field):
         yield from _types_within(info.type, seen)
     elif isinstance(info, msgspec.inspect.Type):
@@ -122,23 +122,23 @@ def _has_floats(cls: type) -> bool:
     known = _floats.get(cls)
     if known is None:
         kinds = (msgspec.inspect.FloatType, msgspec.inspect.AnyType)
-        known = any(isinstance(one, kinds) for one in _types_within(msgspec.inspect.type_info(cls)))
+        known = any(isinstance(inner, kinds) for inner in _types_within(msgspec.inspect.type_info(cls)))
         _floats[cls] = known
     return known
 
 
 def check_storable(event: Any) -> None:
-    """Refuse what JSON would silently turn into null.
+    """Refuse numbers that JSON would silently turn into null.
 
     Raises:
-        InvalidMessage: a number that is infinite or none, or values nested too deep to look at.
+        InvalidMessage: the event contains NaN or infinity, or its values are nested too deeply to check.
     """
     try:
         refused = _has_floats(type(event)) and _has_nonfinite(msgspec.to_builtins(event))
     except RecursionError:
-        raise InvalidMessage(f"{type(event).__name__} holds values that are nested too deep") from None
+        raise InvalidMessage(f"{type(event).__name__} contains values that are nested too deeply") from None
     if refused:
-        raise InvalidMessage(f"{event!r} holds a number that is infinite or none, and JSON has no word for it")
+        raise InvalidMessage(f"{event!r} contains NaN or infinity, which JSON cannot represent")
 
 
 def _has_nonfinite(value: Any) -> bool:
@@ -158,7 +158,7 @@ def parse(cls: type[T], data: object) -> T:
     """Make a message from untrusted JSON data.
 
     Raises:
-        InvalidMessage: a missing, unknown or wrongly typed field, named.
+        InvalidMessage: a field is missing, unknown or of the wrong type; the message names it.
     """
     if not isinstance(data, dict):
         raise InvalidMessage(f"{cls.__name__}: expected an object of fields, got {type(data).__name__}")
@@ -172,25 +172,25 @@ def parse(cls: type[T], data: object) -> T:
         return msgspec.convert(data, cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise InvalidMessage(f"{cls.__name__}: {error}") from None
-    except Exception as error:  # a check of the user's own, in __post_init__
+    except Exception as error:  # the user's __post_init__ may raise anything
         raise InvalidMessage(f"{cls.__name__}: {type(error).__name__}: {error}") from error
 
 
 def plain(value: Any) -> Any:
-    """Turn what JSON has no type for into what `parse` reads back: for `orjson.dumps(default=...)`."""
+    """Convert a value without a JSON type into a form that `parse` reads back: for `orjson.dumps(default=...)`."""
     if isinstance(value, set | frozenset):
         return list(value)
     return msgspec.to_builtins(value)
 
 
 def dumps(value: object) -> bytes:
-    """Return the value as JSON bytes; dataclasses, dates, UUIDs, enums and decimals included.
+    """Return the value as JSON bytes. It may contain dataclasses, dates, UUIDs, enums and decimals.
 
     Raises:
-        TypeError: something in it has no form in JSON.
+        TypeError: the value contains an object that JSON can't represent.
     """
     try:
         return orjson.dumps(value, default=plain)
     except TypeError:
-        # keys that are not text cost orjson time for every key, so they are looked for only when there are some
+        # allowing keys that are not text slows orjson down for every key: allow them only if the fast way has failed
         return orjson.dumps(value, default=plain, option=orjson.OPT_NON_STR_KEYS)

@@ -1,8 +1,8 @@
-"""Specifying an aggregate in three lines: given events, when a command comes, then events or a rejection.
+"""Specifies an aggregate in three lines: given events, when a command is decided, then events or a rejection.
 
     scenario(Account).given(Deposited(500)).when(Withdraw(700)).rejects("balance is 500")
 
-The scenario runs the same cell that the kernel runs, and it also notices a handler that changes state.
+The scenario runs the same cell as the kernel. It also detects a handler that changes the state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOW = datetime(2013, 1, 1, 12, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Scenario(Generic[A]):
-    """A scenario being written; each step returns a new one, so that a common beginning can be shared."""
+    """A scenario. Each step returns a new scenario, so that several scenarios can share a beginning."""
 
     declared: AggregateType[A]
     id: str = "1"
@@ -37,15 +37,15 @@ class Scenario(Generic[A]):
     now: datetime = _NOW
 
     def given(self, *events: Any) -> Scenario[A]:
-        """What happened before."""
+        """Add events to the history."""
         return replace(self, history=self.history + events)
 
     def at(self, now: datetime) -> Scenario[A]:
-        """The moment of decision that handlers see as `context.now`."""
+        """Set the moment of decision, which handlers see as `context.now`."""
         return replace(self, now=now)
 
     def when(self, *commands: Any) -> Scenario[A]:
-        """The commands to decide, in order; all but the last only prepare."""
+        """Add commands to decide, in order. `then` and `rejects` are about the last command."""
         return replace(self, commands=self.commands + commands)
 
     def then(self, *events: Any) -> None:
@@ -63,13 +63,13 @@ class Scenario(Generic[A]):
             raise AssertionError(f"expected a rejection, got {list(decided)}")
 
     def state(self) -> A:
-        """Return the state after everything, the last command's events included."""
+        """Return the state after the history and all commands, including the events of the last command."""
         _, cell = self._run()
         return cell.state
 
     def _run(self) -> tuple[list[Any], Cell[A]]:
         cell = Cell(self.declared, self.id)
-        cell.evolve(self._through_the_wire(list(self.history)))
+        cell.evolve(self._store_and_load(list(self.history)))
         decided: list[Any] = []
         for number, command in enumerate(self.commands):
             before = copy.deepcopy(vars(cell.state))
@@ -79,19 +79,20 @@ class Scenario(Generic[A]):
             finally:
                 assert vars(cell.state) == before, (
                     f"the handler of {type(command).__name__} changed state; handlers return events, "
-                    "and the methods marked @applies change state"
+                    "and only methods marked @applies change state"
                 )
-            decided = self._through_the_wire(decided)
+            decided = self._store_and_load(decided)
             cell.evolve(decided)
         return decided, cell
 
-    def _through_the_wire(self, events: list[Any]) -> list[Any]:
-        """Store and load them, so that a field that doesn't survive JSON is found here and not in production."""
+    def _store_and_load(self, events: list[Any]) -> list[Any]:
+        """Encode and decode events, so that a field that doesn't survive JSON is found here and not in production."""
         if not events:
             return []
-        names = {cls: (event.name, event.version) for event in self.declared.events.values() for cls in [event.cls]}
+        types = self.declared.events
+        names = {event_type.cls: (event_type.name, event_type.version) for event_type in types.values()}
         stored = decode(encode("/scenario", self.id, names, [Decision("", events)], 0, "2013-01-01T12:00:00Z"))
-        return [self.declared.events[one.type].decode(one.data, one.dataversion) for one in stored]
+        return [types[envelope.type].decode(envelope.data, envelope.dataversion) for envelope in stored]
 
 
 def _json(value: Any) -> Any:
@@ -102,6 +103,6 @@ def scenario(cls: type[A], id: str = "1") -> Scenario[A]:
     """Start a scenario for an aggregate class.
 
     Raises:
-        DeclarationError: the class itself is wrong.
+        DeclarationError: the class has problems.
     """
     return Scenario(declare(cls), id)

@@ -1,4 +1,4 @@
-"""Bringing events that were stored under an older schema version up to the present one."""
+"""Upcasters: they convert events that were stored under an older schema version to the current version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UPCASTS = "__eskernel_upcasts__"
 
 
 class Upcast(NamedTuple):
-    """One step: the event's class, the version it starts from, and the function that makes the next version."""
+    """One step: the event's class, the version that it starts from, and the function that returns the next version."""
 
     event: type
     version: int
@@ -37,7 +37,7 @@ def upcasts(event: type, *, version: int) -> Callable[[U], U]:
 
 
 def upcast_of(member: object) -> Upcast | None:
-    """Return what `@upcasts` recorded on a (static) method, or None."""
+    """Return the record that `@upcasts` left on a (static) method, or None."""
     function = member.__func__ if isinstance(member, staticmethod) else member
     found = getattr(function, _UPCASTS, None)
     return None if found is None else Upcast(found[0], found[1], function)  # type: ignore[arg-type]

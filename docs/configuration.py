@@ -1,4 +1,4 @@
-"""The page of settings as text: `python docs/configuration.py > docs/configuration.md`."""
+"""Writes the page about settings: `python docs/configuration.py > docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -26,22 +26,28 @@ _NAMES: list[tuple[type, str]] = [
 ]
 _HEADER = """# Configuration
 
-<!-- made by `make docs` from kernel/settings; a test says when it is not up to date -->
+<!-- `make docs` generates this page from kernel/settings; a test fails when it is out of date -->
 
-Settings are read from, the later one wins:
+The service reads its settings from three sources. A later source overrides an earlier one:
 
-1. a TOML file: `--config FILE`, else the variable `ESKERNEL_CONFIG`, else `eskernel.toml` in the working directory;
-2. environment variables: `ESKERNEL_STREAM__REPLICAS=3` is `stream.replicas`, two underscores between the parts;
-3. the command line: `--set stream.replicas=3`, and options such as `--nats` that are short for a setting. It can be
-   read by everybody on the machine: secrets belong in the file or the environment.
+1. a TOML file: `--config FILE`, or the file in the variable `ESKERNEL_CONFIG`, or `eskernel.toml` in the working
+   directory;
+2. environment variables: `ESKERNEL_STREAM__REPLICAS=3` sets `stream.replicas`, with two underscores for the dot;
+3. the command line: `--set stream.replicas=3`, or a short option such as `--nats`. All users of the machine can read
+   the command line: put secrets into the file or the environment.
 
-Lists are written as in TOML, in the other two with commas between or as JSON. Sizes are bytes, or text such as
-`"64MiB"`; times are seconds. Relative paths begin in the working directory, `~` is the home directory.
+In the file, lists are written as in TOML. In the environment and on the command line they are separated by commas, or
+written as JSON. Sizes are in bytes, or a text such as `"64MiB"`. Times are in seconds. Relative paths start in the
+working directory; `~` is the home directory.
 
-An unknown key, a value out of range, or settings that contradict each other end the start with exit code 2: all
-problems at once, each with where it comes from. `eskernel config show` prints what is in effect and where each comes
-from, `eskernel config check APP` tries it on the running servers without changing anything, and `eskernel config
-schema` is for editors. Which test shows each setting's effect is in [settings-tested.md](settings-tested.md).
+If a key is unknown, a value is out of range, or settings contradict each other, the service does not start and exits
+with code 2. It reports all problems at once, each with the origin of the value.
+
+- `eskernel config show` prints the settings in effect and their origins.
+- `eskernel config check APP` checks the settings on the running servers and changes nothing.
+- `eskernel config schema` prints a JSON schema for editors.
+
+[settings-tested.md](settings-tested.md) lists the test that shows the effect of each setting.
 
 ```toml
 workers = 2
@@ -79,9 +85,9 @@ def type_name(annotation: Any) -> str:
     if origin is Annotated:
         return type_name(arguments[0])
     if origin is Literal:
-        return ", ".join(f"`{one}`" for one in arguments)
+        return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, UnionType):
-        return " or ".join(type_name(one) for one in arguments if one is not NoneType)
+        return " or ".join(type_name(member) for member in arguments if member is not NoneType)
     if origin is tuple:
         return "list of numbers" if type_name(arguments[0]) == "number" else "list"
     if origin is dict:
@@ -103,15 +109,15 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _flat(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
-    """Return the settings of a section, those of sections in it among them."""
+    """Return the settings of a section and of the sections inside it."""
     found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         if _is_section(field):
             inner: Any = field.annotation
-            told = (field.description or "").strip()
-            for below, one in _flat(inner, f"{prefix}{name}.").items():
-                copied = one._copy()
-                copied.description = f"{told} {one.description}"
+            subject = (field.description or "").strip()
+            for below, leaf in _flat(inner, f"{prefix}{name}.").items():
+                copied = leaf._copy()
+                copied.description = f"{subject} {leaf.description}"
                 found[f"{name}.{below}"] = copied
         else:
             found[name] = field
@@ -119,8 +125,8 @@ def _flat(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
 
 
 def _table(title: str, model: type[BaseModel], fields: dict[str, FieldInfo], prefix: str) -> Iterator[str]:
-    told = inspect.cleandoc(model.__doc__ or "") if prefix else "What stands before the first section of the file."
-    yield f"\n## {title}\n\n{told}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+    text = inspect.cleandoc(model.__doc__ or "") if prefix else "Keys before the first section of the file."
+    yield f"\n## {title}\n\n{text}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
     for name, field in fields.items():
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         yield f"| `{prefix}{name}` | {_type(field)} | {_default(field)} | {meaning} |\n"
@@ -130,7 +136,7 @@ def _table(title: str, model: type[BaseModel], fields: dict[str, FieldInfo], pre
 
 
 def _type(field: FieldInfo) -> str:
-    limits = {type(one).__name__: one for one in field.metadata}
+    limits = {type(constraint).__name__: constraint for constraint in field.metadata}
     bounds = []
     for kind, words in (("Ge", "at least {}"), ("Gt", "above {}"), ("Le", "at most {}")):
         if kind in limits:

@@ -1,4 +1,4 @@
-"""The read side: what folds events into SQL tables, and how they are written and rebuilt."""
+"""The read side: projections fold events into SQL tables, and the tables are rebuilt from the log."""
 
 from aggregates import applies
 from projections.errors import Fenced, HandlerFailed, NoSuchLetter, SchemaError

@@ -1,4 +1,4 @@
-"""Folding a whole log into a new generation: plain records in a dictionary, no actors, wide windows."""
+"""Folds a whole log into a new generation, with a dictionary of records instead of actors and with large windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from projections.fold import Folded, Plan
 from projections.unit_of_work import Writer
 
 MAX_CACHED = 500_000
-"""Aggregates whose rows are kept in memory between windows; beyond that they are read back from the table."""
+"""Most aggregates whose rows are kept in memory between windows. Beyond it, rows are read back from the table."""
 
 Commits = Sequence[tuple[int, Sequence[Envelope]]]
 
@@ -23,8 +23,8 @@ class Build:
     """The rows of one generation while it is built.
 
     Args:
-        plan: of this one projection.
-        writer: of its new generation.
+        plan: plan of this one projection.
+        writer: writer of the new generation.
     """
 
     def __init__(self, plan: Plan, writer: Writer) -> None:
@@ -33,7 +33,7 @@ class Build:
         self._complete = True
 
     def missing(self, keys: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return the aggregates whose stored rows must be given to `fold`."""
+        """Return the aggregates whose stored rows must be loaded before `fold`."""
         if self._complete:
             return []
         return [key for key in keys if key not in self._cache]
@@ -42,7 +42,7 @@ class Build:
         """Read the stored rows of these aggregates back into memory.
 
         Args:
-            connection: read on this one, which sees what its own transaction has written.
+            connection: read on this connection, to see the uncommitted writes of its transaction.
         """
         by_aggregate: dict[str, list[str]] = {}
         for aggregate, aggregate_id in keys:
@@ -60,7 +60,7 @@ class Build:
         """Fold a window, sorted by aggregate.
 
         Raises:
-            HandlerFailed: what is cached is no longer right: park the aggregate, `forget`, `load`, and fold again.
+            HandlerFailed: the cached rows are no longer right: park the aggregate, `forget`, `load`, and fold again.
         """
         plan, cache = self.plan, self._cache
         folded = Folded(plan)
@@ -73,11 +73,11 @@ class Build:
         return folded
 
     def trim(self) -> None:
-        """Keep memory bounded; call it when what was folded is written."""
+        """Keep memory bounded. Call it only when all folded rows are written."""
         if len(self._cache) > MAX_CACHED:
             self.forget()
 
     def forget(self) -> None:
-        """Forget cached rows; from now on they are read back."""
+        """Forget the cached rows. From now on rows are read back from the table."""
         self._cache.clear()
         self._complete = False

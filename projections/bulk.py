@@ -1,5 +1,5 @@
-"""One statement per table and batch. The rows travel as one JSON parameter, so that the driver is entered once and
-the event loop's thread keeps the interpreter while the database works."""
+"""One statement per table and batch. The rows are sent as one JSON parameter: the driver is called once, and the event
+loop's thread keeps running while the database works."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from aggregates.messages import plain
 from projections.records import Columns
 
 CHUNK = 5_000
-"""Rows per statement: bounds the size of one JSON parameter to about a megabyte."""
+"""Rows per statement. It limits one JSON parameter to about a megabyte."""
 
 
 class Bulk:
     """The statements for one physical table.
 
     Args:
-        columns: the model's columns; the table has the same.
+        columns: the model's columns, which are also the table's.
         table: the physical table of one generation.
     """
 
@@ -53,10 +53,10 @@ class Bulk:
         )
 
     def parameters(self, records: Iterable[Any]) -> list[dict[str, str]]:
-        """Freeze records into the parameters of `upsert` or `add`: call it where the records don't change meanwhile.
+        """Freeze records into the parameters of `upsert` or `add`. The records must not change during the call.
 
         Raises:
-            TypeError, ValueError: a value that the database can't be given.
+            TypeError, ValueError: a record contains a value that can't be sent to the database.
         """
         values = list(map(self._values, records))
         chunks = [values[start : start + CHUNK] for start in range(0, len(values), CHUNK)]
@@ -65,7 +65,7 @@ class Bulk:
         return [{f"c{index}": _json(list(column)) for index, column in enumerate(zip(*c, strict=True))} for c in chunks]
 
     def key(self, record: Any) -> str | None:
-        """Return a record's key as JSON, or None if the record can't be given to the database at all."""
+        """Return a record's key as JSON, or None if the record can't be sent to the database at all."""
         try:
             self.parameters([record])
             return _json(list(self._values(record)[: self._keys]))
@@ -73,16 +73,16 @@ class Bulk:
             return None
 
     def one_by_one(self, parameters: Sequence[dict[str, str]]) -> Iterator[tuple[list[Any], dict[str, str]]]:
-        """Yield each row's key columns and the parameters for it alone."""
+        """Yield, for each row, its key columns and the parameters that contain this row only."""
         for chunk in parameters:
             columns = [orjson.loads(values) for values in chunk.values()]
             rows = zip(*columns, strict=True) if self._columnwise else columns[0]
             for row in rows:
-                one = {f"c{place}": _json([value]) for place, value in enumerate(row)}
-                yield list(row[: self._keys]), one if self._columnwise else {"rows": _json([row])}
+                by_column = {f"c{place}": _json([value]) for place, value in enumerate(row)}
+                yield list(row[: self._keys]), by_column if self._columnwise else {"rows": _json([row])}
 
     def load(self, connection: Connection, keys: Sequence[str], make: Callable[..., Any]) -> dict[Any, Any]:
-        """Return the stored rows of these keys as records."""
+        """Return the stored rows with these keys as records."""
         found: dict[Any, Any] = {}
         for start in range(0, len(keys), CHUNK):
             for row in connection.execute(self.select, {"keys": _json(keys[start : start + CHUNK])}):
@@ -98,7 +98,7 @@ def key_parameters(keys: Sequence[str]) -> dict[str, str]:
 def _json(value: Any) -> str:
     text_ = orjson.dumps(value, default=plain).decode()
     if "\\u0000" in text_ and _has_zero(value):
-        raise ValueError("a text with a zero character; PostgreSQL can't hold it, and SQLite would cut it there")
+        raise ValueError("a text contains a zero character: PostgreSQL can't store it, and SQLite would cut it there")
     return text_
 
 
@@ -120,7 +120,7 @@ def _recordset(columns: Sequence[Column[Any]], dialect: Dialect) -> str:
 
 
 def _cast(column: Column[Any], dialect: Dialect) -> str:
-    # an explicit cast to varchar(n) would cut silently, and to numeric(p, s) would round: let the insert check
+    # a cast to varchar(n) cuts the text silently, and a cast to numeric(p, s) rounds: let the insert check the value
     if isinstance(column.type, String | Text):
         return "text"
     if isinstance(column.type, Numeric):

@@ -1,4 +1,4 @@
-"""Who may write, and how far everything has been folded."""
+"""Checkpoints: how far each generation has folded each partition, and which epoch may write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from projections.generations import Generation, live_generation, positions
 from projections.tables import checkpoint, projection, stream
 
 Move = tuple[str, int, int, int, int]
-"""A checkpoint's step: projection, generation, partition, from, to."""
+"""A step of a checkpoint: projection, generation, partition, sequence before, sequence after."""
 
 
 class Position:
@@ -22,29 +22,32 @@ class Position:
 
     Args:
         folded: stream sequence by partition, for each projection in the plan's order.
+
+    Attributes:
+        lowest, highest: lowest and highest sequence at the claim.
     """
 
     def __init__(self, folded: Sequence[dict[int, int]]) -> None:
-        self._folded = [dict(one) for one in folded]
+        self._folded = [dict(sequences) for sequences in folded]
         self._touched: set[int] = set()
-        everything = [sequence for one in folded for sequence in one.values()]
+        everything = [sequence for sequences in folded for sequence in sequences.values()]
         self.lowest = min(everything, default=0)
         self.highest = max(everything, default=0)
 
     def least(self, partition: int) -> int:
-        """Return up to where every projection has folded a partition."""
-        return min((one[partition] for one in self._folded), default=0)
+        """Return the sequence up to which every projection has folded a partition."""
+        return min((sequences[partition] for sequences in self._folded), default=0)
 
     def of(self, projection: int) -> Mapping[int, int]:
         """Return how far a projection has folded, by partition."""
         return self._folded[projection]
 
     def folded(self, partition: int, sequence: int) -> frozenset[int]:
-        """Return the projections that have folded this place of the stream already."""
-        return frozenset(index for index, one in enumerate(self._folded) if one[partition] >= sequence)
+        """Return the projections that have folded this stream sequence already."""
+        return frozenset(index for index, sequences in enumerate(self._folded) if sequences[partition] >= sequence)
 
     def touch(self, partition: int) -> None:
-        """Note that the batch holds something of this partition."""
+        """Note that the batch contains a commit of this partition."""
         self._touched.add(partition)
 
     def moves(self, generations: Sequence[Generation], to: int) -> list[Move]:
@@ -53,14 +56,14 @@ class Position:
         return self._steps(generations, to, touched)
 
     def quiet_moves(self, generations: Sequence[Generation], to: int) -> list[Move]:
-        """Return the steps that bring every partition up to a place that has been read."""
+        """Return the steps that bring every partition up to a stream sequence that has been read."""
         return self._steps(generations, to, None)
 
     def _steps(self, generations: Sequence[Generation], to: int, touched: set[int] | None) -> list[Move]:
         return [
             (made.name, made.number, partition, old, to)
-            for made, one in zip(generations, self._folded, strict=True)
-            for partition, old in one.items()
+            for made, sequences in zip(generations, self._folded, strict=True)
+            for partition, old in sequences.items()
             if old < to and (touched is None or partition in touched)
         ]
 
@@ -73,11 +76,11 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Partitions of the live generations as their owner took them.
+    """An owner's claim on partitions of the live generations.
 
     Attributes:
-        epoch: higher than that of any claim before; every batch must find it unchanged.
-        position: where the partitions stood.
+        epoch: higher than the epoch of any earlier claim. A batch is written only while the checkpoints carry it.
+        position: how far the partitions were folded at the claim.
     """
 
     epoch: int
@@ -86,7 +89,7 @@ class Claim:
 
 
 def knows(engine: Engine, app: str) -> bool:
-    """Say whether this database was folded from an app's stream."""
+    """Return whether this database was folded from an app's stream."""
     if not inspect(engine).has_table(stream.name):
         return False
     with reads(engine).connect() as connection:
@@ -94,28 +97,34 @@ def knows(engine: Engine, app: str) -> bool:
 
 
 def register(engine: Engine, app: str, created: str, partitions: int, last: int) -> None:
-    """Tie this database to the app's stream, or make sure that it is the one it is tied to.
+    """Tie this database to the app's stream, or check that it is tied to this stream already.
 
     Args:
-        created, partitions, last: what the log says about itself.
+        created: creation time of the stream, as the log reports it.
+        partitions: the stream's partition count.
+        last: stream sequence of the last commit.
 
     Raises:
-        SchemaError: this database was folded from another stream, or from more than the stream now holds.
+        SchemaError: this database was folded from another stream, or from more commits than the stream now contains.
     """
     with engine.begin() as connection:
         known = connection.execute(select(stream).where(stream.c.app == app).with_for_update()).first()
         if known is None:
             if other := connection.scalar(select(stream.c.app)):
-                raise SchemaError(f"this database belongs to the app {other!r}; give each app a database of its own")
+                raise SchemaError(f"this database belongs to the app {other!r}; give each app its own database")
             connection.execute(insert(stream).values(app=app, created=created, partitions=partitions, epoch=0))
             return
         if known.created != created:
             raise SchemaError(
-                f"this database was folded from the stream {app!r} created {known.created}, but the log's was created "
-                f"{created}: use that log's own database, or an empty one, and the tables are built from the log"
+                f"this database was folded from the stream {app!r} created {known.created}, but the log's stream was "
+                f"created {created}: use the database that belongs to the log, or an empty database, which is then "
+                "built from the log"
             )
         if known.partitions != partitions:
-            raise SchemaError(f"this database knows {known.partitions} partitions, the stream has {partitions}")
+            raise SchemaError(
+                f"this database was folded from {known.partitions} partitions, but the stream has {partitions}: use "
+                "the database that belongs to the stream, or an empty database"
+            )
         furthest = connection.scalar(select(func.max(checkpoint.c.sequence))) or 0
         if furthest > last:
             raise SchemaError(
@@ -125,21 +134,21 @@ def register(engine: Engine, app: str, created: str, partitions: int, last: int)
 
 
 def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], partitions: Iterable[int]) -> Claim:
-    """Put a new epoch on these partitions of the live generations: whoever had them can't write any more.
+    """Put a new epoch on these partitions of the live generations: it fences their previous owner.
 
     Raises:
         SchemaError: a projection has no live generation; it must be built first.
     """
     owned = sorted(partitions)
     with engine.begin() as connection:
-        # the row's lock makes two that claim at once take one epoch after the other
+        # the row's lock makes two simultaneous claims take one epoch after the other
         connection.execute(update(stream).where(stream.c.app == app).values(epoch=stream.c.epoch + 1))
         epoch = int(connection.scalar(select(stream.c.epoch).where(stream.c.app == app)) or 0)
         generations = []
-        for one in declared:
-            live = live_generation(connection, one)
+        for declaration in declared:
+            live = live_generation(connection, declaration)
             if live is None:
-                raise SchemaError(f"projection {one.name} version {one.version} has not been built")
+                raise SchemaError(f"projection {declaration.name} version {declaration.version} has not been built")
             generations.append(live)
             connection.execute(
                 update(checkpoint)
@@ -150,15 +159,16 @@ def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], part
                 )
                 .values(epoch=epoch)
             )
-        stood = [positions(connection, live) for live in generations]
-        return Claim(epoch, generations, Position([{one: at[one] for one in owned} for at in stood]))
+        folded = [positions(connection, live) for live in generations]
+        own = [{partition: sequences[partition] for partition in owned} for sequences in folded]
+        return Claim(epoch, generations, Position(own))
 
 
 def reached(connection: Connection, partition: int, names: Sequence[str] = ()) -> dict[str, int]:
-    """Return how far the live projections have folded a partition, by projection.
+    """Return how far the live projections have folded a partition: stream sequence by projection.
 
     Args:
-        names: only these projections; all of them if empty.
+        names: only these projections; all projections if empty.
     """
     query = (
         select(checkpoint.c.projection, checkpoint.c.sequence)

@@ -1,4 +1,4 @@
-"""Opening the projection database, the same way everywhere."""
+"""Opens the projection database, with the same options everywhere."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _KEEP_ALIVE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
-"""A host that is gone is noticed after seconds rather than after hours."""
+"""They detect a host that has disappeared after seconds instead of hours."""
 _FAULTS_OF_DATA = ("0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0")
-"""SQLSTATE classes of what a statement or its values are to blame for."""
+"""SQLSTATE classes of errors that a statement or its values cause."""
 _INSUFFICIENT_PRIVILEGE, _TRANSACTION_FAILED = "42501", "25P02"
 _SQLITE_ITSELF = {3, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 23, 26}
 """PERM, BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, CORRUPT, FULL, CANTOPEN, PROTOCOL, AUTH, NOTADB."""
 
 
 def database_url(text: str) -> URL:
-    """Return the URL with its driver named.
+    """Return the URL with an explicit driver.
 
     Raises:
-        SchemaError: it is no URL, or a database that is not supported.
+        SchemaError: the text is not a URL, or the database is not supported.
     """
     try:
         url = make_url(text)
@@ -62,18 +62,20 @@ def open_database(
 ) -> Engine:
     """Return an engine.
 
-    Writers on SQLite begin with the write lock (`BEGIN IMMEDIATE`) in WAL mode, and wait for it for
-    seconds; so do those on PostgreSQL for the locks of others. Then they are told, and try again. On both
-    databases a commit may be lost in a power cut, never torn: rows and checkpoint are one transaction, and what is
-    missing is folded again from the log. So commits need not wait for the disk.
+    SQLite is opened in WAL mode, and a writer begins with the write lock (`BEGIN IMMEDIATE`). On both databases a
+    writer waits up to `lock_timeout` for a lock. Then the statement fails, and the caller tries again.
+
+    Commits don't wait for the disk. A power cut may lose the latest transactions, but never a part of one. Rows and
+    checkpoint are one transaction, so the lost events are folded again from the log.
 
     Args:
-        read_only: refuse writes; for queries that people type.
-        pool_size, max_overflow: connections kept open, and further ones when those are in use.
-        pool_timeout: seconds to wait for a connection when all are in use.
+        read_only: refuse writes, for queries that people type.
+        pool_size: connections kept open.
+        max_overflow: further connections while all of those are in use.
+        pool_timeout: seconds to wait for a connection while all are in use.
         pool_recycle: age in seconds at which a connection is replaced; -1 never.
-        connect_timeout: seconds for making a connection (PostgreSQL).
-        lock_timeout: seconds to wait for somebody else's lock.
+        connect_timeout: seconds to wait for a new connection (PostgreSQL).
+        lock_timeout: seconds to wait for a lock that another connection holds.
     """
     url = database_url(text)
     pool: dict[str, Any] = {
@@ -88,7 +90,7 @@ def open_database(
             options += " -c default_transaction_read_only=on"
         arguments = {"options": options, "connect_timeout": connect_timeout, **_KEEP_ALIVE}
         return create_engine(url, connect_args=arguments, pool_pre_ping=read_only, **pool)
-    shared = url.database in (None, "", ":memory:")  # such a database is its one connection
+    shared = url.database in (None, "", ":memory:")  # such a database lives in its only connection
     if url.database and not shared:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(
@@ -97,7 +99,7 @@ def open_database(
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _record: Any) -> None:
-        # the driver's own transaction control doesn't cover DDL; SQLAlchemy's recipe is to switch it off
+        # the driver's own transaction control doesn't include DDL; SQLAlchemy's recipe is to switch it off
         connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
@@ -116,12 +118,12 @@ def open_database(
 
 
 def reads(engine: Engine) -> Engine:
-    """Return the same engine for transactions that only read: on SQLite they don't queue for the write lock."""
+    """Return the same engine for read-only transactions: on SQLite they don't wait for the write lock."""
     return engine.execution_options(**{_READS: True})
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """Say whether the database, and not the data or the statement, is to blame: then waiting and trying again helps."""
+    """Return whether the database caused the error, not the data or the statement: then trying again later helps."""
     if isinstance(error, PoolTimeout):
         return True
     if not isinstance(error, DBAPIError):

@@ -1,8 +1,7 @@
-"""Dead letters in sequence: what waits, folding it again from the head, and leaving out what can't be folded.
+"""Dead letters: list them, fold them again in order, and skip events that can't be folded.
 
-Everything here works on the database alone, beside a running service: what it changes it changes in one transaction
-that takes the epoch off the partition's checkpoint, so that the partition's owner meets the fence at its next write
-and starts again from what the database says.
+All functions work on the database alone, also while a service runs. Each change is one transaction that also fences the
+partition's checkpoint: the next write of the partition's owner fails, and the owner starts again from the database.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope, decode
 from projections.database import is_infrastructure, reads
+from projections.declaration import DeclaredProjection
 from projections.errors import HandlerFailed, NoSuchLetter
 from projections.fold import Folded, Plan
 from projections.generations import FENCE, Generation, live_generation
@@ -32,18 +32,19 @@ MAX_PAUSE_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """An aggregate that waits for one projection; or bytes in quarantine, which belong to no projection.
+    """An aggregate that is parked for one projection, or a message in quarantine.
 
     Attributes:
-        projection: empty for the quarantine.
-        aggregate, aggregate_id: in quarantine, nothing and the subject.
-        sequence: of the first event that waits.
-        stream_sequence: its place in the stream.
-        events: how many wait.
-        error: what the first one failed with.
-        since: when it did, RFC 3339 in UTC.
-        attempts: how often it has failed.
-        next_attempt: Unix time of the next automatic attempt, if there is to be one.
+        projection: the projection's name, empty for a message in quarantine.
+        aggregate: the aggregate's type, empty for a message in quarantine.
+        aggregate_id: the aggregate's id, or the subject of a message in quarantine.
+        sequence: the first waiting event's place in its aggregate.
+        stream_sequence: the first waiting event's place in the stream.
+        events: number of waiting events.
+        error: the error of the first waiting event.
+        since: when the first waiting event failed, RFC 3339 in UTC.
+        attempts: how often the first waiting event has failed.
+        next_attempt: Unix time of the next automatic attempt, or None if none is planned.
     """
 
     projection: str
@@ -59,12 +60,12 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """One dead letter.
+class StoredLetter:
+    """A dead letter in the database.
 
     Attributes:
-        event: the event as it is stored, or None where the bytes are no event.
-        payload: the whole commit that it came in.
+        event: the event as it is stored, or None if the payload is not a commit.
+        payload: the whole commit that contains the event.
     """
 
     sequence: int
@@ -76,12 +77,12 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """What a retry did.
+    """The result of a retry.
 
     Attributes:
-        folded: events that are no longer dead letters.
-        left: those that still wait.
-        error: what the first of them failed with, if any does.
+        folded: number of events that are no longer dead letters.
+        left: number of events that still wait.
+        error: the error of the first event that still waits, or an empty text.
     """
 
     projection: str
@@ -93,7 +94,11 @@ class Retried:
 
 
 def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
-    """Return what waits, of one projection or of all, oldest first; the quarantine is named `""`."""
+    """Return the parked aggregates and quarantined messages, oldest first.
+
+    Args:
+        name: only those of this projection; `""` for the quarantine, None for all.
+    """
     with reads(engine).connect() as connection:
         rows = connection.execute(
             select(dead_letter)
@@ -129,40 +134,43 @@ def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
     ]
 
 
-def letters(engine: Engine, name: str, aggregate: str, aggregate_id: str) -> list[Letter]:
-    """Return what waits of one aggregate for one projection, in order.
+def letters(engine: Engine, name: str, aggregate: str, aggregate_id: str) -> list[StoredLetter]:
+    """Return the dead letters of one aggregate for one projection, in order.
 
     Raises:
-        NoSuchLetter: nothing does.
+        NoSuchLetter: there are none.
     """
     with reads(engine).connect() as connection:
         rows = _rows(connection, name, aggregate, aggregate_id)
-    return [Letter(row.sequence, row.stream_sequence, row.error, _event(row), row.payload) for row in rows]
+    return [_letter(row) for row in rows]
 
 
 def due(engine: Engine, now: float) -> list[Waiting]:
-    """Return what is to be folded again by now; a moment too far away was noted before the clock was set back."""
-    found = [(one, one.next_attempt) for one in waiting(engine)]
-    return [one for one, at in found if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
+    """Return the parked aggregates whose next automatic attempt is due.
+
+    An attempt that is planned too far in the future is due as well: the clock has been set back since it was planned.
+    """
+    planned = [(parked, parked.next_attempt) for parked in waiting(engine)]
+    return [parked for parked, at in planned if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
 
 
 def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: str, pause: float | None) -> Retried:
-    """Fold what waits of one aggregate for one projection, from the head, up to the first event that fails again.
+    """Fold the dead letters of one aggregate for one projection, in order, up to the first event that fails again.
 
     Args:
-        plan: of this one projection.
-        pause: seconds until the next automatic attempt if the first one fails with something transient, or None if
-            there is to be none.
+        plan: plan of this one projection.
+        pause: seconds until the next automatic attempt, if an event fails again with a transient error; None for no
+            further attempt.
 
     Raises:
-        NoSuchLetter: nothing waits there.
+        NoSuchLetter: there are no such dead letters.
         sqlalchemy.exc.DBAPIError: the database failed; nothing has changed.
     """
     (declared,) = plan.projections
     with engine.begin() as connection:
         made = live_generation(connection, declared)
         if made is None:
-            raise NoSuchLetter(f"{name} version {declared.version} is not the live one; start the service, or rebuild")
+            raise _not_live(declared)
         _lock(connection, made, aggregate, aggregate_id)
         rows = _rows(connection, name, aggregate, aggregate_id)
         writer = Writer(engine, plan, [made], epoch=0)
@@ -183,7 +191,7 @@ def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: s
 
 
 def _fold(connection: Connection, writer: Writer, rows: Sequence[Row[Any]]) -> tuple[int, str, bool]:
-    """Fold and write letter by letter; return how many, and what stopped it."""
+    """Fold and write letter by letter. Return how many were written, and the error that stopped it, if any."""
     plan, (made,) = writer.plan, writer.generations
     aggregate, aggregate_id = rows[0].aggregate, rows[0].aggregate_id
     records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
@@ -210,53 +218,66 @@ def _fold(connection: Connection, writer: Writer, rows: Sequence[Row[Any]]) -> t
     return len(rows), "", False
 
 
-def skip(
-    engine: Engine, plan: Plan | None, name: str, aggregate: str, aggregate_id: str, who: str, reason: str,
-    stream_sequence: int | None = None,
-) -> Letter:  # fmt: skip
-    """Leave out the head of what waits, for good, and write down who did it and why; what waits behind it stays.
+def skip(engine: Engine, plan: Plan, aggregate: str, aggregate_id: str, who: str, reason: str) -> StoredLetter:
+    """Skip the first waiting event of an aggregate for good, and record who did it and why. Later events still wait.
 
     Args:
-        plan: of this one projection; None for the quarantine (`name` is empty).
-        stream_sequence: in quarantine: which message.
+        plan: plan of the one projection that the event waits for.
 
     Raises:
-        NoSuchLetter: nothing waits there.
+        NoSuchLetter: there is no such dead letter.
+    """
+    (declared,) = plan.projections
+    with engine.begin() as connection:
+        made = live_generation(connection, declared)
+        if made is None:
+            raise _not_live(declared)
+        _lock(connection, made, aggregate, aggregate_id)
+        row = _rows(connection, made.name, aggregate, aggregate_id)[0]
+        _move_to_skipped(connection, row, who, reason)
+        _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
+        _fence(connection, made, row.partition)
+    return _letter(row)
+
+
+def skip_quarantined(engine: Engine, stream_sequence: int, who: str, reason: str) -> StoredLetter:
+    """Skip a message in quarantine, and record who did it and why.
+
+    Raises:
+        NoSuchLetter: there is no such message in quarantine.
     """
     with engine.begin() as connection:
-        made = None
-        if plan is not None:
-            made = live_generation(connection, plan.projections[0])
-            if made is None:
-                raise NoSuchLetter(f"{name} is not live in the declared version; start the service, or rebuild")
-            _lock(connection, made, aggregate, aggregate_id)
-        rows = _rows(connection, name, aggregate, aggregate_id)
-        row = next((one for one in rows if stream_sequence in (None, one.stream_sequence)), None)
+        query = select(dead_letter).where(
+            dead_letter.c.projection == "", dead_letter.c.stream_sequence == stream_sequence
+        )
+        row = connection.execute(query).first()
         if row is None:
-            raise NoSuchLetter(f"stream sequence {stream_sequence} is not in quarantine")
-        kept = {
-            column.name: getattr(row, column.name)
-            for column in dead_letter.columns
-            if column.name not in ("id", "attempts", "next_attempt")
-        }
-        connection.execute(insert(skipped_letter).values(**kept, skipped=_now(), who=who, reason=reason))
-        connection.execute(delete(dead_letter).where(dead_letter.c.id == row.id))
-        if made is not None:
-            assert plan is not None
-            _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
-            _fence(connection, made, row.partition)
-    return Letter(row.sequence, row.stream_sequence, row.error, _event(row), row.payload)
+            raise NoSuchLetter(
+                f"stream sequence {stream_sequence} is not in quarantine; `eskernel dead-letters list` shows all"
+            )
+        _move_to_skipped(connection, row, who, reason)
+    return _letter(row)
+
+
+def _move_to_skipped(connection: Connection, row: Row[Any], who: str, reason: str) -> None:
+    kept = {
+        column.name: getattr(row, column.name)
+        for column in dead_letter.columns
+        if column.name not in ("id", "attempts", "next_attempt")
+    }
+    connection.execute(insert(skipped_letter).values(**kept, skipped=_now(), who=who, reason=reason))
+    connection.execute(delete(dead_letter).where(dead_letter.c.id == row.id))
 
 
 def skipped(engine: Engine) -> list[dict[str, Any]]:
-    """Return what was left out: which, when, who, why."""
+    """Return the skipped events and messages, each with the time, the person and the reason."""
     with reads(engine).connect() as connection:
         rows = connection.execute(select(skipped_letter).order_by(skipped_letter.c.id)).mappings()
         return [{str(key): value for key, value in row.items() if key not in ("id", "payload")} for row in rows]
 
 
 def counts(engine: Engine) -> tuple[int, int]:
-    """Return how many aggregates wait (for each projection), and how many messages are in quarantine."""
+    """Return the number of parked aggregates, summed over the projections, and of messages in quarantine."""
     with reads(engine).connect() as connection:
         parked = select(dead_letter.c.projection, dead_letter.c.aggregate, dead_letter.c.aggregate_id).distinct()
         total = connection.scalar(
@@ -267,7 +288,7 @@ def counts(engine: Engine) -> tuple[int, int]:
 
 
 def _lock(connection: Connection, made: Generation, aggregate: str, aggregate_id: str) -> None:
-    """Keep the partition's owner from adding to what waits until this transaction is over."""
+    """Keep the partition's owner from adding dead letters until this transaction ends."""
     partition = connection.scalar(
         select(dead_letter.c.partition)
         .where(*_where(made.name, aggregate, aggregate_id), dead_letter.c.generation == made.number)
@@ -311,9 +332,16 @@ def _rows(connection: Connection, name: str, aggregate: str, aggregate_id: str) 
         query = query.where(dead_letter.c.generation.in_(live))
     rows = connection.execute(query.order_by(dead_letter.c.stream_sequence, dead_letter.c.sequence)).all()
     if not rows:
-        what = f"{aggregate} {aggregate_id} for {name}" if name else aggregate_id
-        raise NoSuchLetter(f"nothing waits of {what}; `eskernel dead-letters list` shows what does")
+        what = f"dead letters of {aggregate} {aggregate_id} for {name}" if name else f"quarantined {aggregate_id}"
+        raise NoSuchLetter(f"there are no {what}; `eskernel dead-letters list` shows all")
     return rows
+
+
+def _not_live(declared: DeclaredProjection) -> NoSuchLetter:
+    return NoSuchLetter(
+        f"{declared.name} version {declared.version} is not live, so it has no dead letters; "
+        "start the service, or rebuild the projection"
+    )
 
 
 def _last_skipped(connection: Connection, made: Generation, aggregate: str, aggregate_id: str) -> int | None:
@@ -329,7 +357,7 @@ def _last_skipped(connection: Connection, made: Generation, aggregate: str, aggr
 
 
 def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, aggregate_id: str, sequence: int) -> None:
-    """The next event follows the one that was left out."""
+    """Record a skipped event as folded, so that the next event follows it without a gap."""
     (made,) = writer.generations
     records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
     if records[0] is None:
@@ -349,7 +377,11 @@ def _envelope(row: Row[Any]) -> Envelope:
     for envelope in decode(row.payload):
         if envelope.sequence == row.sequence:
             return envelope
-    raise InvalidMessage(f"the commit at {row.stream_sequence} holds no event {row.sequence}")
+    raise InvalidMessage(f"the commit at {row.stream_sequence} contains no event {row.sequence}")
+
+
+def _letter(row: Row[Any]) -> StoredLetter:
+    return StoredLetter(row.sequence, row.stream_sequence, row.error, _event(row), row.payload)
 
 
 def _event(row: Row[Any]) -> dict[str, Any] | None:
@@ -357,7 +389,7 @@ def _event(row: Row[Any]) -> dict[str, Any] | None:
         batch: list[dict[str, Any]] = msgspec.json.decode(row.payload, type=list[dict[str, Any]])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return next((one for one in batch if one.get("sequence") == row.sequence), None)
+    return next((event for event in batch if event.get("sequence") == row.sequence), None)
 
 
 def _now() -> str:
@@ -365,6 +397,6 @@ def _now() -> str:
 
 
 def plan_of(plan: Plan, name: str) -> Plan:
-    """Return a plan of one of the projections alone."""
-    chosen = [one for one in plan.projections if one.name == name]
+    """Return a plan with only the projection of this name."""
+    chosen = [projection for projection in plan.projections if projection.name == name]
     return Plan(list(plan.types.values()), chosen, plan.transient)

@@ -1,4 +1,4 @@
-"""Reading a projection class once, at start: its tables, its handlers, and everything wrong with it."""
+"""Reads a projection class once, at start: its tables, its handlers, and all its problems."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ProjectionKind = Literal["rows", "tallies", "sql"]
 
 @dataclass(slots=True)
 class EventHandler:
-    """A handler function for some event classes, and whether it asks for a `Meta`."""
+    """A handler function, its event classes, and whether it takes a `Meta`."""
 
     function: Callable[..., Any]
     events: tuple[type, ...]
@@ -37,7 +37,7 @@ class DeclaredProjection:
     """A projection class as the kernel uses it. Made by `declare_projection`.
 
     Attributes:
-        columns: of the one model of `Rows` and `Tallies`.
+        columns: columns of the only model of `Rows` and `Tallies`; None for `Sql`.
         models: every model whose table belongs to the projection.
     """
 
@@ -52,7 +52,7 @@ class DeclaredProjection:
 
     @property
     def tables(self) -> set[str]:
-        """Names of the tables, which users see as views."""
+        """Names of the tables, which exist as views."""
         return {model.__tablename__ for model in self.models}  # type: ignore[attr-defined]
 
 
@@ -60,14 +60,14 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
     """Read the class.
 
     Raises:
-        DeclarationError: with every problem found.
+        DeclarationError: the class has problems; the error lists all of them.
     """
     problems: list[str] = []
     kind: ProjectionKind = "rows" if issubclass(cls, Rows) else "tallies" if issubclass(cls, Tallies) else "sql"
     models = _listed(cls.tables) if issubclass(cls, Sql) else _model_arguments(cls)
     if not models or not all(isinstance(model, type) and issubclass(model, DeclarativeBase) for model in models):
         needed = "`tables = (Model, ...)`" if kind == "sql" else f"{kind.title()}[Model]"
-        raise DeclarationError([f"{cls.__name__}: say which SQLAlchemy model it fills, with {needed}"])
+        raise DeclarationError([f"{cls.__name__} has no SQLAlchemy model; declare it with {needed}"])
     columns = None if kind == "sql" else Columns(models[0], sequenced=kind == "rows")
     if columns is not None:
         problems += columns.problems(models[0], numeric=kind == "tallies")
@@ -80,7 +80,7 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
             continue
         where = f"{cls.__name__}.{name}"
         if inspect.iscoroutinefunction(member):
-            problems.append(f"{where}: it can't be async; folds don't wait, the kernel does")
+            problems.append(f"{where}: it can't be async; make it an ordinary method")
             continue
         hints = annotated(member, skip=1, problems=problems, where=where)
         if hints is None:
@@ -110,8 +110,8 @@ def _handler(
     kind: ProjectionKind, models: tuple[type, ...], member: Any, hints: list[Any], where: str, problems: list[str]
 ) -> EventHandler | None:
     shape = {
-        "rows": "(self, row: Model, event: Event) and perhaps a Meta",
-        "tallies": "(self, tally: Tally[Model], event: Event) and perhaps a Meta",
+        "rows": "(self, row: Model, event: Event) and optionally a Meta",
+        "tallies": "(self, tally: Tally[Model], event: Event) and optionally a Meta",
         "sql": "(self, tx: Transaction, events: Sequence[Recorded[Event]])",
     }[kind]
     events = tuple(message_classes(hints[1], "event")) if len(hints) > 1 else ()
@@ -123,7 +123,7 @@ def _handler(
     }[kind]
     wants_meta = len(hints) == 3 and hints[2] is Meta
     if not fits or not events or (len(hints) > 2 and not wants_meta):
-        problems.append(f"{where}: a handler here takes {shape}")
+        problems.append(f"{where}: a handler of this kind of projection takes {shape}")
         return None
     return EventHandler(member, events, wants_meta)
 
@@ -140,7 +140,7 @@ def _model_arguments(cls: type) -> tuple[type, ...]:
 
 
 def _unknown_columns(member: Any, columns: Columns, model: type, where: str, kind: ProjectionKind) -> list[str]:
-    """Find attributes of the row that are not columns, by reading the handler's source where there is one."""
+    """Find attributes of the row that are not columns, by reading the handler's source if it is available."""
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(member))).body[0]
     except (OSError, SyntaxError, TypeError):

@@ -1,4 +1,4 @@
-"""What can go wrong on the read side."""
+"""The errors of the read side."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from aggregates.errors import EskernelError
 
 
 class Fenced(EskernelError):
-    """The checkpoint is not where this owner left it: another owner, or a cut-over, moved on. Nothing was written."""
+    """A checkpoint has changed since this owner's last write: by a new owner, or a cut-over. Nothing was written."""
 
 
 FailureKind = Literal[
-    "handler",  # it raised
-    "sequence",  # an event is missing, or there twice
-    "event",  # nobody here can read it
-    "refused",  # by the database
+    "handler",  # the handler raised
+    "sequence",  # an event is missing, or is there twice
+    "event",  # this program can't read the event
+    "refused",  # the database refuses the row
 ]
 UNKNOWN = 0
-"""Sequence of a `HandlerFailed` whose event isn't known: the aggregate's first of the batch stands for it."""
+"""Sequence in a `HandlerFailed` whose event isn't known. The aggregate is parked from its first event of the batch."""
 
 
 class HandlerFailed(EskernelError):
-    """A projection's handler raised; carries what is needed to park the aggregate.
+    """An event could not be folded into a projection. The error has everything needed to park the aggregate.
 
     Attributes:
         projection: index of the projection in its plan.
         aggregate: aggregate type and id.
-        sequence: the event's place in its aggregate; it and all later ones are parked.
+        sequence: the event's place in its aggregate. This event and all later ones are parked.
         error: one line for people.
-        kind: what failed.
-        transient: trying again by itself may help.
+        kind: the step that failed.
+        transient: an automatic retry may help.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class HandlerFailed(EskernelError):
 
 
 class KeyRefused(HandlerFailed):
-    """The database refuses a tally's entry; which aggregates added to it is still to be found out (`Plan.blame`).
+    """The database refuses a tally's entry. `Writer.blame` finds the aggregate that has to be parked.
 
     Attributes:
-        key: tells the entry: its key as JSON, or None if not even that can be made.
+        key: the entry's key as JSON, or None if the key can't be written as JSON.
     """
 
     def __init__(self, projection: int, aggregate: str, key: str | None, error: str) -> None:
@@ -64,8 +64,8 @@ class KeyRefused(HandlerFailed):
 
 
 class SchemaError(EskernelError):
-    """The database is not as this program needs it; the message says what to do."""
+    """The database does not fit this program or its log; the message says what to do."""
 
 
 class NoSuchLetter(EskernelError):
-    """No such dead letter; the message says which there are."""
+    """There is no such dead letter; the message says how to list the dead letters."""

@@ -1,5 +1,5 @@
-"""Copies of a projection's tables. Each build of a projection fills a generation of its own; a view with the model's
-name shows the live one. Nothing is ever altered: a new generation is built beside the old, and the view moves."""
+"""Generations: copies of a projection's tables. Each build fills a new generation beside the old one. A view with the
+model's name shows the live generation, and a cut-over moves the view. No table is ever altered."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from projections.records import SEQUENCE
 from projections.tables import checkpoint, dead_letter, projection, sequence
 
 FENCE = -2
-"""Set by whoever has changed something beside a partition's owner: it meets the fence and starts from what it finds."""
+"""Epoch of a checkpoint after a change that its owner did not make: the owner is fenced, and reads its state again."""
 LAYOUT = 2
-"""Of a generation's physical tables. One of an older layout is built anew at start. 2: rows have a sequence."""
+"""Layout of a generation's tables. Generations with an older layout are rebuilt at start. 2: rows have a sequence."""
 RETIRED_EPOCH = -1
-"""Set at a cut-over: no owner ever has it, so whoever still writes the old generation is fenced."""
+"""Epoch of a checkpoint after a cut-over. No owner ever has it, so a worker that still writes the old generation is
+fenced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Generation:
     """One copy of a projection's tables.
 
     Attributes:
-        number: from 1, never used again.
+        number: number of the copy, from 1, never reused.
         tables: physical tables by the model's table name.
     """
 
@@ -44,7 +45,7 @@ class Generation:
 
 
 def generation(declared: DeclaredProjection, number: int) -> Generation:
-    """Return the description of a generation, whether or not its tables exist."""
+    """Return the description of a generation, whether its tables exist or not."""
     metadata = MetaData()
     tables = {}
     for model in declared.models:
@@ -64,7 +65,7 @@ def generation(declared: DeclaredProjection, number: int) -> Generation:
 
 
 def live_generation(connection: Connection, declared: DeclaredProjection) -> Generation | None:
-    """Return the generation that the view shows, if it has the declared version and this program's layout."""
+    """Return the generation that the view shows, or None if it has another version or layout than this program."""
     row = connection.execute(
         select(projection.c.generation, projection.c.version, projection.c.layout).where(
             projection.c.name == declared.name, projection.c.state == "live"
@@ -76,12 +77,16 @@ def live_generation(connection: Connection, declared: DeclaredProjection) -> Gen
 
 
 def create(connection: Connection, declared: DeclaredProjection, partitions: Sequence[int]) -> Generation:
-    """Create the tables of a new generation, empty and at the beginning of the log."""
+    """Create the tables of a new generation. It is empty, and its checkpoints are at the beginning of the log.
+
+    Raises:
+        SchemaError: a table of that name exists already.
+    """
     last = connection.scalar(select(func.max(projection.c.generation)).where(projection.c.name == declared.name)) or 0
     made = generation(declared, last + 1)
     for table in made.tables.values():
         if inspect(connection).has_table(table.name):
-            raise SchemaError(f"table {table.name} exists already and is not known to the kernel; rename or drop it")
+            raise SchemaError(f"table {table.name} exists already, and the kernel did not create it; rename or drop it")
         table.create(connection)
     connection.execute(
         insert(projection).values(
@@ -104,7 +109,7 @@ def create(connection: Connection, declared: DeclaredProjection, partitions: Seq
 
 
 def positions(connection: Connection, made: Generation) -> dict[int, int]:
-    """Return how far the generation has folded, as stream sequence by partition."""
+    """Return how far the generation has folded: stream sequence by partition."""
     rows = connection.execute(
         select(checkpoint.c.partition, checkpoint.c.sequence).where(
             checkpoint.c.projection == made.name, checkpoint.c.generation == made.number
@@ -114,25 +119,32 @@ def positions(connection: Connection, made: Generation) -> dict[int, int]:
 
 
 def retire_live(connection: Connection, name: str) -> dict[int, int]:
-    """Fence the live generation, if there is one, and return where it stood."""
+    """Fence the live generation, if there is one, and return how far it has folded: stream sequence by partition."""
     where = (checkpoint.c.projection == name) & checkpoint.c.generation.in_(
         select(projection.c.generation).where(projection.c.name == name, projection.c.state == "live")
     )
     connection.execute(update(checkpoint).where(where).values(epoch=RETIRED_EPOCH))
     rows = connection.execute(select(checkpoint.c.partition, checkpoint.c.sequence).where(where))
-    stood = {row.partition: row.sequence for row in rows}
+    folded = {row.partition: row.sequence for row in rows}
     connection.execute(
         update(projection).where(projection.c.name == name, projection.c.state == "live").values(state="retired")
     )
-    return stood
+    return folded
 
 
 def show(connection: Connection, made: Generation) -> None:
-    """Make the generation the live one: point the views at it. Part of the cut-over's transaction."""
+    """Make the generation live: point the views at it. It is part of the cut-over's transaction.
+
+    Raises:
+        SchemaError: a table has the name of a view.
+    """
     quote = connection.dialect.identifier_preparer.quote
     for name, table in made.tables.items():
         if inspect(connection).has_table(name) and name not in inspect(connection).get_view_names():
-            raise SchemaError(f"a table named {name} exists and is not the kernel's; the view needs the name")
+            raise SchemaError(
+                f"a table named {name} exists, and the kernel did not create it, but the projection's view needs this "
+                "name; rename or drop the table"
+            )
         columns = ", ".join(quote(column.name) for column in table.columns if column.name != SEQUENCE)
         connection.exec_driver_sql(f"DROP VIEW IF EXISTS {quote(name)}")
         connection.exec_driver_sql(f"CREATE VIEW {quote(name)} AS SELECT {columns} FROM {quote(table.name)}")
@@ -144,7 +156,7 @@ def show(connection: Connection, made: Generation) -> None:
 
 
 def drop(connection: Connection, declared: DeclaredProjection, number: int) -> None:
-    """Drop a generation that no view shows, with its checkpoints and dead letters."""
+    """Drop a generation that no view shows, with its checkpoints and its dead letters."""
     for table in generation(declared, number).tables.values():
         table.drop(connection, checkfirst=True)
     for kernel_table, column in (
@@ -158,7 +170,7 @@ def drop(connection: Connection, declared: DeclaredProjection, number: int) -> N
 
 
 def numbers(connection: Connection, name: str, state: str) -> list[int]:
-    """Return the generations of a projection in a state, oldest first."""
+    """Return the numbers of a projection's generations in a state, oldest first."""
     found = connection.scalars(
         select(projection.c.generation)
         .where(projection.c.name == name, projection.c.state == state)

@@ -1,4 +1,4 @@
-"""The three kinds of projection that users derive from."""
+"""The three kinds of projection: `Rows`, `Tallies` and `Sql`. Users derive their projections from them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Drop:
 
 
 DROP: Final = Drop()
-"""Returned by a `Rows` handler to delete the row. An event after that starts a new one."""
+"""A `Rows` handler returns it to delete the row. A later event starts a new row."""
 
 
 class Meta:
-    """What is known about an event beside its fields. A handler asks for it with a parameter annotated `Meta`.
+    """An event's metadata. A handler gets it with a parameter annotated `Meta`.
 
     Attributes:
         aggregate_id: id of the aggregate.
-        stream_sequence: the commit's place in the stream, the same for all events of one decision.
+        stream_sequence: the commit's place in the stream, equal for all events of one commit.
     """
 
     __slots__ = ("_envelope", "aggregate_id", "stream_sequence")
@@ -60,7 +60,7 @@ class Meta:
 
     @property
     def correlation_id(self) -> str:
-        """The id that ties a conversation together; the command's own where none was given."""
+        """The command's correlation id, or the command's own id if it has none."""
         return self._envelope.correlation_id or self._envelope.commandid
 
 
@@ -68,7 +68,7 @@ class Recorded(Generic[E]):
     """An event with its metadata, as `Sql` handlers receive it.
 
     Attributes:
-        event: the event.
+        event: the decoded event.
     """
 
     __slots__ = ("_aggregate_id", "_envelope", "_stream_sequence", "event")
@@ -81,12 +81,12 @@ class Recorded(Generic[E]):
 
     @property
     def meta(self) -> Meta:
-        """What is known beside its fields."""
+        """The event's metadata."""
         return Meta(self._envelope, self._aggregate_id, self._stream_sequence)
 
 
 class Tally(dict[Any, M]):
-    """The increments of one batch by key; `tally[key]` makes the entry on first use, all counters at zero."""
+    """The increments of one batch by key. `tally[key]` creates the entry on first use, with all counters at zero."""
 
     __slots__ = ("_make",)
 
@@ -108,21 +108,21 @@ class Transaction:
         self._tables = tables
 
     def table(self, model: type) -> Table:
-        """Return the physical table of the generation being written; `model` itself names the users' view."""
+        """Return the physical table of the generation being written; the name of the model itself is the view's."""
         return self._tables[model.__tablename__]  # type: ignore[attr-defined]
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        """Execute a statement; commit and rollback belong to the kernel."""
+        """Execute a statement. Only the kernel commits and rolls back."""
         return self._connection.execute(statement, parameters)
 
 
 class Projection:
-    """The common part: derive from `Rows`, `Tallies` or `Sql` instead.
+    """The common base. Derive from `Rows`, `Tallies` or `Sql` instead.
 
     Class keywords:
         of: the aggregate whose events are projected.
         version: raise it when a handler or a table changes; the kernel builds the new version from the log.
-        name: what the command line calls it; the class name unless given.
+        name: the projection's name on the command line and in the database, by default the class name.
     """
 
     of: ClassVar[type[Aggregate]]
@@ -138,11 +138,11 @@ class Projection:
 
 
 class Rows(Projection, Generic[M]):
-    """One row per aggregate: a fold of its events, written once per batch however many events there were.
+    """One row per aggregate: a fold of its events, written once per batch, however many events the batch contains.
 
-    The model's primary key is the aggregate's id. A handler takes the row (new, with the columns' defaults, at the
-    aggregate's first event) and the event, and sets the row's columns; it may return `DROP`. The row is a light
-    record, not attached to any session.
+    The model's primary key is the aggregate's id. A handler takes the row and the event, and sets the row's columns.
+    At the aggregate's first event the row is new and has the columns' defaults. A handler may return `DROP`. The row is
+    a light record that belongs to no session.
 
         class Balances(Rows[Balance], of=Account, version=1):
             @applies
@@ -152,9 +152,10 @@ class Rows(Projection, Generic[M]):
 
 
 class Tallies(Projection, Generic[M]):
-    """Numbers added up under any key: counts, sums per day. Increments commute, so partitions never wait.
+    """Counters under any key, such as sums per day. Increments commute, so partitions never wait for each other.
 
-    A handler takes the tally and the event, and adds to the counters under a key, in the primary key's order.
+    A handler takes the tally and the event, and adds to the counters of a key. A key of several columns is a tuple in
+    the primary key's order.
 
         class Daily(Tallies[Day], of=Account, version=1):
             @applies
@@ -164,14 +165,14 @@ class Tallies(Projection, Generic[M]):
 
 
 class Sql(Projection):
-    """Any statements on the batch's transaction. Events come in partition order, those of a batch in one call.
+    """Any statements on the batch's transaction. A handler gets all its events of a batch in one call, in stream order.
 
         class Delays(Sql, of=Aircraft, version=1):
             tables = (Delay,)
 
             @applies
             def arrived(self, tx: Transaction, events: Sequence[Recorded[Arrived]]) -> None:
-                tx.execute(insert(tx.table(Delay)), [{...} for one in events])
+                tx.execute(insert(tx.table(Delay)), [{...} for recorded in events])
 
     Attributes:
         tables: the models whose tables belong to this projection.

@@ -1,7 +1,7 @@
-"""Light rows: what folds work on. A record has a model's columns as slots, and none of the ORM's bookkeeping.
+"""Records: light rows for folds. A record has a model's columns as slots, without the ORM's bookkeeping.
 
 Setting an attribute of an ORM instance costs about a microsecond and half a kilobyte; a slot costs neither. Users
-type their handlers with the model, and a misspelt column is an error at start (see `declaration`).
+annotate their handlers with the model, and a misspelt column is an error at start (see `declaration`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import Mapper
 
 SEQUENCE = "eskernel_sequence"
-"""Column beside the model's own in the tables of `Rows`, which no view shows: the last event that a row has folded.
-With it a gap is noticed however long an aggregate was not in memory."""
+"""The kernel's own column in the tables of `Rows`, which no view shows: the sequence of the last event folded into the
+row. It reveals a gap in an aggregate's events, even if the aggregate was evicted from memory long ago."""
 
 
 class Columns:
     """A model's columns in one fixed order: keys first, then the rest, by attribute name and by column.
 
     Args:
-        sequenced: add the column that tells a row's last event.
+        sequenced: add the column `SEQUENCE`.
 
     Attributes:
-        names: attribute names, the first `keys` of which form the primary key.
-        shown: those of them that are the model's.
-        table: the model's own table, the pattern for every generation's.
+        names: attribute names, of which the first `keys` form the primary key.
+        shown: attribute names of the model's own columns.
+        table: the model's own table, the pattern for the table of each generation.
     """
 
     def __init__(self, model: type, sequenced: bool = False) -> None:
@@ -48,18 +48,18 @@ class Columns:
         self.keys = sum(1 for column in self.columns if column.primary_key)
 
     def problems(self, model: type, numeric: bool) -> list[str]:
-        """Return one sentence for each column that a new row can't start with.
+        """Return one sentence for each column that can't be used.
 
         Args:
             numeric: whether the non-key columns are counters.
         """
         found = []
         if SEQUENCE in self.shown or SEQUENCE in self.table.columns:
-            found.append(f"{model.__name__}: the name {SEQUENCE} is the kernel's own; give the column another")
+            found.append(f"{model.__name__}: the name {SEQUENCE} is the kernel's own; rename the column")
         for name, column in list(zip(self.names, self.columns, strict=True))[self.keys :]:
             where = f"{model.__name__}.{name}"
             if numeric and not _is_number(column):
-                found.append(f"{where}: a tally's columns beside its key are numbers that increments are added to")
+                found.append(f"{where}: a tally's columns beside its key are counters; give this one a numeric type")
             elif not numeric and not column.nullable and not _has_default(column):
                 found.append(f"{where}: a new row needs a value; give the column default=..., or make it nullable")
             if isinstance(column.type, LargeBinary):
@@ -67,7 +67,7 @@ class Columns:
         return found
 
     def factory(self, numeric: bool) -> Callable[..., Any]:
-        """Return a function that makes a record: of a new row from its key, or of a stored row from all values."""
+        """Return a function that makes a record: a new row from its key, or a stored row from all its values."""
         names, keys = tuple(self.names), self.keys
         start = [0 if numeric else _default(column) for column in self.columns[keys:]]
         plain = not any(callable(value) for value in start)
@@ -87,7 +87,7 @@ class Columns:
         return make
 
     def values(self, dialect: Dialect) -> Callable[[Any], Sequence[Any]]:
-        """Return a function from a record to its values as this database stores them."""
+        """Return a function that returns a record's values as this database stores them."""
         get = attrgetter(*self.names) if len(self.names) > 1 else lambda row, _n=self.names[0]: (getattr(row, _n),)
         processors = [
             (index, processor)

@@ -1,8 +1,8 @@
-"""Specifying a projection in three lines: given an aggregate's events, then the rows. No servers.
+"""Specifies a projection in three lines, without servers: given an aggregate's events, then the rows.
 
     projected(Balances).given("alice", Deposited(500), Withdrawn(100)).then(Balance(account="alice", cents=400))
 
-It runs the production code, fold and statements, on an SQLite database in memory. Events go through their stored form.
+It runs the production code, folds and statements, on an SQLite database in memory. Events are encoded and decoded.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from projections.unit_of_work import Writer
 
 @dataclass(frozen=True)
 class ProjectionScenario:
-    """A scenario being written; each step returns a new one."""
+    """A scenario. Each step returns a new scenario."""
 
     projection: type[Projection]
     history: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     time: str = "2013-01-01T12:00:00Z"
 
     def given(self, aggregate_id: str, *events: Any) -> ProjectionScenario:
-        """What happened to one aggregate; call it again for more, also of others."""
+        """Add events of one aggregate. Call it again for further events, also of other aggregates."""
         return replace(self, history=(*self.history, (aggregate_id, events)))
 
     def at(self, time: str) -> ProjectionScenario:
-        """The moment, RFC 3339, that handlers see as `meta.time`."""
+        """Set the moment, RFC 3339, that handlers see as `meta.time`."""
         return replace(self, time=time)
 
     def then(self, *rows: Any) -> None:
-        """Assert that the projection's tables hold exactly these rows, given as instances of their models.
+        """Assert that the projection's tables contain exactly these rows, given as instances of their models.
 
         A column that isn't set in an expected row is not compared.
         """
@@ -51,26 +51,33 @@ class ProjectionScenario:
         unmatched = list(found)
         for row in rows:
             wanted = {name: getattr(row, name) for name in _set_columns(row)}
-            match = next((one for one in unmatched if one[0] is type(row) and wanted.items() <= one[1].items()), None)
+            match = next(
+                (
+                    (model, values)
+                    for model, values in unmatched
+                    if model is type(row) and wanted.items() <= values.items()
+                ),
+                None,
+            )
             assert match is not None, f"no row {type(row).__name__}({wanted}); there is {_plain(unmatched)}"
             unmatched.remove(match)
         assert not unmatched, f"rows that were not expected: {_plain(unmatched)}"
 
     def fails(self, reason: str) -> None:
-        """Assert that a handler raises, with this in its message: the kernel would park the aggregate."""
+        """Assert that a handler raises with this text in its message: the kernel would park the aggregate."""
         try:
             self.rows()
         except HandlerFailed as failure:
-            assert reason in failure.error, f"it failed with {failure.error!r}"
+            assert reason in failure.error, f"a handler failed with {failure.error!r}"
         else:
             raise AssertionError("no handler failed")
 
     def rows(self) -> list[tuple[type, dict[str, Any]]]:
-        """Return every row of the projection's tables, with its model, by the model's attribute names.
+        """Return every row of the projection's tables: its model, and its values by attribute name.
 
         Raises:
-            DeclarationError: the projection is wrong.
-            HandlerFailed: a handler raised, or the database refuses what it made.
+            DeclarationError: the projection or its aggregate has problems.
+            HandlerFailed: a handler raised, or the database refuses a row.
         """
         declared_aggregate = declare(self.projection.of)
         declared = declare_projection(self.projection, declared_aggregate)

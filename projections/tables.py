@@ -1,4 +1,4 @@
-"""The kernel's own tables. `migrations/` creates them; this is how the code sees them."""
+"""The kernel's own tables, as the code uses them. `migrations/` creates them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ stream = Table(
     Column("partitions", Integer, nullable=False),
     Column("epoch", BigInteger, nullable=False),
 )
-"""Which stream this database was folded from, so that it never follows another one unnoticed, and the epoch of the
-service that owns its projections."""
+"""The stream that this database was folded from, so that a different stream is noticed, and the newest epoch."""
 
 projection = Table(
     "eskernel_projection",
@@ -27,7 +26,7 @@ projection = Table(
     Column("created", String(40), nullable=False),
     Column("layout", Integer, nullable=False),
 )
-"""Every copy of a projection's tables. state: building, live, retired."""
+"""Every generation of a projection. `state` is building, live or retired."""
 
 checkpoint = Table(
     "eskernel_checkpoint",
@@ -38,7 +37,7 @@ checkpoint = Table(
     Column("sequence", BigInteger, nullable=False),
     Column("epoch", BigInteger, nullable=False),
 )
-"""How far a generation has folded each partition, and the epoch of the owner that may go on."""
+"""How far a generation has folded each partition, and the epoch of the owner that may write."""
 
 sequence = Table(
     "eskernel_sequence",
@@ -48,7 +47,7 @@ sequence = Table(
     Column("aggregate_id", Text, primary_key=True),
     Column("sequence", BigInteger, nullable=False),
 )
-"""The last event folded of aggregates that have no row to keep it in."""
+"""The sequence of the last folded event, for aggregates that have no row to keep it in."""
 
 dead_letter = Table(
     "eskernel_dead_letter",
@@ -67,8 +66,8 @@ dead_letter = Table(
     Column("attempts", Integer, nullable=False),
     Column("next_attempt", Float),
 )
-"""Events that a projection could not fold, and those that had to wait behind them. attempts: how often its fold has
-failed; next_attempt: Unix time of the next automatic one, if there is to be one."""
+"""Events that a projection could not fold, and the later events of the same aggregates. `attempts` counts failed folds;
+`next_attempt` is the Unix time of the next automatic attempt, if one is planned."""
 
 skipped_letter = Table(
     "eskernel_skipped_letter",
@@ -88,4 +87,4 @@ skipped_letter = Table(
     Column("who", Text, nullable=False),
     Column("reason", Text, nullable=False),
 )
-"""Dead letters that somebody decided to leave out: which, when, who, and why. Nothing deletes these rows."""
+"""Dead letters that a person skipped: event, time, person and reason. The kernel never deletes these rows."""

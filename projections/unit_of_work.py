@@ -1,4 +1,4 @@
-"""Writing a folded batch: rows and checkpoint in one transaction, fenced by the owner's epoch."""
+"""Writes a folded batch: rows and checkpoints in one transaction, fenced by the owner's epoch."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ _KEPT = {
 
 @dataclass(slots=True)
 class Write:
-    """A batch ready to be written, holding nothing that later folds change.
+    """A batch ready to be written. Later folds don't change it.
 
     Attributes:
-        moves: checkpoints to advance: projection, generation, partition, from, to.
-        statements: what to execute, in order: projection's index, statement, all its parameters.
+        moves: checkpoints to advance: projection, generation, partition, sequence before, sequence after.
+        statements: statements to execute, in order: projection's index, statement, list of parameters.
         sql: `Sql` handlers to call: projection's index, handler's function, events.
         letters: rows for the dead letter table.
     """
@@ -76,7 +76,7 @@ class Write:
 
 
 def one_line(error: str) -> str:
-    """Return an error's text as every database takes it."""
+    """Return an error's text in a form that every database accepts."""
     return error.replace("\0", "\\0")[:4_000]
 
 
@@ -84,9 +84,9 @@ class Writer:
     """Writes the live generations of a plan's projections.
 
     Args:
-        generations: one for each projection of the plan, in its order.
-        epoch: what the checkpoints must carry for this writer to go on.
-        retry_after: seconds until an event is folded again whose handler failed with something transient.
+        generations: the generation to write of each projection, in the plan's order.
+        epoch: the epoch that the checkpoints must carry; otherwise the writer is fenced.
+        retry_after: seconds until the first automatic retry after a transient failure of a handler; 0 for no retry.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class Writer:
         """Turn a folded batch into statements and parameters.
 
         Args:
-            letter: gives the partition and the stored bytes of a dead letter.
+            letter: returns the partition and the stored bytes of a dead letter.
 
         Raises:
-            HandlerFailed: a row holds a value that the database can't be given; its event isn't known (`UNKNOWN`).
+            HandlerFailed: a row has a value that can't be sent to the database; its event isn't known (`UNKNOWN`).
         """
         write = Write(moves)
         for index, bulk in enumerate(self._bulk):
@@ -142,16 +142,16 @@ class Writer:
                     why = f"{type(error).__name__}: {error}"
                     raise KeyRefused(index, self.plan.projections[index].aggregate, None, why) from error
         if folded.letters:
-            write.letters = [self._letter_row(one, *letter(one)) for one in folded.letters]
+            write.letters = [self._letter_row(waiting, *letter(waiting)) for waiting in folded.letters]
         return write
 
     def keeping(self, index: int, kept: dict[str, int]) -> dict[str, Any]:
-        """Return the parameters that keep the sequences of aggregates without a row."""
+        """Return the parameters of the statement that stores the sequences of aggregates without a row."""
         made = self.generations[index]
         return {"projection": made.name, "generation": made.number, "kept": orjson.dumps(list(kept.items())).decode()}
 
     def keep(self, connection: Connection, index: int, kept: dict[str, int]) -> None:
-        """Keep the sequences of aggregates without a row."""
+        """Store the sequences of aggregates without a row."""
         connection.execute(self._keep, self.keeping(index, kept))
 
     def _parameters(self, index: int, bulk: Bulk, rows: dict[str, Any]) -> list[dict[str, str]]:
@@ -167,9 +167,10 @@ class Writer:
             raise
 
     def blame(self, failure: HandlerFailed, groups: Groups) -> HandlerFailed:
-        """Say of a refused row or entry which aggregate waits because of it, and from which event on.
+        """Complete a failure with the aggregate to park and the event to park it from.
 
-        That is the last aggregate of the batch that had a part in it, from its first event of the batch on.
+        For a refused tally entry it is the last aggregate of the batch that added to the entry. If the event isn't
+        known, it is the aggregate's first event of the batch.
 
         Args:
             groups: the batch: the commits of each aggregate (type, id).
@@ -209,7 +210,7 @@ class Writer:
         }
 
     def garbage(self, stream_sequence: int, subject: str, partition: int, payload: bytes, why: str) -> dict[str, Any]:
-        """Return a row for the dead letter table for bytes that are no event of any projection."""
+        """Return a row of the dead letter table for a message that is not a commit of the app: it is quarantined."""
         return {
             "projection": "",
             "generation": 0,
@@ -226,11 +227,11 @@ class Writer:
         }
 
     def commit(self, write: Write) -> None:
-        """Write the batch in a transaction of its own. Either all of it is there afterwards, or nothing.
+        """Write the batch in its own transaction: completely or not at all.
 
         Raises:
-            Fenced: somebody else has moved the checkpoint.
-            HandlerFailed: an `Sql` handler raised, or the database refuses a row that a `Rows` handler made.
+            Fenced: a checkpoint has changed since this writer's last write.
+            HandlerFailed: an `Sql` handler raised, or the database refuses a row that a handler made.
             sqlalchemy.exc.DBAPIError: the database failed; the same write can be tried again.
         """
         try:
@@ -242,16 +243,16 @@ class Writer:
             raise
 
     def find_refused(self, write: Write, error: DBAPIError) -> None:
-        """Raise `HandlerFailed` for the row that the database refuses; found in a transaction that is rolled back."""
+        """Raise `HandlerFailed` for the row that the database refuses. The search writes rows, and rolls them back."""
         with self.engine.connect() as connection:
             for index, statement, parameters in write.statements:
                 bulk, aggregate = self._bulk[index], self.plan.projections[index].aggregate
                 if bulk is None or statement is bulk.delete or statement is self._keep:
                     continue
-                for key, one in bulk.one_by_one(parameters):
+                for key, parameter in bulk.one_by_one(parameters):
                     try:
                         with connection.begin_nested():
-                            connection.execute(statement, one)
+                            connection.execute(statement, parameter)
                     except DBAPIError as refused:
                         if is_infrastructure(refused):
                             raise
@@ -262,19 +263,19 @@ class Writer:
             connection.rollback()
 
     def apply(self, connection: Connection, write: Write) -> None:
-        """Write the batch on a transaction that the caller commits. Raises what `commit` raises."""
+        """Write the batch in a transaction that the caller commits. It raises the errors of `commit`."""
         if write.moves:
             moved = connection.execute(
                 self._advance, {"moves": orjson.dumps(write.moves).decode(), "epoch": self.epoch}
             ).rowcount
             if moved != len(write.moves):
                 raise Fenced(
-                    f"{len(write.moves) - moved} of {len(write.moves)} checkpoints are not where epoch "
-                    f"{self.epoch} left them"
+                    f"{len(write.moves) - moved} of {len(write.moves)} checkpoints have changed since the last write "
+                    f"of epoch {self.epoch}"
                 )
         for _, statement, parameters in write.statements:
-            for one in parameters:
-                connection.execute(statement, one)
+            for parameter in parameters:
+                connection.execute(statement, parameter)
         for index, function, events in write.sql:
             self._call(connection, index, function, events)
         if write.letters:
@@ -292,19 +293,19 @@ class Writer:
         except Exception as error:
             if is_infrastructure(error):
                 raise
-        # which of them is to blame? one at a time, up to the first that fails
-        for one in events:
+        # call the handler with one event at a time, to find the event that it fails at
+        for recorded in events:
             try:
                 with connection.begin_nested():
-                    function(instance, tx, [one])
+                    function(instance, tx, [recorded])
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
-                key, transient = (aggregate, one.meta.aggregate_id), isinstance(error, self.plan.transient)
-                raise HandlerFailed(index, key, one.meta.sequence, why, "handler", transient) from error
+                key, transient = (aggregate, recorded.meta.aggregate_id), isinstance(error, self.plan.transient)
+                raise HandlerFailed(index, key, recorded.meta.sequence, why, "handler", transient) from error
 
     def load_rows(self, connection: Connection, aggregate: str, ids: Sequence[str]) -> dict[str, list[Any]]:
-        """Return the stored records of these aggregates, by id and then by projection; absent rows are None."""
-        loaded: dict[str, list[Any]] = {one: [None] * len(self._bulk) for one in ids}
+        """Return the stored records of these aggregates, by id and then by projection; None where there is no row."""
+        loaded: dict[str, list[Any]] = {aggregate_id: [None] * len(self._bulk) for aggregate_id in ids}
         for index in self.plan.row_indexes[aggregate]:
             bulk = self._bulk[index]
             assert bulk is not None
@@ -313,16 +314,16 @@ class Writer:
         return loaded
 
     def load_kept(self, connection: Connection, aggregate: str, rows: dict[str, list[Any]]) -> dict[str, int]:
-        """Return the sequences of those among these aggregates whose keeper has no row.
+        """Return the stored sequences of these aggregates, if their keeper has no row.
 
         Args:
-            rows: as `load_rows` returned them.
+            rows: the result of `load_rows`.
         """
         keeper = self.plan.keepers.get(aggregate)
         if keeper is None:
             return {}
         made = self.generations[keeper]
-        bare = [one for one, records in rows.items() if records[keeper] is None]
+        bare = [aggregate_id for aggregate_id, records in rows.items() if records[keeper] is None]
         if not bare:
             return {}
         parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps(bare).decode()}
@@ -338,5 +339,5 @@ class Writer:
             if index is not None and row.sequence > 0:
                 waiting = self.plan.parked.setdefault((row.aggregate, row.aggregate_id), {})
                 if index not in waiting or row.sequence <= waiting[index].since:
-                    # what comes waits behind it; whether it is tried again stands in the letter itself
+                    # later events wait behind it; the stored letter itself has the time of the next attempt
                     waiting[index] = Parked(row.sequence, row.error)

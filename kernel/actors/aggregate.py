@@ -224,9 +224,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
         verdicts: list[Verdict] = []
         for place, request in enumerate(requests):
             sent = request.sent
-            if len(decisions) == limit or any(
-                verdict.request.sent.command_id == sent.command_id for verdict in verdicts
-            ):
+            repeated = any(verdict.request.sent.command_id == sent.command_id for verdict in verdicts)
+            if repeated or len(decisions) == limit:
                 self.stash = requests[place:]
                 break
             known = cell.commands.get(sent.command_id)

@@ -22,7 +22,7 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, errors, fail, print_json, target_options
 from kernel.cli.exit_codes import FAILED, USAGE
 from projections import dead_letters as letters
-from projections.dead_letters import Waiting
+from projections.dead_letters import StoredLetter, Waiting
 from projections.errors import NoSuchLetter
 
 MAX_ERROR = 60
@@ -30,11 +30,11 @@ MAX_ERROR = 60
 
 @click.group(name="dead-letters", epilog=EXIT_CODES)
 def dead_letters() -> None:
-    """Events that a projection could not fold, and those that wait behind them.
+    """Events that a projection could not fold, and the later events of the same aggregates.
 
-    When a handler fails, its aggregate is parked for that projection: the event, and all that follow it, become dead
-    letters, while every other aggregate and projection goes on. Mend the handler and start the service again, or mend
-    what it stumbled over; then fold them again, in order:
+    When a handler fails, its aggregate is parked for that projection: the event and all later events of the aggregate
+    become dead letters. All other aggregates and projections continue. Correct the handler and restart the service, or
+    remove the cause of the failure. Then fold the dead letters again, in order:
 
     \b
     eskernel dead-letters list
@@ -42,8 +42,8 @@ def dead_letters() -> None:
     eskernel dead-letters retry Account alice
     eskernel dead-letters skip Account alice --projection Balances --reason "charged twice, ticket 4711"
 
-    Bytes on the stream that are no event of the app are kept in quarantine, named by their stream sequence.
-    All of this works on the database, while the service runs or not.
+    Messages on the stream that are not events of the app are kept in quarantine, under their stream sequence.
+    These commands work on the database, whether the service runs or not.
     """
 
 
@@ -53,24 +53,24 @@ def _open(where: Where) -> tuple[App, Engine]:
 
 
 @dead_letters.command(name="list", epilog=EXIT_CODES)
-@click.option("--projection", help="Only what waits for this one.")
-@click.option("--skipped", is_flag=True, help="What was left out: when, by whom, and why.")
+@click.option("--projection", help="Only the dead letters of this projection.")
+@click.option("--skipped", is_flag=True, help="List the skipped events instead: when, by whom, and why.")
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
 async def list_(
     projection: str | None, skipped: bool, as_json: bool, where: Where
 ) -> None:  # fmt: skip
-    """List the aggregates that wait, for which projection, since which event, and why."""
+    """List the parked aggregates: for which projection, from which event on, and why."""
     loaded, engine = _open(where)
     if projection is not None:
         loaded.projection(projection)
     if skipped:
-        gone = await asyncio.to_thread(letters.skipped, engine)
+        skips = await asyncio.to_thread(letters.skipped, engine)
         if as_json:
-            print_json(gone)
+            print_json(skips)
         else:
-            for row in gone:
+            for row in skips:
                 what = f"{row['aggregate']} {row['aggregate_id']} event {row['sequence']}"
                 who = f"by {row['who']}: {row['reason']}"
                 console.print(
@@ -88,44 +88,51 @@ async def list_(
     table = Table(box=None, pad_edge=False)
     for name in ("projection", "aggregate", "id", "from event", "waiting", "error", "next attempt"):
         table.add_column(name, overflow="fold", justify="right" if name in ("from event", "waiting") else "left")
-    for one in found:
-        place = str(one.sequence) if one.projection else f"@{one.stream_sequence}"
-        error = one.error if len(one.error) <= MAX_ERROR else one.error[: MAX_ERROR - 1] + "…"
+    for parked in found:
+        place = str(parked.sequence) if parked.projection else f"@{parked.stream_sequence}"
+        error = parked.error if len(parked.error) <= MAX_ERROR else parked.error[: MAX_ERROR - 1] + "…"
         table.add_row(
-            one.projection or "(quarantine)", one.aggregate, one.aggregate_id, place, str(one.events), error, _next(one)
+            parked.projection or "(quarantine)",
+            parked.aggregate,
+            parked.aggregate_id,
+            place,
+            str(parked.events),
+            error,
+            _next(parked),
         )
     console.print(table, markup=False, highlight=False)
 
 
-def _next(one: Waiting) -> str:
-    if one.next_attempt is None:
+def _next(parked: Waiting) -> str:
+    if parked.next_attempt is None:
         return "-"
-    return f"in {max(0.0, one.next_attempt - time.time()):.0f} s"
+    return f"in {max(0.0, parked.next_attempt - time.time()):.0f} s"
 
 
 @dead_letters.command(epilog=EXIT_CODES)
 @click.argument("aggregate")
 @click.argument("aggregate_id", metavar="ID")
-@click.option("--projection", help="If it waits for several.")
+@click.option("--projection", help="Only the dead letters of this projection.")
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
 async def show(
     aggregate: str, aggregate_id: str, projection: str | None, as_json: bool, where: Where
 ) -> None:  # fmt: skip
-    """Show what waits of one aggregate: the event that failed, why, and those behind it."""
+    """Show an aggregate's dead letters: the event that failed, its error, and the events that wait behind it."""
     loaded, engine = _open(where)
     loaded.type_of(aggregate)
     shown = []
-    for one in await _chosen(engine, projection, aggregate, aggregate_id):
-        found = await asyncio.to_thread(letters.letters, engine, one.projection, aggregate, aggregate_id)
-        shown.append((one, found))
+    for parked in await _chosen(engine, projection, aggregate, aggregate_id):
+        found = await asyncio.to_thread(letters.letters, engine, parked.projection, aggregate, aggregate_id)
+        shown.append((parked, found))
     if as_json:
-        print_json([{**asdict(one), "letters": [_plain(letter) for letter in found]} for one, found in shown])
+        print_json([{**asdict(parked), "letters": [_plain(letter) for letter in found]} for parked, found in shown])
         return
-    for one, found in shown:
-        console.print(f"{one.projection}: {one.events} events wait since {one.since}", style="bold", highlight=False)
-        console.print(f"  failed {one.attempts} times: {one.error}", markup=False, highlight=False)
+    for parked, found in shown:
+        since = f"{parked.projection}: {parked.events} events wait since {parked.since}"
+        console.print(since, style="bold", highlight=False)
+        console.print(f"  failed {parked.attempts} times: {parked.error}", markup=False, highlight=False)
         for letter in found:
             event = letter.event or {}
             console.print(
@@ -137,11 +144,12 @@ async def show(
 
 async def _chosen(engine: Engine, projection: str | None, aggregate: str, aggregate_id: str) -> list[Waiting]:
     found = await asyncio.to_thread(letters.waiting, engine, projection)
-    chosen = [one for one in found if (one.aggregate, one.aggregate_id) == (aggregate, aggregate_id)]
+    chosen = [parked for parked in found if (parked.aggregate, parked.aggregate_id) == (aggregate, aggregate_id)]
     if not chosen:
         where = f" for {projection}" if projection else ""
         fail(
-            f"nothing waits of {aggregate} {aggregate_id}{where}; `eskernel dead-letters list` shows what does", FAILED
+            f"there are no dead letters of {aggregate} {aggregate_id}{where}; `eskernel dead-letters list` shows all",
+            FAILED,
         )
     return chosen
 
@@ -149,8 +157,8 @@ async def _chosen(engine: Engine, projection: str | None, aggregate: str, aggreg
 @dead_letters.command(epilog=EXIT_CODES)
 @click.argument("aggregate", required=False)
 @click.argument("aggregate_id", metavar="[ID]", required=False)
-@click.option("--projection", help="Only what waits for this one.")
-@click.option("--all", "everything", is_flag=True, help="Whatever waits, of every aggregate.")
+@click.option("--projection", help="Only the dead letters of this projection.")
+@click.option("--all", "everything", is_flag=True, help="The dead letters of every aggregate.")
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
@@ -158,12 +166,12 @@ async def retry(
     aggregate: str | None, aggregate_id: str | None, projection: str | None, everything: bool, as_json: bool,
     where: Where
 ) -> None:  # fmt: skip
-    """Fold what waits again, from the first event on, up to one that fails.
+    """Fold the dead letters of an aggregate again, in order, up to the first event that fails.
 
-    An aggregate of which nothing waits any more goes on with the others. Exits with 1 if something still waits.
+    An aggregate without dead letters is no longer parked. Exits with 1 if dead letters are left.
     """
     if everything == (aggregate is not None) or (aggregate is None) != (aggregate_id is None):
-        raise click.UsageError("name one aggregate and its id, or say --all")
+        raise click.UsageError("give an aggregate and its id, or --all")
     loaded, engine = _open(where)
     if projection is not None:
         loaded.projection(projection)
@@ -173,23 +181,23 @@ async def retry(
         chosen = await asyncio.to_thread(letters.waiting, engine, projection)
     plan = loaded.plan()
     known = {declared.name for declared in loaded.projections}
-    work = [one for one in chosen if one.projection in known]
+    work = [parked for parked in chosen if parked.projection in known]
     done = []
-    for one in track(work, "folding again", console=errors, disable=as_json or len(work) < 20, transient=True):
-        own = letters.plan_of(plan, one.projection)
+    for parked in track(work, "folding again", console=errors, disable=as_json or len(work) < 20, transient=True):
+        own = letters.plan_of(plan, parked.projection)
         try:
             result = await asyncio.to_thread(
-                letters.retry, engine, own, one.projection, one.aggregate, one.aggregate_id, None
+                letters.retry, engine, own, parked.projection, parked.aggregate, parked.aggregate_id, None
             )
         except NoSuchLetter:
-            continue  # somebody was faster
+            continue  # another retry was faster
         done.append(result)
-    left = sum(one.left > 0 for one in done)
+    left = sum(result.left > 0 for result in done)
     if as_json:
         print_json(done)
     else:
         for result in done:
-            state = "goes on" if not result.left else f"{result.left} still wait: {result.error}"
+            state = "no longer parked" if not result.left else f"{result.left} still wait: {result.error}"
             console.print(
                 f"{result.projection}  {result.aggregate} {result.aggregate_id}: {result.folded} folded, {state}",
                 markup=False, highlight=False, soft_wrap=True,
@@ -202,67 +210,63 @@ async def retry(
 @dead_letters.command(epilog=EXIT_CODES)
 @click.argument("aggregate", required=False)
 @click.argument("aggregate_id", metavar="[ID]", required=False)
-@click.option("--projection", help="Which one is to go on without the event.")
-@click.option("--quarantine", type=click.IntRange(1), metavar="SEQUENCE", help="A message in quarantine, instead.")
-@click.option("--reason", required=True, help="Why; it is kept with your name and the time.")
-@click.option("--who", default=lambda: f"{getpass.getuser()}@{socket.gethostname()}", help="You, by default.")
+@click.option("--projection", help="The projection that skips the event.")
+@click.option("--quarantine", type=click.IntRange(1), metavar="SEQUENCE", help="Skip this message in quarantine.")
+@click.option("--reason", required=True, help="The reason, which is recorded with your name and the time.")
+@click.option(
+    "--who", default=lambda: f"{getpass.getuser()}@{socket.gethostname()}", help="Your name; by default USER@HOST."
+)
 @target_options
 @asynchronous
 async def skip(
     aggregate: str | None, aggregate_id: str | None, projection: str | None, quarantine: int | None, reason: str,
     who: str, where: Where
 ) -> None:  # fmt: skip
-    """Leave out the first event that waits of one aggregate, for good; those behind it wait for a retry.
+    """Skip the first dead letter of an aggregate for good. The dead letters behind it wait for a retry.
 
-    The projection will never contain it (a rebuild folds it again). What was left out, by whom and why, stays in the
-    table eskernel_skipped_letter: `eskernel dead-letters list --skipped`.
+    The projection's tables will not contain the event; only a rebuild folds it again. The table eskernel_skipped_letter
+    records who skipped it, when and why: `eskernel dead-letters list --skipped`.
     """
     if not reason.strip():
-        raise click.UsageError("--reason must say something")
+        raise click.UsageError("--reason is empty; give a reason")
     if (quarantine is None) != (aggregate is not None and aggregate_id is not None):
-        raise click.UsageError("name one aggregate and its id, or --quarantine SEQUENCE")
+        raise click.UsageError("give an aggregate and its id, or --quarantine SEQUENCE")
     loaded, engine = _open(where)
     if quarantine is not None:
-        found = await asyncio.to_thread(letters.waiting, engine, "")
-        one = next((one for one in found if one.stream_sequence == quarantine), None)
-        if one is None:
-            fail(f"stream sequence {quarantine} is not in quarantine", FAILED)
-        plan = None
-    else:
-        assert aggregate is not None
-        assert aggregate_id is not None
-        chosen = await _chosen(engine, projection, aggregate, aggregate_id)
-        if len(chosen) > 1:
-            names = ", ".join(each.projection for each in chosen)
-            fail(f"it waits for {names}: say which with --projection", USAGE)
-        one = chosen[0]
-        plan = letters.plan_of(loaded.plan(), loaded.projection(one.projection).name)
-    left_out = await asyncio.to_thread(
-        letters.skip, engine, plan, one.projection, one.aggregate, one.aggregate_id, who, reason, quarantine
-    )
-    what = f"stream sequence {left_out.stream_sequence}" if quarantine else f"event {left_out.sequence}"
-    console.print(f"left out {what}; {one.events - 1} still wait", highlight=False)
-    if one.events > 1:
-        console.print(f"  eskernel dead-letters retry {one.aggregate} {one.aggregate_id}", highlight=False)
+        await asyncio.to_thread(letters.skip_quarantined, engine, quarantine, who, reason)
+        console.print(f"skipped stream sequence {quarantine}", highlight=False)
+        return
+    assert aggregate is not None
+    assert aggregate_id is not None
+    chosen = await _chosen(engine, projection, aggregate, aggregate_id)
+    if len(chosen) > 1:
+        names = ", ".join(parked.projection for parked in chosen)
+        fail(f"{aggregate} {aggregate_id} is parked for {names}; choose one with --projection", USAGE)
+    (parked,) = chosen
+    plan = letters.plan_of(loaded.plan(), loaded.projection(parked.projection).name)
+    letter = await asyncio.to_thread(letters.skip, engine, plan, aggregate, aggregate_id, who, reason)
+    console.print(f"skipped event {letter.sequence}; {parked.events - 1} still wait", highlight=False)
+    if parked.events > 1:
+        console.print(f"  eskernel dead-letters retry {aggregate} {aggregate_id}", highlight=False)
 
 
 @dead_letters.command(epilog=EXIT_CODES)
-@click.option("--projection", help="Only what waits for this one.")
+@click.option("--projection", help="Only the dead letters of this projection.")
 @click.option("--output", type=click.File("wb"), default="-", help="A file instead of standard output.")
 @target_options
 @asynchronous
 async def export(projection: str | None, output: IO[bytes], where: Where) -> None:
-    """Write every dead letter as one line of JSON, with the bytes of its commit (base64 where they are no text)."""
+    """Write each dead letter as a line of JSON, with the bytes of its commit (in base64 if they are not UTF-8)."""
     _, engine = _open(where)
-    for one in await asyncio.to_thread(letters.waiting, engine, projection):
-        found = await asyncio.to_thread(letters.letters, engine, one.projection, one.aggregate, one.aggregate_id)
-        for letter in found:
-            if one.projection or letter.stream_sequence == one.stream_sequence:
-                line = {"projection": one.projection, "aggregate": one.aggregate, "id": one.aggregate_id}
+    for parked in await asyncio.to_thread(letters.waiting, engine, projection):
+        key = parked.projection, parked.aggregate, parked.aggregate_id
+        line = dict(zip(("projection", "aggregate", "id"), key, strict=True))
+        for letter in await asyncio.to_thread(letters.letters, engine, *key):
+            if parked.projection or letter.stream_sequence == parked.stream_sequence:
                 output.write(orjson.dumps(line | _plain(letter), option=orjson.OPT_APPEND_NEWLINE))
 
 
-def _plain(letter: letters.Letter) -> dict[str, Any]:
+def _plain(letter: StoredLetter) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "sequence": letter.sequence,
         "stream_sequence": letter.stream_sequence,

@@ -18,7 +18,7 @@ from kernel.governance.limits import Values, override, parse
 from kernel.log.subjects import subjects_of
 from kernel.settings.fields import shown
 from kernel.transport.connection import NatsConnection
-from kernel.transport.survey import ask_all
+from kernel.transport.survey import survey
 
 Answers = list[dict[str, Any]]
 
@@ -114,7 +114,7 @@ async def _change(where: Where, values: Values | None, as_json: bool) -> None:
 async def _ask(target: Target, connection: NatsConnection, what: dict[str, Any]) -> tuple[Answers, list[str]]:
     """Ask all workers; if one of them refuses, or none is there, that is the end."""
     subject = subjects_of(target.app.name, target.settings).service("limits")
-    workers, silent = await ask_all(connection, subject, orjson.dumps(what))
+    workers, silent = await survey(connection, subject, orjson.dumps(what))
     if not workers:
         url = shown(",".join(target.settings.connection.servers))
         fail(f"no service of {target.app.name!r} answers on {url}", UNREACHABLE)

@@ -14,7 +14,7 @@ from kernel.cli.common import Target, Where, asynchronous, console, fail, print_
 from kernel.cli.exit_codes import UNREACHABLE
 from kernel.log.subjects import Subjects
 from kernel.settings.fields import shown
-from kernel.transport.survey import ask_all
+from kernel.transport.survey import survey
 from projections.tables import checkpoint, dead_letter, projection
 
 
@@ -45,7 +45,7 @@ async def ask_workers(target: Target) -> dict[str, Any]:
     subjects = Subjects(target.settings.stream.subject_prefix or app, 1)
     connection = await target.connection()
     try:
-        workers, silent = await ask_all(connection, subjects.service("status"))
+        workers, silent = await survey(connection, subjects.service("status"))
     finally:
         await connection.close()
     if not workers:

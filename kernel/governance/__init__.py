@@ -1,1 +1,1 @@
-"""How fast work is let in: token buckets, adaptive lanes, limits, the pace of readers."""
+"""Rate governance: token buckets, adaptive lanes, limits, and the pace of readers."""

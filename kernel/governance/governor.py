@@ -1,6 +1,6 @@
-"""Rate governance of one worker: what is admitted, how fast the projections read, and when both are slowed.
+"""Rate governance of one worker: it admits commands, paces the projections, and slows both in distress.
 
-Three lanes adapt: commands, live projection, rebuilds. Limits by aggregate type and by key are as they were set.
+Three lanes are adaptive: commands, live projection and rebuilds. Limits by aggregate type and by key are fixed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ logger = logging.getLogger("eskernel.governance")
 WARN, CRITICAL = 1, 2
 """Levels of the backlog."""
 LIVE_WORTH_S, REBUILD_WORTH_S = 0.2, 1.0
-"""Rebuilds wait for more at once: they write each row once for a whole window."""
+"""Seconds of the rate for which a reader waits. A rebuild waits longer: it writes each row once for a whole window."""
 NO_LIMIT = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """How the service has been since the last look.
+    """Measurements of the service since the last tick.
 
     Attributes:
-        loop_lag: most seconds that the event loop was late.
-        append_latency: seconds of the slowest append, or of one that waits.
-        append_errors: share of appends that the log did not take.
-        commit_latency: seconds of the slowest transaction of the projections, or of one under way.
-        batch_errors: share of those transactions that failed.
-        backlog: 0 none, 1 warning, 2 critical.
-        projecting: whether the projections get on at all.
+        loop_lag: longest delay of the event loop in seconds.
+        append_latency: duration in seconds of the slowest append, waiting appends included.
+        append_errors: share of failed appends.
+        commit_latency: duration in seconds of the slowest transaction of the projections, running ones included.
+        batch_errors: share of failed transactions of the projections.
+        backlog: level of the backlog: 0 ok, 1 warning, 2 critical.
+        projecting: True if the projections make progress.
     """
 
     loop_lag: float = 0.0
@@ -53,12 +53,12 @@ class Signals:
 
 
 class Refusal(NamedTuple):
-    """Why a command is not admitted.
+    """The reason for not admitting a command.
 
     Attributes:
-        limit: which kind of limit, for the metrics.
-        message: for people.
-        retry_after: seconds.
+        limit: kind of the limit, for the metrics.
+        message: explanation for people.
+        retry_after: seconds after which the sender should try again.
     """
 
     limit: str
@@ -66,13 +66,14 @@ class Refusal(NamedTuple):
     retry_after: float
 
 
-class _Ask(msgspec.Struct, forbid_unknown_fields=True):
-    """What the workers are told on the subject `limits`.
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    """A request on the subject `limits`.
 
     Attributes:
-        overrides: limits to take from now on; None only asks.
-        check: only say whether they could be taken.
-        rebuilt: commits that a rebuild elsewhere has done since it last said so.
+        at: when the overrides were set, in Unix time.
+        overrides: limits to adopt, by name; None to change nothing.
+        check: check the overrides, but don't adopt them.
+        rebuilt: commits that a rebuild in another process has read since its last request.
     """
 
     at: float = 0.0
@@ -85,19 +86,19 @@ class Governor:
     """The limits of one worker.
 
     Attributes:
-        limiting: whether there is anything to ask before a command is admitted.
-        live, rebuild: the pace of the projections.
-        overrides: what was set at run time.
+        limiting: True if any limit applies to commands; otherwise `admit` need not be called.
+        live, rebuild: pace of the live projection and of rebuilds.
+        overrides: limits set at run time.
 
     Raises:
-        SettingsError: limits that don't fit the app.
+        SettingsError: the limits don't fit the app.
     """
 
     def __init__(self, app: App, rates: Rates | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._settings, self._clock = app, rates or Rates(), clock
         self.rates = self._settings
         if problems := check(self.rates, app):
-            raise SettingsError([f"rates.{one}" for one in problems])
+            raise SettingsError([f"rates.{problem}" for problem in problems])
         now = self._ticked = clock()
         self.lanes = {
             "commands": Lane(self.rates, self.rates.commands, now),
@@ -119,20 +120,22 @@ class Governor:
     # admission
 
     def admit(self, aggregate: str, aggregate_id: str, command: object) -> Refusal | None:
-        """Let a command pass, or say which limit it meets: of several, the one that lasts longest."""
+        """Admit a command, or return its refusal: of several limits, by the limit with the longest wait."""
         now = self._clock()
-        met: list[tuple[str, str, TokenBucket]] = [("commands", "", self.lanes["commands"].bucket)]
+        limits: list[tuple[str, str, TokenBucket]] = [("commands", "", self.lanes["commands"].bucket)]
         if (bucket := self._types.get(aggregate)) is not None:
-            met.append(("per_aggregate", aggregate, bucket))
+            limits.append(("per_aggregate", aggregate, bucket))
         if self._keyed is not None and (key := self._key_of(aggregate, aggregate_id, command)) is not None:
-            met.append(("per_key", key, self._keyed.get(key, now)))
-        wait = 0.0
-        for kind, name, bucket in met:
-            if (longer := bucket.wait(1.0, now)) > wait:
-                wait, limit, whose, refusing = longer, kind, name, bucket
-        if wait:
-            return Refusal(limit, self._explain(limit, whose), refusing.refuse(1.0, wait))
-        for _, _, bucket in met:
+            limits.append(("per_key", key, self._keyed.get(key, now)))
+        longest = 0.0
+        refusing = limits[0]
+        for limit in limits:
+            if (wait := limit[2].wait(1.0, now)) > longest:
+                longest, refusing = wait, limit
+        if longest:
+            kind, name, bucket = refusing
+            return Refusal(kind, self._explain(kind, name), bucket.refuse(1.0, longest))
+        for _, _, bucket in limits:
             bucket.spend(1.0)
         return None
 
@@ -143,18 +146,18 @@ class Governor:
         except Exception:
             if not self._key_failed:
                 self._key_failed = True
-                logger.exception("rate_key failed for %s %s; such commands count for no key", aggregate, aggregate_id)
+                logger.exception("rate_key failed for %s %s; rates.per_key does not limit it", aggregate, aggregate_id)
             return None
 
-    def _explain(self, limit: str, whose: str) -> str:
-        if limit == "commands":
+    def _explain(self, kind: str, name: str) -> str:
+        if kind == "commands":
             lane = self.lanes["commands"]
             if lane.rate is not None:
                 return f"rates.commands: {_rate(lane.present)} in this worker at present: {lane.why}"
             return f"rates.commands: {_rate(self.rates.commands.rate)}"
-        if limit == "per_key":
-            return f"rates.per_key {whose[:100]}: {_rate(self.rates.per_key.rate)}"
-        return f"rates.per_aggregate {whose}: {_rate(self.rates.per_aggregate[whose].rate)}"
+        if kind == "per_key":
+            return f"rates.per_key {name[:100]}: {_rate(self.rates.per_key.rate)}"
+        return f"rates.per_aggregate {name}: {_rate(self.rates.per_aggregate[name].rate)}"
 
     # adaptation
 
@@ -176,7 +179,7 @@ class Governor:
             lane, why = self.lanes[name], distress[name]
             before = lane.rate
             if name == "live" and not self.lanes["rebuild"].lowest:
-                why = ""  # first, rebuilds give way
+                why = ""  # the live projection is slowed only when rebuilds are as slow as they may be
             lane.tick(done[name] - self._done[name], why, dt, now)
             if before is None and lane.rate is not None:
                 logger.warning("%s slowed to %s: %s", name, _rate(lane.rate), lane.why)
@@ -186,7 +189,7 @@ class Governor:
         self._publish()
 
     def _distress(self, signals: Signals) -> dict[str, str]:
-        """Return for each lane what is wrong."""
+        """Return the reason of the distress for each lane, empty if there is none."""
         rates = self.rates
 
         def over(what: str, value: float, setting: str) -> str:
@@ -212,10 +215,10 @@ class Governor:
     # configuration
 
     def adopt(self, overrides: Overrides) -> None:
-        """Take limits set at run time, if they are newer than those known; without values, back to the settings.
+        """Adopt limits that were set at run time, if they are newer. Empty overrides restore the settings.
 
         Raises:
-            LimitsError: they can't be; nothing has changed.
+            LimitsError: the limits are invalid; nothing has changed.
         """
         rates = override(self._settings, overrides.values, self._app)
         if overrides.at <= self.overrides.at:
@@ -252,33 +255,33 @@ class Governor:
             limit: Limit = getattr(self.rates, name)
             RATE_LIMIT.labels(lane=name).set(NO_LIMIT if limit.rate is None else limit.rate)
 
-    # others
+    # reporting and requests
 
     def show(self) -> dict[str, Any]:
-        """Return the limits for people and programs. `present` is this worker's part; all else is the app's."""
+        """Return the limits as JSON data. `present` is this worker's share; all other rates are those of the app."""
         lanes = {
             name: {**getattr(self.rates, name).model_dump(), "present": lane.present, "why": lane.why}
             for name, lane in self.lanes.items()
         }
-        others = {f"per_aggregate.{name}": limit.model_dump() for name, limit in self.rates.per_aggregate.items()}
+        types = {f"per_aggregate.{name}": limit.model_dump() for name, limit in self.rates.per_aggregate.items()}
         return {
             "share": self._share,
             "lanes": lanes,
-            "fixed": {"per_key": self.rates.per_key.model_dump(), **others},
+            "fixed": {"per_key": self.rates.per_key.model_dump(), **types},
             "overrides": asdict(self.overrides),
         }
 
     def answer(self, payload: bytes) -> dict[str, Any]:
-        """Carry out what came on the subject `limits`, all of it or nothing, and return the answer."""
+        """Carry out a request on the subject `limits`, completely or not at all, and return the answer."""
         try:
-            ask = msgspec.json.decode(payload or b"{}", type=_Ask)
-            if ask.overrides is not None and ask.check:
-                override(self._settings, ask.overrides, self._app)
-            elif ask.overrides is not None:
-                self.adopt(Overrides(ask.at, ask.overrides))
+            request = msgspec.json.decode(payload or b"{}", type=_Request)
+            if request.overrides is not None and request.check:
+                override(self._settings, request.overrides, self._app)
+            elif request.overrides is not None:
+                self.adopt(Overrides(request.at, request.overrides))
         except (LimitsError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             return {"error": str(error)}
-        self.rebuild.done += max(0, ask.rebuilt)
+        self.rebuild.done += max(0, request.rebuilt)
         return {"limits": self.show()}
 
 

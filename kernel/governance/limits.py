@@ -1,7 +1,7 @@
-"""Limits changed while the service runs: how they are written, checked, and agreed upon by the workers.
+"""Limits that are changed while the service runs: their text form, their checks, and how workers agree on them.
 
-What was changed is one set of overrides with the time at which it was made. Every worker has the same: whoever hears
-of a newer one takes it, also when it starts or has been away.
+All changes together are one set of overrides with the time at which they were set. A worker adopts a set that is newer
+than its own, also at its start and after a reconnect, so that all workers have the same set.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Overrides:
     """Limits set at run time.
 
     Attributes:
-        at: when, in Unix time; of two sets the later one counts.
-        values: by name, such as `commands.rate`; None is no limit.
+        at: when the overrides were set, in Unix time. A later set replaces an earlier one.
+        values: limits by name, such as `commands.rate`; None is no limit.
     """
 
     at: float = 0.0
@@ -37,10 +37,10 @@ class Overrides:
 
 
 def parse(words: Iterable[str]) -> Values:
-    """Return what was written as `name=value`.
+    """Return the limits that are written as `name=value`.
 
     Raises:
-        LimitsError: what can't be read, and how it is written.
+        LimitsError: a word is not a limit; the message shows the form.
     """
     found: Values = {}
     problems = []
@@ -52,37 +52,36 @@ def parse(words: Iterable[str]) -> Values:
         try:
             found[name] = None if value.lower() == "none" else float(value)
         except ValueError:
-            problems.append(f"{word!r} is no limit; {_FORM}")
+            problems.append(f"{word!r} is not a limit; {_FORM}")
     if problems:
         raise LimitsError("\n".join(problems))
     return found
 
 
 def override(rates: Rates, values: Mapping[str, Any], app: App) -> Rates:
-    """Return the rates with some values replaced: all of them, or none.
+    """Return the rates with some values replaced.
 
     Raises:
-        LimitsError: names or values that can't be.
+        LimitsError: a name or a value is invalid; the message has a line for each.
     """
     tree = rates.model_dump()
     problems = []
     for name, value in values.items():
         *path, leaf = name.split(".")
-        known = path[:1] == ["per_aggregate"] if len(path) == 2 else len(path) == 1 and path[0] in LANES
-        if not known or leaf not in ("rate", "burst"):
+        if leaf not in ("rate", "burst") or not _is_limit(path):
             problems.append(
                 f"there is no limit {name!r}; there are {', '.join(LANES)} and per_aggregate.<Type>, "
                 "each with .rate and .burst"
             )
         elif value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            problems.append(f"{name}: {value!r} is no number")
+            problems.append(f"{name}: {value!r} is not a number")
         else:
             branch = tree[path[0]] if len(path) == 1 else tree["per_aggregate"].setdefault(path[1], {})
             branch[leaf] = value
     try:
         made = Rates.model_validate(tree)
     except ValidationError as error:
-        problems += [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        problems += [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
     else:
         problems += check(made, app)
     if problems:
@@ -90,8 +89,14 @@ def override(rates: Rates, values: Mapping[str, Any], app: App) -> Rates:
     return made
 
 
+def _is_limit(path: Sequence[str]) -> bool:
+    if len(path) == 2:
+        return path[0] == "per_aggregate"
+    return len(path) == 1 and path[0] in LANES
+
+
 def check(rates: Rates, app: App) -> Sequence[str]:
-    """Return what of the limits does not fit the app."""
+    """Return one sentence for each limit that does not fit the app."""
     types = ", ".join(sorted(app.types))
     problems = [
         f"per_aggregate.{name}: {app.name} has no aggregate {name!r}; it has {types}"
@@ -101,10 +106,10 @@ def check(rates: Rates, app: App) -> Sequence[str]:
     limits = {"commands": rates.commands, "per_key": rates.per_key, "live": rates.live, "rebuild": rates.rebuild}
     limits |= {f"per_aggregate.{name}": limit for name, limit in rates.per_aggregate.items()}
     problems += [
-        f"{name}: a limit is finite; none is no limit"
+        f"{name}: a limit must be finite; use none for no limit"
         for name, limit in limits.items()
         if any(value is not None and not math.isfinite(value) for value in (limit.rate, limit.burst))
     ]
     if rates.per_key.rate is not None and app.rate_key is None:
-        problems.append(f"per_key: {app.name} says nobody's key; give App(..., rate_key=...) a function")
+        problems.append(f"per_key: {app.name} has no rate_key; pass a function to App(..., rate_key=...)")
     return problems

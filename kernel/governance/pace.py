@@ -1,4 +1,4 @@
-"""Reading no faster than a lane's tokens come: live projection and rebuilds."""
+"""The pace of readers: live projection and rebuilds read no faster than their lanes get tokens."""
 
 from __future__ import annotations
 
@@ -7,26 +7,21 @@ import time
 from collections.abc import Callable
 
 from kernel.governance.rates import TokenBucket
-from kernel.log.base import Batch, LogReader
-from kernel.settings.database import Batch as Most
 from kernel.telemetry.metrics import THROTTLED
 
-BACKLOG = 2_000
-"""With more commits waiting, a batch is filled before it is folded."""
-READ_TIMEOUT_S = 0.1
 IDLE_S = 1.0
-"""A read waits no longer than this, for commits or for tokens."""
+"""Longest time for which a read waits for commits or for tokens."""
 
 
 class Pace:
-    """One reader's way to the tokens of its lane.
+    """One reader's access to the tokens of its lane.
 
     Attributes:
-        done: commits that it has paid for, since the beginning.
+        done: number of commits that the reader has spent tokens for.
 
     Args:
-        lane: its name, for the metrics.
-        worth: seconds of the rate to wait for: a read of one commit at a time would cost more than it saves.
+        lane: the lane's name, for the metrics.
+        worth: a read waits for the tokens of this many seconds, because reading single commits would be expensive.
     """
 
     def __init__(
@@ -37,7 +32,7 @@ class Pace:
         self._throttled = THROTTLED.labels(lane=lane)
 
     async def room(self, most: int) -> int:
-        """Return how many commits may be read, at most `most`; 0 if there are no tokens within a second."""
+        """Return the number of commits that may be read now, at most `most`; 0 if no token comes within a second."""
         bucket = self.bucket
         if bucket.rate is None:
             return most
@@ -49,30 +44,11 @@ class Pace:
         return int(min(most, bucket.available(self._clock())))
 
     def spend(self, commits: int) -> None:
-        """Pay for what was read."""
+        """Spend the tokens for the commits that were read."""
         self.done += commits
         self.bucket.spend(commits)
 
 
 def unpaced() -> Pace:
-    """Return the pace of a reader that nobody limits."""
+    """Return the pace of a reader without a limit."""
     return Pace(TokenBucket(), "none", 1.0)
-
-
-async def read_batch(reader: LogReader, most: Most, pace: Pace) -> Batch:
-    """Return what there is; of a backlog, a wide batch: a row is then written once for more events."""
-    room = await pace.room(most.events)
-    if not room:
-        return Batch([], 0)
-    batch = await reader.next(room, IDLE_S)
-    size = sum(len(commit.payload) for commit in batch.commits)
-    full = time.monotonic() + most.time
-    while batch.pending > BACKLOG and len(batch.commits) < room and size < most.bytes:
-        if time.monotonic() >= full:
-            break
-        more = await reader.next(room - len(batch.commits), READ_TIMEOUT_S)
-        if not more.commits:
-            break
-        batch = Batch(batch.commits + more.commits, more.pending, batch.oldest)
-        size += sum(len(commit.payload) for commit in more.commits)
-    return batch

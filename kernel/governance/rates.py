@@ -1,6 +1,6 @@
-"""How fast work is let in: token buckets, and lanes whose rate follows how the service is doing.
+"""Token buckets, and lanes that adapt their rate to the state of the service.
 
-Nothing here looks at a clock: every call is told the time, in seconds of any clock that only moves forward.
+No function here reads a clock. The caller passes the time, in seconds of any clock that only moves forward.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections import OrderedDict, deque
 from kernel.settings.governance import Limit, Rates
 
 QUEUE_S = 5.0
-"""Those refused are told to come back one after the other, spread over no more than this."""
+"""Refused senders get staggered times to retry, at most this long."""
 MARGIN_S = 1e-6
-"""Whoever waits exactly as long as it was told must not be refused for a rounding error."""
+"""Added to a wait, so that a rounding error does not refuse a sender that has waited exactly as long as required."""
 BAD_SPELL = 2
-"""Ticks in distress, one after the other, before an unlimited lane is slowed: one bad second is no bad spell."""
+"""Consecutive ticks in distress before an unlimited lane is slowed: one bad second does not slow it."""
 REMEMBERED = 10
-"""Ticks whose best throughput a lane is slowed from: in the first bad second hardly anything may have been done."""
+"""A lane is slowed from the best throughput of this many ticks: in the first tick of distress it may be near zero."""
 
 
 class TokenBucket:
-    """Tokens that come back at a rate; a full bucket holds the burst. Without a rate it gives whatever is asked.
+    """Tokens that are refilled at a rate, up to the burst. A bucket without a rate has no limit.
 
     Args:
-        rate: tokens a second; None is no limit.
-        burst: tokens that it holds, at least 1; one second's worth unless given.
+        rate: tokens per second; None is no limit.
+        burst: capacity, at least 1; by default the tokens of one second.
     """
 
     __slots__ = ("_at", "_owed", "_tokens", "burst", "rate")
@@ -38,7 +38,7 @@ class TokenBucket:
         self.set(rate, burst, now)
 
     def set(self, rate: float | None, burst: float | None, now: float) -> None:
-        """Change the limit. What is in the bucket stays, as far as it fits; one that had no limit begins full."""
+        """Change the limit. The tokens stay, up to the new burst; a bucket that had no limit becomes full."""
         full = self.rate is None
         self._refill(now)
         self.rate = rate
@@ -56,7 +56,7 @@ class TokenBucket:
             self._owed = max(0.0, self._owed - elapsed * self.rate)
 
     def wait(self, n: float, now: float) -> float:
-        """Return 0.0 if `n` could be taken now, else the seconds to wait; more than the burst counts as a burst."""
+        """Return the seconds until `n` tokens are there, 0.0 if they are. More than the burst counts as the burst."""
         if self.rate is None:
             return 0.0
         self._refill(now)
@@ -64,20 +64,20 @@ class TokenBucket:
         return wait + MARGIN_S if wait > MARGIN_S else 0.0
 
     def spend(self, n: float) -> None:
-        """Take `n` without asking; what is not there is paid back before anything else is given."""
+        """Take `n` tokens unconditionally. The bucket may become negative until it is refilled."""
         if self.rate is not None:
             self._tokens -= n
 
     def refuse(self, n: float, wait: float) -> float:
-        """Return the seconds to tell somebody who can't have `n`: behind those who were told before, in their turn."""
+        """Return the seconds after which a refused sender should retry: behind all senders that were refused before."""
         if self.rate is None:
             return wait
-        told = max(wait, min(wait + self._owed / self.rate, QUEUE_S))
+        retry_after = max(wait, min(wait + self._owed / self.rate, QUEUE_S))
         self._owed += n
-        return told
+        return retry_after
 
     def available(self, now: float) -> float:
-        """Return how many tokens there are; infinitely many without a limit."""
+        """Return the number of tokens; infinity without a limit."""
         if self.rate is None:
             return math.inf
         self._refill(now)
@@ -87,8 +87,8 @@ class TokenBucket:
 class Keyed:
     """A bucket for each key, all with the same limit.
 
-    Beyond `most` keys the least recently used one is forgotten: it is full again by then, unless more than `most`
-    keys come within the time that a bucket takes to fill.
+    Beyond `most` keys the least recently used bucket is forgotten. It is usually full by then: only if more than `most`
+    keys are used within the time that a bucket takes to fill, a key gets too many tokens.
     """
 
     def __init__(self, rate: float, burst: float | None, most: int = 10_000) -> None:
@@ -99,7 +99,7 @@ class Keyed:
         return len(self._buckets)
 
     def get(self, key: str, now: float) -> TokenBucket:
-        """Return the key's bucket, a full one if it is new."""
+        """Return the key's bucket. A new bucket is full."""
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = TokenBucket(self._rate, self._burst, now)
@@ -117,19 +117,22 @@ class Keyed:
 
 
 class Lane:
-    """One kind of work: its configured limit, and an adaptive rate while the service is, or was, in distress.
+    """One kind of work: its configured limit, and an adaptive rate during and after distress.
 
-    Additive increase, multiplicative decrease. In distress the rate is multiplied by `decrease` at each tick, starting
-    from the best throughput of the last ticks, down to `minimum`. Without distress it grows by `increase` times the
-    highest throughput seen until then, a second. At the configured limit, or at twice that throughput where it comes
-    first, the adaptive rate is lifted. So the highest throughput is possible again within 1 / `increase` seconds
-    of the last distress, and the lane is as configured within 2 / `increase` (20 s and 40 s by default), however long
-    the bad spell was.
+    The rate increases additively and decreases multiplicatively:
+
+    - In distress each tick multiplies the rate by `decrease`, down to `minimum`. The first rate is the best throughput
+      of the last ticks.
+    - Without distress the rate grows in each second by `increase` times the highest throughput seen so far.
+    - The adaptive rate ends at the configured limit, or at twice the highest throughput, whichever is lower.
+
+    So the highest throughput is possible again within 1 / `increase` seconds after the last distress, and the lane is
+    as configured within 2 / `increase` seconds (20 s and 40 s by default), however long the distress lasted.
 
     Attributes:
-        bucket: what the work takes its tokens from.
+        bucket: the bucket that the work takes its tokens from.
         rate: the adaptive rate; None while there is none.
-        why: the last distress, while the adaptive rate holds.
+        why: reason of the last distress, while there is an adaptive rate.
     """
 
     def __init__(self, rates: Rates, limit: Limit, now: float = 0.0) -> None:
@@ -145,7 +148,7 @@ class Lane:
         """Change the limit.
 
         Args:
-            share: the part of the limit that is this worker's, above 0.
+            share: this worker's share of the limit, above 0.
         """
         self._rates = rates
         self._limit = math.inf if limit.rate is None else limit.rate * share
@@ -155,13 +158,13 @@ class Lane:
 
     @property
     def present(self) -> float | None:
-        """The rate at present, a second; None while there is no limit."""
+        """The current rate per second; None while there is no limit."""
         rate = self._limit if self.rate is None else min(self.rate, self._limit)
         return None if rate == math.inf else rate
 
     @property
     def lowest(self) -> bool:
-        """Whether the adaptive rate has come down as far as it may."""
+        """True if the adaptive rate is at its minimum."""
         return self.rate is not None and self.rate <= self._minimum
 
     def _set(self, now: float) -> None:
@@ -175,8 +178,8 @@ class Lane:
         """Adapt the rate.
 
         Args:
-            done: how much was done since the last tick, `dt` seconds ago.
-            distress: why there must be less; nothing if all is well.
+            done: amount of work done since the last tick, `dt` seconds ago.
+            distress: reason of the distress; empty if there is none.
         """
         self._recent.append(done / dt)
         self._highest = max(self._highest, done / dt)
@@ -188,7 +191,7 @@ class Lane:
                 before = min(max(self._recent), self._limit) if self.rate is None else self.rate
                 self.rate = max(self._minimum, before * self._rates.decrease)
                 self.why = distress
-                # what is reached while it comes back does not count: the end would move away with it
+                # later throughput does not count: the rate at which the adaptation ends must not grow with it
                 self._known = max(self._highest, self._minimum)
         else:
             self._bad = 0

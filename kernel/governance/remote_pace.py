@@ -1,4 +1,4 @@
-"""The pace of a rebuild outside of the workers: it follows the rebuild lane of those that run."""
+"""The pace of a rebuild in its own process: it follows the rebuild lanes of the running workers."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ from kernel.governance.rates import TokenBucket
 from kernel.log.subjects import Subjects
 from kernel.settings.governance import Limit
 from kernel.transport.connection import NatsConnection
-from kernel.transport.survey import ask_all
+from kernel.transport.survey import survey
 
 logger = logging.getLogger("eskernel.governance")
 INTERVAL_S = 1.0
 FIRST_S = 0.3
-"""What answers within this time counts at the start; a worker that has just died must not hold up others."""
+"""Time limit in seconds for the first answers: a worker that has just died must not delay the start of a rebuild."""
 
 
 @asynccontextmanager
-async def following(connection: NatsConnection, subjects: Subjects, alone: Limit) -> AsyncIterator[Pace]:
-    """Have a pace that is kept at the lowest rate of the running workers' rebuild lanes, asked for each second.
+async def following(connection: NatsConnection, subjects: Subjects, fallback: Limit) -> AsyncIterator[Pace]:
+    """Provide a pace that follows the slowest rebuild lane of the running workers, updated every second.
 
-    The workers are told how much was read meanwhile: they slow their lane from what they know of it.
+    Each request contains the number of commits read since the last one: the workers need it to adapt their lanes.
 
     Args:
-        alone: the limit while no worker answers.
+        fallback: the limit while no worker answers.
     """
-    bucket = TokenBucket(alone.rate, alone.burst, time.monotonic())
+    bucket = TokenBucket(fallback.rate, fallback.burst, time.monotonic())
     pace = Pace(bucket, "rebuild", REBUILD_WORTH_S)
 
-    async def look(rebuilt: int, timeout: float) -> None:
+    async def update(rebuilt: int, timeout: float) -> None:
         try:
-            told = orjson.dumps({"rebuilt": rebuilt})
-            workers, _ = await ask_all(connection, subjects.service("limits"), told, timeout)
+            request = orjson.dumps({"rebuilt": rebuilt})
+            workers, _ = await survey(connection, subjects.service("limits"), request, timeout)
         except (OSError, TimeoutError, nats.errors.Error) as error:
-            logger.info("the workers' limits can't be asked for: %s", error)
+            logger.info("the workers' limits can't be read: %s", error)
         else:
-            _follow(bucket, workers, alone)
+            _follow(bucket, workers, fallback)
 
-    async def go_on_looking() -> None:
-        told = 0
+    async def keep_updating() -> None:
+        reported = 0
         while True:
             await asyncio.sleep(INTERVAL_S)
-            rebuilt, told = pace.done - told, pace.done
-            await look(rebuilt, INTERVAL_S)
+            rebuilt, reported = pace.done - reported, pace.done
+            await update(rebuilt, INTERVAL_S)
 
-    await look(0, FIRST_S)
-    looking = asyncio.ensure_future(go_on_looking())
+    await update(0, FIRST_S)
+    updating = asyncio.ensure_future(keep_updating())
     try:
         yield pace
     finally:
-        looking.cancel()
-        await asyncio.wait({looking})
+        updating.cancel()
+        await asyncio.wait({updating})
 
 
-def _follow(bucket: TokenBucket, workers: list[dict[str, Any]], alone: Limit) -> None:
+def _follow(bucket: TokenBucket, workers: list[dict[str, Any]], fallback: Limit) -> None:
     now = time.monotonic()
-    lanes = [one["limits"]["lanes"]["rebuild"] for one in workers if "limits" in one]
+    lanes = [worker["limits"]["lanes"]["rebuild"] for worker in workers if "limits" in worker]
     limited = [lane for lane in lanes if lane["present"] is not None]
     if not lanes:
-        bucket.set(alone.rate, alone.burst, now)
+        bucket.set(fallback.rate, fallback.burst, now)
     elif not limited:
         bucket.set(None, None, now)
     else:

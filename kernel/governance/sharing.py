@@ -12,7 +12,7 @@ from kernel.governance.governor import Governor
 from kernel.governance.limits import Overrides
 from kernel.transport.connection import NatsConnection
 from kernel.transport.outbox import Outbox
-from kernel.transport.survey import ask_others
+from kernel.transport.survey import open_survey
 
 
 async def share_limits(
@@ -41,6 +41,6 @@ async def share_limits(
             governor.adopt(Overrides(**limits["overrides"]))
 
     subscriptions.push_async_callback(await connection.listen(subject, answer))
-    ask = await ask_others(connection, subject, adopt)
-    connection.reconnections.append(ask)
-    ask()
+    request = await open_survey(connection, subject, adopt)
+    connection.reconnections.append(request)
+    request()

@@ -1,12 +1,12 @@
 """The event log: one protocol (`base`), kept by JetStream or by memory."""
 
-from kernel.log.base import Batch, EventLog, LogReader, Stored, StreamInfo
+from kernel.log.base import CommitBatch, EventLog, LogReader, Stored, StreamInfo
 from kernel.log.jetstream import JetStreamLog
 from kernel.log.memory import MemoryLog
 from kernel.log.stream import find_log, open_log
 
 __all__ = [
-    "Batch",
+    "CommitBatch",
     "EventLog",
     "JetStreamLog",
     "LogReader",

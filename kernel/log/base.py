@@ -21,7 +21,7 @@ class Stored(NamedTuple):
     payload: bytes
 
 
-class Batch(NamedTuple):
+class CommitBatch(NamedTuple):
     """What a reader got at once.
 
     Attributes:
@@ -58,7 +58,7 @@ class StreamInfo(NamedTuple):
 class LogReader(Protocol):
     """A position in the log that moves forward."""
 
-    async def next(self, limit: int, timeout: float | None = None) -> Batch:
+    async def next(self, limit: int, timeout: float | None = None) -> CommitBatch:
         """Return what is there, at most `limit` commits; wait for the first, up to `timeout` seconds."""
 
     def acknowledge(self, sequence: int) -> None:

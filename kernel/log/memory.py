@@ -7,7 +7,7 @@ from bisect import bisect_right
 from datetime import UTC, datetime
 
 from kernel.errors import Conflict, PayloadTooLarge, Unavailable
-from kernel.log.base import Batch, LogReader, Stored, StreamInfo
+from kernel.log.base import CommitBatch, LogReader, Stored, StreamInfo
 from kernel.log.subjects import Subjects
 
 
@@ -69,7 +69,7 @@ class _MemoryReader:
     def __init__(self, log: MemoryLog, after: int, partition: int | None) -> None:
         self._log, self._after, self._partition = log, after, partition
 
-    async def next(self, limit: int, timeout: float | None = None) -> Batch:
+    async def next(self, limit: int, timeout: float | None = None) -> CommitBatch:
         try:
             async with asyncio.timeout(timeout):
                 while True:
@@ -79,10 +79,10 @@ class _MemoryReader:
                         break
                     await grown.wait()
         except TimeoutError:
-            return Batch([], 0)
+            return CommitBatch([], 0)
         taken = found[:limit]
         self._after = taken[-1].sequence
-        return Batch(taken, len(found) - len(taken))
+        return CommitBatch(taken, len(found) - len(taken))
 
     def _waiting(self) -> list[Stored]:
         everything = self._log._all

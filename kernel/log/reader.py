@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from kernel.errors import LogError
-from kernel.log.base import Batch, Stored
+from kernel.log.base import CommitBatch, Stored
 from kernel.settings import Consumer
 from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
 
@@ -137,7 +137,7 @@ class JetStreamReader:
             self._requested += self._window
             self._connection.send(publish_frame(self._next, request, reply=self._inbox.encode()))
 
-    async def next(self, limit: int, timeout: float | None = None) -> Batch:
+    async def next(self, limit: int, timeout: float | None = None) -> CommitBatch:
         """See `LogReader.next`.
 
         Raises:
@@ -156,7 +156,7 @@ class JetStreamReader:
             self._arrived.clear()
             wait = self._heartbeat if deadline is None else min(self._heartbeat, deadline - time.monotonic())
             if wait <= 0:
-                return Batch([], 0)
+                return CommitBatch([], 0)
             try:
                 async with asyncio.timeout(wait):
                     await self._arrived.wait()
@@ -164,7 +164,7 @@ class JetStreamReader:
                 if time.monotonic() - self._heard > 2.5 * self._heartbeat:
                     self._broken = True
 
-    def _take(self, limit: int) -> Batch | None:
+    def _take(self, limit: int) -> CommitBatch | None:
         taken = self._buffer[:limit]
         del self._buffer[:limit]
         self._pull()
@@ -194,7 +194,7 @@ class JetStreamReader:
             for sequence, (subject, _, payload) in zip(sequences, taken, strict=True)
         ]
         self._after = commits[-1].sequence
-        return Batch(commits, int(last[offset + 3]), int(first[offset + 2]) / 1e9)
+        return CommitBatch(commits, int(last[offset + 3]), int(first[offset + 2]) / 1e9)
 
     def acknowledge(self, sequence: int) -> None:
         """See `LogReader.acknowledge`."""

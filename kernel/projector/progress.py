@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from kernel.log.base import Batch
+from kernel.log.base import CommitBatch
 from kernel.projector.grouping import Group
 from projections.checkpoints import Position
 
@@ -69,7 +69,7 @@ class ReadProgress:
         self._position, self._owned, self._read_to = position, owned, position.lowest
         self._hands = []
 
-    def read(self, groups: Iterable[Group], batch: Batch) -> Hand:
+    def read(self, groups: Iterable[Group], batch: CommitBatch) -> Hand:
         """A batch was read and sorted."""
         hand = Hand(batch.oldest)
         for group in groups:

@@ -21,13 +21,14 @@ from sqlalchemy import Engine
 from kernel.actors.mailbox import DropRows, Fold, Turn
 from kernel.actors.residents import Resident, Residents
 from kernel.app import App
-from kernel.governance.pace import IDLE_S, Pace, read_batch
-from kernel.log.base import Batch, EventLog, LogReader, Stored
+from kernel.governance.pace import IDLE_S, Pace
+from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address
 from kernel.projector.committer import Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
 from kernel.projector.parking import log_parked
 from kernel.projector.progress import Hand, ReadProgress
+from kernel.projector.reading import read_batch
 from kernel.settings import Settings
 from kernel.telemetry.metrics import (
     BATCH_EVENTS,
@@ -174,7 +175,7 @@ class Session:
             logger.info("the write under way ended with: %s", str(error).splitlines()[0])
         self._drop_rows(self._context.residents.all())
 
-    async def _next(self, reader: LogReader) -> Batch:
+    async def _next(self, reader: LogReader) -> CommitBatch:
         """Wait for commits, but not past an interruption; meanwhile conclude the write under way."""
         context = self._context
         reading = asyncio.ensure_future(read_batch(reader, context.settings.batch, context.pace))
@@ -188,14 +189,14 @@ class Session:
                 if self._under_way is not None and self._under_way.task.done():
                     await self._settle()
                     reader.acknowledge(self._progress.projected)
-            return reading.result() if reading.done() else Batch([], 0)
+            return reading.result() if reading.done() else CommitBatch([], 0)
         finally:
             stopping.cancel()
             if not reading.done():
                 reading.cancel()
                 await asyncio.wait({reading})
 
-    async def _project(self, batch: Batch) -> None:
+    async def _project(self, batch: CommitBatch) -> None:
         """Fold one batch and hand it to the database, behind the one being written."""
         arrived = time.perf_counter()
         LOG_EVENTS.inc(len(batch.commits))

@@ -1,7 +1,8 @@
-"""What a service can be told: one typed tree. Every field does what it says, and a test shows its effect.
+"""The settings of a service: one typed tree. A test shows the effect of each setting.
 
-`load` reads it from a file, the environment and the command line; docs/configuration.md is made of the texts here.
-Times are in seconds, sizes in bytes (`64MiB` is understood too).
+`load` reads the tree from a file, the environment and the command line. docs/configuration.md and
+the command line's `--help` are generated from the docstrings here. Times are in seconds; sizes are in bytes, and a
+text such as `64MiB` is accepted too.
 """
 
 from __future__ import annotations
@@ -44,22 +45,23 @@ __all__ = [
 
 
 class Settings(BaseSettings):
-    """Settings of a service. Made in Python, or with `load`."""
+    """The settings of a service. Create them in Python, or with `load`."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
     )
 
     data: Path = Path(".eskernel")
-    """Directory for what the service keeps itself: the embedded server's store, the SQLite database, the description
-    of the running service. Each app has a folder of its own in it."""
+    """Data directory: contains the embedded server's store, the SQLite database, and the description of the running
+    service. Each app has its own folder in it."""
     workers: Annotated[int, Ge(1), Le(64)] = 1
-    """Processes that share the partitions; the same service on another machine joins them."""
+    """Number of worker processes, which share the partitions. A service of the same app on another machine joins
+    them."""
     lease: Annotated[float, Ge(0.5), Le(60)] = 3.0
-    """After which a worker that is gone, or frozen, has lost its partitions to the others; used when the leases'
+    """Lease duration in seconds: a crashed or frozen worker loses its partitions after this long. Fixed when the lease
     bucket is created."""
     drain: Annotated[float, Ge(0)] = 20.0
-    """A stop waits so long for commands under way."""
+    """Drain time in seconds: a service that stops waits this long for the commands that it has accepted."""
     connection: Connection = Connection()
     security: Security = Security()
     jetstream: JetStream = JetStream()
@@ -85,21 +87,21 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read nothing but what is given; `load` reads files and environment."""
+        """Use the given values only; `load` reads files and the environment."""
         return (init_settings,)
 
     @model_validator(mode="after")
-    def _its_own_server(self) -> Self:
+    def _sync_only_embedded(self) -> Self:
         if self.stream.sync and not self.embedded:
             raise ValueError(
                 "stream.sync is for the embedded server; with connection.servers set `sync_interval: always` in the "
-                "configuration of those"
+                "configuration of these servers"
             )
         return self
 
     @property
     def embedded(self) -> bool:
-        """Whether the service starts a server of its own."""
+        """True if the service starts its own nats-server: no server is configured."""
         return not self.connection.servers
 
 

@@ -1,4 +1,4 @@
-"""Settings of the connection to NATS, and of who we are there."""
+"""Settings of the connection to NATS and of its security."""
 
 from __future__ import annotations
 
@@ -15,71 +15,72 @@ class Connection(Section):
     """The connection to NATS."""
 
     servers: Annotated[tuple[str, ...], Listed] = ()
-    """URLs of NATS servers, `nats://host:4222` or `tls://host:4222`, with commas between; all are tried in turn.
-    Without any the embedded server is started."""
+    """URLs of the NATS servers, `nats://host:4222` or `tls://host:4222`, separated by commas. They are tried in turn.
+    Without a URL the service starts its own embedded server."""
     name: str = ""
-    """The client's name in the server's monitoring; `eskernel APP` unless set."""
+    """Name of the client in the server's monitoring; `eskernel APP` unless set."""
     max_reconnects: Annotated[int, Ge(-1)] = -1
-    """Failed attempts to reconnect to each server after which the service tries a last time, gives up and stops; -1 is
-    for ever, 0 stops it when the connection is lost."""
+    """Number of failed attempts to reconnect to each server, after which the service tries a last time and stops. -1:
+    no limit. 0: the service stops when the connection is lost."""
     reconnect_wait: Seconds = 0.25
-    """Pause before the second attempt to reconnect to a server, doubled at each further one; the first is made at
-    once."""
+    """Pause in seconds before the second attempt to reconnect to a server. It doubles with each further attempt. The
+    first attempt has no pause."""
     reconnect_max_wait: Seconds = 5.0
-    """Longest pause between attempts to reconnect, but for the jitter."""
+    """Longest pause in seconds between attempts to reconnect, without the jitter."""
     reconnect_jitter: Annotated[float, Ge(0), Le(1)] = 0.2
-    """Share of the pause by which it is lengthened at random, so that many clients don't come back at once; before the
-    first attempt, which has no pause, it is that share of `reconnect_wait`."""
+    """Largest random extension of the pause, as a share of it, so that many clients don't reconnect at the same
+    moment. Before the first attempt, which has no pause, it is a share of `reconnect_wait`."""
     connect_timeout: Seconds = 5.0
-    """For each attempt to connect; a start gives up after one such time for each server."""
+    """Time limit in seconds for an attempt to connect. A start fails after this time for each server."""
     ping_interval: Seconds = 10.0
-    """Between pings of the connection; the server answers each."""
+    """Interval in seconds between pings, which the server answers."""
     max_missed_pings: Count = 2
-    """Pings without an answer after which the connection is given up."""
+    """Number of unanswered pings after which the connection is closed and made again."""
     health_check_interval: Seconds = 5.0
-    """Between health checks: a request to the log, one to the database, and what else `/readyz` shows."""
+    """Interval in seconds between health checks of the log, the database and the other components of `/readyz`."""
 
     @field_validator("servers")
     @classmethod
     def _urls(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
-        for one in servers:
+        for server in servers:
             try:
-                parts = urlsplit(one if "://" in one else f"nats://{one}")
-                right = parts.scheme in ("nats", "tls") and bool(parts.hostname) and parts.port != 0
+                parts = urlsplit(server if "://" in server else f"nats://{server}")
+                valid = parts.scheme in ("nats", "tls") and bool(parts.hostname) and parts.port != 0
             except ValueError:
-                right = False
-            if not right or parts.path.strip("/") or parts.query or parts.fragment:
-                # nothing of the text is told: what looks like a path may be half a password
+                valid = False
+            if not valid or parts.path.strip("/") or parts.query or parts.fragment:
+                # the message must not quote the text: a seeming path may be part of a password
                 raise ValueError(
-                    "a server's URL is nats://host:4222 or tls://host:4222; a password with any of / # ? , : in it "
-                    "belongs in security.password"
+                    "a server's URL is nats://host:4222 or tls://host:4222; set a password that contains / # ? , or : "
+                    "as security.password"
                 )
         return servers
 
 
 class Security(Section):
-    """How the service proves who it is to NATS, and NATS to the service. For the servers of `connection.servers`."""
+    """How the service and the servers of `connection.servers` prove their identity to each other."""
 
     token: Secret | None = None
-    """Token."""
+    """Authentication token."""
     user: str | None = None
-    """User name."""
+    """User name; it needs `security.password`."""
     password: Secret | None = None
     """Password of the user."""
     nkey_file: File | None = None
-    """File with an nkey's seed (`SU...`)."""
+    """File that contains the seed of an nkey (`SU...`)."""
     credentials_file: File | None = None
-    """Credentials file (`.creds`): a user's JWT and seed."""
+    """Credentials file (`.creds`) with a user's JWT and seed."""
     client_certificate: File | None = None
-    """Certificate of this client, PEM; for servers that verify clients."""
+    """Certificate of this client (PEM), for servers that verify their clients."""
     client_key: File | None = None
-    """Private key of the certificate, PEM, not encrypted."""
+    """Private key of the client's certificate (PEM, not encrypted)."""
     ca_file: File | None = None
-    """Certificates, PEM, by one of which the server's has to be signed; the system's unless set."""
+    """Certificates of the trusted authorities (PEM), for the server's certificate; those of the system unless set."""
     skip_verify: bool = False
-    """Take any certificate of the server: whoever is in between can read and change everything. For trials only."""
+    """Accept any certificate of the server. An attacker on the network can then read and change all messages: use it
+    for trials only."""
     tls_required: bool = False
-    """Never speak in clear text, whatever the URL says. URLs that begin with `tls://` imply it."""
+    """Never connect without TLS, whatever the URL is. A URL that begins with `tls://` implies it."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -91,10 +92,12 @@ class Security(Section):
         if (self.client_certificate is None) != (self.client_key is None):
             raise ValueError("security.client_certificate and security.client_key go together")
         if self.skip_verify and self.ca_file is not None:
-            raise ValueError("security.skip_verify contradicts security.ca_file: one says not to verify, the other how")
+            raise ValueError(
+                "security.skip_verify contradicts security.ca_file: a server that is not verified needs no authority"
+            )
         return self
 
     @property
     def tls(self) -> bool:
-        """Whether anything here needs TLS."""
+        """True if a setting of this section needs TLS."""
         return self.tls_required or self.skip_verify or bool(self.ca_file or self.client_certificate)

@@ -1,4 +1,4 @@
-"""Settings of the projection database, and of what is written to it."""
+"""Settings of the projection database, of batches and of dead letters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kernel.settings.fields import MIB, Count, Seconds, Section
 
 
 def _absolute(url: str) -> str:
-    """Other commands are given it too, and run in other folders."""
+    """Return the URL with an absolute path: other commands use it too, and may run in other folders."""
     path = url.removeprefix("sqlite:///")
     relative = path != url and path and not path.startswith(("/", ":memory:", "file:"))
     return f"sqlite:///{Path(path).absolute()}" if relative else url
@@ -22,40 +22,46 @@ class Database(Section):
     """The projection database."""
 
     url: Annotated[str, AfterValidator(_absolute)] | None = None
-    """`postgresql://user@host/name` or `sqlite:///file`; SQLite in the data directory unless set."""
+    """URL of the database, `postgresql://user@host/name` or `sqlite:///file`; SQLite in the data directory unless
+    set."""
     pool_size: Annotated[int, Ge(2)] = 5
-    """Connections kept open by a worker: one writes, one reads, the others are for jobs."""
+    """Number of connections that a worker keeps open: one for writing, one for reading, the others for jobs."""
     max_overflow: Annotated[int, Ge(0)] = 5
-    """Further connections when those are in use."""
+    """Number of further connections that a worker opens while all of those are in use."""
     pool_timeout: Seconds = 10.0
-    """For a connection when all are in use."""
+    """Time limit in seconds for getting a connection while all are in use."""
     pool_recycle: Annotated[int, Ge(-1)] = -1
-    """Age at which a connection is replaced when it is next used; -1 never."""
+    """Age in seconds after which a connection is replaced at its next use; -1: never."""
     connect_timeout: Annotated[int, Ge(2)] = 10
-    """For making a connection to PostgreSQL; whole seconds, at least two. SQLite's are made at once."""
+    """Time limit in whole seconds for a new connection to PostgreSQL. SQLite does not use it."""
     lock_timeout: Seconds = 5.0
-    """For a lock that somebody else holds; then the batch is tried again."""
+    """Time limit in seconds for a lock that another connection holds. Then the batch is tried again."""
+
+    def url_in(self, directory: Path) -> str:
+        """Return the configured URL, or the URL of the SQLite database in an app's data directory."""
+        return self.url or f"sqlite:///{directory / 'projections.db'}"
 
     def options(self) -> dict[str, Any]:
-        """Return what `projections.database.open_database` is given."""
+        """Return the keyword arguments of `projections.database.open_database`."""
         return self.model_dump(exclude={"url"})
 
 
 class Batch(Section):
-    """How much is folded and written together."""
+    """The size of a batch, which is folded and written together."""
 
     events: Count = 32_000
-    """Most commits of a batch: the more, the seldomer a row that changes often is written."""
+    """Largest number of commits in a batch. In a larger batch, a row that changes often is written less often."""
     bytes: Annotated[ByteSize, Ge(1)] = Field(default=ByteSize(64 * MIB))
-    """Most bytes of a batch, but for its last read."""
+    """Largest size of a batch. The last read of a batch may exceed it."""
     time: Annotated[float, Ge(0)] = 1.0
-    """While there is a backlog a batch is filled for so long before it is folded."""
+    """Longest time in seconds for which a batch is filled before it is folded, while there is a backlog."""
 
 
 class DeadLetters(Section):
-    """Events that a projection could not fold."""
+    """Automatic retries of events that a projection could not fold."""
 
     retry_after: Seconds = 1.0
-    """Until an event is folded again whose handler failed with something transient; doubled, up to five minutes."""
+    """Pause in seconds before the first automatic retry after a transient failure of a handler. It doubles with each
+    retry, up to five minutes."""
     retries: Annotated[int, Ge(0)] = 10
-    """How often that is tried; then the event waits for `eskernel dead-letters`."""
+    """Number of automatic retries. Then the event waits for `eskernel dead-letters`."""

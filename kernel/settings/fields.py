@@ -1,4 +1,4 @@
-"""What all parts of the settings are made of."""
+"""The field types and the base class of all sections."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ MIB = 1024 * 1024
 Seconds = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
 File = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-"""Absolute from the start: other commands are given it too, and run in other folders."""
+"""A path, made absolute at once: other commands use it too, and may run in other folders."""
 
 
 def _listed(value: Any) -> Any:
-    return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value
+    return tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
 
 
 def _whole(value: SecretStr, info: SerializationInfo) -> str:
-    """Secrets leave the process only where that is asked for: for a worker, and for the service's own description."""
+    """Write a secret only if the caller asks for it: for a worker, and for the description of the running service."""
     return value.get_secret_value() if info.context and info.context.get("secrets") else "**********"
 
 
@@ -40,19 +40,19 @@ Listed = BeforeValidator(_listed)
 
 
 class Section(BaseModel):
-    """A part of the tree."""
+    """A section of the settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """URLs may hold passwords."""
+        """Hide passwords in URLs."""
         for name, value in super().__repr_args__():
             if isinstance(value, tuple):
-                value = tuple(shown(one) if isinstance(one, str) else one for one in value)
+                value = tuple(shown(item) if isinstance(item, str) else item for item in value)
             yield name, shown(value) if isinstance(value, str) else value
 
 
 def shown(url: str) -> str:
-    """Return a URL, or several with commas between, as it may be printed: without passwords."""
+    """Return a URL, or several separated by commas, without passwords."""
     hidden = re.sub(r"//([^/,:]*)(:[^/,]*)?@", lambda m: f"//{m[1]}:***@" if m[2] else "//***@", url)
     return re.sub(r"([?&]\w*password)=[^&,]*", r"\1=***", hidden)

@@ -11,42 +11,44 @@ from kernel.settings.fields import MIB, Count, Seconds, Section
 
 
 class Passivation(Section):
-    """When live aggregates go. Only those go that nobody waits for; the least recently used first."""
+    """Eviction of aggregates from memory. Idle aggregates are evicted, and beyond the limits the least recently used
+    ones. An aggregate with work in progress stays."""
 
     idle: Annotated[float, Ge(0)] = 300.0
-    """Seconds without use."""
+    """Time in seconds without use after which an aggregate is evicted."""
     count: Count = 50_000
-    """Aggregates that stay live, in each worker."""
+    """Largest number of aggregates in memory, in each worker."""
     memory: Annotated[ByteSize, Ge(0)] = Field(default=ByteSize(512 * MIB))
-    """Bytes of their states and rows, as measured, in each worker; 0 is no limit."""
+    """Largest measured size of the aggregates' states and rows, in each worker; 0: no limit."""
 
 
 class Commands(Section):
-    """What is admitted."""
+    """Limits for the commands in progress."""
 
     pending: Count = 10_000
-    """Commands under way in each worker; more are refused as overloaded, with a time to retry after."""
+    """Largest number of commands in progress, in each worker. Further commands are refused as overloaded, with a time
+    to retry after."""
     pending_per_aggregate: Count = 1_000
-    """Commands under way for one aggregate: a hot one must not take all there is."""
+    """Largest number of commands in progress for one aggregate, so that a busy aggregate does not block the others."""
 
 
 class Backlog(Section):
-    """When projections are said to be behind, for each partition and projection."""
+    """Thresholds of the backlog's levels, for each partition of each projection."""
 
     interval: Seconds = 1.0
-    """Between looks."""
+    """Interval in seconds between measurements."""
     count_warn: Count = 10_000
-    """Commits behind."""
+    """Number of commits behind, from which the level is `warn`."""
     count_critical: Count = 100_000
-    """Commits behind."""
+    """Number of commits behind, from which the level is `critical`."""
     age_warn: Seconds = 10.0
-    """Age of the oldest commit that is not projected."""
+    """Age in seconds of the oldest commit that is not projected, from which the level is `warn`."""
     age_critical: Seconds = 60.0
-    """Age of the oldest commit that is not projected."""
+    """Age in seconds of the oldest commit that is not projected, from which the level is `critical`."""
     hysteresis: Annotated[float, Gt(0), Le(1)] = 0.5
-    """A level is left below this share of its threshold."""
+    """Share of a threshold: a level ends only when the value falls below this share of its threshold."""
     min_duration: Annotated[float, Ge(0)] = 3.0
-    """A change of level must hold for so long before it counts."""
+    """Time in seconds for which a new level must last before it is reported."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -61,37 +63,39 @@ class Limit(Section):
     """A token bucket."""
 
     rate: Annotated[float, Gt(0)] | None = None
-    """A second; no limit unless set."""
+    """Largest number in a second, on average; no limit unless set."""
     burst: Annotated[float, Ge(1)] | None = None
-    """How much may come at once; one second's worth unless set."""
+    """Largest number at once; as many as in one second unless set."""
 
 
 class Rates(Section):
-    """How fast work is let in. Limits are of the app: each worker takes the share of the partitions that it holds."""
+    """Rate limits of the app. Each worker applies its share, which is its share of the partitions. `eskernel limits`
+    changes them while the service runs."""
 
     commands: Limit = Limit()
     """Commands of the app."""
     per_aggregate: dict[str, Limit] = Field(default_factory=dict)
-    """Commands of an aggregate type, by its name."""
+    """Commands of an aggregate type, by the type's name."""
     per_key: Limit = Limit()
-    """Commands of one key, as the app's `rate_key` gives it: a tenant, for instance."""
+    """Commands of one key, for example a tenant. The app's `rate_key` returns the key of a command."""
     live: Limit = Limit()
     """Commits projected live."""
     rebuild: Limit = Limit()
     """Commits replayed by rebuilds."""
     adaptive: bool = True
-    """Lower the rates when the service is in distress, multiplicatively, and raise them again, additively."""
+    """Adapt the rates to the load: multiply them by `decrease` in distress, and raise them by `increase` afterwards."""
     minimum: Annotated[float, Gt(0)] = 50.0
-    """The adaptive rate never falls below this, a second."""
+    """Lowest adaptive rate, per second."""
     decrease: Annotated[float, Gt(0), Le(0.95)] = 0.7
-    """Factor of the rate, each second in distress."""
+    """Factor by which an adaptive rate is multiplied in each second of distress."""
     increase: Annotated[float, Gt(0), Le(1)] = 0.05
-    """Share of the highest rate seen by which the rate grows, each second without distress."""
+    """Share of the highest throughput seen, by which an adaptive rate grows in each second without distress."""
     commit_latency: Seconds = 3.0
-    """Distress of the projections: a batch's database transaction takes longer."""
+    """Duration in seconds of a batch's transaction, beyond which the projections are in distress."""
     append_latency: Seconds = 1.0
-    """Distress of the commands: an append takes longer."""
+    """Duration in seconds of an append, beyond which the commands are in distress."""
     loop_lag: Seconds = 0.5
-    """Distress of everything: the event loop is late by more."""
+    """Delay in seconds of the event loop, beyond which commands and projections are in distress."""
     error_rate: Annotated[float, Gt(0), Le(1)] = 0.1
-    """Distress: more than this share of appends, or of batches, fails."""
+    """Share of failed appends, beyond which the commands are in distress; share of failed batches, beyond which the
+    projections are."""

@@ -1,4 +1,4 @@
-"""Settings of what a service shows: HTTP, logs, traces."""
+"""Settings of HTTP, logs and traces."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from kernel.settings.fields import Secret, Section
 
 
 class Http(Section):
-    """`/healthz`, `/readyz`, `/metrics`."""
+    """The HTTP pages `/healthz`, `/readyz` and `/metrics`."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; the loopback unless set."""
+    """Address to listen on; the loopback address unless set."""
     port: Annotated[int, Ge(0), Le(65535)] = 0
-    """Port; 0 takes a free one."""
+    """Port to listen on; 0: any free port."""
     token: Secret | None = None
-    """Bearer token. With one, `/metrics` and the details of `/readyz` need it; the two status codes do not."""
+    """Bearer token. If it is set, `/metrics` and the details of `/readyz` require it. The status codes of `/healthz`
+    and `/readyz` don't."""
 
 
 class Logging(Section):
-    """What is written to standard error."""
+    """The log on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least level of what is written."""
+    """Lowest level that is logged."""
     format: Literal["text", "json"] = "text"
-    """`json`: one object a line."""
+    """Format of the log. `json`: one JSON object per line."""
 
 
 class Tracing(Section):
-    """OpenTelemetry; needs the extra `eskernel[otel]`, and a tracer provider set by the app."""
+    """Tracing with OpenTelemetry. It needs the extra `eskernel[otel]` and a tracer provider, which the app sets."""
 
     enabled: bool = True
-    """Spans for commands, commits and projected batches that carry a traceparent, where the extra is installed."""
+    """Create spans for commands, appends and projected commits that carry a sampled traceparent."""

@@ -1,4 +1,4 @@
-"""Reading the settings: a TOML file, then the environment, then the command line; the later one wins."""
+"""Reads the settings from a TOML file, the environment and the command line. A later source overrides earlier ones."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Settings, and where each comes from.
+    """Settings, and the origin of each.
 
     Attributes:
-        origins: of the settings that are not defaults, by dotted name: a file, a variable, or `command line`.
+        origins: for each setting that is not a default, by dotted name: a file, a variable, or `command line`.
     """
 
     settings: Settings
@@ -37,7 +37,7 @@ class Loaded:
 
 
 class _Environment(EnvSettingsSource):
-    """Lists may be written with commas, not only as JSON."""
+    """The environment. Lists are JSON, or texts separated by commas."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         return super().decode_complex_value(field_name, field, value) if _is_json(value) else value
@@ -51,12 +51,13 @@ def load(
     """Read the settings.
 
     Args:
-        file: a TOML file; without one ESKERNEL_CONFIG, and without that `eskernel.toml` here, if there is one.
-        given: values by dotted name, such as `{"stream.replicas": 3}`: what the command line said.
-        environment: variables; those of the process otherwise. `ESKERNEL_STREAM__REPLICAS` is `stream.replicas`.
+        file: a TOML file; by default the file in ESKERNEL_CONFIG, or else `eskernel.toml` in the working directory, if
+            it exists.
+        given: values of the command line by dotted name, such as `{"stream.replicas": 3}`.
+        environment: variables; by default those of the process. `ESKERNEL_STREAM__REPLICAS` is `stream.replicas`.
 
     Raises:
-        SettingsError: what is wrong, each with its key, where it comes from, and the nearest valid one.
+        SettingsError: settings are unknown or invalid. Each problem has the key, its origin, and the nearest valid key.
     """
     variables = os.environ if environment is None else environment
     named = file or (Path(variables[f"{PREFIX}CONFIG"]) if f"{PREFIX}CONFIG" in variables else None)
@@ -85,7 +86,7 @@ def load(
             # a whole section may be one variable
             parts = name.upper().split(".")
             spelled = [PREFIX + "__".join(parts[:count]) for count in range(len(parts), 0, -1)]
-            origins[name] = next((one for one in spelled if one in given_as), spelled[0])
+            origins[name] = next((variable for variable in spelled if variable in given_as), spelled[0])
     try:
         settings = _validated(tree, origins)
     except SettingsError as error:
@@ -96,7 +97,7 @@ def load(
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Return settings made of dotted names alone, without file or environment. Raises `SettingsError`."""
+    """Return settings from values by dotted name, without file and environment. Raises `SettingsError`."""
     tree: Tree = {}
     for name, value in values.items():
         _merge(tree, _nested(name, value), "", {})
@@ -107,11 +108,12 @@ def _validated(tree: Tree, origins: Mapping[str, str]) -> Settings:
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise SettingsError([_explain(one, origins) for one in error.errors(include_url=False)]) from None
+        problems = [_explain(problem, origins) for problem in error.errors(include_url=False)]
+        raise SettingsError(problems) from None
 
 
 def changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
-    """Return settings that differ in these dotted names. Raises `SettingsError`."""
+    """Return settings in which these values, by dotted name, are replaced. Raises `SettingsError`."""
     tree = settings.model_dump(exclude_unset=True)
     for name, value in values.items():
         _merge(tree, _nested(name, value), "", {})
@@ -119,13 +121,13 @@ def changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
 
 
 def written(settings: Settings) -> Tree:
-    """Return what is not a default as JSON data, secrets included: for a worker, or a file for its owner only."""
+    """Return the settings that are not defaults as JSON data with secrets: for a worker, or for a private file."""
     tree: Tree = settings.model_dump(mode="json", exclude_unset=True, context={"secrets": True})
     return tree
 
 
 def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Return every setting with its dotted name."""
+    """Yield every setting with its dotted name."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -143,22 +145,22 @@ def value_of(settings: Settings, name: str) -> Any:
 
 
 def shown_value(value: Any) -> Any:
-    """Return a value as it may be printed: no secrets, no passwords in URLs."""
+    """Return a value that may be printed: without secrets and without passwords in URLs."""
     if isinstance(value, SecretStr):
         return "**********"
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, dict):
-        return {key: shown_value(one) for key, one in value.items()}
+        return {key: shown_value(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return [shown_value(one) for one in value]
+        return [shown_value(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return shown(value) if isinstance(value, str) else value
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """Return name and value of `name=value`; lists and tables may be JSON. Raises `SettingsError`."""
+    """Return the name and the value of `name=value`. Lists and tables may be JSON. Raises `SettingsError`."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise SettingsError([f"{text!r}: write it as name=value, such as stream.replicas=3"])
@@ -169,7 +171,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _is_json(value: Any) -> bool:
-    """Only lists and tables: a token of digits, or in quotes, stays the text that it is."""
+    """Return whether a value is a list or a table in JSON. Numbers and quoted texts stay texts: a token may be one."""
     return isinstance(value, str) and value.lstrip().startswith(("[", "{"))
 
 
@@ -196,13 +198,14 @@ def variable_of(name: str) -> str:
 
 
 def _nearest(name: str, spelled: Callable[[str], str] = str) -> str:
-    names = [one for one, _ in leaves()]
+    names = [known for known, _ in leaves()]
     last = name.rsplit(".", 1)[-1]
-    # the right word in the wrong section, or the wrong word in the right one
-    found = [one for one in names if one.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(name, names, 1, 0.6)
+    # the right word in the wrong section, or a wrong word in the right section
+    found = [known for known in names if known.rsplit(".", 1)[-1] == last]
+    found = found or difflib.get_close_matches(name, names, 1, 0.6)
     if not found:
-        tails = difflib.get_close_matches(last, [one.rsplit(".", 1)[-1] for one in names], 1, 0.75)
-        found = [one for one in names if tails and one.rsplit(".", 1)[-1] == tails[0]]
+        tails = difflib.get_close_matches(last, [known.rsplit(".", 1)[-1] for known in names], 1, 0.75)
+        found = [known for known in names if tails and known.rsplit(".", 1)[-1] == tails[0]]
     return f"; the nearest is {spelled(found[0])}" if found else "; `eskernel config show` lists all"
 
 
@@ -221,17 +224,17 @@ def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
 def _explain(error: Any, origins: Mapping[str, str]) -> str:
     name = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
-    contradiction = error["type"] == "value_error"  # which names its keys itself
-    told = [
+    contradiction = error["type"] == "value_error"  # its message contains the keys
+    involved = [
         origin
-        for one, origin in origins.items()
+        for key, origin in origins.items()
         if (
-            one in message
+            key in message
             if contradiction
-            else one == name or f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.")
+            else key == name or f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")
         )
     ]
-    where = f" ({', '.join(dict.fromkeys(told))})" if told else ""
+    where = f" ({', '.join(dict.fromkeys(involved))})" if involved else ""
     if error["type"] == "extra_forbidden":
         return f"{name}: no such setting{where}{_nearest(name)}"
     if contradiction:

@@ -1,4 +1,4 @@
-"""Asking all workers of an app at once: each names the others, so that a missing one is noticed."""
+"""Requests to all workers of an app. Each answer names all workers, so that a missing answer is noticed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
 logger = logging.getLogger("eskernel.transport")
 ANSWER_S = 2.0
-"""A worker that is there answers long before."""
+"""Time limit in seconds for the answers. A running worker answers much faster."""
 
 
-async def ask_all(
+async def survey(
     connection: NatsConnection, subject: str, payload: bytes = b"", timeout: float = ANSWER_S
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the workers' answers, sorted by their names, and the names of those that gave none in time."""
-    told: dict[str, dict[str, Any]] = {}
+    """Return the workers' answers, sorted by worker name, and the names of the workers that did not answer in time."""
+    answers: dict[str, dict[str, Any]] = {}
     known: set[str] = set()
     complete = asyncio.Event()
 
     def answered(_subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        if status_of(headers):  # nobody listens
+        if status_of(headers):  # the server reports that the subject has no subscriber
             complete.set()
             return
-        one = orjson.loads(payload)
-        told[one["worker"]] = one
-        known.update(one["workers"])
-        if known <= told.keys():
+        answer = orjson.loads(payload)
+        answers[answer["worker"]] = answer
+        known.update(answer["workers"])
+        if known <= answers.keys():
             complete.set()
 
     inbox = connection.new_inbox()
@@ -44,26 +44,26 @@ async def ask_all(
         pass
     finally:
         await stop()
-    return [told[name] for name in sorted(told)], sorted(known - told.keys())
+    return [answers[name] for name in sorted(answers)], sorted(known - answers.keys())
 
 
-async def ask_others(
-    connection: NatsConnection, subject: str, told: Callable[[dict[str, Any]], None]
+async def open_survey(
+    connection: NatsConnection, subject: str, on_answer: Callable[[dict[str, Any]], None]
 ) -> Callable[[], None]:
-    """Return a function that asks without waiting; `told` is called with each answer, whenever it comes."""
+    """Return a function that sends a request without waiting. `on_answer` is called with each answer."""
 
     def answered(_subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
         if status_of(headers):
             return
         try:
-            told(orjson.loads(payload))
-        except Exception as error:  # another worker's answer must not cost the connection
-            logger.warning("%s: an answer that can't be used: %s", subject, error)
+            on_answer(orjson.loads(payload))
+        except Exception as error:  # a wrong answer of another worker must not end the connection
+            logger.warning("%s: an answer can't be used: %s", subject, error)
 
     inbox = connection.new_inbox()
     await connection.listen(inbox, answered)
 
-    def ask() -> None:
+    def request() -> None:
         connection.send(publish_frame(subject.encode(), b"", reply=inbox.encode()))
 
-    return ask
+    return request

@@ -633,7 +633,7 @@ def _absent_aggregate() -> Any:
         (_row_handler_without_event, ["P.deposited", "row: Model, event: Event"]),
         (_tally_handler_with_a_row, ["P.deposited", "tally: Tally[Model]"]),
         (_sql_handler_with_one_event, ["P.deposited", "Sequence[Recorded[Event]]"]),
-        (_row_handler_with_another_third, ["P.deposited", "perhaps a Meta"]),
+        (_row_handler_with_another_third, ["P.deposited", "optionally a Meta"]),
         (_handler_annotation_missing, ["P.deposited", "'event'", "annotation"]),
         (_wide_key, ["P", "primary key of Daily", "aggregate's id alone"]),
         (_column_without_start, ["Unset.owner", "default=", "nullable"]),

@@ -479,5 +479,5 @@ def test_whatever_stands_in_an_old_event_is_an_event_or_an_invalid_message(
 def test_numbers_that_json_has_no_word_for_are_refused_wherever_they_stand() -> None:
     for number in (math.inf, -math.inf, math.nan):
         for value in (number, [number], {"a": [{"b": number}]}):
-            with pytest.raises(InvalidMessage, match="infinite"):
+            with pytest.raises(InvalidMessage, match="infinity"):
                 encode("/x/Thing", "1", HELD, [Decision("c", [Held(value, {})])], 0, NOON)

@@ -21,9 +21,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from aggregates import applies
 from kernel import App, Client, Service
-from kernel.governance.pace import read_batch, unpaced
+from kernel.governance.pace import unpaced
 from kernel.log.base import LogReader
 from kernel.partitions.leases import bucket_of
+from kernel.projector.reading import read_batch
 from kernel.projector.session import Session
 from kernel.settings import Batch, Database
 from kernel.transport.dial import dial

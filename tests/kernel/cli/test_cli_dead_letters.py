@@ -102,7 +102,7 @@ def test_what_waits_is_listed_shown_exported_skipped_and_folded_again(shell: She
     assert "3 still wait" in shell("dead-letters", "skip", "Till", "a", "--reason", "never paid", "--who", "eve")
     assert "by eve: never paid" in shell("dead-letters", "list", "--skipped")
     (shell.folder / "broken").unlink()
-    assert "goes on" in shell("dead-letters", "retry", "--all")
+    assert "no longer parked" in shell("dead-letters", "retry", "--all")
     assert waiting(shell) == []
     shell("send", "Till", "a", "Pay", "cents=10000")
     found = until(
@@ -113,7 +113,7 @@ def test_what_waits_is_listed_shown_exported_skipped_and_folded_again(shell: She
         )
     )
     assert found == [{"till": "a", "cents": 11114}, {"till": "b", "cents": 7}]
-    assert "nothing waits" in shell("dead-letters", "retry", "Till", "a", code=1)
+    assert "there are no dead letters" in shell("dead-letters", "retry", "Till", "a", code=1)
     assert shell.stop() == 0
 
 

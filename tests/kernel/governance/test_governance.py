@@ -21,7 +21,7 @@ from kernel.governance.remote_pace import following
 from kernel.log.subjects import Address, subjects_of
 from kernel.projector.rebuild import Rebuild
 from kernel.transport.dial import connect
-from kernel.transport.survey import ask_all
+from kernel.transport.survey import survey
 from projections.database import open_database
 from tests.apps import Lines, Note, Notebook, Pages, Words
 from tests.conftest import settings_for
@@ -202,7 +202,7 @@ async def test_limits_are_changed_on_all_running_workers_and_adopted_by_later_on
 
     async def tell(at: float, **values: float | None) -> list[dict[str, Any]]:
         overrides = {name.replace("__", "."): value for name, value in values.items()}
-        answers, silent = await ask_all(connection, subject, json.dumps({"overrides": overrides, "at": at}).encode())
+        answers, silent = await survey(connection, subject, json.dumps({"overrides": overrides, "at": at}).encode())
         assert silent == []
         return answers
 

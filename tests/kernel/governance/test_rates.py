@@ -317,7 +317,7 @@ def test_limits_are_written_as_people_write_them() -> None:
     assert parse(["commands=500", "rates.live.burst=2e3", "per_aggregate.Account=1.5", "rebuild=none"]) == {
         "commands.rate": 500, "live.burst": 2000, "per_aggregate.Account.rate": 1.5, "rebuild.rate": None,
     }  # fmt: skip
-    with pytest.raises(LimitsError, match="'commands' is no limit; write it as"):
+    with pytest.raises(LimitsError, match="'commands' is not a limit; write it as"):
         parse(["live=1", "commands", "rebuild=fast"])
 
 

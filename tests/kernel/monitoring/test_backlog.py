@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel.log.base import Batch, Stored
+from kernel.log.base import CommitBatch, Stored
 from kernel.log.subjects import Address
 from kernel.monitoring.backlog import Alarm, Backlog, Level, Rate
 from kernel.monitoring.pressure import Pressure, PressureGauge
@@ -170,8 +170,8 @@ def group(partition: int, sequences: list[int], skip: frozenset[int] = frozenset
     return Group(address, skip, False, [(sequence, []) for sequence in sequences])
 
 
-def batch(first: int, last: int, pending: int, oldest: float) -> Batch:
-    return Batch([Stored(one, "", b"") for one in range(first, last + 1)], pending, oldest)
+def batch(first: int, last: int, pending: int, oldest: float) -> CommitBatch:
+    return CommitBatch([Stored(one, "", b"") for one in range(first, last + 1)], pending, oldest)
 
 
 def started(*folded: dict[int, int]) -> tuple[ReadProgress, Clock]:

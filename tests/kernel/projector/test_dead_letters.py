@@ -135,9 +135,9 @@ class StorySide(ReadSide):
         plan = dead_letters.plan_of(self.app.plan(), name)
         return dead_letters.retry(self.engine, plan, name, "Story", story, pause)
 
-    def skip(self, name: str, story: str, reason: str = "because") -> dead_letters.Letter:
+    def skip(self, name: str, story: str, reason: str = "because") -> dead_letters.StoredLetter:
         plan = dead_letters.plan_of(self.app.plan(), name)
-        return dead_letters.skip(self.engine, plan, name, "Story", story, "me", reason)
+        return dead_letters.skip(self.engine, plan, "Story", story, "me", reason)
 
 
 def lengths(side: ReadSide) -> list[tuple[str, int, str | None]]:
@@ -307,11 +307,11 @@ def test_quarantined_bytes_are_skipped_by_their_place(side: StorySide) -> None:
     side.writer.commit(write)
     assert [(one.projection, one.stream_sequence) for one in dead_letters.waiting(side.engine)] == [("", 7), ("", 8)]
     assert dead_letters.counts(side.engine) == (0, 2)
-    left = dead_letters.skip(side.engine, None, "", "", "stories.evt.1.Story.x", "me", "noise", 8)
+    left = dead_letters.skip_quarantined(side.engine, 8, "me", "noise")
     assert (left.payload, left.event) == (b"\xff", None)
     assert [one.stream_sequence for one in dead_letters.waiting(side.engine)] == [7]
     with pytest.raises(NoSuchLetter):
-        dead_letters.skip(side.engine, None, "", "", "stories.evt.1.Story.x", "me", "noise", 8)
+        dead_letters.skip_quarantined(side.engine, 8, "me", "noise")
 
 
 # sequences
