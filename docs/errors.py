@@ -29,7 +29,7 @@ DO: Final = {
     "Fenced": "nothing: the service goes on from the checkpoints as they are now",
     "NoSuchLetter": "list the dead letters with `eskernel dead-letters list`; it may have been retried already",
     "AppNotFound": "write the app as `package.module:variable`, and run from the folder that holds the package",
-    "NotDeclared": "choose a name of those that the message lists, or declare the class in the app",
+    "NotDeclared": "choose a name from the list in the message, or declare the class in the app",
     "SettingsError": "correct each line of `problems`; `eskernel config show` tells where each value comes from",
     "LimitsError": "correct the value that each line of the message names; nothing was changed",
     "AlreadyRunning": "stop the other service, or give this one its own directory with `--data`",
@@ -54,8 +54,8 @@ DO: Final = {
 
 WIRE: Final = {
     "malformed": "the request, or the answer, has not the form of the wire format: correct the program that made it",
-    "unknown-aggregate": "the message lists those that the service has; is it another version of the app?",
-    "unknown-command": "the message lists those that the aggregate has; is the service another version of the app?",
+    "unknown-aggregate": "the message lists the aggregates of the service; is it another version of the app?",
+    "unknown-command": "the message lists the commands of the aggregate; is the service another version of the app?",
     "invalid-command": "a field is missing, unknown, or of the wrong type: correct the field that the message names",
     "invalid-id": "the id cannot be addressed: choose another",
     "rejected": "the aggregate refused: tell the user its message",

@@ -155,7 +155,7 @@ def wrong_imports(module: str, source: str, where: str) -> Iterator[tuple[tuple[
                     f"{where}:{line}: {room} -> {to} (imports {target}); {room} may import: {allowed}",
                 )
         elif room not in FREE and not {room, module} & PACKAGES.get(top, set()):
-            allowed = ", ".join(sorted(PACKAGES.get(top, set()))) or "nobody yet; PACKAGES in tests/test_rooms.py"
+            allowed = ", ".join(sorted(PACKAGES.get(top, set()))) or "no room; see PACKAGES in tests/test_rooms.py"
             yield (module, target), f"{where}:{line}: {room} -> {top}, a package that may be imported by: {allowed}"
 
 
@@ -250,7 +250,7 @@ def test_a_room_imports_only_what_it_may() -> None:
 
 def test_what_is_pending_is_still_wrong() -> None:
     done = PENDING - {arrow for arrow, _ in all_wrong_imports()}
-    assert not done, f"mended; remove it from PENDING in tests/test_rooms.py: {sorted(done)}"
+    assert not done, f"no longer wrong; remove it from PENDING in tests/test_rooms.py: {sorted(done)}"
 
 
 # modules

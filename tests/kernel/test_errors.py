@@ -28,7 +28,7 @@ from tests.pages import DOCS, load_page
 PAGE = load_page("errors")
 
 INTERNAL = {
-    "ApiError": "an answer of JetStream's API, turned into a public error by whoever asked; a LogError if it escapes",
+    "ApiError": "an answer of JetStream's API, which its caller turns into a public error; a LogError if it escapes",
     "KeyRefused": "a HandlerFailed whose aggregate is still to be found out",
     "NotWorking": "between a probe and the health report",
     "Unstorable": "between an actor and its gateway",

@@ -117,7 +117,7 @@ def test_examples_and_docs_import_only_what_is_public() -> None:
 
 
 def test_what_is_pending_is_still_private() -> None:
-    assert PENDING - private_imports() == set(), "mended; remove it from PENDING"
+    assert PENDING - private_imports() == set(), "no longer private; remove it from PENDING"
 
 
 if __name__ == "__main__":
