@@ -14,6 +14,7 @@ from kernel.settings import Settings
 from kernel.workers.worker import REFUSED, describe
 from tests.packaging.conftest import Installed, Running, clean_environment
 
+pytestmark = pytest.mark.timeout(300)  # each test starts several processes
 NAMES = ("aggregates", "examples", "kernel", "migrations", "projections")
 WORKERS = ([], ["--workers", "2"])
 TRAP = "raise RuntimeError('the folder of the project was imported instead of the package')\n"

@@ -15,6 +15,7 @@ import pytest
 
 from tests.packaging.conftest import ROOT, Installed, Running
 
+pytestmark = pytest.mark.timeout(300)  # mypy without a cache, and a dozen processes
 PACKAGES = {"aggregates", "projections", "kernel", "migrations"}
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """SHA-256 of the licence's text as the Apache Software Foundation publishes it."""
