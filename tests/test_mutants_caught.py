@@ -89,7 +89,7 @@ async def test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into(
         lost.setattr(connection, "send", lambda _frames: sent.set())
         future = log.append(subject, 0, b"ours")
         await sent.wait()
-    look = log.appender._last
+    look = log.appender._settler._last
 
     async def late(of: str) -> Stored | None:
         nonlocal arrived
@@ -99,7 +99,7 @@ async def test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into(
         await beside.append(subject, 0, taken.encode())
         return None  # as the subject was a moment before
 
-    monkeypatch.setattr(log.appender, "_last", late)
+    monkeypatch.setattr(log.appender._settler, "_last", late)
     log.appender._lost_connection()
     if taken == "ours":
         sequence = await future
@@ -154,7 +154,7 @@ async def test_what_was_known_of_a_partition_is_forgotten_when_it_is_lost(
         first = await client.execute(Account, "alice", Deposit(500))
         address = client.log.subjects.address("Account", "alice")
         ownership = service.parts.ownership
-        await ownership._drop([address.partition])
+        await ownership._lose([address.partition])
         theirs = encode(
             f"/{app_name}/Account",
             "alice",

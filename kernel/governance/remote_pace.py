@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import nats.errors
 import orjson
 
 from kernel.governance.governor import REBUILD_WORTH_S
@@ -17,7 +16,7 @@ from kernel.governance.pace import Pace
 from kernel.governance.rates import TokenBucket
 from kernel.log.subjects import Subjects
 from kernel.settings.governance import Limit
-from kernel.transport.connection import NatsConnection
+from kernel.transport.connection import ConnectionTrouble, NatsConnection
 from kernel.transport.survey import survey
 
 logger = logging.getLogger("eskernel.governance")
@@ -42,7 +41,7 @@ async def following(connection: NatsConnection, subjects: Subjects, fallback: Li
         try:
             request = orjson.dumps({"rebuilt": rebuilt})
             workers, _ = await survey(connection, subjects.service("limits"), request, timeout)
-        except (OSError, TimeoutError, nats.errors.Error) as error:
+        except (OSError, TimeoutError, ConnectionTrouble) as error:
             logger.info("the workers' limits can't be read: %s", error)
         else:
             _follow(bucket, workers, fallback)

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
-import nats.errors
-
 from kernel.commands.admission import Admission
 from kernel.errors import LogError
 from kernel.log.subjects import Subjects
 from kernel.partitions.leases import Leases, Members
 from kernel.projector.live import Projector
 from kernel.telemetry.metrics import LEASES_LOST, MOVED, PARTITIONS
-from kernel.transport.connection import NatsConnection, publish_frame
+from kernel.transport.connection import ConnectionTrouble, NatsConnection, publish_frame
 
 logger = logging.getLogger("eskernel.partitions")
 LINGER_S = 1.0
@@ -88,7 +86,7 @@ class Ownership:
                     await self._revoke(frozenset(surplus))
                 elif got := await self._leases.acquire(members):
                     await self._assign(got)
-            except (LogError, nats.errors.Error, OSError) as error:
+            except (LogError, ConnectionTrouble, OSError) as error:
                 # the next turn goes on from what there is
                 logger.warning("leases: %s", error)
             PARTITIONS.set(len(self._leases.held))

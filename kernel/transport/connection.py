@@ -19,6 +19,8 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
+ConnectionTrouble = NatsError
+"""The base of nats-py's errors: a request failed because of the connection."""
 Listener = Callable[[bytes, bytes, bytes, bytes | None], None]
 """Called with subject, reply subject, payload, and the header bytes or None. It must not raise or block."""
 

@@ -15,7 +15,7 @@ import pytest
 from kernel.cli import main
 from kernel.settings.sources import leaves
 from tests.docs.pages import GUIDE, ROOT, files_left_behind, read_blocks
-from tests.test_folder_rules import imported
+from tests.test_rooms import imports_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -91,5 +91,5 @@ def test_every_page_can_be_reached_from_the_index() -> None:
 def test_snippets_import_only_what_is_public(page: Path) -> None:
     own = {Path(name).stem for name in files_left_behind(page)}
     blocks = [block for block in read_blocks(page) if block.language == "python"]
-    used = {name for block in blocks for name in imported(block.text)}
+    used = {name for block in blocks for name in (found.module for found in imports_of(block.text))}
     assert {name for name in used if name.partition(".")[0] not in sys.stdlib_module_names} <= PUBLIC | OTHERS | own

@@ -257,7 +257,7 @@ async def test_a_stream_with_another_partition_count_than_the_databases_is_refus
 ) -> None:
     await filled(app_name, tmp_path, nats_url)
     await change_stream(nats_url, app_name, description="eskernel format=1 partitions=32")
-    assert "64 partitions, the stream has 32" in await refused(app_name, tmp_path, nats_url)
+    assert "64 partitions, but the stream has 32" in await refused(app_name, tmp_path, nats_url)
 
 
 @pytest.mark.parametrize(

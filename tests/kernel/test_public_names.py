@@ -18,13 +18,6 @@ PUBLIC = ("aggregates", "kernel", "kernel.errors", "kernel.log", "kernel.setting
 PACKAGES = ("aggregates", "kernel", "migrations", "projections")
 ACCEPT = "python -m tests.kernel.test_public_names > tests/public_names.txt"
 
-PENDING = {
-    # (who, what): imports of private modules that are still to go; none may be added
-    ("examples/flights/demo.py", "projections.database.open_database"),
-    ("examples/overload/flood.py", "kernel.transport.connection.NatsConnection"),
-    ("examples/overload/flood.py", "kernel.transport.connection.publish_frame"),
-}
-
 
 def public_names() -> list[str]:
     """Return what the public modules export, as `module.name`."""
@@ -112,12 +105,7 @@ def test_there_is_code_of_users_to_look_at() -> None:
 
 
 def test_examples_and_docs_import_only_what_is_public() -> None:
-    wrong = private_imports() - PENDING
-    assert wrong == set(), f"these modules are private; users may import {', '.join(PUBLIC)}"
-
-
-def test_what_is_pending_is_still_private() -> None:
-    assert PENDING - private_imports() == set(), "no longer private; remove it from PENDING"
+    assert private_imports() == set(), f"these modules are private; users may import {', '.join(PUBLIC)}"
 
 
 if __name__ == "__main__":

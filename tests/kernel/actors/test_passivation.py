@@ -90,7 +90,7 @@ def fill(of: Residents, *found: Any, kilobytes: int = 1) -> None:
         cell = Cell(declared, resident.address.id)
         cell.state.much = [f"{resident.address.id} {number}".ljust(1000) for number in range(kilobytes)]  # type: ignore[attr-defined]
         messages.append((resident.actor, Loaded(cell)))
-    of._actors.send(messages)
+    of.actors.send(messages)
 
 
 def measure_all(of: Residents) -> None:
