@@ -202,7 +202,7 @@ def test_a_wrong_arrow_is_told_with_its_line_and_what_would_be_right() -> None:
     )
     assert [sentence for _, sentence in wrong_imports("kernel.transport.dial", source, "kernel/transport/dial.py")] == [
         "kernel/transport/dial.py:4: transport -> service (imports kernel.service); "
-        "transport may import: aggregates, alerts, errors, protocol, settings",
+        "transport may import: aggregates, alerts, errors, packages, protocol, settings",
         "kernel/transport/dial.py:5: transport -> click, a package that may be imported by: cli, settings",
     ]
 

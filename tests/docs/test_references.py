@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import string
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 from kernel.cli import main
 from kernel.settings.sources import leaves
 from tests.docs.pages import GUIDE, ROOT, files_left_behind, read_blocks
-from tests.test_rooms import imports_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -87,9 +87,18 @@ def test_every_page_can_be_reached_from_the_index() -> None:
     assert {ROOT / name for name in tracked.split()} <= found
 
 
+def imported(source: str) -> Iterator[str]:
+    """Yield the modules that a source imports, at its top or anywhere."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(GUIDE.glob("*.md"))], ids=lambda page: page.name)
 def test_snippets_import_only_what_is_public(page: Path) -> None:
     own = {Path(name).stem for name in files_left_behind(page)}
     blocks = [block for block in read_blocks(page) if block.language == "python"]
-    used = {name for block in blocks for name in (found.module for found in imports_of(block.text))}
+    used = {name for block in blocks for name in imported(block.text)}
     assert {name for name in used if name.partition(".")[0] not in sys.stdlib_module_names} <= PUBLIC | OTHERS | own

@@ -155,7 +155,7 @@ async def test_an_unstorable_event_fails_its_own_command_only(client: Client) ->
     )
     failed = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)]
     assert failed == [5]
-    assert "infinite" in str(outcomes[5])
+    assert "infinity" in str(outcomes[5])
 
 
 async def test_a_request_that_breaks_the_decoder_takes_nobody_along(service: Service, client: Client) -> None:
