@@ -38,7 +38,7 @@ from kernel.telemetry.metrics import (
     count_error_of,
     observe_all,
 )
-from kernel.telemetry.tracing import NO_TRACING, Tracing
+from kernel.telemetry.tracing import NO_TRACING, Tracer
 
 logger = logging.getLogger("eskernel.commands")
 RETRY_AFTER_S = 0.2
@@ -73,7 +73,7 @@ class CommandGateway:
         holds: Callable[[int], bool],
         per_aggregate: int = sys.maxsize,
         governor: Governor | None = None,
-        tracing: Tracing = NO_TRACING,
+        tracing: Tracer = NO_TRACING,
     ) -> None:
         self._tracing = tracing
         self._app, self._log, self._subjects, self._publish, self._limit = app, log, subjects, publish, limit

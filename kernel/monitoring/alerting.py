@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernel.alerts import Alert, OnAlert
-from kernel.telemetry.metrics import ALERTS_DROPPED, ALERTS_TOLD
+from kernel.telemetry.metrics import ALERTS_DROPPED, ALERTS_SENT
 
 logger = logging.getLogger("eskernel.monitoring")
 LIMIT_S = 10.0
@@ -98,7 +98,7 @@ class Alerts:
     def tell(self, alert: Alert) -> None:
         """Count an alert and hand it to every callback. Never waits and never raises."""
         self.told += 1
-        ALERTS_TOLD.labels(kind=alert.kind, level=alert.after).inc()
+        ALERTS_SENT.labels(kind=alert.kind, level=alert.after).inc()
         for listener in self._listeners:
             listener.tell(alert)
 

@@ -43,7 +43,7 @@ from kernel.telemetry.metrics import (
     POSITION,
     ROWS,
 )
-from kernel.telemetry.tracing import NO_TRACING, Tracing
+from kernel.telemetry.tracing import NO_TRACING, Tracer
 from projections.checkpoints import Claim, Move, Position, claim
 from projections.database import is_infrastructure, reads
 from projections.errors import Fenced, HandlerFailed
@@ -93,7 +93,7 @@ class Projector:
         verify: Callable[[], Coroutine[Any, Any, None]],
         settings: Settings | None = None,
         pace: Pace | None = None,
-        tracing: Tracing = NO_TRACING,
+        tracing: Tracer = NO_TRACING,
     ) -> None:
         settings = settings or Settings()
         self._pace = pace or unpaced()

@@ -249,7 +249,7 @@ async def test_so_many_workers_run_and_their_metrics_need_the_token(
     await supervisor.start()
     try:
         assert len({worker.process.pid for worker in supervisor.workers if worker.process is not None}) == 2
-        await wait_until(lambda: all(len(one.told.get("partitions", ())) == 32 for one in supervisor.workers), 30)
+        await wait_until(lambda: all(len(one.heartbeat.get("partitions", ())) == 32 for one in supervisor.workers), 30)
         assert (await get(f"{supervisor.http.url}/metrics"))[0] == 401
         status, page = await get(f"{supervisor.http.url}/metrics", "right")
         assert status == 200
