@@ -386,7 +386,7 @@ class Service:
             },
             "limits": self._governor.show(),
             **self._lookout.report(),
-            "alerts": self.alerts.told,
+            "alerts": self.alerts.sent,
             "jobs": self.scheduler.report(),
         }
 

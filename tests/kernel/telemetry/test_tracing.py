@@ -304,4 +304,4 @@ def test_one_module_imports_the_package() -> None:
 
     folders = ("aggregates", "projections", "kernel", "migrations")
     found = [path.name for folder in folders for path in (ROOT / folder).rglob("*.py") if imports(path)]
-    assert found == ["otel.py"]
+    assert found == ["opentelemetry.py"]
