@@ -96,7 +96,7 @@ async def _project(app: App, spec: str, settings: Settings, log: JetStreamLog, i
         async with leases.alone("start"):
             # all workers have loaded the app and wait for the lease under which one of them migrates the tables
             starting = asyncio.create_task(supervisor.start())
-            while not all(worker.told.get("durability") for worker in supervisor.workers):
+            while not all(worker.heartbeat.get("durability") for worker in supervisor.workers):
                 assert not starting.done()
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
@@ -129,7 +129,7 @@ async def _killed(path: Path) -> Row:
             for number in range(KILLS):
                 await _settled(supervisor)
                 victim = supervisor.workers[number % 2]
-                owned = set(victim.told["partitions"])
+                owned = set(victim.heartbeat["partitions"])
                 name = next(
                     name
                     for name in map(str, itertools.count())
@@ -157,7 +157,7 @@ async def _killed(path: Path) -> Row:
 async def _settled(supervisor: Supervisor) -> None:
     """Wait until the workers report to their parent that the partitions are shared evenly."""
     while True:
-        shares = [worker.told.get("partitions", []) for worker in supervisor.workers]
+        shares = [worker.heartbeat.get("partitions", []) for worker in supervisor.workers]
         if sorted(map(len, shares)) == [32, 32] and not set(shares[0]) & set(shares[1]):
             return
         await asyncio.sleep(0.05)

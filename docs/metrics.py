@@ -1,4 +1,4 @@
-"""The page of metrics as text: `python docs/metrics.py > docs/metrics.md`."""
+"""Writes the page about metrics: `python docs/metrics.py > docs/metrics.md`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from kernel.telemetry import metrics
 Metric = Counter | Gauge | Histogram
 _HEAD = """# Metrics
 
-Made by `make docs` of `kernel/telemetry/metrics.py`. `/metrics` shows them in Prometheus's text format; with several
-workers the parent's page has those of all of them, each sample labelled with its `worker`. Beside them there is what
-prometheus-client tells of the process and of Python (`process_*`, `python_*`). A test scrapes a running service and
-looks at the value of each. [docs/monitoring](monitoring/README.md) has a dashboard and alert rules made of them.
+`make docs` generates this page from `kernel/telemetry/metrics.py`. `/metrics` shows the metrics in Prometheus's text
+format. With several workers, the supervisor's page contains the metrics of all workers, and each sample has the label
+`worker`. prometheus-client adds metrics about the process and about Python (`process_*`, `python_*`). A test scrapes a
+running service and checks the value of each metric. [docs/monitoring](monitoring/README.md) has a dashboard and alert
+rules.
 
 | metric | type | labels | unit | meaning |
 |---|---|---|---|---|
@@ -22,20 +23,20 @@ looks at the value of each. [docs/monitoring](monitoring/README.md) has a dashbo
 
 
 def declared() -> Iterator[Metric]:
-    """Return every metric of the kernel, in the order of `kernel.telemetry.metrics`."""
+    """Yield every metric of the kernel, in the order of `kernel.telemetry.metrics`."""
     for value in vars(metrics).values():
         if isinstance(value, Counter | Gauge | Histogram):
             yield value
 
 
 def name_of(metric: Metric) -> str:
-    """Return the name as it is scraped; a histogram's samples have `_bucket`, `_sum`, `_count` behind it."""
+    """Return the name as Prometheus scrapes it. A histogram's samples add `_bucket`, `_sum` and `_count`."""
     name: str = metric._name
     return name + ("_total" if isinstance(metric, Counter) else "")
 
 
 def unit_of(metric: Metric) -> str:
-    """Return the unit."""
+    """Return the unit of a metric."""
     for part in ("seconds", "bytes", "ratio"):
         if f"_{part}" in metric._name:
             return part
@@ -45,12 +46,12 @@ def unit_of(metric: Metric) -> str:
 def render() -> str:
     """Return the page."""
     rows = [
-        f"| `{name_of(one)}` | {type(one).__name__.lower()} | {', '.join(one._labelnames) or ''} "
-        f"| {unit_of(one)} | {one._documentation} |"
-        for one in declared()
+        f"| `{name_of(metric)}` | {type(metric).__name__.lower()} | {', '.join(metric._labelnames) or ''} "
+        f"| {unit_of(metric)} | {metric._documentation} |"
+        for metric in declared()
     ]
     return _HEAD + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
-    print(render(), end="")  # noqa: T201 - that is what it is for
+    print(render(), end="")  # noqa: T201 - the output is the page

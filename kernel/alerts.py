@@ -1,4 +1,4 @@
-"""Alerts: what an app's callbacks are told about its service."""
+"""Alerts: the service passes them to the app's callbacks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """A change that somebody may want to know of.
+    """A change of the backlog, of the health of a component, or of the pressure on publishing.
 
     Attributes:
-        subject: what changed: a projection, a component of the health report, `publishing`.
-        before, after: levels: `ok`, `warn`, `critical` of a backlog; `ok`, `failing` of a component; `low`, `medium`,
-            `high`, `critical` of the pressure.
-        detail: what is known, for people.
-        time: of the change, in Unix time.
-        worker: which worker tells; each tells of its own partitions.
-        projection, partitions: whose backlog it is.
-        behind, age: of these partitions: commits behind, and seconds since the oldest of them was appended.
+        kind: kind of the change.
+        subject: name of the projection, name of the component, or `publishing`.
+        before, after: level before and after the change: `ok`, `warn` or `critical` for a backlog; `ok` or `failing`
+            for a component; `low`, `medium`, `high` or `critical` for the pressure.
+        detail: explanation for people.
+        worker: name of the worker that sends the alert. A worker reports the backlog of its own partitions only.
+        projection: projection that is behind.
+        partitions: partitions whose level changed.
+        behind: number of commits that these partitions are behind.
+        age: seconds since the oldest of these commits was appended.
+        time: Unix time of the change.
     """
 
     kind: Literal["backlog", "health", "pressure"]
@@ -37,4 +40,4 @@ class Alert:
 
 
 OnAlert = Callable[[Alert], Any]
-"""A callback, sync or async. It runs in a thread of its own, an async one on that thread's own loop."""
+"""A callback, sync or async. Each callback has its own thread; an async one runs on an event loop of that thread."""

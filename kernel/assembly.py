@@ -19,7 +19,7 @@ from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
 from kernel.log.base import StreamInfo
 from kernel.monitoring.alerting import Alerts
-from kernel.monitoring.backlog import Backlog
+from kernel.monitoring.backlog import BacklogMeter
 from kernel.monitoring.connection_events import ConnectionEvents
 from kernel.monitoring.detector import Detector
 from kernel.monitoring.health import Health
@@ -43,7 +43,7 @@ from kernel.runtime.directory import DataDirectory
 from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits
 from kernel.settings import Settings
 from kernel.telemetry.loop_lag import LoopLag
-from kernel.telemetry.tracing import Tracing, open_tracing
+from kernel.telemetry.tracing import Tracer, open_tracing
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import version_text
@@ -236,7 +236,7 @@ def _assemble(
     closing: AsyncExitStack,
 ) -> Parts:
     app, settings = base.app, base.settings
-    tracing: Tracing = open_tracing(app, settings.tracing.enabled)
+    tracing: Tracer = open_tracing(app, settings.tracing.enabled)
     outbox = Outbox(connection)
     gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, tracing)
     closing.callback(gateway.close)
@@ -245,7 +245,7 @@ def _assemble(
     closing.push_async_callback(projector.close)
     ownership = Ownership(connection, log.subjects, leases, admission, projector)
     closing.push_async_callback(ownership.leave)
-    backlog = Backlog(settings.backlog, [declared.name for declared in app.projections])
+    backlog = BacklogMeter(settings.backlog, [declared.name for declared in app.projections])
     signals = SignalCollector(gateway, log.appender, projector, base.loop_lag, lambda: backlog.worst)
     detector = Detector(
         settings,

@@ -1,4 +1,4 @@
-"""Trying settings on the running servers before the service does; nothing is changed by it."""
+"""Checks settings on the running servers and changes nothing: for `eskernel config check`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from kernel.app import App
 from kernel.errors import LogError
 from kernel.log.jetstream import check_keeps_everything, partitions_of
-from kernel.log.stream import ATOMIC, check_server, differences, find_config, wanted_config, what_is_done
+from kernel.log.stream import ATOMIC, check_server, differences, find_config, treatment_of, wanted_config
 from kernel.runtime.nats_server import find_binary
 from kernel.settings import Settings
 from kernel.settings.fields import shown
@@ -26,25 +26,26 @@ from kernel.transport.jetstream_api import call_api, version_text
 from projections import SchemaError
 from projections.database import database_url, open_database, reads
 
-Level = Literal["ok", "warning", "error"]
+Severity = Literal["ok", "warning", "error"]
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        told: what was found.
-        remedy: what to do, if there is something.
+        what: name of the checked object.
+        detail: result of the check.
+        remedy: action that helps, empty if none is needed.
     """
 
-    level: Level
+    level: Severity
     what: str
-    told: str
+    detail: str
     remedy: str = ""
 
 
 async def examine(app: App, settings: Settings) -> list[Finding]:
-    """Look at each server, the stream, the database and the data directory."""
+    """Check each server, the stream, the database and the data directory."""
     found: list[Finding] = []
     if settings.embedded:
         found.append(_embedded(settings))
@@ -62,8 +63,8 @@ async def examine(app: App, settings: Settings) -> list[Finding]:
                 found += await _stream(connection, app, settings)
         finally:
             await connection.close()
-    found += await asyncio.to_thread(look_at_database, app, settings)
-    found.append(look_at_directory(settings.data / app.name))
+    found += await asyncio.to_thread(check_database, app, settings)
+    found.append(check_directory(settings.data / app.name))
     return found
 
 
@@ -74,7 +75,7 @@ def _embedded(settings: Settings) -> Finding:
         return Finding("error", "embedded server", str(error))
     if given := sorted(settings.security.model_fields_set):
         return Finding("error", "embedded server", f"security.{given[0]} is for servers of connection.servers")
-    return Finding("ok", "embedded server", f"{binary} will be started; its stream is looked at then")
+    return Finding("ok", "embedded server", f"the service starts {binary}, and checks the stream then")
 
 
 async def _server(connection: NatsConnection, url: str, settings: Settings) -> list[Finding]:
@@ -86,8 +87,8 @@ async def _server(connection: NatsConnection, url: str, settings: Settings) -> l
     found = [Finding("ok", what, f"nats-server {version_text(connection)}")]
     version = connection.connected_server_version
     if (version.major, version.minor) < ATOMIC and settings.jetstream.group_commit == "always":
-        told = f"jetstream.group_commit = 'always' needs nats-server {'.'.join(map(str, ATOMIC))} or newer"
-        found.append(Finding("error", what, told, "use a newer nats-server, or 'auto'"))
+        detail = f"jetstream.group_commit = 'always' needs nats-server {'.'.join(map(str, ATOMIC))} or newer"
+        found.append(Finding("error", what, detail, "use a newer nats-server, or 'auto'"))
     try:
         account = await call_api(connection, "INFO", None)
     except LogError as error:
@@ -104,13 +105,13 @@ def _account(account: dict[str, Any], url: str, settings: Settings) -> Finding:
     kind = "memory" if settings.stream.storage == "memory" else "storage"
     most, used = limits.get(f"max_{kind}", -1), account.get(kind, 0)
     streams, made = limits.get("max_streams", -1), account.get("streams", 0)
-    told = f"enabled; {made} streams of {_limit(streams)}, {used:,} bytes of {_limit(most)} in {_place(kind)}"
+    detail = f"enabled; {made} streams of {_limit(streams)}, {used:,} bytes of {_limit(most)} in {_place(kind)}"
     if 0 <= most < settings.stream.max_bytes:
         remedy = "raise the account's limit, or lower stream.max_bytes"
-        return Finding("error", what, f"{told}: less than stream.max_bytes", remedy)
+        return Finding("error", what, f"{detail}: less than stream.max_bytes", remedy)
     if 0 < most <= used * 1.1 or 0 < streams <= made + 1:
-        return Finding("warning", what, told, "the account's limits are nearly reached")
-    return Finding("ok", what, told)
+        return Finding("warning", what, detail, "the account's limits are nearly reached; raise them")
+    return Finding("ok", what, detail)
 
 
 def _limit(value: int) -> str:
@@ -130,42 +131,43 @@ async def _stream(connection: NatsConnection, app: App, settings: Settings) -> l
         answer = await find_config(connection, wanted["name"])
         if answer is None:
             if stream.existing in ("validate", "skip"):
-                told = f"there is none, and stream.existing = {stream.existing!r} never makes one"
-                return [Finding("error", what, told, "make it, or use 'create'")]
-            return [Finding("ok", what, "there is none; the service makes it")]
+                detail = f"it does not exist, and stream.existing = {stream.existing!r} never creates it"
+                return [Finding("error", what, detail, "create it, or set stream.existing = 'create'")]
+            return [Finding("ok", what, "it does not exist; the service creates it")]
         config, state = answer["config"], answer["state"]
         partitions = partitions_of(config)
         found = [Finding("ok", what, f"{state['messages']:,} commits in {partitions} partitions")]
     except LogError as error:
-        return [Finding("error", what, str(error), "choose another stream.name, or mend the stream")]
+        return [Finding("error", what, str(error), "choose another stream.name, or correct the stream")]
     if stream.existing in ("create", "validate"):
         try:
             check_keeps_everything(config, stream.may_lose_events)
         except LogError as error:
-            found.append(
-                Finding("error", what, str(error), "mend the stream, or have stream.existing = 'update' do it")
-            )
+            remedy = "correct the stream, or set stream.existing = 'update', which changes it"
+            found.append(Finding("error", what, str(error), remedy))
     if partitions != stream.partitions and "partitions" in stream.model_fields_set:
-        level: Level = "error" if stream.existing == "validate" else "warning"
-        found.append(Finding(level, what, f"it has {partitions} partitions, not {stream.partitions}", "they stay"))
-    for one in differences(config, wanted):
-        done, fails = what_is_done(one, stream, state)
-        found.append(Finding("error" if fails else "warning", f"{what}, {one.field}", str(one), done))
+        level: Severity = "error" if stream.existing == "validate" else "warning"
+        remedy = "the number of partitions can't be changed"
+        found.append(Finding(level, what, f"it has {partitions} partitions, not {stream.partitions}", remedy))
+    for difference in differences(config, wanted):
+        treatment, fails = treatment_of(difference, stream, state)
+        severity: Severity = "error" if fails else "warning"
+        found.append(Finding(severity, f"{what}, {difference.field}", str(difference), treatment))
     return found
 
 
-def look_at_database(app: App, settings: Settings) -> list[Finding]:
-    """Find out whether the database can be reached and written, and whether its tables are of this program."""
-    text_ = settings.database.url or f"sqlite:///{(settings.data / app.name).absolute() / 'projections.db'}"
-    what = f"database {shown(text_)}"
+def check_database(app: App, settings: Settings) -> list[Finding]:
+    """Check that the database can be reached and written, and that its tables fit this program."""
+    address = settings.database.url_in((settings.data / app.name).absolute())
+    what = f"database {shown(address)}"
     try:
-        url = database_url(text_)
+        url = database_url(address)
     except SchemaError as error:
         return [Finding("error", what, str(error))]
     if url.get_backend_name() == "sqlite" and not (url.database and Path(url.database).exists()):
-        # opening would make it
-        return [look_at_directory(Path(url.database or ".").parent, what, "a new one is made at start")]
-    engine = open_database(text_, **settings.database.options())
+        # opening the database would create it
+        return [check_directory(Path(url.database or ".").parent, what, "it does not exist; the service creates it")]
+    engine = open_database(address, **settings.database.options())
     try:
         return [_schema(engine, what), _writable(engine, what)]
     except (DBAPIError, PoolTimeout) as error:
@@ -175,7 +177,7 @@ def look_at_database(app: App, settings: Settings) -> list[Finding]:
 
 
 def _schema(engine: Engine, what: str) -> Finding:
-    import migrations  # takes its time to load
+    import migrations  # it loads slowly
 
     with reads(engine).connect() as connection:
         found = migrations.current(connection)
@@ -184,9 +186,12 @@ def _schema(engine: Engine, what: str) -> Finding:
     except SchemaError as error:
         return Finding("error", what, str(error))
     if found is None:
-        return Finding("ok", what, "reachable; the kernel's tables are made at start")
+        return Finding("ok", what, "reachable; the service creates its tables at start")
     if found != migrations.head():
-        return Finding("ok", what, f"reachable; tables of revision {found}, brought to {migrations.head()} at start")
+        head = migrations.head()
+        return Finding(
+            "ok", what, f"reachable; tables of revision {found}; the service upgrades them to {head} at start"
+        )
     return Finding("ok", what, f"reachable; tables of revision {found}, the newest")
 
 
@@ -195,22 +200,23 @@ def _writable(engine: Engine, what: str) -> Finding:
         try:
             connection.execute(text("CREATE TABLE eskernel_check (one INTEGER)"))
         except DBAPIError as error:
-            remedy = "the service makes tables: its user needs to be allowed to"
+            remedy = "allow the database user to create tables"
             return Finding("error", what, f"not writable: {str(error.orig).splitlines()[0]}", remedy)
         finally:
             connection.rollback()
     return Finding("ok", what, "writable")
 
 
-def look_at_directory(path: Path, what: str = "", told: str = "writable") -> Finding:
-    """Find out whether files could be made there, by making one that has no name, in what exists of it."""
+def check_directory(path: Path, what: str = "", detail: str = "writable") -> Finding:
+    """Check that files can be created in a directory, with a temporary file in it or in its nearest existing parent."""
     what = what or f"data directory {path.absolute()}"
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        return Finding("error", what, f"{there}: {error.strerror or os.strerror(error.errno or 0)}", "see data")
-    return Finding("ok", what, told)
+        reason = error.strerror or os.strerror(error.errno or 0)
+        return Finding("error", what, f"{existing}: {reason}", "see the setting data")
+    return Finding("ok", what, detail)

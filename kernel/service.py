@@ -218,7 +218,7 @@ class Service:
             },
             "limits": parts.governor.show(),
             **parts.detector.report(),
-            "alerts": self.alerts.told,
+            "alerts": self.alerts.sent,
             "jobs": self.scheduler.report(),
         }
 

@@ -1,9 +1,8 @@
-"""`eskernel config`: what is set, and whether it works."""
+"""`eskernel config`: shows and checks the settings."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click
 
@@ -12,7 +11,7 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import asynchronous, console, explain, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
-from kernel.preflight import Finding, examine
+from kernel.preflight import examine
 from kernel.settings import Settings
 from kernel.settings.sources import Loaded, leaves, shown_value, value_of
 
@@ -25,14 +24,15 @@ def config() -> None:
 
 
 @config.command(epilog=EXIT_CODES)
-@click.option("--changed", "only_changed", is_flag=True, help="Only what is not a default.")
+@click.option("--changed", "only_changed", is_flag=True, help="Only the settings that are not defaults.")
 @click.option("--json", "as_json", is_flag=True)
 @settings_options
 def show(only_changed: bool, as_json: bool, loaded: Loaded) -> None:
-    """Print every setting's value and where it comes from; secrets, and passwords in URLs, are masked."""
+    """Print every setting's value and its origin. Secrets, and passwords in URLs, are masked."""
     rows = []
     for name, _ in leaves():
-        origin = next((loaded.origins[one] for one in loaded.origins if f"{one}.".startswith(f"{name}.")), "default")
+        origins = [origin for key, origin in loaded.origins.items() if f"{key}.".startswith(f"{name}.")]
+        origin = origins[0] if origins else "default"
         if origin != "default" or not only_changed:
             rows.append({"name": name, "value": shown_value(value_of(loaded.settings, name)), "origin": origin})
     if as_json:
@@ -57,9 +57,9 @@ def schema() -> None:
 @settings_options
 @asynchronous
 async def check(app: str, as_json: bool, loaded: Loaded) -> None:
-    """Try the settings for an APP on the running servers, without changing anything.
+    """Check the settings for an APP on the running servers, without changing anything.
 
-    Exits with 1 when something would keep the service from starting or working.
+    Exits with 1 if a finding would prevent the service from starting or working.
     """
     try:
         found = load_app(app)
@@ -67,16 +67,12 @@ async def check(app: str, as_json: bool, loaded: Loaded) -> None:
         explain(error)
     findings = await examine(found, loaded.settings)
     if as_json:
-        print_json([_plain(one) for one in findings])
+        print_json([finding._asdict() for finding in findings])
     else:
-        for one in findings:
-            console.print(f"[{_STYLES[one.level]}]{one.level:<8}[/]", end="", highlight=False)
-            console.print(f"{one.what}: {one.told}", markup=False, highlight=False, soft_wrap=True)
-            if one.remedy:
-                console.print(f"{'':8}{one.remedy}", markup=False, highlight=False, soft_wrap=True)
-    if any(one.level == "error" for one in findings):
+        for finding in findings:
+            console.print(f"[{_STYLES[finding.level]}]{finding.level:<8}[/]", end="", highlight=False)
+            console.print(f"{finding.what}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
+            if finding.remedy:
+                console.print(f"{'':8}{finding.remedy}", markup=False, highlight=False, soft_wrap=True)
+    if any(finding.level == "error" for finding in findings):
         sys.exit(FAILED)
-
-
-def _plain(one: Finding) -> dict[str, Any]:
-    return {"level": one.level, "what": one.what, "told": one.told, "remedy": one.remedy}

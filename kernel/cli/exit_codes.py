@@ -1,4 +1,4 @@
-"""With which exit code the command line reports each error."""
+"""The exit codes of the command line: each class of errors has one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from kernel.errors import (
 )
 
 FAILED: Final = 1
-"""Refused, or failed."""
+"""The request was refused, or failed."""
 USAGE: Final = 2
-"""Wrong usage, settings or declarations."""
+"""The usage, the settings or the declarations are wrong."""
 UNREACHABLE: Final = 3
-"""Nothing runs there, or it does not answer."""
+"""No service is running, or it does not answer."""
 
 _CODES: Final[list[tuple[type[BaseException], int]]] = [
     *((kind, USAGE) for kind in (AppNotFound, SettingsError, LimitsError, NotDeclared, NoDatabase)),
@@ -38,5 +38,5 @@ _CODES: Final[list[tuple[type[BaseException], int]]] = [
 
 
 def exit_code_of(error: type[BaseException]) -> int | None:
-    """Return the exit code of an error's class, None for one that no user can cause: it gets a traceback."""
+    """Return the exit code of a class of errors, or None if it is a bug, which is reported with a traceback."""
     return next((code for kind, code in _CODES if issubclass(error, kind)), None)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, print_json, target_options
-from kernel.cli.status import ask_workers
+from kernel.cli.status import survey_workers
 
 
 @click.command(epilog=EXIT_CODES)
@@ -17,17 +17,18 @@ from kernel.cli.status import ask_workers
 @target_options
 @asynchronous
 async def jobs(as_json: bool, where: Where) -> None:
-    """Print what every worker does regularly: interval, last run, duration, last error, next run."""
-    report = await ask_workers(where.find())
+    """Print the scheduled jobs of every worker: interval, last run, duration, last error and next run."""
+    report = await survey_workers(where.find())
     found = [
-        {"worker": one["worker"], "jobs": sorted(one["jobs"], key=lambda job: job["name"])} for one in report["workers"]
+        {"worker": worker["worker"], "jobs": sorted(worker["jobs"], key=lambda job: job["name"])}
+        for worker in report["workers"]
     ]
     if as_json:
         print_json(found)
         return
-    for one in found:
-        console.print(one["worker"], style="bold", highlight=False)
-        console.print(_table(one["jobs"]))
+    for worker in found:
+        console.print(worker["worker"], style="bold", highlight=False)
+        console.print(_table(worker["jobs"]))
     for name in report["silent"]:
         console.print(f"{name}: no answer", highlight=False)
 

@@ -24,45 +24,45 @@ Answers = list[dict[str, Any]]
 
 
 @click.group(invoke_without_command=True, epilog=EXIT_CODES)
-@click.option("--json", "as_json", is_flag=True, help="All that every worker says.")
+@click.option("--json", "as_json", is_flag=True, help="Print every worker's answer as JSON.")
 @click.pass_context
 @target_options
 def limits(ctx: click.Context, as_json: bool, where: Where) -> None:
-    """Show how fast work is let in, and what slows it; or change the limits while the service runs.
+    """Show the rate limits and the current rates, or change the limits while the service runs.
 
     \b
-    eskernel limits                                     what is set, and what holds at present
+    eskernel limits                                     show limits and current rates
     eskernel limits set commands=500 commands.burst=800
     eskernel limits set per_aggregate.Account=100 per_key=20
     eskernel limits set live=20000 rebuild=none
-    eskernel limits reset                               as the settings say
+    eskernel limits reset                               restore the limits of the settings
 
-    Three lanes are slowed by themselves while the service is in distress, and come back by themselves: commands,
-    live projection, rebuilds. A limit is so much a second, for the whole app; the burst may come at once. What is set
-    here lasts until the service restarts; the settings section `rates` lasts longer.
+    The service slows three lanes automatically while it is in distress: commands, live projection and rebuilds. A limit
+    is a number per second for the whole app; its burst is the largest number at once. A change lasts until the service
+    restarts. Set the section `rates` of the settings for permanent limits.
     """
     if ctx.invoked_subcommand is None:
         asynchronous(_show)(as_json, where)
     elif as_json or where != Where(None, None, None, None, None):
-        raise click.UsageError(f"give options behind `{ctx.invoked_subcommand}`")
+        raise click.UsageError(f"write the options behind `{ctx.invoked_subcommand}`")
 
 
 @limits.command("set", epilog=EXIT_CODES)
 @click.argument("words", metavar="NAME=VALUE...", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="All that every worker says.")
+@click.option("--json", "as_json", is_flag=True, help="Print every worker's answer as JSON.")
 @target_options
 @asynchronous
 async def set_(words: tuple[str, ...], as_json: bool, where: Where) -> None:
-    """Change limits on the running service: all that is named, on all workers, or nothing.
+    """Change limits of the running service: all given limits on all workers, or none.
 
-    NAME is commands, live, rebuild, per_key, or per_aggregate.TYPE; with .burst behind it, what may come at once
-    instead of how much a second. VALUE is a number, or none for no limit.
+    NAME is commands, live, rebuild, per_key or per_aggregate.TYPE. NAME is the limit per second, NAME.burst the largest
+    number at once. VALUE is a number, or none for no limit.
 
     \b
     eskernel limits set commands=500 commands.burst=800
     eskernel limits set per_aggregate.Account=100 rebuild=none
 
-    It lasts until the service restarts; workers that start meanwhile take it over from the others.
+    The change lasts until the service restarts. A worker that starts meanwhile adopts it from the other workers.
     """
     try:
         values = parse(words)
@@ -72,11 +72,11 @@ async def set_(words: tuple[str, ...], as_json: bool, where: Where) -> None:
 
 
 @limits.command(epilog=EXIT_CODES)
-@click.option("--json", "as_json", is_flag=True, help="All that every worker says.")
+@click.option("--json", "as_json", is_flag=True, help="Print every worker's answer as JSON.")
 @target_options
 @asynchronous
 async def reset(as_json: bool, where: Where) -> None:
-    """Go back to the limits of the settings."""
+    """Restore the limits of the settings."""
     await _change(where, None, as_json)
 
 
@@ -84,70 +84,76 @@ async def _show(as_json: bool, where: Where) -> None:
     target = where.find()
     connection = await target.connection()
     try:
-        workers, silent = await _ask(target, connection, {})
+        workers, silent = await _request(target, connection, {})
     finally:
         await connection.close()
-    _tell(workers, silent, as_json)
+    _print(workers, silent, as_json)
 
 
 async def _change(where: Where, values: Values | None, as_json: bool) -> None:
-    """Add to what was set before, or (None) take all of it back."""
+    """Add limits to the overrides of the workers, or remove all overrides if `values` is None."""
     target = where.find()
     connection = await target.connection()
     try:
-        workers, _ = await _ask(target, connection, {})
-        newest = max((one["limits"]["overrides"] for one in workers), key=lambda one: float(one["at"]))
+        workers, _ = await _request(target, connection, {})
+        known = [worker["limits"]["overrides"] for worker in workers]
+        newest = max(known, key=lambda overrides: float(overrides["at"]))
         overrides = {**newest["values"], **values} if values is not None else {}
         try:
             override(target.settings.rates, overrides, target.app)
         except LimitsError as error:
             fail(str(error), USAGE)
-        await _ask(target, connection, {"overrides": overrides, "check": True})
-        # clocks of two machines differ, and the later one counts
+        await _request(target, connection, {"overrides": overrides, "check": True})
+        # workers adopt only later overrides, and this machine's clock may be behind
         at = max(time.time(), newest["at"] + 1e-3)
-        workers, silent = await _ask(target, connection, {"overrides": overrides, "at": at})
+        workers, silent = await _request(target, connection, {"overrides": overrides, "at": at})
     finally:
         await connection.close()
-    _tell(workers, silent, as_json)
+    _print(workers, silent, as_json)
 
 
-async def _ask(target: Target, connection: NatsConnection, what: dict[str, Any]) -> tuple[Answers, list[str]]:
-    """Ask all workers; if one of them refuses, or none is there, that is the end."""
+async def _request(target: Target, connection: NatsConnection, body: dict[str, Any]) -> tuple[Answers, list[str]]:
+    """Send a request to all workers. Exit if a worker refuses it, or if no worker answers."""
     subject = subjects_of(target.app.name, target.settings).service("limits")
-    workers, silent = await survey(connection, subject, orjson.dumps(what))
+    workers, silent = await survey(connection, subject, orjson.dumps(body))
     if not workers:
         url = shown(",".join(target.settings.connection.servers))
         fail(f"no service of {target.app.name!r} answers on {url}", UNREACHABLE)
-    if refused := [one for one in workers if "error" in one]:
-        fail("\n".join(f"{one['worker']}: {one['error']}" for one in refused), FAILED)
+    if refusals := [worker for worker in workers if "error" in worker]:
+        fail("\n".join(f"{refusal['worker']}: {refusal['error']}" for refusal in refusals), FAILED)
     return workers, silent
 
 
-def _tell(workers: Answers, silent: Sequence[str], as_json: bool) -> None:
+def _print(workers: Answers, silent: Sequence[str], as_json: bool) -> None:
     if as_json:
         print_json({"workers": workers, "silent": silent})
         return
     limits = workers[0]["limits"]
-    table = Table("limit", "a second", "burst", "at present", box=None, header_style="bold")
+    table = Table("limit", "per second", "burst", "current rate", box=None, header_style="bold")
     for name, lane in limits["lanes"].items():
         table.add_row(name, _number(lane["rate"]), _burst(lane), _present(workers, name))
     for name, limit in limits["fixed"].items():
         table.add_row(name, _number(limit["rate"]), _burst(limit), _number(limit["rate"]))
     console.print(table)
-    for one in workers:
-        for name, lane in one["limits"]["lanes"].items():
+    for worker in workers:
+        for name, lane in worker["limits"]["lanes"].items():
             if lane["why"]:
-                _line(f"{one['worker']} has slowed {name} to {_number(lane['present'])}/s: {lane['why']}")
+                _line(f"{worker['worker']} has slowed {name} to {_number(lane['present'])}/s: {lane['why']}")
     if values := limits["overrides"]["values"]:
         names = ", ".join(f"{name}={_number(value)}" for name, value in values.items())
-        _line(f"set while running, until the service restarts: {names}")
+        _line(f"changed until the service restarts: {names}")
     for name in silent:
-        errors.print(f"{name}: no answer; it asks the others when it is back", markup=False, highlight=False)
+        errors.print(
+            f"{name}: no answer; it adopts the limits of the other workers when it is back",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _present(workers: Answers, name: str) -> str:
-    """What all workers together let in: each its part, but for rebuilds, of which there is one for all."""
-    rates = [one["limits"]["lanes"][name]["present"] for one in workers]
+    """Return the current rate of all workers together: the sum, but the minimum for rebuilds, which are one process."""
+    rates = [worker["limits"]["lanes"][name]["present"] for worker in workers]
     limited = [rate for rate in rates if rate is not None]
     if not limited:
         return "no limit"

@@ -33,11 +33,11 @@ _OPTIONS: list[tuple[str, str, str, click.Choice[str] | None]] = [
     ("--log-level", "logging.level", "", click.Choice(["debug", "info", "warning", "error"])),
     ("--log-format", "logging.format", "", click.Choice(["text", "json"])),
 ]
-"""Short ways to write settings on the command line; `--set` writes any."""
+"""Options that set a setting; `--set` sets any setting."""
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that lead to settings; the command gets them as `loaded`."""
+    """Add the options for settings. The command gets the settings as `loaded`."""
 
     @functools.wraps(command)
     def gathered(*args: Any, config: Path | None, assignments: tuple[str, ...], **options: Any) -> Any:
@@ -58,7 +58,9 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     added = click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any setting, such as stream.max_bytes=10GiB."
     )(added)
-    added = click.option("--sync", is_flag=True, help="Embedded server: wait for the disk at every commit.")(added)
+    added = click.option("--sync", is_flag=True, help="Embedded server: acknowledge a commit only when it is on disk.")(
+        added
+    )
     for option, name, metavar, kind in reversed(_OPTIONS):
         described = (fields[name].description or "").replace("\n", " ").split(". ")[0].rstrip(".")
         default = fields[name].default
@@ -69,5 +71,5 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--config",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="TOML file with settings.  [default: eskernel.toml, if there]",
+        help="TOML file with settings.  [default: eskernel.toml, if it exists]",
     )(added)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,7 +28,7 @@ MAX_BYTES_SHOWN = 60
 @target_options
 @asynchronous
 async def query(sql: str, as_json: bool, as_csv: bool, where: Where) -> None:
-    """Ask the projection database. It can't be changed from here.
+    """Run an SQL query on the projection database. The query can't change data.
 
     \b
     eskernel query "select * from balances order by cents desc limit 10"
@@ -67,12 +68,12 @@ def _cell(value: Any) -> str:
 @click.argument("aggregate")
 @click.argument("id")
 @click.option("--history", is_flag=True, help="Print the events too.")
-@click.option("--at", metavar="SEQ|TIME", help="As of an event's sequence (1, 2, ...), or of an ISO 8601 time.")
+@click.option("--at", metavar="SEQ|TIME", help="State after an event (1, 2, ...), or at an ISO 8601 time (UTC).")
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
 async def show(aggregate: str, id: str, history: bool, at: str | None, as_json: bool, where: Where) -> None:
-    """Print an aggregate's state, folded from the log; with --at, as it was then.
+    """Print an aggregate's state, folded from the log. With --at, print its state at that event or time.
 
     \b
     eskernel show Account alice --history
@@ -89,11 +90,12 @@ async def show(aggregate: str, id: str, history: bool, at: str | None, as_json: 
     cell = Cell(declared, id)
     events: list[dict[str, Any]] = []
     for commit in stored:
-        envelopes = [one for one in decode(commit.payload) if until(one)]
+        envelopes = [envelope for envelope in decode(commit.payload) if until(envelope)]
         cell.replay(envelopes, commit.sequence)
-        events += [_event(one, commit.sequence) for one in envelopes]
+        events += [_event(envelope, commit.sequence) for envelope in envelopes]
     if not events:
-        fail(f"{aggregate} {id!r} had no events at {at}; its first is of {decode(stored[0].payload)[0].time}", FAILED)
+        first = decode(stored[0].payload)[0].time
+        fail(f"{aggregate} {id!r} had no events at {at}; its first event happened at {first}", FAILED)
     state = {name: value for name, value in vars(cell.state).items() if name != "id"}
     if as_json:
         print_json({"aggregate": aggregate, "id": id, "version": cell.version, "state": state}
@@ -103,9 +105,10 @@ async def show(aggregate: str, id: str, history: bool, at: str | None, as_json: 
     for name, value in state.items():
         console.print(f"  {name} = {value!r}", highlight=False, markup=False)
     if history:
-        for one in events:
+        for event in events:
+            data = orjson.dumps(event["data"]).decode()
             console.print(
-                f"  {one['sequence']:>6}  {one['time'][:23]}  {one['type']} {orjson.dumps(one['data']).decode()}",
+                f"  {event['sequence']:>6}  {event['time'][:23]}  {event['type']} {data}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -123,16 +126,16 @@ def _event(envelope: Envelope, stream_sequence: int) -> dict[str, Any]:
     }
 
 
-def _until(at: str | None) -> Any:
-    """Return a test for whether an event had happened by then."""
+def _until(at: str | None) -> Callable[[Envelope], bool]:
+    """Return a function that tests whether an event is included in the state at that sequence or time."""
     if at is None:
         return lambda _: True
     if at.isdigit():
-        return lambda one: one.sequence <= int(at)
+        return lambda envelope: envelope.sequence <= int(at)
     try:
         moment = datetime.fromisoformat(at)
     except ValueError:
         raise click.UsageError(f"--at {at!r} is neither a sequence nor an ISO 8601 time") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return lambda one: datetime.fromisoformat(one.time) <= moment
+    return lambda envelope: datetime.fromisoformat(envelope.time) <= moment

@@ -18,20 +18,20 @@ from projections import SchemaError
 @click.command(epilog=EXIT_CODES)
 @click.argument("projection", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every projection of the app, in one pass over the log.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; the progress bar is left out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, without a progress bar.")
 @target_options
 @asynchronous
 async def rebuild(projection: str | None, everything: bool, as_json: bool, where: Where) -> None:
-    """Build a PROJECTION's tables anew from the log, while the service runs.
+    """Rebuild a PROJECTION's tables from the log, while the service runs.
 
-    The new copy is filled beside the live one, which stays as it is until both change places in one transaction.
-    If it fails or is stopped, nothing has changed.
+    The new tables are filled beside the live ones. Then the view moves to the new tables in one transaction. If the
+    rebuild fails or is stopped, nothing has changed.
 
-    It reads no faster than the service's rebuild lane lets it, and slower while the live projections have trouble:
-    see `eskernel limits`.
+    The rebuild reads at the rate of the service's rebuild lane, which is slowed while the live projections are in
+    distress: see `eskernel limits`.
     """
     if bool(projection) == everything:
-        raise click.UsageError("name a projection, or give --all")
+        raise click.UsageError("give a projection, or --all")
     target = where.find()
     wanted = target.app.projections if everything else [target.app.projection(projection or "")]
     if not wanted:
@@ -43,7 +43,7 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
         following(client.connection, subjects, target.settings.rates.rebuild) as pace,
     ):
         with _bar(as_json) as bar:
-            task = bar.add_task(", ".join(one.name for one in wanted), total=None, rate="")
+            task = bar.add_task(", ".join(declared.name for declared in wanted), total=None, rate="")
 
             def show(step: RebuildProgress) -> None:
                 rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
@@ -53,7 +53,7 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
         for declared in wanted:
             await asyncio.to_thread(clean_up, engine, declared)
     for built in [] if as_json else done:
-        _tell(built)
+        _print(built)
     engine.dispose()
     if as_json:
         print_json(done)
@@ -71,11 +71,13 @@ def _bar(quiet: bool) -> Progress:
     )
 
 
-def _tell(built: Rebuilt) -> None:
+def _print(built: Rebuilt) -> None:
     console.print(
         f"{built.projection}: generation {built.generation} is live, {built.events:,} events in {built.seconds:.1f} s "
         f"({built.events / max(built.seconds, 1e-9):,.0f} events/s), up to sequence {built.sequence}",
         highlight=False,
     )
     if built.parked:
-        console.print(f"  {built.parked} aggregates wait behind dead letters", style="yellow", highlight=False)
+        console.print(
+            f"  {built.parked} aggregates are parked; see `eskernel dead-letters list`", style="yellow", highlight=False
+        )

@@ -27,7 +27,7 @@ from kernel.workers.supervisor import Supervisor
 @settings_options
 @asynchronous
 async def run(app: str, loaded: Loaded) -> None:
-    """Run an APP, named as package.module:variable, until SIGTERM or Ctrl-C.
+    """Run an APP, given as package.module:variable, until SIGTERM or Ctrl-C.
 
     \b
     eskernel run examples.bank:app
@@ -35,14 +35,14 @@ async def run(app: str, loaded: Loaded) -> None:
     eskernel run examples.bank:app --nats nats://host:4222 --database postgresql://user@host/name
     eskernel run examples.bank:app --config production.toml --set stream.replicas=3
 
-    Settings come from a TOML file, the environment (ESKERNEL_STREAM__REPLICAS=3) and the command line; the later one
-    wins. `eskernel config show` lists all, docs/configuration.md explains them.
+    Settings come from a TOML file, the environment (ESKERNEL_STREAM__REPLICAS=3) and the command line; a later source
+    overrides an earlier one. `eskernel config show` lists all settings; docs/configuration.md explains them.
 
-    A stop drains: commands under way are answered and the last batch is written. A second signal stops at once;
-    the next start goes on from what was written.
+    At a stop the service answers the commands in progress and writes the last batch. A second signal stops it at once;
+    the next start continues from the last written batch.
     """
     settings = loaded.settings
-    set_up(settings.logging)  # importing an app may have something to say
+    set_up(settings.logging)  # importing an app may log already
     found = load_app(app)
     set_up(settings.logging, found.name)
     service: Service | Supervisor
@@ -66,19 +66,19 @@ async def run(app: str, loaded: Loaded) -> None:
     if starting.done():
         await starting
         settle_memory()
-        _tell(service, found.name)
+        _print(service, found.name)
         await asyncio.wait(waiting[1:], return_when=asyncio.FIRST_COMPLETED)
-        console.print("stopping: answering what is under way ...", highlight=False)
+        console.print("stopping: answering the commands in progress ...", highlight=False)
         await service.stop()
-    for one in waiting:
-        one.cancel()
+    for task in waiting:
+        task.cancel()
     await asyncio.wait(waiting)
     if service.failure:
         fail(service.failure, FAILED)
     console.print("stopped", highlight=False)
 
 
-def _tell(service: Service | Supervisor, app: str) -> None:
+def _print(service: Service | Supervisor, app: str) -> None:
     lines = {
         "log": shown(service.nats_url) + (" (embedded)" if service.settings.embedded else ""),
         "workers": f"{len(service.workers)} processes" if isinstance(service, Supervisor) else "1, this process",
@@ -120,7 +120,7 @@ def check(app: str, as_json: bool) -> None:
     if as_json:
         print_json(listing)
         return
-    console.print(f"{loaded.name}: the declarations are fine", highlight=False)
+    console.print(f"{loaded.name}: the declarations have no problems", highlight=False)
     for declared in loaded.types.values():
         console.print(f"  {declared.name}", style="bold", highlight=False)
         console.print(f"    commands  {', '.join(sorted(declared.commands))}", highlight=False)

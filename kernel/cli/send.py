@@ -22,7 +22,9 @@ from kernel.errors import NotDeclared
 @click.argument("command")
 @click.argument("fields", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--fields-json", metavar="JSON", help="The fields as one JSON object, instead of FIELD=VALUE.")
-@click.option("--command-id", help="Repeat it when repeating a command: it takes effect once.")
+@click.option(
+    "--command-id", help="Id of the command. A command that is sent again with the same id takes effect once."
+)
 @click.option("--timeout", default=15.0, show_default=True, help="Seconds to wait for the receipt.")
 @click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON.")
 @target_options
@@ -38,13 +40,13 @@ async def send(
     as_json: bool,
     where: Where,
 ) -> None:
-    """Send a COMMAND to one AGGREGATE and print its receipt.
+    """Send a COMMAND to an AGGREGATE, and print its receipt.
 
     \b
     eskernel send Account alice Deposit cents=500
     eskernel send Account alice Deposit --fields-json '{"cents": 500}'
 
-    A command that the aggregate rejects exits with 1 and its reason.
+    Exits with 1, and prints the reason, if the aggregate rejects the command.
     """
     target = where.find()
     declared = target.app.type_of(aggregate)
@@ -56,7 +58,7 @@ async def send(
     if as_json:
         print_json(receipt)
         return
-    again = " (it had taken effect before)" if receipt.duplicate else ""
+    again = " (the command had taken effect before)" if receipt.duplicate else ""
     console.print(
         f"{aggregate} {id} is at version {receipt.version}; stream sequence {receipt.sequence}{again}",
         highlight=False,
@@ -65,7 +67,7 @@ async def send(
 
 
 def _make(cls: type, fields: tuple[str, ...], fields_json: str | None) -> Any:
-    """Make the command from what was typed; text becomes what the field's type asks for."""
+    """Make the command from the typed fields. A text is converted to the type of its field."""
     if fields_json is not None:
         if fields:
             raise click.UsageError("give FIELD=VALUE or --fields-json, not both")
@@ -74,10 +76,10 @@ def _make(cls: type, fields: tuple[str, ...], fields_json: str | None) -> Any:
         except orjson.JSONDecodeError as error:
             raise InvalidMessage(f"--fields-json is not JSON: {error}") from None
     typed: dict[str, Any] = {}
-    for one in fields:
-        name, equals, value = one.partition("=")
+    for assignment in fields:
+        name, equals, value = assignment.partition("=")
         if not equals:
-            raise click.UsageError(f"{one!r} is not FIELD=VALUE")
+            raise click.UsageError(f"{assignment!r} is not FIELD=VALUE")
         typed[name] = value
     known = {field.name: field.type for field in msgspec.inspect.type_info(cls).fields}  # type: ignore[attr-defined]
     for name, value in typed.items():
@@ -87,7 +89,7 @@ def _make(cls: type, fields: tuple[str, ...], fields_json: str | None) -> Any:
             except orjson.JSONDecodeError:
                 raise InvalidMessage(f"{name}: {value!r} is not JSON") from None
     if any(name not in known for name in typed):
-        parse(cls, typed)  # says which, and what there is
+        parse(cls, typed)  # it raises an error that lists the fields
     try:
         made: Any = msgspec.convert(typed, cls, strict=False)
         dumps(made)

@@ -21,7 +21,7 @@ from kernel.log.subjects import Address, Subjects
 from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request
 from kernel.settings import Commands
 from kernel.telemetry.metrics import REFUSED
-from kernel.telemetry.tracing import NO_TRACING, Tracing
+from kernel.telemetry.tracing import NO_TRACING, Tracer
 from kernel.transport.outbox import Outbox
 
 MOVED_RETRY_S = 0.05
@@ -56,7 +56,7 @@ class Admission:
         gateway: CommandGateway,
         governor: Governor,
         limits: Commands,
-        tracing: Tracing = NO_TRACING,
+        tracing: Tracer = NO_TRACING,
     ) -> None:
         self._app, self._subjects, self._outbox, self._gateway = app, subjects, outbox, gateway
         self._governor, self._tracing = governor, tracing

@@ -23,7 +23,7 @@ from kernel.protocol import ErrorType, Receipt
 from kernel.settings import Passivation
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import APPEND_SECONDS, APPENDS, BUGS
-from kernel.telemetry.tracing import NO_TRACING, Tracing
+from kernel.telemetry.tracing import NO_TRACING, Tracer
 from kernel.transport.outbox import Outbox
 
 logger = logging.getLogger("eskernel.commands")
@@ -51,7 +51,7 @@ class CommandGateway:
         outbox: Outbox,
         holds: Callable[[int], bool],
         passivation: Passivation,
-        tracing: Tracing = NO_TRACING,
+        tracing: Tracer = NO_TRACING,
     ) -> None:
         self._app, self._log, self._tracing = app, log, tracing
         self.holds = holds

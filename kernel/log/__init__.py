@@ -1,4 +1,4 @@
-"""The event log: one protocol (`base`), kept by JetStream or by memory."""
+"""The event log: one protocol (`base`), implemented on JetStream and in memory."""
 
 from kernel.log.base import CommitBatch, EventLog, LogReader, Stored, StreamInfo
 from kernel.log.jetstream import JetStreamLog

@@ -1,4 +1,4 @@
-"""The event log: one protocol, whatever keeps the events."""
+"""The event log: the protocol that every implementation fulfils."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Stored(NamedTuple):
     """A commit in the log.
 
     Attributes:
-        sequence: its place in the stream, from 1, growing, perhaps with gaps.
+        sequence: the commit's place in the stream, from 1, ascending, possibly with gaps.
         payload: the commit as it was appended.
     """
 
@@ -22,12 +22,12 @@ class Stored(NamedTuple):
 
 
 class CommitBatch(NamedTuple):
-    """What a reader got at once.
+    """The result of one read.
 
     Attributes:
-        commits: in stream order.
-        pending: how many more wait behind them.
-        oldest: when the first of them was appended, in Unix time by the log's clock; 0 where that is not known.
+        commits: commits in stream order.
+        pending: number of commits that wait behind them.
+        oldest: when the first of the commits was appended, in Unix time by the log's clock; 0 if unknown.
     """
 
     commits: list[Stored]
@@ -36,15 +36,15 @@ class CommitBatch(NamedTuple):
 
 
 class StreamInfo(NamedTuple):
-    """What a log says about itself.
+    """Information about a log.
 
     Attributes:
-        created: when the stream was made, which tells one from its successor of the same name.
-        partitions: fixed when it was made.
-        first: lowest stream sequence still there.
-        last: highest stream sequence of a commit that is there, 0 before the first.
-        commits: how many there are.
-        durability: a sentence for people: what survives which failure.
+        created: creation time of the stream, which differs from that of a later stream with the same name.
+        partitions: number of partitions, fixed at creation.
+        first: lowest stream sequence that is stored.
+        last: highest stream sequence of a stored commit, 0 if there is none.
+        commits: number of stored commits.
+        durability: a sentence for people: which failures the events survive.
     """
 
     created: str
@@ -59,21 +59,21 @@ class LogReader(Protocol):
     """A position in the log that moves forward."""
 
     async def next(self, limit: int, timeout: float | None = None) -> CommitBatch:
-        """Return what is there, at most `limit` commits; wait for the first, up to `timeout` seconds."""
+        """Return at most `limit` commits. Wait for the first of them, up to `timeout` seconds."""
 
     def acknowledge(self, sequence: int) -> None:
-        """Say that all up to here is done with; for the log's own monitoring, the reader does not go back to it."""
+        """Report that all commits up to this sequence are processed. Only the log's monitoring uses it."""
 
     async def close(self) -> None:
-        """Give back what the reader holds."""
+        """Release the resources of the reader."""
 
 
 class EventLog(Protocol):
     """Commits by subject, each with its place in one stream.
 
     Attributes:
-        subjects: how its subjects are made and read.
-        max_payload: most bytes a commit may have.
+        subjects: the subjects of the log's app.
+        max_payload: largest size of a commit in bytes.
     """
 
     subjects: Subjects
@@ -82,29 +82,29 @@ class EventLog(Protocol):
     def max_payload(self) -> int: ...
 
     def append(self, subject: str, expected: int, payload: bytes) -> Future[int]:
-        """Append a commit if the subject's last one has stream sequence `expected` (0: there is none).
+        """Append a commit if the subject's last commit has the stream sequence `expected` (0: it has no commit).
 
-        The future gives the new stream sequence. It never stays pending: it raises `Conflict`, `PayloadTooLarge`,
-        `Unavailable` (nothing was appended) or `UnknownOutcome`. An append whose answer was lost is found by its
-        payload, so payloads must differ from each other.
+        The future's result is the new stream sequence. The future always completes: it raises `Conflict`,
+        `PayloadTooLarge`, `Unavailable` (nothing was appended) or `UnknownOutcome`. If the answer to an append is lost,
+        the log looks for the payload, so payloads must differ from each other.
         """
 
     async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
         """Return the commits of one subject with a sequence greater than `after`, in order."""
 
     async def last(self, subject: str) -> Stored | None:
-        """Return the subject's last commit as the leader has it."""
+        """Return the subject's last commit, as the stream's leader has it, or None."""
 
     async def read(self, after: int, partition: int | None = None, *, live: bool = False) -> LogReader:
-        """Return a reader of everything, or of one partition, from the sequence behind `after`.
+        """Return a reader of all commits, or of those of one partition, that come after the sequence `after`.
 
         Args:
-            live: its caller tells with `acknowledge` what is done with, and takes events at the pace that the log is
-                set to; others get everything as fast as they read.
+            live: the reader acknowledges processed commits and follows the replay policy of the settings. Other readers
+                get commits as fast as possible.
         """
 
     async def info(self) -> StreamInfo:
-        """Return what the log says about itself. Raises `Unavailable`."""
+        """Return information about the log. Raises `Unavailable`."""
 
     async def close(self) -> None:
-        """Let go of the log; pending appends fail."""
+        """Close the log; pending appends fail."""

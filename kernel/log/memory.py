@@ -1,4 +1,4 @@
-"""A log in this process's memory: for tests, and to show what the protocol asks for and no more."""
+"""A log in this process's memory: for tests, and as the simplest implementation of the protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kernel.log.subjects import Subjects
 
 
 class MemoryLog:
-    """Keeps commits in lists; nothing survives the process."""
+    """Keeps commits in lists. They are lost when the process ends."""
 
     def __init__(self, app: str = "memory", partitions: int = 64, max_payload: int = 1_048_576) -> None:
         self.subjects = Subjects(app, partitions)
@@ -47,7 +47,7 @@ class MemoryLog:
         return future
 
     async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
-        return [one for one in self._by_subject.get(subject, ()) if one.sequence > after]
+        return [stored for stored in self._by_subject.get(subject, ()) if stored.sequence > after]
 
     async def last(self, subject: str) -> Stored | None:
         known = self._by_subject.get(subject)
@@ -86,11 +86,11 @@ class _MemoryReader:
 
     def _waiting(self) -> list[Stored]:
         everything = self._log._all
-        start = bisect_right(everything, self._after, key=lambda one: one.sequence)
+        start = bisect_right(everything, self._after, key=lambda stored: stored.sequence)
         if self._partition is None:
             return everything[start:]
         parse = self._log.subjects.parse
-        return [one for one in everything[start:] if parse(one.subject).partition == self._partition]
+        return [stored for stored in everything[start:] if parse(stored.subject).partition == self._partition]
 
     def acknowledge(self, sequence: int) -> None:
         pass

@@ -1,8 +1,8 @@
-"""Reading JetStream in order, fast: an ephemeral pull consumer, two requests outstanding.
+"""Reads JetStream fast and in order, with an ephemeral pull consumer and two outstanding requests.
 
-The consumer's own position is worth nothing to us (checkpoints in SQL are the truth), so when anything is odd, a
-missed heartbeat, a gap in the consumer's count, a reconnect, a server's refusal, the reader makes a new consumer
-behind the last commit that it handed out.
+The checkpoints in SQL are the position of a projection; the consumer's own position does not matter. So the reader
+creates a new consumer, after the last commit that it has returned, whenever something is wrong: a missed heartbeat, a
+gap in the consumer's count, a reconnect, or a refusal by the server.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from kernel.transport.connection import NatsConnection, header_of, publish_frame
 
 PULL_EXPIRES_S = 30.0
 MAX_SUBJECTS = 200_000
-"""Subjects whose text is kept."""
+"""Largest number of subjects whose text is cached."""
 
 READ_AHEAD = 128_000
-"""Commits that the server delivers ahead of acknowledgements, unless told: four wide batches."""
+"""Default for the commits that the server delivers ahead of acknowledgements: four full batches."""
 _numbers = itertools.count(1)
 Api = Callable[..., Any]
 
@@ -35,9 +35,9 @@ class JetStreamReader:
     """A position in the stream; see `LogReader`.
 
     Args:
-        api: asks the JetStream API.
-        subject: filter, or None to read the whole stream unfiltered, which is the fastest.
-        worker: for the consumer's name.
+        api: calls the JetStream API.
+        subject: subject filter, or None to read the whole stream, which is fastest.
+        worker: name of the worker, for the consumer's name.
         on_acknowledge: called with each sequence that is acknowledged.
     """
 
@@ -58,7 +58,7 @@ class JetStreamReader:
         self._settings, self._worker = settings, worker
         self._window, self._heartbeat = settings.window, settings.heartbeat
         self._acknowledging = settings.ack_policy == "all"
-        # the last message of each batch handed out, not yet acknowledged
+        # the last message of each returned batch that is not yet acknowledged
         self._handed: deque[tuple[int, bytes]] = deque()
         self._buffer: list[tuple[bytes, bytes, bytes]] = []
         self._subjects: dict[bytes, str] = {}
@@ -76,7 +76,7 @@ class JetStreamReader:
         self._arrived.set()
 
     async def _start(self) -> None:
-        """Make a consumer behind what was handed out."""
+        """Create a consumer that starts after the last returned commit."""
         await self._drop()
         config: dict[str, Any] = {
             "name": f"{self._settings.name_prefix}-{self._worker}-{next(_numbers)}",
@@ -104,7 +104,7 @@ class JetStreamReader:
         self._requested = self._delivered = 0
         self._broken = False
         self._heard = time.monotonic()
-        # a new inbox each time: late messages of the old consumer must not be taken for the new one's
+        # a new inbox each time: late messages of the old consumer must not reach the new one
         self._inbox = self._connection.new_inbox()
         self._stop_listening = await self._connection.listen(self._inbox, self._receive)
         self._next = f"{self._connection.api}.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}".encode()
@@ -141,7 +141,7 @@ class JetStreamReader:
         """See `LogReader.next`.
 
         Raises:
-            Unavailable: no consumer could be made; trying again later goes on from the same place.
+            Unavailable: no consumer could be created; a later call continues at the same place.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -172,14 +172,14 @@ class JetStreamReader:
         # an account hash before the stream and a random token at the end
         first, last = taken[0][1].split(b"."), taken[-1][1].split(b".")
         offset = 5 if len(first) == 9 else 7
-        # the consumer counts what it delivers: a missing number is a message that got lost on the way
+        # the consumer counts its deliveries: a missing number is a message that was lost on the way
         if int(first[offset + 1]) != self._delivered + 1 or int(last[offset + 1]) != self._delivered + len(taken):
             self._broken = True
             return None
         self._delivered += len(taken)
         if self._acknowledging:
             if any(reply.split(b".", offset)[offset - 1] != b"1" for _, reply, _ in taken):
-                self._broken = True  # delivered again: what came in between is behind it
+                self._broken = True  # a redelivered message comes out of order
                 return None
             self._handed.append((int(last[offset]), taken[-1][1]))
         sequences: Iterable[int] = range(int(first[offset]), int(last[offset]) + 1)
@@ -187,7 +187,7 @@ class JetStreamReader:
             sequences = [int(reply.split(b".", offset + 1)[offset]) for _, reply, _ in taken]
         if len(self._subjects) > MAX_SUBJECTS:
             self._subjects.clear()
-        # the same text object each time: its hash is known, and comparing it is comparing a pointer
+        # one text object per subject: its hash is cached, and comparing it compares a pointer
         name, new = self._subjects, tuple.__new__
         commits: list[Stored] = [
             new(Stored, (sequence, name.get(subject) or name.setdefault(subject, subject.decode()), payload))
@@ -214,10 +214,10 @@ class JetStreamReader:
             try:
                 await self._api(f"CONSUMER.DELETE.{self._stream}.{consumer}", {})
             except LogError:
-                pass  # it is gone, or goes by itself when nobody has pulled for a minute
+                pass  # the consumer is deleted already, or the server deletes it after a time without pull requests
 
     async def close(self) -> None:
-        """Remove the consumer; a second call does nothing."""
+        """Delete the consumer. A second call does nothing."""
         if self._break not in self._connection.reconnections:
             return
         self._connection.reconnections.remove(self._break)

@@ -1,4 +1,4 @@
-"""Finding an app's stream, making it, or changing it; refusing one that an event log can't be built on."""
+"""Finds an app's stream, creates it, or changes it, and refuses a stream that is unusable as an event log."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, server
 
 logger = logging.getLogger("eskernel.log")
 OLDEST = (2, 10)
-"""Oldest server that the tests run on."""
+"""Oldest supported version of nats-server; the tests run on it."""
 ATOMIC = (2, 12)
-"""First server with atomic batches."""
+"""First version of nats-server with atomic batches."""
 _NEEDED = ("subjects", "retention", "storage", "allow_direct")
-"""Without these it is no event log, and they can't be changed once there are events."""
+"""Fields that an event log depends on, and that can't be changed when the stream contains events."""
 _UNSET = {"max_age": 0, "max_bytes": -1, "max_msgs": -1, "compression": "none", "num_replicas": 1}
 _SETTING = {
     "subjects": "subject_prefix",
@@ -29,7 +29,7 @@ _SETTING = {
 
 
 class Difference(NamedTuple):
-    """One field in which a stream is not what the settings say."""
+    """A field of a stream that differs from the settings."""
 
     field: str
     found: Any
@@ -42,7 +42,7 @@ class Difference(NamedTuple):
 
 
 def wanted_config(app: str, settings: Stream, version: tuple[int, int]) -> dict[str, Any]:
-    """Return the stream's configuration as the settings say, for a server of that version."""
+    """Return the stream's configuration according to the settings, for a server of this version."""
     subjects = Subjects(settings.subject_prefix or app, settings.partitions)
     config: dict[str, Any] = {
         "name": settings.name or app,
@@ -66,7 +66,7 @@ def wanted_config(app: str, settings: Stream, version: tuple[int, int]) -> dict[
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[Difference]:
-    """Return the fields in which a stream differs from what is wanted, but for its name and partition count."""
+    """Return the fields in which a stream differs from the wanted configuration, without name and partition count."""
     different = []
     for field, value in wanted.items():
         if field in ("name", "description"):
@@ -85,7 +85,7 @@ def check_server(connection: NatsConnection) -> None:
 
 
 async def find_config(connection: NatsConnection, name: str) -> dict[str, Any] | None:
-    """Return what the server says about a stream, None where there is none. Raises `LogError`."""
+    """Return the server's information about a stream, or None if it does not exist. Raises `LogError`."""
     try:
         return await call_api(connection, f"STREAM.INFO.{name}", None)
     except ApiError as error:
@@ -103,18 +103,18 @@ async def open_log(
     worker: str = "",
     on_replaced: Callable[[str], None] = lambda _: None,
 ) -> JetStreamLog:
-    """Return the app's log, looking after its stream as `settings.stream.existing` says.
+    """Return the app's log, and create or change its stream according to `settings.stream.existing`.
 
-    An existing stream keeps the partition count that it was made with.
+    An existing stream keeps its partition count.
 
     Args:
-        create: make a stream where there is none.
-        worker: for the names of consumers.
+        create: the stream may be created. If it is False and the stream does not exist, `Replaced` is raised.
+        worker: name of the worker, for the names of consumers.
         on_replaced: called with the reason where the stream later turns out to be another one, or to have lost its end.
 
     Raises:
-        Replaced: there is none, and there should be.
-        StreamMismatch: a stream of that name exists and an event store can't be built on it, or not as wanted.
+        Replaced: the stream does not exist, but the database was folded from it.
+        StreamMismatch: the existing stream is unusable as an event log, or differs from the settings.
         Unavailable: the server doesn't answer, or JetStream is not enabled.
     """
     settings = settings or Settings()
@@ -134,18 +134,20 @@ async def open_log(
     if partitions != stream.partitions and "partitions" in stream.model_fields_set:
         if stream.existing == "validate":
             raise StreamMismatch(
-                f"stream {name!r} is not as the settings say: {Difference('partitions', partitions, stream.partitions)}"
+                f"stream {name!r} differs from the settings: {Difference('partitions', partitions, stream.partitions)}"
             )
         logger.warning(
-            "the stream has %d partitions, not %d: that is fixed when it is made", partitions, stream.partitions
+            "the stream has %d partitions, not %d: the number is fixed when the stream is created",
+            partitions,
+            stream.partitions,
         )
     if settings.jetstream.group_commit == "always" and not config.get("allow_atomic"):
         why = (
-            "the stream was made without allow_atomic: stream.existing = 'update' adds it"
+            "the stream was created without allow_atomic: stream.existing = 'update' adds it"
             if server_version(connection) >= ATOMIC
             else f"it needs nats-server {'.'.join(map(str, ATOMIC))} or newer, this is {version_text(connection)}"
         )
-        raise StreamMismatch(f"jetstream.group_commit = 'always' can't be done: {why}; or use 'auto'")
+        raise StreamMismatch(f"jetstream.group_commit = 'always' can't be used: {why}; or use 'auto'")
     if stream.may_lose_events:
         logger.warning("stream.may_lose_events: the server may delete events of %s; %s", name, _losing(config))
     state = answer.get("state") or {}
@@ -187,21 +189,22 @@ async def _start(
 async def _create(connection: NatsConnection, wanted: dict[str, Any], stream: Stream, create: bool) -> dict[str, Any]:
     name = wanted["name"]
     if not create:
-        # an empty one in its place would be in the way of a restore
+        # an empty stream of this name would prevent a restore
         raise Replaced(
             f"the stream {name!r} is gone, and the database was folded from it: restore the stream, or start with "
             "an empty database"
         )
     if stream.existing in ("validate", "skip"):
         raise StreamMismatch(
-            f"there is no stream {name!r}, and stream.existing = {stream.existing!r} never makes one; make it, or "
-            "use 'create'"
+            f"the stream {name!r} does not exist, and stream.existing = {stream.existing!r} never creates it; create "
+            "the stream, or set stream.existing = 'create'"
         )
     answer = await call_api(connection, f"STREAM.CREATE.{name}", wanted)
-    # read back: older servers drop fields that they don't know without a word
+    # compare: older servers silently ignore fields that they don't know
     if lost := differences(answer["config"], wanted):
         raise StreamMismatch(
-            f"nats-server {version_text(connection)} made the stream {name!r} otherwise than asked: {_listed(lost)}"
+            f"nats-server {version_text(connection)} created the stream {name!r} with other values: {_listed(lost)}; "
+            "use a newer nats-server, or other settings"
         )
     return answer
 
@@ -209,19 +212,19 @@ async def _create(connection: NatsConnection, wanted: dict[str, Any], stream: St
 async def _keep(
     connection: NatsConnection, answer: dict[str, Any], wanted: dict[str, Any], stream: Stream
 ) -> dict[str, Any]:
-    """Take an existing stream, as far as it fits."""
+    """Check an existing stream, and change it if the settings demand it. Return the server's information about it."""
     config, name = answer["config"], wanted["name"]
     partitions_of(config)
     different = differences(config, wanted)
     if stream.existing == "skip" or not different:
         return answer
     if stream.existing == "validate":
-        raise StreamMismatch(f"stream {name!r} is not as the settings say: {_listed(different)}")
-    if fatal := [one for one in different if one.field in _NEEDED]:
+        raise StreamMismatch(f"stream {name!r} differs from the settings: {_listed(different)}")
+    if fatal := [difference for difference in different if difference.field in _NEEDED]:
         raise StreamMismatch(f"stream {name!r} can't carry this event log: {_listed(fatal)}")
     if stream.existing == "update":
         return await _update(connection, answer, wanted, different)
-    # those that lose events are the caller's to refuse
+    # the caller refuses differences that lose events
     logger.warning(
         "stream %s differs from the settings, and stays as it is: %s; stream.existing = 'update' changes it",
         name,
@@ -230,23 +233,23 @@ async def _keep(
     return answer
 
 
-def what_is_done(one: Difference, stream: Stream, state: dict[str, Any]) -> tuple[str, bool]:
-    """Return what a start does about a difference, and whether it fails over it."""
+def treatment_of(difference: Difference, stream: Stream, state: dict[str, Any]) -> tuple[str, bool]:
+    """Return the treatment of a difference at start, and whether the start fails because of it."""
     if stream.existing == "skip":
         return "it stays as it is: stream.existing = 'skip'", False
     if stream.existing == "validate":
         return "the service does not start: stream.existing = 'validate'", True
-    if one.field in _NEEDED:
-        return "it can't be changed: choose another stream.name, or the setting as it is", True
+    if difference.field in _NEEDED:
+        return "it can't be changed: choose another stream.name, or set the present value", True
     if stream.existing == "create":
         return "it stays as it is: stream.existing = 'update' changes it", False
-    if _holds_more(one.field, one.wanted, state):
-        return "the service does not start: the stream holds more already", True
+    if _stored_beyond(difference.field, difference.wanted, state):
+        return "the service does not start: the stream contains more already", True
     return "the service changes it: stream.existing = 'update'", False
 
 
-def _holds_more(field: str, wanted: Any, state: dict[str, Any]) -> int:
-    """Return how much is stored already where that is more than a limit, else 0."""
+def _stored_beyond(field: str, wanted: Any, state: dict[str, Any]) -> int:
+    """Return the stored amount if it is more than a limit, else 0."""
     stored = {"max_bytes": int(state["bytes"]), "max_msgs": int(state["messages"])}.get(field, 0)
     return stored if 0 < (wanted if stored else 0) < stored else 0
 
@@ -256,23 +259,23 @@ async def _update(
 ) -> dict[str, Any]:
     name, state = wanted["name"], answer["state"]
     for field in ("max_bytes", "max_msgs"):
-        if stored := _holds_more(field, wanted[field], state):
+        if stored := _stored_beyond(field, wanted[field], state):
             raise StreamMismatch(
-                f"stream {name!r} holds {stored} already, more than {Difference(field, stored, wanted[field])}: the "
-                "server might delete events; nothing was changed"
+                f"stream {name!r} holds {stored} already: {Difference(field, stored, wanted[field])}; the server might "
+                "delete events, so nothing was changed"
             )
-    changed = {**answer["config"], **{one.field: one.wanted for one in different}}
+    changed = {**answer["config"], **{difference.field: difference.wanted for difference in different}}
     if wanted["max_age"]:
-        # the server demands it, and events carry no ids for it to look at
+        # the server demands it; events have no message ids, so the window has no other effect
         changed["duplicate_window"] = min(changed.get("duplicate_window", 0), wanted["max_age"])
     try:
         updated = await call_api(connection, f"STREAM.UPDATE.{name}", changed)
     except ApiError as error:
         raise StreamMismatch(
-            f"stream {name!r} could not be changed: {error}; wanted were {_listed(different)}"
+            f"stream {name!r} could not be changed: {error}; the changes were {_listed(different)}"
         ) from None
-    for one in different:
-        logger.warning("stream %s changed: %s was %r, is %r", name, one.field, one.found, one.wanted)
+    for field, found, value in different:
+        logger.warning("stream %s changed: %s was %r, is %r", name, field, found, value)
     return updated
 
 

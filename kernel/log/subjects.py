@@ -1,4 +1,4 @@
-"""Where things are addressed: event subjects, command subjects, partitions."""
+"""The subjects of an app: events, commands, requests to workers; and the partition of each aggregate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aggregates import InvalidId
 from kernel.settings import Settings
 
 MAX_TOKEN = 255
-"""Longest encoded id, in bytes: NATS reads a whole subject as one protocol line of at most 4 KB."""
+"""Largest length of an encoded id in bytes. NATS limits a protocol line, which contains the subject, to 4 KB."""
 
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,255}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -19,7 +19,7 @@ APP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}\Z")
 
 
 class Address(NamedTuple):
-    """One aggregate: where its events are, and what it is."""
+    """The address of an aggregate: the subject of its events, its partition, type and id."""
 
     subject: str
     partition: int
@@ -40,17 +40,18 @@ def fnv1a(text: str) -> int:
 
 
 def encode_id(aggregate_id: str) -> str:
-    """Return the id as one subject token: everything but letters, digits, `_` and `-` percent-encoded.
+    """Return the id as one subject token: all characters except letters, digits, `_` and `-` are percent-encoded.
 
     Raises:
-        InvalidId: empty, longer than 255 bytes encoded, not text, or with control characters.
+        InvalidId: the id is empty, is longer than 255 bytes when encoded, contains control characters, or is not valid
+            Unicode.
     """
     if _SAFE.match(aggregate_id):
         return aggregate_id
     if not aggregate_id:
         raise InvalidId("an aggregate id can't be empty")
     if _CONTROL.search(aggregate_id):
-        raise InvalidId(f"aggregate id {aggregate_id[:40]!r} holds control characters")
+        raise InvalidId(f"aggregate id {aggregate_id[:40]!r} contains control characters")
     try:
         token = quote(aggregate_id, safe="").replace(".", "%2E").replace("~", "%7E")
     except UnicodeEncodeError:
@@ -66,8 +67,8 @@ class Subjects:
     """The subjects of one app.
 
     Args:
-        prefix: first token, or tokens, of all of them: the app's name, or what the settings say.
-        partitions: how many partitions its stream was created with.
+        prefix: first token or tokens of all subjects: the app's name, or the setting `stream.subject_prefix`.
+        partitions: partition count of the app's stream.
     """
 
     def __init__(self, prefix: str, partitions: int) -> None:
@@ -92,11 +93,11 @@ class Subjects:
             raise InvalidId(f"{subject!r} is not an event subject of {self.prefix}")
         address = self._address(parts[2], unquote(parts[3]))
         if address.subject != subject:
-            raise InvalidId(f"{subject!r} is not an event subject of {self.prefix}; that one's is {address.subject!r}")
+            raise InvalidId(f"{subject!r} is not an event subject of {self.prefix}; expected {address.subject!r}")
         return address
 
     def partition_of(self, subject: str) -> int:
-        """Return the partition whose owner looks after a message, also after one that is no commit."""
+        """Return the partition whose owner processes a message, also for a message that is not a commit."""
         token = subject.split(".", self._first + 2)[self._first + 1 : self._first + 2]
         named = (
             int(token[0])
@@ -106,18 +107,18 @@ class Subjects:
         return named if named < self.partitions else fnv1a(subject) % self.partitions
 
     def events(self, partition: int | None = None) -> str:
-        """Return the filter for all events, or for those of one partition."""
+        """Return the subject filter for all events, or for the events of one partition."""
         return f"{self.prefix}.evt.>" if partition is None else f"{self.prefix}.evt.{partition}.>"
 
     def commands(self, partition: int | str | None = None) -> str:
-        """Return where commands go: those of one partition, or (`None`) those whose sender doesn't know it."""
+        """Return the subject of a partition's commands, or of commands whose sender does not know the partition."""
         return f"{self.prefix}.cmd" if partition is None else f"{self.prefix}.cmd.{partition}"
 
     def service(self, what: str) -> str:
-        """Return where workers are asked about something: `status`, `leases`, `limits`."""
+        """Return the subject of requests to all workers: `status`, `leases` or `limits`."""
         return f"{self.prefix}.svc.{what}"
 
 
 def subjects_of(app: str, settings: Settings) -> Subjects:
-    """Return an app's subjects as far as they are known without its stream: not those of partitions."""
+    """Return an app's subjects without knowing its stream: the subjects of partitions must not be used."""
     return Subjects(settings.stream.subject_prefix or app, 1)

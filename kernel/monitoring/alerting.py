@@ -1,4 +1,4 @@
-"""Telling the app's own callbacks what changed: backlog, health, pressure. None of them can harm the service."""
+"""Sends alerts to the app's callbacks. A callback that fails or hangs does not affect the service."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernel.alerts import Alert, OnAlert
-from kernel.telemetry.metrics import ALERTS_DROPPED, ALERTS_TOLD
+from kernel.telemetry.metrics import ALERTS_DROPPED, ALERTS_SENT
 
 logger = logging.getLogger("eskernel.monitoring")
 LIMIT_S = 10.0
-"""For one call of an async callback; then it is cancelled. A sync one can't be: what comes waits behind it."""
+"""Time limit in seconds for one call. An async callback is then cancelled; later alerts wait for a sync callback."""
 WAITING = 1_000
-"""Alerts that wait for one callback; of more, the oldest are dropped."""
+"""Largest number of alerts that wait for one callback. Beyond it the oldest alerts are dropped."""
 
 
 class _Listener:
-    """One callback with its thread, made when there is something to tell."""
+    """One callback with its thread, which starts at the first alert."""
 
     def __init__(self, callback: OnAlert, limit: float) -> None:
         self._callback, self._limit = callback, limit
@@ -31,8 +31,8 @@ class _Listener:
         self._thread: threading.Thread | None = None
         self._dropping = False
 
-    def tell(self, alert: Alert) -> None:
-        """Hand over an alert. Never waits."""
+    def send(self, alert: Alert) -> None:
+        """Queue an alert for the callback. It never waits."""
         with self._more:
             if len(self._waiting) >= WAITING:
                 self._waiting.popleft()
@@ -47,7 +47,7 @@ class _Listener:
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread when it has done what it is at."""
+        """End the thread after the current call, and drop the waiting alerts."""
         with self._more:
             self._waiting.clear()
             self._waiting.append(None)
@@ -62,7 +62,7 @@ class _Listener:
                 alert = self._waiting.popleft()
             if alert is None:
                 return
-            # later than an async one is cancelled, which has its own line
+            # later than the cancellation of an async callback, which is logged already
             late = threading.Timer(1.5 * self._limit, self._complain)
             late.daemon = True
             late.start()
@@ -70,7 +70,7 @@ class _Listener:
                 result = self._callback(alert)
                 if inspect.isawaitable(result):
                     asyncio.run(self._finish(result))
-            except BaseException as error:  # a callback that exits must not take its successors' thread along
+            except BaseException as error:  # a callback that calls sys.exit must not end the thread
                 logger.error("on_alert callback %s failed: %s: %s", self._name, type(error).__name__, error)
             finally:
                 late.cancel()
@@ -84,25 +84,29 @@ class _Listener:
 
 
 class Alerts:
-    """Hands alerts to callbacks.
+    """Sends alerts to callbacks.
 
     Args:
-        limit: seconds for one call.
+        worker: name of this worker.
+        limit: time limit in seconds for one call.
+
+    Attributes:
+        sent: number of alerts.
     """
 
     def __init__(self, callbacks: Sequence[OnAlert], worker: str = "", limit: float = LIMIT_S) -> None:
-        self._listeners = [_Listener(one, limit) for one in callbacks]
+        self._listeners = [_Listener(callback, limit) for callback in callbacks]
         self.worker = worker
-        self.told = 0
+        self.sent = 0
 
-    def tell(self, alert: Alert) -> None:
-        """Count an alert and hand it to every callback. Never waits and never raises."""
-        self.told += 1
-        ALERTS_TOLD.labels(kind=alert.kind, level=alert.after).inc()
+    def send(self, alert: Alert) -> None:
+        """Count an alert and queue it for every callback. It never waits and never raises."""
+        self.sent += 1
+        ALERTS_SENT.labels(kind=alert.kind, level=alert.after).inc()
         for listener in self._listeners:
-            listener.tell(alert)
+            listener.send(alert)
 
     def close(self) -> None:
-        """End; what the callbacks are at is not waited for, and what waits for them is dropped."""
+        """Drop the waiting alerts and end the threads, without waiting for running callbacks."""
         for listener in self._listeners:
             listener.close()

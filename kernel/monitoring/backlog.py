@@ -1,7 +1,7 @@
-"""Are the projections behind, and by how much: levels that do not flap, per projection and partition. Pure: no clock.
+"""The backlog of the projections: stable levels for each partition of each projection. No function reads a clock.
 
-A level is a ladder of steps. A step is taken when a measurement has reached its threshold for some time, and left when
-every measurement has been below a share of the threshold for as long.
+A level is a step of a ladder. It begins when the measurements have reached its threshold for some time. It ends when
+all measurements have been below a share of the threshold for the same time.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from kernel.settings import Backlog as Thresholds
+from kernel.settings import Backlog
 
 PACE_S = 10.0
-"""Time constant of the rate; without any progress for so long, it is 0."""
+"""Time constant of the rate in seconds. After this time without progress the rate is 0."""
 SHOWN = 20
-"""Partitions of a projection in a report, the worst first."""
+"""Largest number of partitions of a projection in a report, the worst first."""
 
 
 class Level(IntEnum):
-    """How bad it is."""
+    """Level of a backlog."""
 
     OK = 0
     WARN = 1
@@ -29,12 +29,12 @@ class Level(IntEnum):
 
 
 class Ladder:
-    """A level from 0 upwards, with hysteresis and a least duration.
+    """A level from 0 upwards, with hysteresis and a minimum duration of changes.
 
     Args:
-        steps: how many there are above 0.
-        hysteresis: share of a threshold below which its step is left.
-        min_duration: seconds that a change must hold before it counts.
+        steps: number of levels above 0.
+        hysteresis: share of a threshold below which its level ends.
+        min_duration: seconds for which a change must last before it counts.
     """
 
     __slots__ = ("_hysteresis", "_min_duration", "_on", "_since", "level")
@@ -46,7 +46,7 @@ class Ladder:
         self.level = 0
 
     def update(self, ratios: Sequence[float], now: float) -> int:
-        """Take a measurement as shares of each step's threshold, which grow from step to step; return the level."""
+        """Add a measurement, as a ratio to each level's threshold, and return the level."""
         for step, ratio in enumerate(ratios):
             wanted = ratio >= (self._hysteresis if self._on[step] else 1.0)
             since = self._since[step]
@@ -61,12 +61,12 @@ class Ladder:
 
     @property
     def still(self) -> bool:
-        """Whether it is at 0, and no change is under way."""
+        """True if the level is 0 and no change has begun."""
         return not self.level and self._since == [None] * len(self._since)
 
 
 class Transition(NamedTuple):
-    """A change of level, and what was measured then."""
+    """A change of level, with the measurement that caused it."""
 
     before: Level
     after: Level
@@ -78,20 +78,20 @@ class Alarm:
     """The level of one projection's backlog in one partition.
 
     Attributes:
-        count: commits behind.
-        age: of the oldest of them, in seconds.
+        count: number of commits behind.
+        age: age in seconds of the oldest of these commits.
     """
 
     __slots__ = ("_ladder", "_thresholds", "age", "count", "level")
 
-    def __init__(self, thresholds: Thresholds) -> None:
+    def __init__(self, thresholds: Backlog) -> None:
         self._thresholds = thresholds
         self._ladder = Ladder(2, thresholds.hysteresis, thresholds.min_duration)
         self.level = Level.OK
         self.count = self.age = 0.0
 
     def update(self, count: float, age: float, now: float) -> Transition | None:
-        """Take a measurement; return the change of level that it led to. With nothing waiting, age means nothing."""
+        """Add a measurement, and return the change of level, if any. The age is ignored if the count is 0."""
         self.count, self.age = count, age if count else 0.0
         at = self._thresholds
         before = self.level
@@ -102,12 +102,12 @@ class Alarm:
 
     @property
     def still(self) -> bool:
-        """Whether there is nothing to remember."""
+        """True if nothing is behind, the level is ok, and no change has begun: the alarm can be forgotten."""
         return not self.count and self._ladder.still
 
 
 class Rate:
-    """How much is done in a second, from a counter: exponentially weighted over some seconds."""
+    """The rate of a counter per second, exponentially weighted over `PACE_S`."""
 
     def __init__(self) -> None:
         self.per_second = 0.0
@@ -116,7 +116,7 @@ class Rate:
         self._moved = 0.0
 
     def update(self, done: int, now: float) -> float:
-        """Take the counter's value; return the rate."""
+        """Add the counter's value, and return the rate."""
         if self._at is None or done < self._done:
             self._done, self._at, self._moved = done, now, now
         elif now > self._at:
@@ -133,11 +133,11 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Partitions of one projection that changed from one level to another at the same look.
+    """Partitions of one projection with the same change of level in one round of measurements.
 
     Attributes:
-        behind: their commits behind.
-        age: the highest of theirs, in seconds.
+        behind: number of commits behind, in all of these partitions.
+        age: highest age of these partitions in seconds.
     """
 
     projection: str
@@ -150,14 +150,14 @@ class Change:
 
 @dataclass(slots=True)
 class Behind:
-    """How far one projection is behind, over all partitions.
+    """The backlog of one projection, over all partitions.
 
     Attributes:
-        level: the worst of any partition.
-        behind: commits in all partitions.
-        age: in seconds, of the oldest commit not projected; 0 if there is none.
-        drain: seconds until nothing waits at the present rate; infinite when it stands still.
-        levels: partitions at each level, but for those without anything to tell.
+        level: worst level of any partition.
+        behind: number of commits behind, in all partitions.
+        age: age in seconds of the oldest commit that is not projected; 0 if there is none.
+        drain: seconds until the backlog is 0 at the current rate; infinite if there is no progress.
+        levels: number of partitions at each level, without partitions that have no alarm.
     """
 
     projection: str
@@ -168,13 +168,13 @@ class Behind:
     levels: tuple[int, int, int] = (0, 0, 0)
 
 
-class Backlog:
-    """An alarm for each projection and partition that has something waiting.
+class BacklogMeter:
+    """Measures the backlog: an alarm for each partition of each projection that is behind.
 
-    A look is a `feed` for all that have, then one `finish`.
+    A round of measurements is a `feed` for each partition that is behind, and then one `finish`.
     """
 
-    def __init__(self, thresholds: Thresholds, projections: Sequence[str]) -> None:
+    def __init__(self, thresholds: Backlog, projections: Sequence[str]) -> None:
         self._thresholds = thresholds
         self._alarms: dict[str, dict[int, Alarm]] = {name: {} for name in projections}
         self._fed: set[tuple[str, int]] = set()
@@ -185,20 +185,20 @@ class Backlog:
     @property
     def worst(self) -> Level:
         """The worst level of any partition."""
-        return max((one.level for one in self.projections.values()), default=Level.OK)
+        return max((behind.level for behind in self.projections.values()), default=Level.OK)
 
     @property
     def rate(self) -> float:
-        """Commits projected in a second."""
+        """Commits projected per second."""
         return self._rate.per_second
 
     def feed(self, projection: str, partition: int, count: float, age: float, now: float) -> None:
-        """Take a measurement.
+        """Add a measurement.
 
         Args:
-            count: commits behind.
-            age: seconds, of the oldest of them.
-            now: seconds of any clock that is never set.
+            count: number of commits behind.
+            age: age in seconds of the oldest of these commits.
+            now: seconds of a monotonic clock.
         """
         alarms = self._alarms[projection]
         alarm = alarms.get(partition)
@@ -212,11 +212,11 @@ class Backlog:
             self._changes.setdefault((projection, change.before, change.after), []).append((partition, change))
 
     def finish(self, owned: Collection[int], done: int, now: float) -> list[Change]:
-        """End a look: what was not fed has nothing waiting. Return what changed, several partitions together.
+        """End a round: partitions that were not fed are not behind. Return the changes of level, grouped.
 
         Args:
-            owned: the partitions that are still ours; the others' alarms end here.
-            done: a counter of commits projected.
+            owned: the partitions of this worker; alarms of other partitions end.
+            done: counter of projected commits.
         """
         rate = self._rate.update(done, now)
         for name, alarms in self._alarms.items():
@@ -239,33 +239,33 @@ class Backlog:
                 before,
                 after,
                 sorted(partition for partition, _ in members),
-                round(sum(one.behind for _, one in members)),
-                max(one.age for _, one in members),
+                round(sum(transition.behind for _, transition in members)),
+                max(transition.age for _, transition in members),
             )
             for (name, before, after), members in changes.items()
         ]
 
     def report(self) -> dict[str, Any]:
-        """Return the last look as JSON data: the worst partitions of each projection, an infinite time as null."""
+        """Return the last round as JSON data, with each projection's worst partitions. An infinite time is null."""
         return {
             "level": self.worst.name.lower(),
             "rate": round(self.rate, 1),
-            "projections": [self._report(one) for one in self.projections.values()],
+            "projections": [self._report(behind) for behind in self.projections.values()],
         }
 
-    def _report(self, one: Behind) -> dict[str, Any]:
+    def _report(self, behind: Behind) -> dict[str, Any]:
         worst = sorted(
-            self._alarms[one.projection].items(), key=lambda item: (-item[1].level, -item[1].age, -item[1].count)
+            self._alarms[behind.projection].items(), key=lambda item: (-item[1].level, -item[1].age, -item[1].count)
         )
-        drain = None if math.isinf(one.drain) else round(one.drain, 1)
+        drain = None if math.isinf(behind.drain) else round(behind.drain, 1)
         return {
-            "projection": one.projection,
-            "level": one.level.name.lower(),
-            "behind": round(one.behind),
-            "age": round(one.age, 3),
+            "projection": behind.projection,
+            "level": behind.level.name.lower(),
+            "behind": round(behind.behind),
+            "age": round(behind.age, 3),
             "drain": drain,
-            "warn": one.levels[Level.WARN],
-            "critical": one.levels[Level.CRITICAL],
+            "warn": behind.levels[Level.WARN],
+            "critical": behind.levels[Level.CRITICAL],
             "partitions": [
                 {
                     "partition": partition,

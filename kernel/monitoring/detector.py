@@ -11,7 +11,7 @@ from typing import Any
 from kernel.alerts import Alert
 from kernel.log.appender import Appender
 from kernel.monitoring.alerting import Alerts
-from kernel.monitoring.backlog import Backlog, Change, Level
+from kernel.monitoring.backlog import Change, Level
 from kernel.monitoring.pressure import Pressure, PressureGauge
 from kernel.projector.progress import ReadProgress
 from kernel.settings import Settings
@@ -44,7 +44,7 @@ class Detector:
     def __init__(
         self,
         settings: Settings,
-        backlog: Backlog,
+        backlog: BacklogMeter,
         progress: ReadProgress,
         held: Callable[[], Collection[int]],
         appender: Appender,
@@ -98,7 +98,7 @@ class Detector:
             detail = f"caught up in {where}"
         before, after = change.before.name.lower(), change.after.name.lower()
         logger.log(_LOUD[change.after], "backlog of %s: %s to %s: %s", change.projection, before, after, detail)
-        self._alerts.tell(
+        self._alerts.send(
             Alert(
                 "backlog",
                 change.projection,
@@ -131,7 +131,7 @@ class Detector:
             detail = f"{self._appender.refusal}; {detail}"
         level = logging.WARNING if changed[1] >= Pressure.HIGH else logging.INFO
         logger.log(level, "publishing: pressure %s to %s: %s", before, after, detail)
-        self._alerts.tell(Alert("pressure", "publishing", before, after, detail, self._alerts.worker))
+        self._alerts.send(Alert("pressure", "publishing", before, after, detail, self._alerts.worker))
 
     def report(self) -> dict[str, Any]:
         """Return both as JSON data."""

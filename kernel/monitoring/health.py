@@ -1,4 +1,4 @@
-"""Whether the service is alive, and ready: the state of each of its components."""
+"""The health of a service: whether it is alive and ready, and the state of each component."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernel.telemetry.metrics import COMPONENT_OK
 
 logger = logging.getLogger("eskernel.monitoring")
 DEAD_S = 30.0
-"""No job has begun for so long, though some do each second: the process is of no use any more."""
+"""The process is dead if no job has begun for this long, because some jobs begin every second."""
 STOPPING = "stopping"
 PUBLISHING = ("log", "appends", "leases", "commands", "loop")
 PROJECTING = ("log", "database", "leases", "projection", "loop")
@@ -27,11 +27,11 @@ class Component:
     """One part of the service.
 
     Attributes:
-        name: what it is.
-        ok: whether it works.
-        detail: what is known, for people.
-        latency: seconds that its last probe took.
-        since: when `ok` last changed, in Unix time.
+        name: name of the component.
+        ok: True if the component works.
+        detail: explanation for people.
+        latency: duration of the last probe in seconds.
+        since: Unix time of the last change of `ok`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Component:
     since: float = 0.0
 
     def set(self, ok: bool, detail: str, latency: float = 0.0) -> bool:
-        """Note the outcome of a probe; a change is logged. Return whether it is one that somebody may want to know."""
+        """Record the result of a probe, and log a change. Return whether the change is worth an alert."""
         if self.detail == STOPPING:
             return False
         changed = ok != self.ok if self.since else not ok
@@ -56,18 +56,18 @@ class Component:
         return changed
 
     def stop(self) -> None:
-        """Say that it ends because the service does, which is nothing to warn of."""
+        """Mark the component as stopping with the service, without a warning."""
         self.ok, self.detail, self.since = False, STOPPING, time.time()
         COMPONENT_OK.labels(component=self.name).set(0)
 
 
 class Health:
-    """The components' states: log, appends, database, leases, projection, commands, event loop.
+    """The states of the components: log, appends, database, leases, projection, commands, event loop.
 
     Args:
-        alerts: told when a component's state changes.
-        idle: seconds since any regular job began.
-        patience: seconds after which what the probes have found is too old to be believed.
+        alerts: gets an alert when a component's state changes.
+        idle: returns the seconds since a scheduled job last began.
+        patience: seconds after which the results of the probes are too old to count.
     """
 
     def __init__(self, alerts: Alerts, idle: Callable[[], float], patience: float) -> None:
@@ -76,34 +76,34 @@ class Health:
         self.components = {name: Component(name) for name in dict.fromkeys(PUBLISHING + PROJECTING)}
 
     def set(self, name: str, ok: bool, detail: str, latency: float = 0.0) -> None:
-        """Note the outcome of a component's probe, and tell of a change."""
+        """Record the result of a component's probe, and send an alert about a change."""
         self._probed = time.monotonic()
         if self.components[name].set(ok, detail, latency):
             before, after = ("failing", "ok") if ok else ("ok", "failing")
-            self._alerts.tell(Alert("health", name, before, after, detail, self._alerts.worker))
+            self._alerts.send(Alert("health", name, before, after, detail, self._alerts.worker))
 
     @property
     def alive(self) -> bool:
-        """Whether the process does anything at all; if not, only starting it again helps."""
+        """True while the scheduler runs jobs; otherwise the process has to be restarted."""
         return self._idle() < DEAD_S
 
     @property
     def ready(self) -> bool:
-        """Whether every component works, as far as was found out lately."""
+        """True if every component works, according to recent probes."""
         return self.works(*self.components)
 
     def works(self, *names: str) -> bool:
-        """Say whether these components work, as far as was found out lately."""
+        """Return whether these components work, according to recent probes."""
         return time.monotonic() - self._probed < self._patience and all(self.components[name].ok for name in names)
 
     def report(self) -> dict[str, Any]:
-        """Return everything as JSON data."""
+        """Return the health and all components as JSON data."""
         return {
             "ready": self.ready,
             "alive": self.alive,
             "publishing": self.works(*PUBLISHING),
             "projecting": self.works(*PROJECTING),
-            "components": {name: asdict(one) for name, one in self.components.items()},
+            "components": {name: asdict(component) for name, component in self.components.items()},
         }
 
     async def metrics(self) -> bytes:

@@ -1,4 +1,4 @@
-"""The HTTP face of a service: /healthz, /readyz, /metrics."""
+"""The HTTP pages of a service: /healthz, /readyz and /metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernel.settings import Http
 
 
 class Reporter(Protocol):
-    """What HTTP shows."""
+    """The source of the HTTP pages."""
 
     @property
     def ready(self) -> bool: ...
@@ -22,14 +22,18 @@ class Reporter(Protocol):
     def alive(self) -> bool: ...
 
     def report(self) -> dict[str, Any]:
-        """Return the state of everything as JSON data."""
+        """Return the details of `/readyz` as JSON data."""
 
     async def metrics(self) -> bytes:
         """Return a page in Prometheus's text format."""
 
 
 class HttpServer:
-    """Serves health and metrics on a loopback address unless told otherwise."""
+    """Serves health and metrics.
+
+    Attributes:
+        url: URL of the server, empty before `start`.
+    """
 
     def __init__(self, health: Reporter, settings: Http) -> None:
         self._health, self._settings = health, settings
@@ -38,10 +42,10 @@ class HttpServer:
         self.url = ""
 
     async def start(self) -> None:
-        """Listen.
+        """Start listening.
 
         Raises:
-            OSError: the address is taken or not ours.
+            OSError: the port is in use, or the address is not one of this machine.
         """
         app = web.Application()
         app.router.add_get("/healthz", self._healthz)

@@ -1,4 +1,4 @@
-"""How hard the publishing side is pressed: appends in flight and waiting, their latency, commands under way."""
+"""The pressure on the publishing side: appends in flight and waiting, their latency, commands in progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEDIUM, HIGH, CRITICAL = 0.5, 0.75, 0.9
 
 
 class Pressure(IntEnum):
-    """How near its limits the publishing side works."""
+    """Level of the pressure: how close to its limits the publishing side works."""
 
     LOW = 0
     MEDIUM = 1
@@ -21,13 +21,14 @@ class Pressure(IntEnum):
 
 
 class PressureGauge:
-    """The level of pressure, from shares of limits; pure: the clock is passed in.
+    """Computes the level of the pressure from shares of limits. It reads no clock: the caller passes the time.
 
     Args:
-        max_in_flight: appends that may be in flight; those that wait to be sent count as well.
-        max_pending: commands that may be under way.
-        max_latency: seconds after which an append without an answer is looked into.
-        hysteresis, min_duration: as for the backlog.
+        max_in_flight: largest number of appends in flight; appends that wait to be sent count too.
+        max_pending: largest number of commands in progress.
+        max_latency: seconds after which an append without an answer is read back.
+        hysteresis: share of a threshold below which its level ends.
+        min_duration: seconds for which a new level must last.
     """
 
     def __init__(
@@ -41,13 +42,15 @@ class PressureGauge:
     def update(
         self, queued: int, in_flight: int, pending: int, latency: float, refusal: str, now: float
     ) -> tuple[Pressure, Pressure] | None:
-        """Take a measurement; return the levels before and after, if it changed.
+        """Add a measurement. Return the levels before and after if the level changed, else None.
 
         Args:
-            queued, in_flight: appends waiting to be sent, and sent without an answer.
-            pending: commands without an answer.
-            latency: seconds, the longest of late.
-            refusal: why the log takes nothing, or nothing; that alone is critical.
+            queued: number of appends that wait to be sent.
+            in_flight: number of appends that are sent and not answered.
+            pending: number of commands that are not answered.
+            latency: longest recent duration of an append in seconds.
+            refusal: reason why the log refuses appends, empty if it does not; a refusal is critical.
+            now: seconds of a monotonic clock.
         """
         max_in_flight, max_pending, max_latency = self._limits
         share = max((queued + in_flight) / max_in_flight, pending / max_pending, latency / max_latency, bool(refusal))

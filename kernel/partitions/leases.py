@@ -1,16 +1,16 @@
-"""Who works on which partition: leases in a JetStream KV bucket.
+"""Leases on partitions, in a JetStream KV bucket.
 
-Each partition has a key, and each worker one of its own. Whoever creates a partition's key holds the partition, for as
-long as it goes on renewing the key against the revision that it knows; the bucket forgets a key that nobody renews.
-There is no coordinator: every worker counts the workers' keys and takes or gives back until it has its share.
+Each partition has a key in the bucket, and each worker has one too. The worker that creates a partition's key holds the
+partition, as long as it renews the key against the last revision that it knows. The bucket deletes a key that is not
+renewed in time. There is no coordinator: every worker counts the workers' keys, and acquires or gives back partitions
+until it has its share.
 
-Leases save work, no more: an append carries its expected sequence and a batch its fence, whoever holds what.
+Leases only save work. Correctness does not depend on them: an append has its expected sequence, and a batch its fence.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Iterable
@@ -23,17 +23,17 @@ from kernel.errors import Conflict, LogError
 from kernel.log.appender import Appender
 from kernel.log.base import Stored
 from kernel.transport.connection import NatsConnection
-from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api
+from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message
 
 logger = logging.getLogger("eskernel.partitions")
 _NAME_IN_USE = 10058
 _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _MARGIN = 0.9
-"""Of a lease's time that its holder counts on: clocks of two machines don't run equally fast."""
+"""Share of a lease's duration that its holder uses, because the clocks of two machines differ in speed."""
 
 
 def clock() -> float:
-    """Return seconds of a clock that nobody sets, and that goes on while the machine is suspended."""
+    """Return the seconds of a monotonic clock that also counts while the machine is suspended."""
     return time.clock_gettime(_CLOCK)
 
 
@@ -42,8 +42,8 @@ class Lease:
     """One key that this worker holds.
 
     Attributes:
-        revision: of the key, which the next renewal must find unchanged.
-        deadline: when to stop counting on it, by `clock()`.
+        revision: revision of the key, which the next renewal must find unchanged.
+        deadline: until when the lease may be used, by `clock()`.
     """
 
     revision: int
@@ -52,7 +52,12 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """What the bucket says: the workers, sorted, and the partitions that somebody holds."""
+    """The content of the bucket.
+
+    Attributes:
+        workers: names of the workers, sorted.
+        held: partitions that a worker holds.
+    """
 
     workers: tuple[str, ...]
     held: frozenset[int]
@@ -62,9 +67,9 @@ class Leases:
     """The leases of one worker.
 
     Args:
-        app: name of the app's stream, after which the bucket is named: two streams of one app share nothing.
-        worker: this worker's name, unlike any other's, now and before: letters, digits, `-`.
-        ttl: seconds after which the bucket forgets a key that was not renewed.
+        app: name of the app's stream, from which the bucket's name is derived: two streams of one app share nothing.
+        worker: this worker's name, unique for all time: letters, digits and `-`.
+        ttl: lease duration in seconds: the bucket deletes a key that is not renewed for this long.
     """
 
     def __init__(
@@ -85,10 +90,10 @@ class Leases:
         self._writing = asyncio.Lock()
 
     async def start(self) -> None:
-        """Make the bucket, if nobody has.
+        """Create the bucket, if it does not exist.
 
         Raises:
-            LogError: it can't be made.
+            LogError: the bucket can't be created.
         """
         await self._appender.start()
         self._started = True
@@ -96,24 +101,24 @@ class Leases:
         self._connection.reconnections.append(self._reconnected)
 
     async def bury(self, dead: Collection[str]) -> None:
-        """Delete the keys of workers that are dead for sure. What can't be deleted runs out by itself."""
+        """Delete the keys of workers that are certainly dead. A key that can't be deleted expires."""
         try:
             keys = await self._keys()
             found = await asyncio.gather(*(self._last(f"$KV.{self._bucket}.{key}") for key in keys))
         except LogError as error:
-            logger.info("the leases of dead workers run out by themselves: %s", error)
+            logger.info("the leases of dead workers can't be deleted, and will expire: %s", error)
             return
-        theirs = [Lease(one.sequence, 0.0) for one in found if one is not None and _writer_of(one.payload) in dead]
+        theirs = [Lease(key.sequence, 0.0) for key in found if key is not None and _writer_of(key.payload) in dead]
         await asyncio.gather(*(self._delete(lease) for lease in theirs))
         logger.info("deleted %d leases of workers that are dead: %s", len(theirs), ", ".join(dead))
 
     async def join(self) -> None:
-        """Become one of the workers: from now on the others leave us our share."""
+        """Join the workers: from now on the other workers leave this worker its share."""
         self._joined = True
         await self.renew()
 
     def _reconnected(self) -> None:
-        """A server that started anew has forgotten the bucket: make it before the renewals look for it."""
+        """Create the bucket again before the next renewal: a restarted server has lost it."""
         self._making = asyncio.ensure_future(self._make_again())
 
     async def _make_again(self) -> None:
@@ -129,7 +134,7 @@ class Leases:
             "max_msgs_per_subject": 1,
             "max_age": int(self.ttl * 1e9),
             "duplicate_window": int(min(self.ttl, 120.0) * 1e9),
-            # a server that loses them has lost its connections too: everybody starts anew
+            # a server that loses the bucket has lost its connections too: all workers start again
             "storage": "memory",
             "num_replicas": self._replicas,
             "discard": "new",
@@ -144,38 +149,39 @@ class Leases:
             answer = await call_api(self._connection, f"STREAM.INFO.{self._stream}", None)
         age = answer["config"].get("max_age", 0) / 1e9
         if age != self.ttl:
-            logger.info("leases last %g s: that is how the bucket %s was made", age, self._bucket)
+            logger.info("leases last %g s, as the existing bucket %s defines", age, self._bucket)
             self.ttl = age or self.ttl
 
     # what is held
 
     def holds(self, partition: int) -> bool:
-        """Say whether this worker may still act for the partition. Costs next to nothing: it is asked all the time."""
+        """Return whether this worker may still act for the partition. It is called often, and is cheap."""
         lease = self._held.get(partition)
         return lease is not None and lease.deadline > clock()
 
     @property
     def held(self) -> frozenset[int]:
-        """The partitions held, as far as is known without asking."""
+        """The partitions that this worker holds, as far as it knows without a request."""
         now = clock()
         return frozenset(partition for partition, lease in self._held.items() if lease.deadline > now)
 
     # keeping
 
     async def renew(self) -> list[int]:
-        """Renew every lease; return the partitions lost since the last time.
+        """Renew every lease, and return the partitions lost since the last renewal.
 
-        A lease whose renewal got no answer is kept until its deadline.
+        A lease whose renewal gets no answer is kept until its deadline.
         """
-        # one at a time: two renewals of a key would be in each other's way
+        # one renewal at a time: two renewals of a key would conflict
         async with self._writing:
             mine, partitions = self._me, list(self._held)
-            _, *kept = await asyncio.gather(self._renew_membership(mine), *(self._renew(one) for one in partitions))
-            lost = [one for one, still in zip(partitions, kept, strict=True) if not still]
+            renewals = (self._renew(partition) for partition in partitions)
+            _, *kept = await asyncio.gather(self._renew_membership(mine), *renewals)
+            lost = [partition for partition, still in zip(partitions, kept, strict=True) if not still]
             for partition in lost:
                 del self._held[partition]
             if mine is not None and self._me is None:
-                # the bucket has forgotten us, perhaps all of us: the others are not gone for not being there yet
+                # the bucket has lost this worker's key, perhaps all keys: the other workers may still join again
                 self._unsettled = clock() + self.ttl
                 await self._renew_membership(None)
         if lost:
@@ -196,30 +202,30 @@ class Leases:
             self._me = Lease(revision, before + self.ttl * _MARGIN)
 
     async def _renew(self, partition: int) -> bool:
-        """Renew one lease; say whether it can still be counted on."""
+        """Renew one lease, and return whether it is still valid."""
         lease = self._held[partition]
-        # the bucket counts from when it stores the renewal, which is later than this moment
+        # the lease begins when the bucket stores the renewal, which is later than this moment
         before = clock()
         try:
             revision = await self._put(f"p.{partition}", lease.revision)
         except Conflict:
             return False
         except LogError:
-            return lease.deadline > clock()  # nobody knows
+            return lease.deadline > clock()  # the outcome is unknown
         self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)
         return True
 
     async def members(self) -> Members:
-        """Return who is there and what is held, by anybody.
+        """Return the workers and the partitions that they hold.
 
         Raises:
-            LogError: the bucket doesn't answer.
+            LogError: the server doesn't answer.
         """
         try:
             keys = await self._keys()
         except ApiError as error:
             if error.code == NO_STREAM:
-                logger.warning("the leases' bucket is gone (a server started anew?); making it again")
+                logger.warning("the lease bucket does not exist any more (a restarted server?); creating it again")
                 await self._create_bucket()
                 return Members((), frozenset())
             raise
@@ -240,60 +246,64 @@ class Leases:
         return [subject.split(".", 2)[2] for subject in answer["state"].get("subjects") or {}]
 
     def share(self, members: Members) -> int:
-        """Return how many partitions this worker should have: as even as can be, and everybody counts the same."""
+        """Return the number of partitions that this worker should hold. All workers compute the same even shares."""
         if self.worker not in members.workers:
             return 0
         each, left = divmod(self.partitions, len(members.workers))
         return each + (members.workers.index(self.worker) < left)
 
     def surplus(self, members: Members) -> list[int]:
-        """Return partitions to give back, so that others get their share."""
+        """Return the partitions to give back, so that other workers get their share."""
         if self.worker not in members.workers:
             return []
         return sorted(self._held)[self.share(members) :]
 
     async def acquire(self, members: Members) -> list[int]:
-        """Take free partitions up to this worker's share; return those that were got."""
+        """Acquire free partitions up to this worker's share, and return the acquired ones."""
         wanted = self.share(members) - len(self._held)
-        free = [one for one in range(self.partitions) if one not in members.held and one not in self._held]
+        taken = members.held | self._held.keys()
+        free = [partition for partition in range(self.partitions) if partition not in taken]
         if wanted <= 0 or not free:
             return []
-        # each worker begins somewhere else: they seldom reach for the same key
+        # each worker begins at another place, so that two workers seldom try the same key
         start = members.workers.index(self.worker) * len(free) // len(members.workers)
         chosen = (free[start:] + free[:start])[:wanted]
-        got = await asyncio.gather(*(self._take(partition) for partition in chosen))
-        return [partition for partition, taken in zip(chosen, got, strict=True) if taken]
+        results = await asyncio.gather(*(self._take(partition) for partition in chosen))
+        return [partition for partition, acquired in zip(chosen, results, strict=True) if acquired]
 
     async def _take(self, partition: int) -> bool:
         before = clock()
         try:
             revision = await self._put(f"p.{partition}", 0)
         except LogError:
-            return False  # somebody was faster, or nobody knows: then it runs out by itself
+            return False  # another worker was faster, or the outcome is unknown: then the key expires
         self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)
         return True
 
     async def release(self, partitions: Iterable[int]) -> None:
-        """Give partitions back at once, rather than let them run out."""
+        """Give partitions back at once, instead of letting their leases expire."""
         async with self._writing:
-            leases = [lease for one in partitions if (lease := self._held.pop(one, None)) is not None]
-            await asyncio.gather(*(self._delete(lease) for lease in leases))
+            leases = [self._held.pop(partition, None) for partition in partitions]
+            await asyncio.gather(*(self._delete(lease) for lease in leases if lease is not None))
 
     async def _delete(self, lease: Lease) -> None:
         try:
-            # by its revision: what somebody else has put there since is not touched
+            # by revision: a key that another worker has written since is not deleted
             await call_api(
                 self._connection, f"STREAM.MSG.DELETE.{self._stream}", {"seq": lease.revision, "no_erase": True}, 2.0
             )
         except LogError as error:
-            logger.info("a lease runs out by itself: %s", error)
+            logger.info("a lease can't be deleted, and will expire: %s", error)
 
     @asynccontextmanager
     async def alone(self, what: str) -> AsyncIterator[None]:
-        """Hold a lease that one worker at a time has, waiting for it; it is renewed for as long as it takes.
+        """Wait for a lease that one worker at a time holds, and renew it until the block ends.
+
+        Args:
+            what: name of the lease.
 
         Raises:
-            LogError: the bucket doesn't answer.
+            LogError: the server doesn't answer.
         """
         key, revision = f"l.{what}", 0
         while not revision:
@@ -317,13 +327,13 @@ class Leases:
             try:
                 lease.revision = await self._put(key, lease.revision)
             except Conflict:
-                logger.warning("lease %s ran out: this process was held up for longer; taking it again", key)
-                lease.revision = 0  # unless somebody else has it by now
+                logger.warning("lease %s has expired because this process was delayed; acquiring it again", key)
+                lease.revision = 0  # the next renewal creates the key, unless another worker has it by then
             except LogError as error:
                 logger.warning("lease %s: %s", key, error)
 
     async def close(self) -> None:
-        """Give back everything and leave."""
+        """Give back all partitions, and leave the workers."""
         if not self._started:
             return
         self._started = False
@@ -339,26 +349,20 @@ class Leases:
 
     async def _put(self, key: str, expected: int) -> int:
         self._renewals += 1
-        # no two values are alike: that is how the appender recognises its own after a lost answer
+        # every value is unique, so that the appender recognises its own value after a lost answer
         value = orjson.dumps({"worker": self.worker, "renewal": self._renewals})
         return await self._appender.append(f"$KV.{self._bucket}.{key}", expected, value)
 
     async def _last(self, subject: str) -> Stored | None:
-        try:
-            answer = await call_api(self._connection, f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": subject}, 1.0)
-        except ApiError as error:
-            if error.code == NO_MESSAGE:
-                return None
-            raise
-        message = answer["message"]
-        return Stored(message["seq"], message["subject"], base64.b64decode(message.get("data", "")))
+        message = await last_message(self._connection, self._stream, subject, timeout=1.0)
+        return None if message is None else Stored(*message)
 
 
 def _writer_of(value: bytes) -> str:
     try:
         return str(orjson.loads(value)["worker"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return ""  # somebody else's hand
+        return ""  # another program has written the key
 
 
 def bucket_of(app: str) -> str:

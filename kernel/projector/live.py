@@ -24,7 +24,7 @@ from kernel.projector.progress import ReadProgress
 from kernel.projector.session import ProjectorContext, Session
 from kernel.settings import Settings
 from kernel.telemetry.metrics import FENCED
-from kernel.telemetry.tracing import NO_TRACING, Tracing
+from kernel.telemetry.tracing import NO_TRACING, Tracer
 from projections.database import is_infrastructure
 from projections.errors import Fenced, HandlerFailed
 
@@ -59,7 +59,7 @@ class Projector:
         holds: Callable[[int], bool],
         settings: Settings | None = None,
         pace: Pace | None = None,
-        tracing: Tracing = NO_TRACING,
+        tracing: Tracer = NO_TRACING,
     ) -> None:
         settings = settings or Settings()
         self._holds = holds

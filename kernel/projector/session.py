@@ -40,7 +40,7 @@ from kernel.telemetry.metrics import (
     POSITION,
     ROWS,
 )
-from kernel.telemetry.tracing import Tracing
+from kernel.telemetry.tracing import Tracer
 from projections.checkpoints import Claim, Move, claim
 from projections.database import reads
 from projections.errors import HandlerFailed
@@ -75,7 +75,7 @@ class ProjectorContext:
     plan: Plan
     settings: Settings
     pace: Pace
-    tracing: Tracing
+    tracing: Tracer
     committer: Committer
     progress: ReadProgress
     readers: ThreadPoolExecutor

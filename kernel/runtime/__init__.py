@@ -1,1 +1,1 @@
-"""What a service stands on: its data directory, its scheduler, an embedded nats-server."""
+"""The runtime of a service: its data directory, its scheduler, and the embedded nats-server."""

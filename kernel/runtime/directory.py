@@ -1,4 +1,4 @@
-"""What a running service leaves in its data directory: its description, and a mark of each worker that is alive."""
+"""The data directory of a service: it contains the service's description and a lock file for each live worker."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ from kernel.settings.sources import changed, written
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Where a running service is.
+    """The description of a running service.
 
     Attributes:
-        spec: what `eskernel run` was given, such as `examples.bank:app`.
-        directory: the folder it was started from: the spec is imported from there.
-        settings: what is not a default, secrets included.
+        app: name of the app.
+        spec: the app's place, as `eskernel run` got it, such as `examples.bank:app`.
+        directory: working directory of the service, from which the spec is imported.
+        pid: process id.
+        nats: URLs of the NATS servers, separated by commas.
+        database: URL of the database.
+        http: URL of the HTTP pages.
+        settings: the settings that are not defaults, with secrets.
     """
 
     app: str
@@ -40,19 +45,19 @@ class Running:
     settings: dict[str, Any]
 
     def as_settings(self) -> Settings:
-        """Return the settings that the service runs with, its server and database named."""
+        """Return the settings of the service, with the URLs of its server and its database."""
         return Settings.model_validate(self.settings)
 
 
 def running_as(app: str, spec: str, settings: Settings, nats: str, database: str, http: str) -> Running:
-    """Return the description of this process, for others to connect to the same places in the same way."""
+    """Return the description of this process, with which other processes connect to the same server and database."""
     places = {"connection.servers": nats, "database.url": database, "stream.sync": False}
     known = written(changed(settings, places))
     return Running(app, spec, str(Path.cwd()), os.getpid(), nats, database, http, known)
 
 
 def worker_name() -> str:
-    """Return a name for a worker that no other has or had."""
+    """Return a unique name for a worker."""
     host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40].strip("-")
     return f"{host or 'host'}-{os.getpid()}-{secrets.token_hex(3)}"
 
@@ -67,10 +72,10 @@ class DataDirectory:
         self._mark: tuple[Path, IO[str]] | None = None
 
     def hold(self) -> None:
-        """Take the folder; the operating system gives it back when the process is gone, however it went.
+        """Lock the folder. The operating system releases the lock when the process ends, however it ends.
 
         Raises:
-            AlreadyRunning: a service has it.
+            AlreadyRunning: another service holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / "lock").open("a+")
@@ -79,37 +84,37 @@ class DataDirectory:
         except OSError:
             lock.close()
             raise AlreadyRunning(
-                f"a service is running on {self.path}; stop it, or choose another directory with --data"
+                f"another service is running on {self.path}; stop it, or choose another directory with --data"
             ) from None
         self._lock = lock
 
     def describe(self, running: Running) -> None:
-        """Say where the service is, in one step that readers never see half done."""
+        """Write the description of the service, atomically."""
         temporary = self.path / f"service.json.{os.getpid()}"
-        temporary.touch(mode=0o600)  # its URLs may hold passwords
+        temporary.touch(mode=0o600)  # the description contains secrets
         temporary.write_bytes(orjson.dumps(asdict(running), option=orjson.OPT_INDENT_2))
         temporary.replace(self.path / "service.json")
 
     def mark(self, worker: str) -> None:
-        """Leave a file with the worker's name, locked for as long as the worker lives, however it ends."""
+        """Create a file with the worker's name, locked until the worker's process ends, however it ends."""
         self._workers.mkdir(parents=True, exist_ok=True)
         unlocked = self._workers / f".{worker}"
         mark = unlocked.open("w")
         fcntl.flock(mark, fcntl.LOCK_EX)
-        # nobody ever finds it under the worker's name and without its lock
+        # renamed only when it is locked: a file with the worker's name is never found unlocked while the worker lives
         self._mark = unlocked.rename(self._workers / worker), mark
 
     def dead(self) -> list[str]:
-        """Return the workers that left a mark here and are gone for sure: the operating system has their locks back."""
-        return [path.name for path in self._workers.glob("[!.]*") if _is_free(path)]
+        """Return the workers that are certainly dead: their files exist, and nothing holds the locks any more."""
+        return [path.name for path in self._workers.glob("[!.]*") if _is_locked(path) is False]
 
     def forget(self, workers: Iterable[str]) -> None:
-        """Remove the marks of dead workers."""
+        """Remove the files of dead workers."""
         for worker in workers:
             (self._workers / worker).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Release the folder, and remove this process's files."""
         if self._mark is not None:
             path, mark = self._mark
             path.unlink(missing_ok=True)
@@ -122,10 +127,13 @@ class DataDirectory:
 
 
 def find_running(data: Path, app: str | None = None) -> Running:
-    """Return the running service of the data directory; of this app, if one is named.
+    """Return the running service of the data directory.
+
+    Args:
+        app: name of the app; it may be omitted if only one app is running.
 
     Raises:
-        NotRunning: none, or several and no app named.
+        NotRunning: no service is running, or several are and no app is given.
     """
     found = []
     for path in sorted(data.glob("*/service.json")):
@@ -133,32 +141,24 @@ def find_running(data: Path, app: str | None = None) -> Running:
             running = msgspec.json.decode(path.read_bytes(), type=Running)
         except (OSError, msgspec.MsgspecError):
             continue
-        if _is_held(path.with_name("lock")) and app in (None, running.app):
+        if _is_locked(path.with_name("lock")) and app in (None, running.app):
             found.append(running)
     if len(found) == 1:
         return found[0]
     if not found:
         which = f"app {app!r} is running" if app else "service is running"
         raise NotRunning(f"no {which} in {data}; start one with `eskernel run package.module:app`, or give --data")
-    raise NotRunning(f"several apps are running in {data}: {', '.join(one.app for one in found)}; choose with --app")
+    apps = ", ".join(running.app for running in found)
+    raise NotRunning(f"several apps are running in {data}: {apps}; choose one with --app")
 
 
-def _is_free(lock: Path) -> bool:
-    """Say whether nobody holds the lock: what can't be told is taken for held."""
+def _is_locked(path: Path) -> bool | None:
+    """Return whether a process holds the lock of a file, or None if it can't be found out."""
     try:
-        with lock.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with lock.open("r+") as file:
+        with path.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False
+        return None
     return False

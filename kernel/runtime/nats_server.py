@@ -1,4 +1,4 @@
-"""The embedded nats-server: started on a free port with its store in the data directory, never left behind."""
+"""The embedded nats-server: it uses a free port and a store in the data directory, and ends with the kernel."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def find_binary() -> str:
-    """Return the path of nats-server: the one that came with this environment, else the first on PATH.
+    """Return the path of nats-server: in the folder of this Python program, or else on PATH.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: there is no nats-server.
     """
     beside = Path(sys.executable).with_name("nats-server")
     found = str(beside) if beside.exists() else shutil.which("nats-server")
@@ -43,28 +43,31 @@ def find_binary() -> str:
 
 
 def embedded_commits(settings: Settings) -> Settings:
-    """Return the settings with the better way to commit for the embedded server: that need not be measured."""
+    """Return the settings with the faster `group_commit` for the embedded server, which need not be measured."""
     if not settings.embedded or settings.jetstream.group_commit != "auto":
         return settings
     return changed(settings, {"jetstream.group_commit": "always" if settings.stream.sync else "never"})
 
 
 def end_with_parent(how: signal.Signals) -> Callable[[], None] | None:
-    """Return what a child does first to be sent a signal when this process is gone, however it went; Linux only."""
+    """Return a function for a child process: its first call makes Linux send the child a signal when this process ends.
+
+    Return None on other systems.
+    """
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)
-    # one system call, no locks: safe beside threads
+    # a single system call without locks is safe in a process that has threads
     return lambda: library.prctl(_PR_SET_PDEATHSIG, how) and None
 
 
 class EmbeddedServer:
-    """A nats-server of our own.
+    """A nats-server that the kernel starts and stops.
 
     Args:
-        directory: holds its store, its configuration, its log and its process id.
-        sync: wait for the disk at every commit, so that a power cut loses nothing.
-        binary: another server executable than the one found.
+        directory: folder for the server's store, configuration, log and port.
+        sync: write each commit to the disk before it is acknowledged, so that a power cut loses no event.
+        binary: path of the nats-server; by default the path that `find_binary` returns.
     """
 
     def __init__(self, directory: Path, *, sync: bool = False, binary: str | None = None) -> None:
@@ -77,23 +80,23 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """The server's process id, 0 when it is not running."""
+        """The server's process id, 0 while it is not running."""
         return self._process.pid if self._process is not None and self._process.poll() is None else 0
 
     async def start(self) -> str:
-        """Start the server and return its URL when it takes connections.
+        """Start the server, and return its URL when it accepts connections.
 
-        A server that an earlier, killed kernel left behind on the same store is stopped first.
+        A server on the same store, which a killed kernel has left behind, is stopped first.
 
         Raises:
-            Unavailable: it did not start; the message has the end of its log.
+            Unavailable: the server did not start; the message has the end of its log.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         await self._stop_leftovers()
         known = self.directory / "nats.port"
         port = _read_port(known)
         try:
-            # clients of the service before this one find it again
+            # the same port as last time: clients of the previous service reconnect
             self.url = await self._launch(port)
         except Unavailable:
             if port == -1:
@@ -134,13 +137,13 @@ class EmbeddedServer:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            # a Ctrl-C in the terminal is for the kernel, which drains before it stops the server
+            # Ctrl-C in the terminal must reach the kernel only, which drains before it stops the server
             start_new_session=True,
             preexec_fn=end_with_parent(signal.SIGTERM),  # noqa: PLW1509
         )
 
     async def keep(self) -> None:
-        """Start the server again, at the same place, whenever it ends without having been stopped."""
+        """Restart the server, on the same port and store, whenever it ends without `stop`. It never returns."""
         pause = MIN_BACKOFF_S
         while True:
             await asyncio.sleep(CHECK_S)
@@ -156,7 +159,7 @@ class EmbeddedServer:
                 pause = min(pause * 2, MAX_BACKOFF_S)
 
     async def stop(self) -> None:
-        """Stop the server, letting it close its store."""
+        """Stop the server, and wait until it has closed its store."""
         self._wanted = False
         await self._end()
 
@@ -182,7 +185,7 @@ class EmbeddedServer:
             await asyncio.sleep(0.02)
 
     def _leftovers(self) -> list[int]:
-        """Find servers on our configuration by their command line: a process id in a file may be somebody else's."""
+        """Find servers with this configuration by command line: a stored process id may be another program's by now."""
         ending = ["-c", str(self.directory / "nats.conf")]
         return [pid for pid, arguments in _processes() if arguments[-2:] == ending]
 
@@ -192,6 +195,24 @@ class EmbeddedServer:
         except OSError:
             return "no log"
         return " | ".join(lines[-3:]) or "its log is empty"
+
+
+async def start_embedded(data: Path, *, sync: bool) -> tuple[EmbeddedServer, asyncio.Task[None]]:
+    """Start a server with its store in an app's data directory.
+
+    Returns:
+        the server, and the task that restarts it whenever it ends. Cancel the task, then stop the server.
+
+    Raises:
+        Unavailable: the server did not start.
+    """
+    server = EmbeddedServer(data / "nats", sync=sync)
+    try:
+        await server.start()
+    except BaseException:
+        await server.stop()
+        raise
+    return server, asyncio.create_task(server.keep())
 
 
 def _read_port(path: Path) -> int:
@@ -210,13 +231,13 @@ def _read_ports(path: Path) -> str:
 
 
 def _processes() -> Iterator[tuple[int, list[str]]]:
-    """Yield every process with its command line; one that has ended and was not waited for has none."""
+    """Yield the id and the command line of every process; a zombie has no command line."""
     if sys.platform == "linux":
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 yield int(entry.parent.name), entry.read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
             except OSError:
-                continue  # it has just gone
+                continue  # the process has just ended
     else:
         listing = subprocess.run(["ps", "-axww", "-o", "pid=,args="], capture_output=True, text=True, check=False)
         for line in listing.stdout.splitlines():

@@ -1,4 +1,4 @@
-"""What the kernel does regularly: leases, passivation, backlog detection, metrics, probes."""
+"""The scheduler: it runs the kernel's periodic jobs, such as leases, passivation, backlog detection and probes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kernel.telemetry.metrics import JOB_SECONDS, JOBS
 logger = logging.getLogger("eskernel.runtime")
 JOB_TIMEOUT_S = 30.0
 JUMP_S = 1.0
-"""The wall clock is compared with one that nobody sets this often; a difference of this much is a jump."""
+"""Seconds between comparisons of the wall clock with the monotonic clock, and the difference that counts as a jump."""
 
 
 @dataclass(slots=True)
@@ -27,12 +27,13 @@ class Job:
 
     Attributes:
         interval: seconds between runs.
-        duration: seconds that the last run took.
-        last: when that began (ISO 8601, UTC), or nothing.
-        error: what it failed with, or nothing.
-        failures: runs that failed.
-        running: seconds that the present run has taken, 0 if there is none.
-        next_run: when the next one is due (ISO 8601, UTC), or nothing.
+        runs: number of runs.
+        duration: duration of the last run in seconds.
+        last: start of the last run (ISO 8601, UTC), empty before the first.
+        error: error of the last run, empty if it succeeded.
+        failures: number of failed runs.
+        running: seconds since the current run began, 0 if the job is not running.
+        next_run: time of the next run (ISO 8601, UTC), empty if none is planned.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Job:
 
 
 class _Steady(AsyncIOScheduler):  # type: ignore[misc]
-    """APScheduler goes by the wall clock; this one notices when that is set, and lets all jobs run at once then."""
+    """APScheduler uses the wall clock. This one detects that the clock was set, and then runs all jobs at once."""
 
     offset: float | None = None
 
@@ -64,7 +65,7 @@ class _Steady(AsyncIOScheduler):  # type: ignore[misc]
 
 
 class Scheduler:
-    """Runs jobs at intervals; one that fails or hangs does not stop the others."""
+    """Runs jobs at intervals. A job that fails or hangs does not stop the others."""
 
     def __init__(self) -> None:
         self._scheduler = _Steady(timezone=UTC)
@@ -73,7 +74,12 @@ class Scheduler:
         self._turned = time.monotonic()
 
     def every(self, seconds: float, work: Callable[[], Any], name: str = "") -> None:
-        """Run a function, sync or async, at an interval. A run that is late is not made up for."""
+        """Run a function, sync or async, at an interval. Missed runs are not repeated.
+
+        Args:
+            seconds: the interval; a run is cancelled after `JOB_TIMEOUT_S`.
+            name: the job's name, by default the function's.
+        """
         job = Job(name or work.__name__.strip("_"), seconds)
         self.jobs[job.name] = job
 
@@ -107,13 +113,13 @@ class Scheduler:
             id=job.name,
             max_instances=1,
             coalesce=True,
-            # late, after a freeze perhaps, is better than not at all
+            # a run that is late, for example after a freeze, must still happen
             misfire_grace_time=None,
         )
 
     @property
     def idle_for(self) -> float:
-        """Seconds since any job began."""
+        """Seconds since a job last began."""
         return time.monotonic() - self._turned
 
     def report(self) -> list[dict[str, Any]]:
@@ -127,12 +133,12 @@ class Scheduler:
         return [asdict(job) for job in self.jobs.values()]
 
     def start(self) -> None:
-        """Begin."""
+        """Start running jobs."""
         self._turned = time.monotonic()
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self._scheduler.start()
 
     def stop(self) -> None:
-        """End; running jobs are not waited for."""
+        """Stop running jobs, without waiting for those in progress."""
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)

@@ -1,6 +1,6 @@
-"""How log lines are written: for people, or one JSON object a line.
+"""The format of log lines: text for people, or one JSON object per line.
 
-Modules, and the app's own code, log with the standard library; what they give as `extra` becomes fields of the line.
+The kernel's modules and the app's own code log with the standard library. The values of `extra` become fields.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kernel.settings import Logging
 
 logger = logging.getLogger("eskernel.telemetry")
 LIBRARIES = ("aiohttp", "alembic", "apscheduler", "asyncio", "nats", "opentelemetry", "sqlalchemy", "thespian")
-"""Heard from warnings upwards, whatever the level: their information is about themselves."""
+"""Libraries whose messages are logged from the level `warning` on, whatever the configured level."""
 
 
 def about(aggregate: str, aggregate_id: str, **more: object) -> dict[str, object]:
-    """Return the fields of a line about one aggregate, for `extra`; those that are empty are left out."""
+    """Return the fields of a line about an aggregate, for `extra`, without empty fields."""
     named = {name: value for name, value in more.items() if value not in (None, "")}
     return {"aggregate": aggregate, "aggregate_id": aggregate_id, **named}
 
@@ -37,18 +37,18 @@ class _Lines(logging.StreamHandler[Any]):
 
 
 def writes_json() -> bool:
-    """Say whether standard error is read by programs."""
-    return any(isinstance(one, _Lines) and one.as_json for one in logging.getLogger().handlers)
+    """Return whether log lines are JSON, so that programs read standard error."""
+    return any(isinstance(handler, _Lines) and handler.as_json for handler in logging.getLogger().handlers)
 
 
 def set_up(settings: Logging, app: str = "", worker: int = 0) -> None:
-    """Have this process write its log lines to standard error; may be called again when more is known.
+    """Configure this process to write log lines to standard error. It may be called again when the app is known.
 
     Args:
         app: name of the app, once it is loaded.
-        worker: number of the worker in its group; 0 is a process on its own, or the group's parent.
+        worker: number of the worker; 0 for a service without workers and for the supervisor.
     """
-    import structlog  # takes its time to load, and clients do without
+    import structlog  # it loads slowly, and clients don't need it
     from structlog.dev import ConsoleRenderer, plain_traceback
     from structlog.processors import TimeStamper, UnicodeDecoder, format_exc_info
     from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_logger_name
@@ -61,7 +61,7 @@ def set_up(settings: Logging, app: str = "", worker: int = 0) -> None:
         message = fields["event"]
         fields = extra(logger, method, fields)
         if fields["event"] is not message:
-            # an app may well name a field so; in a line that is the message's name
+            # the app uses `event` as a field: in a line that is the key of the message
             fields["event"], fields["event_"] = message, fields["event"]
         if as_json and app:
             fields["app"] = app
@@ -96,7 +96,7 @@ def _render(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> 
     try:
         return orjson.dumps(line, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
     except TypeError:
-        # an integer or a text that orjson does not take must not cost the line
+        # orjson refuses some integers and texts; the line must be written all the same
         return json.dumps(line, default=repr, skipkeys=True)
 
 

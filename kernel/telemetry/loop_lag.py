@@ -1,4 +1,4 @@
-"""How late the event loop runs what it was told to."""
+"""Measures the delay of the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ TICK_S = 0.05
 
 
 class LoopLag:
-    """Ticks, and remembers the most that a tick came late, for each of those who ask."""
+    """Schedules ticks, and keeps the longest delay of a tick for each reader."""
 
     def __init__(self) -> None:
         self._worst: dict[str, float] = {}
@@ -16,26 +16,26 @@ class LoopLag:
         self._handle: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin, on the running loop."""
+        """Start ticking on the running event loop."""
         loop = asyncio.get_running_loop()
         self._due = loop.time() + TICK_S
         self._handle = loop.call_at(self._due, self._tick)
 
     def _tick(self) -> None:
         late = asyncio.get_running_loop().time() - self._due
-        for who, worst in self._worst.items():
+        for reader, worst in self._worst.items():
             if late > worst:
-                self._worst[who] = late
+                self._worst[reader] = late
         self.start()
 
-    def worst(self, who: str) -> float:
-        """Return the most seconds that a tick was late since the same asked last, one that is overdue now included."""
+    def worst(self, reader: str) -> float:
+        """Return the longest delay in seconds since this reader's last call, including a tick that is overdue now."""
         overdue = max(0.0, asyncio.get_running_loop().time() - self._due) if self._handle is not None else 0.0
-        worst, self._worst[who] = max(self._worst.get(who, 0.0), overdue), 0.0
+        worst, self._worst[reader] = max(self._worst.get(reader, 0.0), overdue), 0.0
         return worst
 
     def stop(self) -> None:
-        """End."""
+        """Stop ticking."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None

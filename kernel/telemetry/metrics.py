@@ -1,7 +1,7 @@
-"""Every metric of the kernel: its name, its meaning with the unit, its labels. docs/metrics.md is made of them.
+"""Every metric of the kernel: name, meaning and labels. docs/metrics.md is generated from them.
 
-They are set where the thing happens, per batch, per second or per change; nothing per event. No label is unbounded:
-aggregates' ids never are one.
+The code sets a metric per batch, per second or per change, never per event. Every label has a bounded set of values:
+an aggregate id is never a label.
 """
 
 from __future__ import annotations
@@ -16,70 +16,72 @@ _MANY = (1, 10, 100, 1000, 5000, 10000, 50000)
 
 # commands
 COMMANDS = Counter("eskernel_commands_total", "Commands answered", ["aggregate", "command", "outcome"])
-COMMAND_SECONDS = Histogram("eskernel_command_seconds", "From a command's arrival to its answer", buckets=_FAST)
+COMMAND_SECONDS = Histogram("eskernel_command_seconds", "Time from a command's arrival to its answer", buckets=_FAST)
 COMMANDS_PENDING = Gauge("eskernel_commands_pending", "Commands received and not yet answered")
 # the log
 APPENDS = Counter("eskernel_appends_total", "Commits appended to the log", ["outcome"])
-APPEND_SECONDS = Histogram("eskernel_append_seconds", "From append to acknowledgement, a sample a turn", buckets=_FAST)
+APPEND_SECONDS = Histogram("eskernel_append_seconds", "Time from append to acknowledgement, sampled", buckets=_FAST)
 APPENDS_QUEUED = Gauge("eskernel_appends_queued", "Commits that wait to be sent to the log")
 APPENDS_IN_FLIGHT = Gauge("eskernel_appends_in_flight", "Messages sent to the log and not acknowledged")
 READ_BACKS = Counter("eskernel_append_read_backs_total", "Reads of the log to find out whether an append took effect")
 LOG_EVENTS = Counter("eskernel_log_commits_read_total", "Commits that the live projection has read from the log")
 # aggregates
 LIVE = Gauge("eskernel_actors_live", "Aggregates with a live actor")
-MEMORY = Gauge("eskernel_actors_memory_bytes", "States and rows of live aggregates, as measured and estimated")
-SHELLS = Gauge("eskernel_actor_shells", "Actors that exist, live or empty and kept for reuse")
+MEMORY = Gauge("eskernel_actors_memory_bytes", "Estimated size of the states and rows of live aggregates")
+SHELLS = Gauge("eskernel_actor_shells", "Existing actors: live ones, and empty ones kept for reuse")
 ACTIVATIONS = Counter("eskernel_activations_total", "Aggregates activated")
 LOADS = Counter("eskernel_aggregate_loads_total", "Aggregates loaded from the log to decide a command")
 LOAD_SECONDS = Histogram("eskernel_aggregate_load_seconds", "Time to load an aggregate from the log", buckets=_FAST)
 PASSIVATIONS = Counter("eskernel_passivations_total", "Aggregates passivated", ["reason"])
 # projections
 EVENTS = Counter("eskernel_events_folded_total", "Events folded into projections and written")
-FOLD_SECONDS = Histogram("eskernel_batch_fold_seconds", "Time to fold a batch, loading of rows included", buckets=_FAST)
+FOLD_SECONDS = Histogram(
+    "eskernel_batch_fold_seconds", "Time to fold a batch, including loading its rows", buckets=_FAST
+)
 BATCHES = Counter("eskernel_batches_total", "Batches written to the database", ["outcome"])
 BATCH_SECONDS = Histogram("eskernel_batch_write_seconds", "Time of a batch's database transaction", buckets=_FAST)
 BATCH_EVENTS = Histogram("eskernel_batch_events", "Events in a batch", buckets=_MANY)
 ROWS = Counter("eskernel_rows_written_total", "Rows and tallies written or deleted", ["projection"])
-FENCED = Counter("eskernel_fenced_batches_total", "Batches that met the fence: somebody else had moved on")
+FENCED = Counter("eskernel_fenced_batches_total", "Batches that the fence refused")
 LAG = Gauge("eskernel_projection_lag_commits", "Commits behind in this worker's partitions, of the worst projection")
 POSITION = Gauge("eskernel_projection_position", "Stream sequence up to which everything is projected")
 # backlog and pressure
 BACKLOG_BEHIND = Gauge("eskernel_backlog_commits", "Commits behind", ["projection"])
 BACKLOG_AGE = Gauge("eskernel_backlog_age_seconds", "Age of the oldest commit that is not projected", ["projection"])
-BACKLOG_DRAIN = Gauge("eskernel_backlog_drain_seconds", "Time to catch up at the present rate", ["projection"])
+BACKLOG_DRAIN = Gauge("eskernel_backlog_drain_seconds", "Time to catch up at the current rate", ["projection"])
 BACKLOG_PARTITIONS = Gauge("eskernel_backlog_partitions", "Partitions at a level", ["projection", "level"])
-SPEED = Gauge("eskernel_projected_commits_per_second", "Commits projected in a second, smoothed")
-PRESSURE = Gauge("eskernel_publishing_pressure", "0 low, 1 medium, 2 high, 3 critical")
-ALERTS_TOLD = Counter("eskernel_alerts_total", "Changes of backlog, health and pressure", ["kind", "level"])
-ALERTS_DROPPED = Counter("eskernel_alerts_dropped_total", "Alerts that a callback was too slow for")
+SPEED = Gauge("eskernel_projected_commits_per_second", "Commits projected per second, smoothed")
+PRESSURE = Gauge("eskernel_publishing_pressure", "Pressure on publishing: 0 low, 1 medium, 2 high, 3 critical")
+ALERTS_SENT = Counter("eskernel_alerts_total", "Alerts about backlog, health and pressure", ["kind", "level"])
+ALERTS_DROPPED = Counter("eskernel_alerts_dropped_total", "Alerts dropped because a callback was too slow")
 # dead letters
-DEAD_LETTERS = Counter("eskernel_dead_letters_total", "Events put into the dead letters")
-PARKINGS = Counter("eskernel_parkings_total", "Times that an aggregate was parked, by what had failed", ["reason"])
-PARKED = Gauge("eskernel_parked_aggregates", "Aggregates that wait behind a dead letter, in the whole database")
-QUARANTINED = Gauge("eskernel_quarantined_messages", "Messages on the stream that are no events of this app")
+DEAD_LETTERS = Counter("eskernel_dead_letters_total", "Events that became dead letters")
+PARKINGS = Counter("eskernel_parkings_total", "Aggregates parked, by reason of the failure", ["reason"])
+PARKED = Gauge("eskernel_parked_aggregates", "Parked aggregates in the whole database")
+QUARANTINED = Gauge("eskernel_quarantined_messages", "Messages on the stream that are not events of the app")
 RETRIES = Counter("eskernel_dead_letter_retries_total", "Automatic retries of dead letters", ["outcome"])
 # connection and leases
 CONNECTED = Gauge("eskernel_nats_connected", "1 while connected to NATS")
 RECONNECTS = Counter("eskernel_nats_reconnects_total", "Reconnects to NATS")
-CONNECTION_EVENTS = Counter("eskernel_nats_events_total", "What happened to the connection", ["event"])
+CONNECTION_EVENTS = Counter("eskernel_nats_events_total", "Events of the connection to NATS", ["event"])
 PARTITIONS = Gauge("eskernel_partitions_held", "Partitions that this worker holds")
-MOVED = Counter("eskernel_partitions_moved_total", "Partitions taken and given back", ["direction"])
-LEASES_LOST = Counter("eskernel_leases_lost_total", "Partitions lost without having been given back")
+MOVED = Counter("eskernel_partitions_moved_total", "Partitions assigned and given back", ["direction"])
+LEASES_LOST = Counter("eskernel_leases_lost_total", "Partitions lost because a lease expired")
 # governance
-RATE_PRESENT = Gauge("eskernel_rate_present", "What a lane lets in at present, a second; +Inf: no limit", ["lane"])
-RATE_LIMIT = Gauge("eskernel_rate_limit", "What a lane of the app may let in, a second; +Inf: no limit", ["lane"])
-REFUSED = Counter("eskernel_commands_refused_total", "Commands refused as overloaded, by what was too much", ["limit"])
-THROTTLED = Counter("eskernel_throttled_seconds_total", "Time that reading waited for a lane's tokens", ["lane"])
+RATE_PRESENT = Gauge("eskernel_rate_present", "Current rate of a lane per second; +Inf: no limit", ["lane"])
+RATE_LIMIT = Gauge("eskernel_rate_limit", "Configured rate of a lane per second, for the app; +Inf: no limit", ["lane"])
+REFUSED = Counter("eskernel_commands_refused_total", "Commands refused as overloaded, by limit", ["limit"])
+THROTTLED = Counter("eskernel_throttled_seconds_total", "Time that readers waited for a lane's tokens", ["lane"])
 # the kernel itself
-ERRORS = Counter("eskernel_errors_total", "Errors by class", ["kind"])
+ERRORS = Counter("eskernel_errors_total", "Errors by kind", ["kind"])
 COMPONENT_OK = Gauge("eskernel_component_ok", "1 while a component of the health report works", ["component"])
 JOBS = Counter("eskernel_jobs_total", "Runs of scheduled jobs", ["job", "outcome"])
-JOB_SECONDS = Gauge("eskernel_job_seconds", "How long a job's last run took", ["job"])
-LOOP_LAG = Gauge("eskernel_loop_lag_seconds", "Most that the event loop was late in the last second")
-BUGS = Counter("eskernel_kernel_bugs_total", "Failures that should not happen: bugs in the kernel")
+JOB_SECONDS = Gauge("eskernel_job_seconds", "Duration of a job's last run", ["job"])
+LOOP_LAG = Gauge("eskernel_loop_lag_seconds", "Longest delay of the event loop in the last second")
+BUGS = Counter("eskernel_kernel_bugs_total", "Unexpected failures, which are bugs in the kernel")
 
 KINDS = ("timeout", "connection", "permission", "invalid", "conflict", "database", "handler")
-"""Classes of errors; each is there from the start, so that a rate can be taken of it."""
+"""Kinds of errors. The counter of each exists from the start, so that a rate can be computed."""
 for _kind in KINDS:
     ERRORS.labels(kind=_kind)
 
@@ -99,13 +101,13 @@ _KIND_OF = {
 
 
 def count_error_of(outcome: str, times: float = 1) -> None:
-    """Count what a command's outcome means as an error, where it is one."""
+    """Count a command's outcome as an error, if it is one."""
     if kind := _KIND_OF.get(outcome):
         ERRORS.labels(kind=kind).inc(times)
 
 
 def count_connection_error(problem: str) -> None:
-    """Count an error that the connection to NATS has told."""
+    """Count an error that the connection to NATS has reported."""
     low = problem.lower()
     denied = "permissions violation" in low or "authorization" in low or "authentication" in low
     kind = "permission" if denied else "timeout" if "time" in low else "connection"
@@ -113,7 +115,7 @@ def count_connection_error(problem: str) -> None:
 
 
 def observe_all(histogram: Histogram, values: Iterable[float]) -> None:
-    """Add many samples at once: a tenth of what they cost one by one."""
+    """Add many samples at once, at a tenth of the cost of single samples."""
     bounds: list[float] = histogram._upper_bounds
     counts = [0] * len(bounds)
     total = 0.0

@@ -1,4 +1,4 @@
-"""Spans by OpenTelemetry; needs the extra `eskernel[otel]`, and a tracer provider that the app has set."""
+"""Spans with OpenTelemetry. It needs the extra `eskernel[otel]` and a tracer provider, which the app sets."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 from aggregates.commit import Decision
 from kernel.app import App
 from kernel.log.subjects import Address
-from kernel.projector.grouping import Group
 from kernel.protocol import CommandRequest
+from kernel.telemetry.tracing import CommitGroup
 
 TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 """W3C Trace Context, version 00."""
-AS_MEANT = {"ok", "duplicate", "rejected"}
-"""Outcomes that are no errors: to refuse is what an aggregate is for."""
+EXPECTED = {"ok", "duplicate", "rejected"}
+"""Outcomes that are not errors: an aggregate may reject a command."""
 SLICE = 200
-"""Spans made before the event loop gets a turn."""
+"""Number of spans that are created before the event loop may run other tasks."""
 
 
 def has_provider() -> bool:
-    """Say whether anybody would take spans."""
+    """Return whether the app has set a tracer provider, which would receive the spans."""
     return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider | trace.NoOpTracerProvider)
 
 
 def current() -> str | None:
-    """Return the traceparent of the span that the caller is in."""
+    """Return the traceparent of the caller's current span."""
     context = trace.get_current_span().get_span_context()
-    return _written(context) if context.is_valid else None
+    return _traceparent(context) if context.is_valid else None
 
 
-def _written(context: SpanContext) -> str:
+def _traceparent(context: SpanContext) -> str:
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def _sampled(traceparent: str | None) -> Context | None:
-    """Return a traceparent as a parent for spans, if it is one and is sampled."""
+    """Return the context of a parent span, or None if the traceparent is invalid or not sampled."""
     found = TRACEPARENT.fullmatch(traceparent) if traceparent is not None else None
     if found is None:
         return None
@@ -50,7 +50,7 @@ def _sampled(traceparent: str | None) -> Context | None:
     if not flags.sampled:
         return None
     parent = SpanContext(int(found[1], 16), int(found[2], 16), is_remote=True, trace_flags=flags)
-    # not what happens to be current here: the requests of many senders are handled together
+    # a new context, because requests of many senders are handled in the same task
     return trace.set_span_in_context(NonRecordingSpan(parent), Context())
 
 
@@ -66,20 +66,20 @@ class _Span:
         self._span.set_attribute("eskernel.outcome", outcome)
         for name, value in numbers.items():
             self._span.set_attribute(f"eskernel.{name}", value)
-        if outcome not in AS_MEANT:
+        if outcome not in EXPECTED:
             self._span.set_attribute("error.type", outcome)
             self._span.set_status(Status(StatusCode.ERROR, problem))
         self._span.end(at)
 
 
 class OpenTelemetry:
-    """Implements `kernel.telemetry.tracing.Tracing`."""
+    """Implements `kernel.telemetry.tracing.Tracer`."""
 
     def __init__(self, app: App) -> None:
         self._tracer = trace.get_tracer("eskernel")
         self._app = app.name
         self._projections = {
-            name: [(index, one.name) for index, one in enumerate(app.projections) if one.aggregate == name]
+            name: [(index, each.name) for index, each in enumerate(app.projections) if each.aggregate == name]
             for name in app.types
         }
 
@@ -109,8 +109,8 @@ class OpenTelemetry:
             attributes["messaging.message.conversation_id"] = sent.correlation_id
         span = self._tracer.start_span(f"command {sent.aggregate}.{sent.command}", parent, SpanKind.SERVER, attributes)
         if not span.is_recording():
-            return None  # a sampler of the app's own is against it
-        sent.traceparent = _written(span.get_span_context())
+            return None  # the app's sampler has dropped the span
+        sent.traceparent = _traceparent(span.get_span_context())
         return _Span(span)
 
     def appends(self, address: Address, decisions: Sequence[Decision]) -> Sequence[_Span]:
@@ -128,17 +128,17 @@ class OpenTelemetry:
                 spans.append(_Span(self._tracer.start_span("append", parent, SpanKind.PRODUCER, attributes)))
         return spans
 
-    async def projecting(self, write: Coroutine[Any, Any, None], groups: Sequence[Group], began: int) -> None:
+    async def projecting(self, write: Coroutine[Any, Any, None], groups: Sequence[CommitGroup], began: int) -> None:
         try:
             await write
         except Exception as error:
-            # the database's errors hold what was written, behind their first line
+            # after its first line, a database error contains the values that were written
             await self._project(groups, began, type(error).__name__, str(error).split("\n", 1)[0])
             raise
         await self._project(groups, began, "ok", "")
 
-    async def _project(self, groups: Sequence[Group], began: int, outcome: str, problem: str) -> None:
-        """Make a span for each traceparent of each commit."""
+    async def _project(self, groups: Sequence[CommitGroup], began: int, outcome: str, problem: str) -> None:
+        """Create a span for each traceparent of each commit."""
         ended = time.time_ns()
         size = sum(len(group.commits) for group in groups)
         made = 0
@@ -162,5 +162,5 @@ class OpenTelemetry:
                     if made % SLICE == 0:
                         await asyncio.sleep(0)
 
-    def _names(self, group: Group) -> list[str]:
+    def _names(self, group: CommitGroup) -> list[str]:
         return [name for index, name in self._projections[group.address.aggregate] if index not in group.skip]

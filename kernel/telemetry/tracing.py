@@ -1,4 +1,4 @@
-"""Tracing: what the service asks of it, and the way to do without.
+"""Tracing: the interface that the service uses, and the implementation without spans.
 
 Only `kernel.telemetry.opentelemetry` imports OpenTelemetry.
 """
@@ -10,43 +10,58 @@ from collections.abc import Callable, Coroutine, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
-from aggregates.commit import Decision
+from aggregates.commit import Decision, Envelope
 from kernel.app import App
 from kernel.log.subjects import Address
-from kernel.projector.grouping import Group
 from kernel.protocol import CommandRequest
 
 logger = logging.getLogger("eskernel.telemetry")
 
 
 class Span(Protocol):
-    """Something under way that a sender wants to see."""
+    """A span of an operation in progress."""
 
     def end(self, outcome: str, problem: str = "", **numbers: int) -> None:
-        """Say what became of it."""
+        """End the span with the outcome of the operation."""
 
 
-class Tracing(Protocol):
-    """Makes spans where a sampled traceparent asks for them; traceparents that are none are passed over."""
+class CommitGroup(Protocol):
+    """The commits of one aggregate in a batch.
+
+    Attributes:
+        skip: indexes of the projections that have folded the commits already.
+        commits: stream sequence and events of each commit.
+    """
+
+    @property
+    def address(self) -> Address: ...
+    @property
+    def skip(self) -> frozenset[int]: ...
+    @property
+    def commits(self) -> Sequence[tuple[int, Sequence[Envelope]]]: ...
+
+
+class Tracer(Protocol):
+    """Creates spans for requests and events with a sampled traceparent. Invalid traceparents are ignored."""
 
     def command(self, sent: CommandRequest, address: Address) -> Span | None:
-        """Begin the span of a command, and have what follows hang below it: its traceparent replaces the sender's."""
+        """Begin the span of a command. Its traceparent replaces the sender's, so that later spans are its children."""
 
     def appends(self, address: Address, decisions: Sequence[Decision]) -> Sequence[Span]:
-        """Begin a span for each command that a commit is appended for."""
+        """Begin a span for each command whose events are in a commit."""
 
     def projecting(
-        self, write: Coroutine[Any, Any, None], groups: Sequence[Group], began: int
+        self, write: Coroutine[Any, Any, None], groups: Sequence[CommitGroup], began: int
     ) -> Coroutine[Any, Any, None]:
-        """Return what writes a batch, and then makes the spans of its commits.
+        """Return a coroutine that writes a batch and then creates the spans of its commits.
 
         Args:
-            began: when folding began, in nanoseconds since the epoch.
+            began: start of the fold, in nanoseconds since the epoch.
         """
 
 
 class NoTracing:
-    """Traceparents flow from the request to the event unchanged."""
+    """Creates no spans. Traceparents are copied from the request to the events unchanged."""
 
     def command(self, sent: CommandRequest, address: Address) -> None:  # noqa: ARG002
         return None
@@ -57,7 +72,7 @@ class NoTracing:
     def projecting(
         self,
         write: Coroutine[Any, Any, None],
-        groups: Sequence[Group],  # noqa: ARG002
+        groups: Sequence[CommitGroup],  # noqa: ARG002
         began: int,  # noqa: ARG002
     ) -> Coroutine[Any, Any, None]:
         return write
@@ -66,18 +81,18 @@ class NoTracing:
 NO_TRACING = NoTracing()
 
 
-def open_tracing(app: App, enabled: bool) -> Tracing:
-    """Decide, once, whether this service makes spans: it does where the app has set a tracer provider."""
+def open_tracing(app: App, enabled: bool) -> Tracer:
+    """Return the tracer of a service. It creates spans only if the app has set a tracer provider before."""
     otel = _otel() if enabled else None
     if otel is None or not otel.has_provider():
         return NO_TRACING
     logger.info("tracing: commands that carry a sampled traceparent get spans")
-    tracing: Tracing = otel.OpenTelemetry(app)
-    return tracing
+    tracer: Tracer = otel.OpenTelemetry(app)
+    return tracer
 
 
 def sender_context(enabled: bool) -> Callable[[], str | None]:
-    """Return the function that gives the traceparent of the span that the caller is in."""
+    """Return a function that returns the traceparent of the caller's current span."""
     otel = _otel() if enabled else None
     return otel.current if otel is not None else lambda: None
 

@@ -1,1 +1,1 @@
-"""The connection to NATS, JetStream's API, and what goes over it."""
+"""The connection to NATS, JetStream's API, and requests to all workers."""

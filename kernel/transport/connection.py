@@ -1,11 +1,11 @@
-"""A NATS connection with a short way for messages that come or go by the ten thousand.
+"""A NATS connection with a fast path for tens of thousands of messages per second.
 
-nats-py spends most of a message's time on its regular expressions, header objects and per-subscription queues.
-`NatsConnection` is nats-py's own client with two additions. Messages of subscriptions made with `listen` go straight
+nats-py spends most of the time of a message in regular expressions, header objects and per-subscription queues.
+`NatsConnection` is nats-py's own client with two additions. Messages of subscriptions made with `listen` go directly
 from the socket's buffer to a function, with their headers left as bytes. `send` writes protocol frames that the caller
-has made. Connecting, reconnecting, authentication and requests are unchanged, except that TLS is insisted upon where
-the settings ask for it. It relies on private names of nats-py. The version is therefore pinned, and a test in
-`tests/kernel/transport` watches those names.
+has built. Connecting, reconnecting, authentication and requests are unchanged, but where the settings demand TLS, the
+connection refuses to work without it. It relies on private names of nats-py. The version is therefore pinned, and a
+test in `tests/kernel/transport` checks these names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Listener = Callable[[bytes, bytes, bytes, bytes | None], None]
 
 _M, _H = b"MH"
 CLOSE_S = 2.0
-_TIME_MENDS = (
+_TEMPORARY = (
     "authorization violation",
     "authentication expired",
     "authentication revoked",
@@ -36,11 +36,11 @@ _TIME_MENDS = (
     "maximum account active connections exceeded",
     "server shutdown",
 )
-"""The server's reasons to close a connection after which it may take us again."""
+"""Reasons for which a server closes a connection, but after which it may accept a new one."""
 
 
 class _FrameParser(Parser):
-    """Reads whole MSG and HMSG frames by position; everything else is left to nats-py's parser, line by line."""
+    """Reads complete MSG and HMSG frames by position. nats-py's parser reads all other lines."""
 
     nc: NatsConnection
     resets = 0
@@ -73,7 +73,7 @@ class _FrameParser(Parser):
                 self.buf = bytearray(buffer[position : line_end + 2])
                 await super().parse()
                 if self.resets != resets:
-                    return  # the connection was replaced meanwhile: the rest belongs to the old one
+                    return  # the connection was replaced meanwhile: the rest of the buffer belongs to the old one
                 position = line_end + 2
                 continue
             start = line_end + 2
@@ -96,10 +96,10 @@ class NatsConnection(Client):
     """nats-py's client with `listen` and `send`.
 
     Attributes:
-        reconnections: called after each reconnect.
-        trouble: the last error of the connection, until it works again.
+        reconnections: functions that are called after each reconnect.
+        trouble: last error of the connection, empty while it works.
         api: prefix of JetStream's API.
-        request_timeout: seconds for an answer of it.
+        request_timeout: time limit in seconds for an answer of the API.
     """
 
     def __init__(self) -> None:
@@ -112,16 +112,16 @@ class NatsConnection(Client):
         self.request_timeout = 5.0
 
     async def listen(self, subject: str, listener: Listener, queue: str = "", linger: float = 0.0) -> Callable[[], Any]:
-        """Subscribe; return a coroutine function that unsubscribes. It survives reconnects as any subscription.
+        """Subscribe, and return a coroutine function that unsubscribes. The subscription survives reconnects.
 
         Args:
-            linger: seconds for which what was on its way when unsubscribing still reaches the listener.
+            linger: seconds after unsubscribing for which messages on their way still reach the listener.
         """
 
         async def ignore(_message: Msg) -> None:
             pass
 
-        # registered before the SUB goes out: a message can follow at once
+        # registered before the SUB is sent: a message can follow at once
         self.listeners[str(self._sid + 1).encode()] = listener
         subscription = await self.subscribe(subject, queue=queue, cb=ignore)
         key = str(subscription._id).encode()
@@ -143,31 +143,31 @@ class NatsConnection(Client):
             await super()._process_connect_init()
         except ConnectionError as error:
             if self._server_info.get("tls_verify"):
-                # its alert often gets lost behind what we sent meanwhile
+                # the server's TLS alert is often lost, because the client has sent data meanwhile
                 raise NatsError(f"nats: {error}; this server verifies client certificates") from error
             raise
         except (OSError, NatsError, TimeoutError):
             raise
         except Exception as error:
-            # anything else would end nats-py's reconnecting for good
-            raise NatsError(f"nats: an answer that no NATS server gives: {error}") from error
+            # any other exception would permanently end nats-py's attempts to reconnect
+            raise NatsError(f"nats: the answer is not from a NATS server: {error}") from error
         self.trouble = ""
         if self._reading_task is not None:
             self._reading_task.add_done_callback(self._read_loop_ended)
 
     def _read_loop_ended(self, task: asyncio.Task[None]) -> None:
-        """Nobody else notices: nats-py goes on as if it were connected."""
+        """Reconnect: nats-py does not notice the end of its read loop, and stays connected in name."""
         if task is self._reading_task and self.is_connected:
             self._again = asyncio.get_running_loop().create_task(self.force_reconnect())
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if initial_connection and self._wants_tls() and info.get("tls_available"):
-            info["tls_required"] = True  # the server leaves the choice; nats-py goes by this alone
+            info["tls_required"] = True  # the server only offers TLS; nats-py decides by this field alone
         await super()._process_info(info, initial_connection)
 
     async def _process_err(self, err_msg: str) -> None:
-        if any(known in err_msg.lower() for known in _TIME_MENDS):
-            # nats-py would close for good
+        if any(known in err_msg.lower() for known in _TEMPORARY):
+            # nats-py would close the connection permanently
             error = NatsError(f"nats: {err_msg}")
             await self._error_cb(error)
             await self._process_op_err(error)
@@ -177,14 +177,14 @@ class NatsConnection(Client):
     async def _attempt_reconnect(self) -> None:
         self._abort()
         for waiting in list(self._resp_map.values()):
-            if not waiting.done():  # its answer can't come any more
+            if not waiting.done():  # the answer can't arrive any more
                 waiting.set_exception(NatsError("nats: the connection was lost"))
         await super()._attempt_reconnect()
 
     def _abort(self) -> None:
-        """Drop the old connection: closing it in order would wait for a dead peer to take what is unsent.
+        """Drop the old connection. An orderly close would wait for a dead peer to accept unsent data.
 
-        After a TLS handshake that failed it would wait for ever: the end is never told to the stream below.
+        After a failed TLS handshake it would wait without end, because the stream below never learns of the close.
         """
         transport: Any = self._transport
         if getattr(transport, "_io_writer", None) is not None:
@@ -197,7 +197,7 @@ class NatsConnection(Client):
         await super()._close(status, do_cbs)
 
     async def close(self) -> None:
-        """Close for good, within seconds also where the other side is dead."""
+        """Close the connection permanently, within seconds even if the server is dead."""
         try:
             async with asyncio.timeout(CLOSE_S):
                 await super().close()
@@ -209,23 +209,23 @@ class NatsConnection(Client):
         return "tls" in self.options or (server is not None and server.uri.scheme == "tls")
 
     def _connect_command(self) -> bytes:
-        """Called by nats-py before credentials go out, at each connect and reconnect."""
+        """Refuse to send credentials without TLS. nats-py calls it at each connect, before it sends them."""
         writer = getattr(self._transport, "_io_writer", None)
         if self._wants_tls() and writer is not None and writer.get_extra_info("ssl_object") is None:
-            # nats-py would go on in clear text
+            # nats-py would continue without TLS
             raise NatsError("nats: TLS was asked for, and the server does not offer it")
         command: bytes = super()._connect_command()
         return command
 
     def revive(self) -> None:
-        """Go on reconnecting where that has ended, with an error that nats-py didn't expect."""
+        """Restart reconnecting if an unexpected error has ended nats-py's task for it."""
         task = self._reconnection_task
         if not self.is_closed and not self.is_connected and task is not None and task.done():
             self._status = Client.RECONNECTING
             self._reconnection_task = asyncio.get_running_loop().create_task(self._attempt_reconnect())
 
     def send(self, frames: bytes) -> None:
-        """Queue protocol frames for the socket. While disconnected they wait, and go after reconnecting."""
+        """Queue protocol frames for the socket. While disconnected they wait; they are sent after the reconnect."""
         self._pending.append(frames)
         self._pending_data_size += len(frames)
         if self._flush_queue is not None and self._flush_queue.empty() and self.is_connected:
@@ -245,7 +245,7 @@ def publish_frame(subject: bytes, payload: bytes, *, reply: bytes = b"", headers
 
 
 def status_of(headers: bytes | None) -> int:
-    """Return the status code of a control message, 0 for an ordinary one."""
+    """Return the status code of a control message, 0 for an ordinary message."""
     if headers is not None and headers[8:9] == b" ":
         code = headers[9:12]
         return int(code) if code.isdigit() else 0
@@ -253,7 +253,7 @@ def status_of(headers: bytes | None) -> int:
 
 
 def header_of(headers: bytes, name: bytes) -> bytes | None:
-    """Return one header's value."""
+    """Return the value of a header, or None if it is missing."""
     start = headers.find(b"\r\n" + name + b":")
     if start < 0:
         return None

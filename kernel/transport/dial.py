@@ -1,4 +1,4 @@
-"""Connecting to NATS as the settings say: where to, who we are, how sure of the server we want to be."""
+"""Connects to NATS according to the settings: servers, credentials and TLS."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ logger = logging.getLogger("eskernel.transport")
 _JWT = re.compile(r"-----BEGIN NATS USER JWT-----\r?\n([\w-]+\.[\w-]+\.[\w-]+)\r?\n")
 _SEED = re.compile(r"-----BEGIN USER NKEY SEED-----\r?\n(SU[A-Z2-7]+)\r?\n")
 _FINAL = ("authorization violation", "certificate", "tls", "nkeys", "maximum connections")
-"""What a server says that trying again at start would not mend."""
+"""Texts in a server's refusal that another attempt at start would not change."""
 
 
 async def dial(
     settings: Settings, *, name: str, url: str = "", on_event: Callable[[str], None] | None = None
 ) -> NatsConnection:
-    """Connect as the settings say.
+    """Connect according to the settings.
 
     Args:
-        name: of the client, where the settings have none.
-        url: the embedded server's, where that is meant.
+        name: name of the client, if the settings have none.
+        url: URL of the embedded server, if it is to be used.
 
     Raises:
-        BadCredentials: see there.
-        ConnectionFailed: no server answered; the message has the cause, and which option it points to.
+        BadCredentials: a file or an option of `security` can't be used.
+        ConnectionFailed: no server answered; the message has the cause and the setting that it points to.
     """
     connection = settings.connection
     servers = [url] if url else list(connection.servers)
     if url and (given := sorted(settings.security.model_fields_set)):
         raise BadCredentials(
-            f"security.{given[0]} is for servers of connection.servers; the embedded server takes anybody on this "
-            "machine, and no TLS"
+            f"security.{given[0]} is for servers of connection.servers; the embedded server accepts all connections "
+            "from this machine, and has no TLS"
         )
     options = {**connection_options(connection), **security_options(settings.security)}
-    if "tls" not in options and any(one.startswith("tls://") for one in servers):
-        # also for servers that these name, and after reconnects
+    if "tls" not in options and any(server.startswith("tls://") for server in servers):
+        # TLS also applies to servers that these servers announce, and after reconnects
         options["tls"] = _context(settings.security)
     return await connect(
         servers, name=connection.name or name, on_event=on_event, security=settings.security,
@@ -71,7 +71,7 @@ def connection_options(connection: Connection) -> dict[str, Any]:
 
 def _backing_off(connection: Connection) -> Callable[[list[Server], dict[str, Any]], tuple[Server, float]]:
     def choose(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
-        """The server that was tried least, after a pause that doubles with each round of attempts."""
+        """Return the server with the fewest attempts, and a pause that doubles with each round of attempts."""
         chosen = min(servers, key=lambda server: server.reconnects)
         pause = 0.0
         if chosen.reconnects:
@@ -87,7 +87,7 @@ def security_options(security: Security) -> dict[str, Any]:
     """Return nats-py's options for these settings.
 
     Raises:
-        BadCredentials: a file is missing, or is not what it should be.
+        BadCredentials: a file is missing, or has the wrong content.
     """
     options: dict[str, Any] = {}
     if security.token is not None:
@@ -97,7 +97,7 @@ def security_options(security: Security) -> dict[str, Any]:
     if security.nkey_file is not None:
         seed = _read("nkey_file", security.nkey_file).strip()
         if not _is_seed(seed):
-            raise BadCredentials(f"security.nkey_file: {security.nkey_file} holds no user's nkey seed (`SU...`)")
+            raise BadCredentials(f"security.nkey_file: {security.nkey_file} contains no user's nkey seed (`SU...`)")
         options["nkeys_seed"] = str(security.nkey_file)
     if security.credentials_file is not None:
         text = _read("credentials_file", security.credentials_file).decode(errors="replace")
@@ -107,8 +107,8 @@ def security_options(security: Security) -> dict[str, Any]:
             missing = missing or "user's nkey seed"
         if missing:
             raise BadCredentials(
-                f"security.credentials_file: {security.credentials_file} has no {missing} in it; it should be the "
-                "file that `nsc generate creds` writes"
+                f"security.credentials_file: {security.credentials_file} contains no {missing}; use the file that "
+                "`nsc generate creds` writes"
             )
         options["user_credentials"] = str(security.credentials_file)
     if security.tls:
@@ -137,12 +137,12 @@ def _context(security: Security) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=security.ca_file)
     except ssl.SSLError as error:
-        raise BadCredentials(f"security.ca_file: {security.ca_file} holds no certificates: {error}") from None
+        raise BadCredentials(f"security.ca_file: {security.ca_file} contains no certificates: {error}") from None
     if security.client_certificate is not None and security.client_key is not None:
         _read("client_certificate", security.client_certificate)
         _read("client_key", security.client_key)
         try:
-            # without the empty password OpenSSL would ask for one in the terminal
+            # without the empty password OpenSSL would prompt for one in the terminal
             context.load_cert_chain(security.client_certificate, security.client_key, "")
         except (ssl.SSLError, OSError) as error:
             raise BadCredentials(
@@ -151,16 +151,16 @@ def _context(security: Security) -> ssl.SSLContext:
             ) from None
     if security.skip_verify:
         logger.warning(
-            "security.skip_verify: the server's certificate is NOT verified; whoever is in between can read and "
-            "change everything"
+            "security.skip_verify: the server's certificate is NOT verified; an attacker on the network can read and "
+            "change all messages"
         )
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
 
 
-def _pointing(cause: str, security: Security, in_url: bool) -> str:
-    """Return what a refusal points to: the option, or file, that is likely wrong."""
+def _hint(cause: str, security: Security, in_url: bool) -> str:
+    """Return a hint for a refusal: the setting or file that is probably wrong."""
     low = cause.lower()
     if "authorization violation" in low or "authentication" in low:
         if security.token is not None:
@@ -173,17 +173,17 @@ def _pointing(cause: str, security: Security, in_url: bool) -> str:
             return f"the server refused security.credentials_file {security.credentials_file}"
         if in_url:
             return "the server refused the credentials in the URL"
-        return "the server wants credentials: see the section `security` of the settings"
+        return "the server requires credentials: see the section `security` of the settings"
     if "certificate verify failed" in low:
-        signed = f"by security.ca_file {security.ca_file}" if security.ca_file else "by one that this system trusts"
-        return f"the server's certificate is not for this host, or not signed {signed}; see security.ca_file"
+        signer = f"security.ca_file {security.ca_file}" if security.ca_file else "an authority that this system trusts"
+        return f"the server's certificate is not for this host, or not signed by {signer}; see security.ca_file"
     if "alert" in low or "client certificate" in low:
         if security.client_certificate is None:
-            return "the server wants a client certificate: security.client_certificate and security.client_key"
+            return "the server requires a client certificate: security.client_certificate and security.client_key"
         return f"the server does not accept security.client_certificate {security.client_certificate}"
     if "tls was asked for" in low:
-        return "the settings ask for TLS (security.tls_required, or what implies it)"
-    return "is the server running, are the credentials right?"
+        return "the settings require TLS (security.tls_required, or a setting that implies it)"
+    return "check that the server is running, and that the credentials are right"
 
 
 async def connect(
@@ -195,14 +195,14 @@ async def connect(
     jetstream: JetStream | None = None,
     **options: Any,
 ) -> NatsConnection:
-    """Connect; the client reconnects by itself, and what happens to the connection is told to `on_event`.
+    """Connect. The connection reconnects automatically, and calls `on_event` with each event of the connection.
 
     Args:
-        url: servers; a text may have several, with commas between.
-        options: nats-py's, in place of those that the default settings lead to.
+        url: URLs of the servers; a text may contain several, separated by commas.
+        options: options of nats-py, which replace those of the default settings.
 
     Raises:
-        ConnectionFailed: no server answered; the message has the cause that the server gave, where it gave one.
+        ConnectionFailed: no server answered; the message has the server's reason, if it gave one.
     """
     servers = url.split(",") if isinstance(url, str) else list(url)
     security = security or Security()
@@ -216,8 +216,8 @@ async def connect(
         causes.append(str(problem) or type(problem).__name__)
         del causes[: -max(5, len(servers))]
         connection.trouble = causes[-1]
-        # each was tried once
-        if len(causes) >= len(servers) and any(known in one.lower() for one in causes for known in _FINAL):
+        # each server was tried once
+        if len(causes) >= len(servers) and any(map(_is_final, causes)):
             final.set()
         if on_event is not None:
             on_event(f"error: {causes[-1]}")
@@ -262,7 +262,11 @@ async def connect(
         await asyncio.wait({connecting})
     failure = "no answer" if connecting.cancelled() else connecting.exception()
     await connection.close()
-    # what a server said tells more than that it hung up afterwards
-    telling = [one for one in causes if any(known in one.lower() for known in _FINAL)] or causes or [str(failure)]
-    hint = _pointing(telling[-1], security, any("@" in one for one in servers))
-    raise ConnectionFailed(f"can't connect to NATS at {shown(','.join(servers))}: {telling[-1]}; {hint}")
+    # a server's refusal says more than the end of the connection that follows it
+    reasons = list(filter(_is_final, causes)) or causes or [str(failure)]
+    hint = _hint(reasons[-1], security, any("@" in server for server in servers))
+    raise ConnectionFailed(f"can't connect to NATS at {shown(','.join(servers))}: {reasons[-1]}; {hint}")
+
+
+def _is_final(cause: str) -> bool:
+    return any(text in cause.lower() for text in _FINAL)

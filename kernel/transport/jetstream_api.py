@@ -1,9 +1,10 @@
-"""Asking JetStream's API."""
+"""Calls to JetStream's API."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import base64
+from typing import Any, NamedTuple
 
 import nats.errors
 import orjson
@@ -16,7 +17,11 @@ DEFAULT_PREFIX = "$JS.API"
 
 
 class ApiError(LogError):
-    """JetStream's API refused; carries its error code."""
+    """JetStream's API refused a request.
+
+    Attributes:
+        code: the API's error code.
+    """
 
     def __init__(self, subject: str, error: dict[str, Any]) -> None:
         super().__init__(f"{subject}: {error.get('description')} ({error.get('err_code')})")
@@ -26,14 +31,14 @@ class ApiError(LogError):
 async def call_api(
     connection: NatsConnection, subject: str, body: object, timeout: float | None = None
 ) -> dict[str, Any]:
-    """Ask the JetStream API.
+    """Call JetStream's API.
 
     Args:
-        timeout: seconds; the connection's own otherwise.
+        timeout: time limit in seconds for the answer; by default the connection's `request_timeout`.
 
     Raises:
-        ApiError: it answered with an error.
-        Unavailable: it did not answer.
+        ApiError: the API answered with an error.
+        Unavailable: the API did not answer.
     """
     try:
         message = await connection.request(
@@ -45,17 +50,46 @@ async def call_api(
         where = (
             "" if connection.api == DEFAULT_PREFIX else f" at {connection.api} (jetstream.domain, jetstream.api_prefix)"
         )
-        raise Unavailable(f"JetStream is not enabled on this server{where}, or not yet ready") from None
+        raise Unavailable(f"JetStream is not enabled on this server{where}, or not ready yet") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
     task = asyncio.current_task()
     if task is not None and task.cancelling():
-        # before Python 3.12 wait_for swallows a cancellation that comes together with the answer
+        # before Python 3.12 wait_for swallows a cancellation that arrives together with the answer
         raise asyncio.CancelledError
     answer: dict[str, Any] = orjson.loads(message.data)
     if "error" in answer:
         raise ApiError(subject, answer["error"])
     return answer
+
+
+class Message(NamedTuple):
+    """A message of a stream."""
+
+    sequence: int
+    subject: str
+    payload: bytes
+
+
+async def last_message(
+    connection: NatsConnection, stream: str, subject: str, timeout: float | None = None
+) -> Message | None:
+    """Return the subject's last message, as the stream's leader has it, or None if there is none.
+
+    Args:
+        timeout: time limit in seconds for the answer; by default the connection's `request_timeout`.
+
+    Raises:
+        ApiError, Unavailable: as `call_api`.
+    """
+    try:
+        answer = await call_api(connection, f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject}, timeout)
+    except ApiError as error:
+        if error.code == NO_MESSAGE:
+            return None
+        raise
+    message = answer["message"]
+    return Message(message["seq"], message["subject"], base64.b64decode(message.get("data", "")))
 
 
 def server_version(connection: NatsConnection) -> tuple[int, int]:
@@ -65,6 +99,6 @@ def server_version(connection: NatsConnection) -> tuple[int, int]:
 
 
 def version_text(connection: NatsConnection) -> str:
-    """Return the connected server's version as people write it."""
+    """Return the connected server's version as text."""
     version = connection.connected_server_version
     return f"{version.major}.{version.minor}.{version.patch}"

@@ -1,29 +1,26 @@
-"""One page of metrics for several workers."""
+"""Merges the metrics pages of several workers into one page."""
 
 from __future__ import annotations
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-_SCRAPE = aiohttp.ClientTimeout(total=2)
+_TIMEOUT = aiohttp.ClientTimeout(total=2)
 
 
 async def scrape(url: str) -> str:
-    """Return a worker's page, or nothing if it doesn't answer."""
+    """Return a worker's metrics page, or an empty text if the worker doesn't answer."""
     if not url:
         return ""
     try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as http,
-            http.get(f"{url}/metrics") as page,
-        ):
+        async with aiohttp.ClientSession(timeout=_TIMEOUT) as http, http.get(f"{url}/metrics") as page:
             return await page.text()
     except (aiohttp.ClientError, TimeoutError):
         return ""
 
 
 def merge(pages: dict[str, str]) -> bytes:
-    """Return one page in Prometheus's text format from several, each sample labelled with its page's name."""
+    """Merge pages by name into one page in Prometheus's text format. Each sample gets its page's name as a label."""
     families: dict[str, list[str]] = {}
     for name, page in pages.items():
         for family in text_string_to_metric_families(page):

@@ -1,4 +1,4 @@
-"""The parent of several workers: starts them, starts them again, stops them, and speaks for them over HTTP."""
+"""The supervisor of several worker processes: it starts, restarts and stops them, and serves their HTTP pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kernel.errors import WorkersFailed
 from kernel.monitoring.http import HttpServer
 from kernel.packages import environment
 from kernel.runtime.directory import DataDirectory, running_as
-from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits, end_with_parent
+from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits, end_with_parent, start_embedded
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 from kernel.workers.scrape import merge, scrape
@@ -25,12 +25,12 @@ from kernel.workers.worker import REFUSED, describe
 
 logger = logging.getLogger("eskernel.workers")
 FROZEN_S = 15.0
-"""A worker whose loop has not turned for so long is killed: its partitions have moved on long before."""
+"""A worker without a heartbeat for this long is killed. Other workers have taken its partitions long before."""
 START_S = 3600.0
-"""But one that starts may be building tables."""
+"""Time limit for the first heartbeat: a worker that starts may be building tables."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 15.0
 STEADY_S = 30.0
-"""A worker that ran for so long starts again at once."""
+"""A worker that ran for this long is restarted with the shortest pause."""
 
 
 @dataclass(slots=True)
@@ -38,15 +38,16 @@ class Worker:
     """One worker process, over its restarts.
 
     Attributes:
-        told: its last heartbeat.
-        heard: when that came.
-        failed: what it said went wrong.
+        heartbeat: the worker's last heartbeat, empty before the first.
+        received: when the last message of the worker was received, in monotonic time.
+        failed: the error that the worker reported.
+        ready: set when the worker has started, or could not start.
     """
 
     number: int
     process: asyncio.subprocess.Process | None = None
-    told: dict[str, Any] = field(default_factory=dict)
-    heard: float = 0.0
+    heartbeat: dict[str, Any] = field(default_factory=dict)
+    received: float = 0.0
     failed: str = ""
     restarts: int = -1
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,8 +56,7 @@ class Worker:
 class Supervisor:
     """Runs an app in several worker processes.
 
-    The parent holds the data directory and the embedded server, and nothing that a worker needs while it works: when
-    it dies its workers die with it.
+    The supervisor holds the data directory and the embedded server. If the supervisor dies, its workers exit.
     """
 
     def __init__(self, app: str, spec: str, settings: Settings) -> None:
@@ -73,22 +73,29 @@ class Supervisor:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start everything; when it returns, every worker is running.
+        """Start the server and the workers, and return when every worker is running.
 
         Raises:
-            AlreadyRunning, ConnectionError, OSError, WorkersFailed: what stands in the way.
+            AlreadyRunning: another service holds the data directory.
+            Unavailable: the embedded server did not start.
+            WorkersFailed: a worker could not start.
+            OSError: the HTTP port can't be opened, or a process can't be started.
         """
         try:
             await self._start()
         except BaseException:
-            await self.stop()  # workers that are there already drain as ever
+            await self.stop()  # workers that have started already must drain
             raise
 
     async def _start(self) -> None:
         self.directory.hold()
         settings = embedded_commits(self.settings)
-        self.nats_url = await self._start_server() if settings.embedded else ",".join(settings.connection.servers)
-        self.database_url = settings.database.url or f"sqlite:///{self.directory.path / 'projections.db'}"
+        self.nats_url = ",".join(settings.connection.servers)
+        if settings.embedded:
+            self._server, keeping = await start_embedded(self.directory.path, sync=settings.stream.sync)
+            self._tasks.append(keeping)
+            self.nats_url = self._server.url
+        self.database_url = settings.database.url_in(self.directory.path)
         order = describe(
             self._spec,
             str(Path.cwd()),
@@ -110,20 +117,14 @@ class Supervisor:
             await worker.ready.wait()
             if worker.failed:
                 raise WorkersFailed(worker.failed)
-        self.durability = SYNCED if settings.stream.sync else self.workers[0].told.get("durability", "")
+        self.durability = SYNCED if settings.stream.sync else self.workers[0].heartbeat.get("durability", "")
         await self.http.start()
         self.directory.describe(
             running_as(self.app, self._spec, self.settings, self.nats_url, self.database_url, self.http.url)
         )
 
-    async def _start_server(self) -> str:
-        self._server = EmbeddedServer(self.directory.path / "nats", sync=self.settings.stream.sync)
-        url = await self._server.start()
-        self._tasks.append(asyncio.create_task(self._server.keep()))
-        return url
-
     async def _keep(self, worker: Worker, order: bytes) -> None:
-        """Run one worker, again and again, until the stop."""
+        """Run one worker, and restart it whenever it ends, until the supervisor stops."""
         pause = MIN_BACKOFF_S
         while not self._stopping:
             started = time.monotonic()
@@ -131,7 +132,7 @@ class Supervisor:
             if self._stopping:
                 return
             if code == REFUSED and not worker.ready.is_set():
-                worker.ready.set()  # it never worked: whoever starts us should know at once
+                worker.ready.set()  # the worker refuses to start: let `start` raise at once
                 return
             steady = time.monotonic() - started > STEADY_S
             pause = MIN_BACKOFF_S if steady else min(pause * 2, MAX_BACKOFF_S)
@@ -146,8 +147,8 @@ class Supervisor:
 
     async def _run(self, worker: Worker, order: bytes) -> int:
         worker.restarts += 1
-        worker.failed, worker.told = "", {}
-        worker.heard = time.monotonic()
+        worker.failed, worker.heartbeat = "", {}
+        worker.received = time.monotonic()
         process = worker.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # not from this folder: the user's own `kernel` may be here
@@ -157,7 +158,7 @@ class Supervisor:
             env=environment(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            # even one that is stopped or stuck: it leaves nothing that the next start does not mend
+            # SIGKILL also ends a stopped or stuck worker; the next start recovers from any state that it leaves
             preexec_fn=end_with_parent(signal.SIGKILL),
         )
         assert process.stdin is not None
@@ -165,38 +166,38 @@ class Supervisor:
         process.stdin.write(order + b"\n")
         while line := await process.stdout.readline():
             try:
-                told = orjson.loads(line)
+                message = orjson.loads(line)
             except orjson.JSONDecodeError:
                 sys.stdout.buffer.write(line)  # the app itself prints something
                 continue
-            worker.heard = time.monotonic()
-            if "failed" in told:
-                worker.failed = told["failed"]
+            worker.received = time.monotonic()
+            if "failed" in message:
+                worker.failed = message["failed"]
             else:
-                worker.told = told
-                if told.get("started"):
+                worker.heartbeat = message
+                if message.get("started"):
                     worker.ready.set()
         return await process.wait()
 
     async def _watch(self) -> None:
-        """Kill workers that are frozen: nobody else would start them again."""
+        """Kill frozen workers, so that they are restarted."""
         while True:
             await asyncio.sleep(1.0)
             for worker in self.workers:
-                patience = FROZEN_S if worker.told else START_S
+                patience = FROZEN_S if worker.heartbeat else START_S
                 if worker.process is None or worker.process.returncode is not None:
                     continue
-                if time.monotonic() - worker.heard > patience:
-                    logger.error("worker %d has not answered for %.0f s; killing it", worker.number, patience)
+                if time.monotonic() - worker.received > patience:
+                    logger.error("worker %d sent no heartbeat for %.0f s; killing it", worker.number, patience)
                     worker.process.kill()
-                    worker.heard = time.monotonic()
+                    worker.received = time.monotonic()
 
     async def stop(self) -> None:
-        """Have every worker drain; kill those that don't come to an end."""
+        """Let every worker drain and exit; kill the workers that don't exit in time."""
         self._stopping = True
         deadline = time.monotonic() + self.settings.drain + 15.0
-        for worker in self._alive():
-            worker.terminate()
+        for process in self._alive():
+            process.terminate()
         while self._alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - no event covers them all
             await asyncio.sleep(0.02)
         if left := self._alive():
@@ -204,7 +205,8 @@ class Supervisor:
         await self._close()
 
     def _alive(self) -> list[asyncio.subprocess.Process]:
-        return [one.process for one in self.workers if one.process is not None and one.process.returncode is None]
+        processes = [worker.process for worker in self.workers]
+        return [process for process in processes if process is not None and process.returncode is None]
 
     async def _close(self) -> None:
         self._stopping = True
@@ -219,20 +221,20 @@ class Supervisor:
             await self._server.stop()
         self.directory.release()
 
-    # what HTTP shows
+    # the HTTP pages
 
     @property
     def ready(self) -> bool:
-        """Whether every worker is."""
-        return all(one.told.get("ready") and self._fresh(one) for one in self.workers)
+        """True if every worker is ready."""
+        return all(self._is_ready(worker) for worker in self.workers)
 
     @property
     def alive(self) -> bool:
-        """Whether the parent still looks after its workers: it starts again what dies or freezes."""
+        """True while the supervisor restarts workers that die or freeze."""
         return not any(task.done() for task in self._tasks)
 
-    def _fresh(self, worker: Worker) -> bool:
-        return time.monotonic() - worker.heard < FROZEN_S
+    def _is_ready(self, worker: Worker) -> bool:
+        return bool(worker.heartbeat.get("ready")) and time.monotonic() - worker.received < FROZEN_S
 
     def report(self) -> dict[str, Any]:
         """Return the health of every worker."""
@@ -240,18 +242,18 @@ class Supervisor:
             "ready": self.ready,
             "workers": [
                 {
-                    "number": one.number,
-                    "worker": one.told.get("worker", ""),
-                    "ready": bool(one.told.get("ready")) and self._fresh(one),
-                    "restarts": one.restarts,
-                    "heard": round(time.monotonic() - one.heard, 1),
-                    "components": one.told.get("health", {}),
+                    "number": worker.number,
+                    "worker": worker.heartbeat.get("worker", ""),
+                    "ready": self._is_ready(worker),
+                    "restarts": worker.restarts,
+                    "heard": round(time.monotonic() - worker.received, 1),
+                    "components": worker.heartbeat.get("health", {}),
                 }
-                for one in self.workers
+                for worker in self.workers
             ],
         }
 
     async def metrics(self) -> bytes:
-        """Return the metrics of all workers, each sample with its worker's number."""
-        pages = await asyncio.gather(*(scrape(one.told.get("http", "")) for one in self.workers))
-        return merge({str(one.number): page for one, page in zip(self.workers, pages, strict=True) if page})
+        """Return the metrics of all workers. Each sample has its worker's number as a label."""
+        pages = await asyncio.gather(*(scrape(worker.heartbeat.get("http", "")) for worker in self.workers))
+        return merge({str(worker.number): page for worker, page in zip(self.workers, pages, strict=True) if page})

@@ -273,9 +273,9 @@ MUTANTS = [
         "deadline-after-taking",
         "a lease is counted on no longer than the bucket keeps it",
         "kernel/partitions/leases.py",
-        """runs out by itself
+        """then the key expires
         self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)""",
-        """runs out by itself
+        """then the key expires
         self._held[partition] = Lease(revision, clock() + self.ttl * _MARGIN)""",
         (f"{OWN}::test_the_deadline_of_a_lease_just_taken_counts_from_before_the_request",),
     ),

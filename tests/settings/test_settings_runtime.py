@@ -247,7 +247,7 @@ async def test_so_many_workers_run_and_their_metrics_need_the_token(
     await supervisor.start()
     try:
         assert len({worker.process.pid for worker in supervisor.workers if worker.process is not None}) == 2
-        await wait_until(lambda: all(len(one.told.get("partitions", ())) == 32 for one in supervisor.workers), 30)
+        await wait_until(lambda: all(len(one.heartbeat.get("partitions", ())) == 32 for one in supervisor.workers), 30)
         assert (await get(f"{supervisor.http.url}/metrics"))[0] == 401
         status, page = await get(f"{supervisor.http.url}/metrics", "right")
         assert status == 200
@@ -351,7 +351,7 @@ async def test_a_transient_failure_is_tried_again_so_often_and_ever_later(
     monkeypatch.setattr(dead_letters, "retry", noted)
     await service.start()
     try:
-        engine, watch = service.parts.engine, service.parts.probes
+        engine, letters = service.parts.engine, service.parts.retries
         async with await Client.connect(app, service.settings) as client:
             await client.execute(Notebook, "n", Note("unsure"))
 
@@ -361,7 +361,7 @@ async def test_a_transient_failure_is_tried_again_so_often_and_ever_later(
                 return found is not None and found[0] is None
 
         await wait_until(left_to_people)
-        await watch.retry_dead_letters()
+        await letters.retry_dead_letters()
         assert len(pauses) == retries
         if retries:
             assert pauses[-1] is None

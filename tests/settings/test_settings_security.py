@@ -79,7 +79,7 @@ async def test_a_token(tmp_path: Path, binary: str) -> None:
         await taken(nats.url, security__token="right")
         told = await refused(nats.url, "Authorization Violation", "security.token", security__token="hush-hush")
         assert "hush" not in told
-        await refused(nats.url, "wants credentials", "`security`")
+        await refused(nats.url, "requires credentials", "`security`")
 
 
 @pytest.mark.setting("security.user", "security.password")
@@ -155,7 +155,7 @@ async def test_the_server_verifies_the_clients_certificate(tmp_path: Path, binar
         trusting: dict[str, Any] = {"security__ca_file": files.ca}
         mine = {"security__client_certificate": files.client_cert, "security__client_key": files.client_key}
         await taken(nats.url, **trusting, **mine)
-        await refused(nats.url, "wants a client certificate", "security.client_certificate", **trusting)
+        await refused(nats.url, "requires a client certificate", "security.client_certificate", **trusting)
         other = {"security__client_certificate": files.stranger_cert, "security__client_key": files.stranger_key}
         await refused(
             nats.url, f"does not accept security.client_certificate {files.stranger_cert}", **trusting, **other

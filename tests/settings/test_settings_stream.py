@@ -276,7 +276,7 @@ async def test_a_field_that_can_not_be_changed_is_an_error(url: str, app_name: s
 
 @pytest.mark.setting("stream.existing", "stream.partitions")
 async def test_validate_changes_and_makes_nothing(url: str, app_name: str) -> None:
-    with pytest.raises(StreamMismatch, match="never makes one"):
+    with pytest.raises(StreamMismatch, match="never creates it"):
         await made(url, app_name, stream__existing="validate")
     before = await made(url, app_name)
     assert await made(url, app_name, stream__existing="validate") == before
@@ -290,7 +290,7 @@ async def test_validate_changes_and_makes_nothing(url: str, app_name: str) -> No
 
 @pytest.mark.setting("stream.existing")
 async def test_skip_takes_what_is_there(url: str, app_name: str, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(StreamMismatch, match="never makes one"):
+    with pytest.raises(StreamMismatch, match="never creates it"):
         await made(url, app_name, stream__existing="skip")
     await made(url, app_name)
     await change_stream(url, app_name, max_age=3600 * 10**9)

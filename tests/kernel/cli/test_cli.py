@@ -198,7 +198,7 @@ def test_check_lists_declarations_and_all_problems(tmp_path: Path) -> None:
     )
     problems = shell("check", "broken:app", code=2)
     assert "Job.count has no default" in problems
-    assert "nothing in Job applies" in problems
+    assert "no method of Job applies" in problems
     assert "can't import" in shell("check", "nowhere:app", code=2)
 
 

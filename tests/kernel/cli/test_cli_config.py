@@ -101,7 +101,7 @@ def test_check_tries_each_server(config: Run, nats_url: str, old_nats_url: str) 
     assert said(found, "ok", nats_url, "nats-server 2.15.")
     assert said(found, "ok", old_nats_url, "nats-server 2.10.")
     assert said(found, "error", gone, "Connect call failed")
-    assert said(found, "ok", "stream", "there is none; the service makes it")
+    assert said(found, "ok", "stream", "it does not exist; the service creates it")
     always = check(config, "--nats", old_nats_url, "--group-commit", "always", code=1)
     assert said(always, "error", "needs nats-server 2.12")
 

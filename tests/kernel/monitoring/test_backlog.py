@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernel.log.base import CommitBatch, Stored
 from kernel.log.subjects import Address
-from kernel.monitoring.backlog import Alarm, Backlog, Level, Rate
+from kernel.monitoring.backlog import Alarm, BacklogMeter, Level, Rate
 from kernel.monitoring.pressure import Pressure, PressureGauge
 from kernel.projector.grouping import Group
 from kernel.projector.progress import ReadProgress
@@ -97,7 +97,7 @@ def test_a_level_holds_while_measurements_swing_between_its_share_and_its_thresh
 
 
 def test_partitions_that_change_together_are_told_together() -> None:
-    backlog = Backlog(AT, ["Pages", "Words"])
+    backlog = BacklogMeter(AT, ["Pages", "Words"])
     told = []
     for now in range(5):
         for partition in range(64):
@@ -112,7 +112,7 @@ def test_partitions_that_change_together_are_told_together() -> None:
 
 
 def test_a_partition_that_is_another_workers_now_is_not_ours_to_alarm_about() -> None:
-    backlog = Backlog(AT, ["Pages"])
+    backlog = BacklogMeter(AT, ["Pages"])
     for now in range(5):
         backlog.feed("Pages", 7, 5000, 1, now)
         backlog.finish(range(64), 0, now)
@@ -122,7 +122,7 @@ def test_a_partition_that_is_another_workers_now_is_not_ours_to_alarm_about() ->
 
 
 def test_alarms_of_what_has_caught_up_are_forgotten() -> None:
-    backlog = Backlog(AT, ["Pages"])
+    backlog = BacklogMeter(AT, ["Pages"])
     for now in range(20):
         if now < 5:
             backlog.feed("Pages", 7, 5000, 1, now)
@@ -131,7 +131,7 @@ def test_alarms_of_what_has_caught_up_are_forgotten() -> None:
 
 
 def test_time_to_drain_follows_the_present_rate_and_is_infinite_at_a_standstill() -> None:
-    backlog = Backlog(AT, ["Pages"])
+    backlog = BacklogMeter(AT, ["Pages"])
     for now in range(60):
         backlog.feed("Pages", 1, 5000, 1, now)
         backlog.finish(range(64), now * 100, now)

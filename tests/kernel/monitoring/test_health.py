@@ -54,7 +54,7 @@ async def test_callbacks_sync_and_async_hear_of_everything(wait_until: Wait) -> 
 
     alerts = Alerts([plain, waiting])
     for number in range(3):
-        alerts.tell(Alert("health", f"{number}", "ok", "failing", ""))
+        alerts.send(Alert("health", f"{number}", "ok", "failing", ""))
     await wait_until(lambda: len(heard) == 6)
     assert [subject for kind, subject in heard if kind == "plain"] == ["0", "1", "2"]
     assert [subject for kind, subject in heard if kind == "async"] == ["0", "1", "2"]
@@ -88,7 +88,7 @@ async def test_a_callback_that_raises_hangs_or_never_gives_way_harms_nobody(
         [raises, hangs, hangs_async, never_gives_way, lambda alert: heard.append(alert.subject)], limit=0.05
     )
     for number in range(2_000):
-        alerts.tell(Alert("health", f"{number}", "ok", "failing", ""))
+        alerts.send(Alert("health", f"{number}", "ok", "failing", ""))
     await wait_until(lambda: len(heard) >= 1 and heard[-1] == "1999")
     await wait_until(lambda: len(tried) >= 4)
     await wait_until(lambda: len(waited) >= 2)

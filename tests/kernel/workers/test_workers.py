@@ -142,12 +142,12 @@ async def test_a_killed_worker_that_is_started_again_takes_over_from_itself_at_o
     await supervisor.start()
     try:
         workers = supervisor.workers
-        await wait_until(lambda: all(len(one.told.get("partitions", ())) == 32 for one in workers), timeout=30)
-        before, process = workers[1].told["worker"], workers[1].process
+        await wait_until(lambda: all(len(one.heartbeat.get("partitions", ())) == 32 for one in workers), timeout=30)
+        before, process = workers[1].heartbeat["worker"], workers[1].process
         assert process is not None
         process.kill()
-        await wait_until(lambda: workers[1].told.get("worker", before) != before, timeout=30)
-        await wait_until(lambda: all(len(one.told.get("partitions", ())) == 32 for one in workers), timeout=30)
+        await wait_until(lambda: workers[1].heartbeat.get("worker", before) != before, timeout=30)
+        await wait_until(lambda: all(len(one.heartbeat.get("partitions", ())) == 32 for one in workers), timeout=30)
         async with await Client.connect(bank, data=tmp_path) as client:
             await asyncio.gather(*(client.execute(Account, f"a{n}", Deposit(1)) for n in range(100)))
     finally:
