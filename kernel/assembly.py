@@ -40,7 +40,7 @@ from kernel.projector.live import Projector
 from kernel.projector.rebuild import RebuildProgress, build_missing, clean_up
 from kernel.projector.retries import DeadLetterRetries
 from kernel.runtime.directory import DataDirectory
-from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits
+from kernel.runtime.nats_server import SYNCED, embedded_commits, start_embedded
 from kernel.settings import Settings
 from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.tracing import Tracer, open_tracing
@@ -122,7 +122,7 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     app, settings = base.app, base.settings
     governor = Governor(app, settings.rates)
     nats_url = await _find_server(base, closing)
-    database_url = settings.database.url or f"sqlite:///{base.directory.path / 'projections.db'}"
+    database_url = settings.database.url_in(base.directory.path)
     closing.callback(base.alerts.close)
     engine = open_database(database_url, **settings.database.options())
     closing.callback(engine.dispose)
@@ -155,12 +155,10 @@ async def _find_server(base: Foundation, closing: AsyncExitStack) -> str:
     settings = base.settings
     if not settings.embedded:
         return ",".join(settings.connection.servers)
-    server = EmbeddedServer(base.directory.path / "nats", sync=settings.stream.sync)
+    server, keeping = await start_embedded(base.directory.path, sync=settings.stream.sync)
     closing.push_async_callback(server.stop)
-    url = await server.start()
-    keeping = asyncio.create_task(server.keep())
     closing.callback(keeping.cancel)
-    return url
+    return server.url
 
 
 async def _connect(base: Foundation, nats_url: str, closing: AsyncExitStack) -> NatsConnection:

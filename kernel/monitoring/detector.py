@@ -11,7 +11,7 @@ from typing import Any
 from kernel.alerts import Alert
 from kernel.log.appender import Appender
 from kernel.monitoring.alerting import Alerts
-from kernel.monitoring.backlog import Change, Level
+from kernel.monitoring.backlog import BacklogMeter, Change, Level
 from kernel.monitoring.pressure import Pressure, PressureGauge
 from kernel.projector.progress import ReadProgress
 from kernel.settings import Settings
