@@ -1,4 +1,4 @@
-"""What the tests of failure modes share: a server that can be reconfigured and restored, a service, and its numbers."""
+"""Helpers for the tests of failure modes: a server that can be reconfigured and restored, a service, its metrics."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Server:
     """A nats-server on a fixed port whose configuration and store can be changed.
 
     Attributes:
-        password: that it asks for; none if empty.
-        jetstream, more: lines of its configuration, in the `jetstream` block and outside.
-        prefix: a command that starts it.
+        password: the password that clients need; none if empty.
+        jetstream, more: lines of its configuration, inside and outside the `jetstream` block.
+        prefix: a command that starts the server, with its arguments appended.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -121,7 +121,7 @@ class Server:
         await self.start()
 
     def reload(self) -> None:
-        """Have it read its changed configuration."""
+        """Let the server read its changed configuration."""
         self._configure()
         self.send(signal.SIGHUP)
 
@@ -152,9 +152,9 @@ async def server(directory: Path, **options: Any) -> AsyncIterator[Server]:
 
 @contextmanager
 def small_disk(place: Path, megabytes: int) -> Iterator[tuple[list[str], Path]]:
-    """Mount a small file system in a name space of its own, which ends with this.
+    """Mount a small file system in its own mount namespace, which ends with this context.
 
-    Yields a command that runs others in there, and the way to the file system from outside.
+    Yields a prefix for commands that are to run inside, and the file system's path from outside.
     """
     place.mkdir(parents=True)
     mount = f"mount -t tmpfs -o size={megabytes}m tmpfs {place} && echo mounted && exec sleep 600"
@@ -178,7 +178,7 @@ def small_disk(place: Path, megabytes: int) -> Iterator[tuple[list[str], Path]]:
 
 
 def fill(file: Path) -> None:
-    """Write until there is no room."""
+    """Write until the file system is full."""
     descriptor = os.open(file, os.O_CREAT | os.O_WRONLY)
     try:
         while os.write(descriptor, bytes(4096)):
@@ -191,14 +191,14 @@ def fill(file: Path) -> None:
 
 @dataclass
 class Running:
-    """A service in this process, a client of it that has its own way to the server, and what was acknowledged."""
+    """A service in this process, a client with its own connection, and the acknowledged commands."""
 
     service: Service
     client: Client
     acknowledged: dict[str, int] = field(default_factory=dict)
 
     async def note(self, count: int, ids: int = 10, text: str = "a", timeout: float = 20) -> list[Any]:
-        """Send commands and count what was acknowledged."""
+        """Send commands and count the acknowledged ones."""
 
         async def one(number: int) -> Any:
             name = f"n{number % ids}"
@@ -209,7 +209,7 @@ class Running:
         return await asyncio.gather(*(one(number) for number in range(count)))
 
     async def component(self, name: str) -> dict[str, Any]:
-        """What /readyz says of a component, after a fresh probe."""
+        """Return what /readyz reports about a component, after a fresh probe."""
         await self.service.parts.probes.probe()
         async with aiohttp.ClientSession() as http, http.get(f"{self.service.http.url}/readyz") as answer:
             report = await answer.json()
@@ -218,7 +218,7 @@ class Running:
         return found
 
     async def check(self) -> None:
-        """All that was acknowledged is in the log and in the tables, and nothing was parked."""
+        """Check that all acknowledged events are in the log and in the tables, and that nothing is parked."""
         receipts = await self.note(10)
         pages = await self.client.query("select notebook, notes from pages", after=receipts, timeout=30)
         assert {page["notebook"]: page["notes"] for page in pages} == self.acknowledged
@@ -236,7 +236,7 @@ async def running(
     """Run a service.
 
     Args:
-        client: URL for the client, if it goes another way than the service.
+        client: URL for the client, if it differs from the service's.
     """
     database = database or f"sqlite:///{directory / 'projections.db'}"
     service = Service(
@@ -254,7 +254,7 @@ async def running(
 
 
 def parked(database: str) -> int:
-    """Return how many dead letters there are."""
+    """Return the number of dead letters."""
     engine = open_database(database, read_only=True)
     try:
         with reads(engine).connect() as connection:
@@ -269,7 +269,7 @@ def metric(name: str, **labels: str) -> float:
 
 
 def warned(caplog: pytest.LogCaptureFixture, *words: str) -> bool:
-    """Say whether a warning, or worse, has all these words."""
+    """Return whether a warning, or worse, contains all these words."""
     return any(
         record.levelname in ("WARNING", "ERROR") and all(word in record.getMessage() for word in words)
         for record in caplog.records
@@ -278,27 +278,27 @@ def warned(caplog: pytest.LogCaptureFixture, *words: str) -> bool:
 
 @asynccontextmanager
 async def api(url: str) -> AsyncIterator[Callable[..., Coroutine[Any, Any, dict[str, Any]]]]:
-    """Yield a function that asks JetStream's API, as an operator's tools do."""
+    """Yield a function that calls JetStream's API, as an operator's tools do."""
     connection: NatsConnection = await connect(url, name="operator")
 
-    async def ask(subject: str, body: object = None) -> dict[str, Any]:
+    async def call(subject: str, body: object = None) -> dict[str, Any]:
         return await call_api(connection, subject, body)
 
     try:
-        yield ask
+        yield call
     finally:
         await connection.close()
 
 
 async def change_stream(url: str, stream: str, **config: Any) -> None:
     """Change a stream's configuration, as an operator does."""
-    async with api(url) as ask:
-        found = (await ask(f"STREAM.INFO.{stream}"))["config"]
-        await ask(f"STREAM.UPDATE.{stream}", {**found, **config})
+    async with api(url) as call:
+        found = (await call(f"STREAM.INFO.{stream}"))["config"]
+        await call(f"STREAM.UPDATE.{stream}", {**found, **config})
 
 
 class Process:
-    """The service as its user starts it, in a process of its own."""
+    """The service in its own process, started as a user does."""
 
     def __init__(self, name: str, directory: Path, nats: str, database: str, *more: str) -> None:
         self.log = directory / "service.log"
@@ -308,15 +308,15 @@ class Process:
         self.process: subprocess.Popen[bytes] | None = None
 
     def wrap(self, command: list[str]) -> None:
-        """Have another command start it."""
+        """Let another command start the service."""
         self._arguments = [*command, *self._arguments]
 
     async def start(self) -> None:
-        """Start it and wait until it says that it runs."""
+        """Start the service and wait until it reports that it is running."""
         self.launch()
         assert self.process is not None
-        while "is running" not in self.said():
-            assert self.process.poll() is None, self.said()
+        while "is running" not in self.output():
+            assert self.process.poll() is None, self.output()
             await asyncio.sleep(0.02)
 
     def launch(self) -> None:
@@ -333,11 +333,11 @@ class Process:
                 preexec_fn=end_with_parent(signal.SIGKILL),  # noqa: PLW1509
             )
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     async def wait(self, timeout: float = 20) -> int:
-        """Wait for its end; return its exit code."""
+        """Wait until the process ends; return its exit code."""
         assert self.process is not None
         return await asyncio.to_thread(self.process.wait, timeout)
 

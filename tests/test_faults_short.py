@@ -16,7 +16,7 @@ import pytest
 from tests.faults import checker, evidence, rules
 from tests.faults.checker import History, check, verdict_of
 from tests.faults.driver import Options, Run
-from tests.faults.report import table, tell
+from tests.faults.report import describe, table
 from tests.faults.rules import Attempt, Garbage, Letter, Message, Tables
 from tests.faults.schedule import SHORT, Kind, plan, short_plan
 
@@ -25,7 +25,7 @@ RUBBISH = b"\x00rubbish"
 
 
 class Story:
-    """A small history in which all holds: two tanks, one of them parked for one projection, and garbage."""
+    """A small history without violations: two tanks, one of them parked for one projection, and garbage."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -79,9 +79,9 @@ class Story:
         attempt.sent, attempt.answered = sequence - 0.5, sequence + 0.5
         self.attempts.append(attempt)
 
-    def refusal(self, command_id: str, tank: str, name: str, told: str, **data: Any) -> None:
+    def refusal(self, command_id: str, tank: str, name: str, reason: str, **data: Any) -> None:
         now = len(self.messages) + 0.7
-        self.attempts.append(Attempt(command_id, tank, name, data, now, now + 0.1, "refused", told=told))
+        self.attempts.append(Attempt(command_id, tank, name, data, now, now + 0.1, "refused", reason=reason))
 
     def rewrite(self, place: int, change: Callable[[list[dict[str, Any]]], Any]) -> None:
         """Change the events of one commit."""
@@ -99,7 +99,7 @@ class Story:
     def check(self) -> list[str]:
         garbage = [Garbage("app.evt.x", RUBBISH, 7)]
         history = History("app", PARTITIONS, len(self.messages), self.messages, self.attempts, garbage, self.tables)
-        return [str(one) for one in check(history)]
+        return [str(violation) for violation in check(history)]
 
 
 def test_a_history_in_which_all_holds_is_found_to_hold() -> None:
@@ -111,8 +111,8 @@ def _lose_message(story: Story) -> None:
 
 
 def _swap_order(story: Story) -> None:
-    one, two = story.messages[0], story.messages[1]
-    story.messages[:2] = [dataclasses.replace(two, sequence=1), dataclasses.replace(one, sequence=2)]
+    first, second = story.messages[0], story.messages[1]
+    story.messages[:2] = [dataclasses.replace(second, sequence=1), dataclasses.replace(first, sequence=2)]
 
 
 def _lose_acknowledged(story: Story) -> None:
@@ -137,7 +137,7 @@ def _double_unknown(story: Story) -> None:
 
 
 def _refused_in_the_log(story: Story) -> None:
-    story.attempts[0].outcome, story.attempts[0].told = "refused", "level is 0"
+    story.attempts[0].outcome, story.attempts[0].reason = "refused", "level is 0"
 
 
 def _break_limit(story: Story) -> None:
@@ -165,11 +165,11 @@ def _wrong_sequence(story: Story) -> None:
 
 
 def _stranger(story: Story) -> None:
-    story.append(0, sequence=4, commandid="nobody's")
+    story.append(0, sequence=4, commandid="unsent")
 
 
 def _refused_on_a_stale_level(story: Story) -> None:
-    story.attempts[2].told = "level is 90"
+    story.attempts[2].reason = "level is 90"
 
 
 def _refused_without_reason(story: Story) -> None:
@@ -207,7 +207,7 @@ def _double_row(table: str) -> Callable[[Story], None]:
 
 
 def _stray_row(story: Story) -> None:
-    story.tables.levels.append(("nobody", 0, 1, "red"))
+    story.tables.levels.append(("stray", 0, 1, "red"))
 
 
 def _fold_the_poison(story: Story) -> None:
@@ -298,27 +298,27 @@ DAMAGES: list[tuple[Callable[[Story], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGES, ids=[f"{n}-{d.__name__}" for n, (d, _) in enumerate(DAMAGES)])
-def test_each_kind_of_damage_is_noticed(damage: Callable[[Story], None], said: str) -> None:
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[f"{n}-{d.__name__}" for n, (d, _) in enumerate(DAMAGES)])
+def test_each_kind_of_damage_is_noticed(damage: Callable[[Story], None], message: str) -> None:
     story = Story()
     damage(story)
     found = story.check()
-    assert any(said in one for one in found), found
+    assert any(message in violation for violation in found), found
 
 
 def test_a_refusal_is_right_at_any_level_that_the_tank_had_meanwhile() -> None:
     story = Story()
     patient = dataclasses.replace(story.attempts[2], command_id="c9", sent=0.5, data={"amount": 50, "note": "x"})
-    story.attempts += [dataclasses.replace(patient, told=f"level is {level}") for level in (60, 70)]
+    story.attempts += [dataclasses.replace(patient, reason=f"level is {level}") for level in (60, 70)]
     assert story.check() == []
 
 
-def test_an_acknowledgement_outweighs_what_other_senders_of_the_command_were_told() -> None:
-    one = Attempt("c", "a", "Mark", {})
-    acknowledged, refused = (dataclasses.replace(one, outcome=outcome) for outcome in ("acknowledged", "refused"))
-    assert verdict_of([refused, one, acknowledged]) == "acknowledged"
+def test_an_acknowledgement_outweighs_the_answers_to_other_senders_of_the_command() -> None:
+    attempt = Attempt("c", "a", "Mark", {})
+    acknowledged, refused = (dataclasses.replace(attempt, outcome=outcome) for outcome in ("acknowledged", "refused"))
+    assert verdict_of([refused, attempt, acknowledged]) == "acknowledged"
     assert verdict_of([refused, refused]) == "refused"
-    assert verdict_of([refused, one]) == "unknown"
+    assert verdict_of([refused, attempt]) == "unknown"
 
 
 @pytest.mark.parametrize("module", [rules, checker, evidence])
@@ -345,9 +345,9 @@ def test_a_schedule_follows_from_its_seed_and_has_every_fault() -> None:
 async def test_two_workers_hold_through_a_short_schedule(postgres_url: str) -> None:
     seed = int(os.environ.get("TEST_SEED", random.randrange(1 << 30)))
     print(f"TEST_SEED={seed}")
-    postgres = postgres_url if seed % 2 else ""  # one database a run: it is the long harness that does both
+    postgres = postgres_url if seed % 2 else ""  # one database in each run; the long harness uses both
     result = await Run(seed, short_plan(seed), Options(postgres=postgres), print).run()
-    print("\n".join(tell(result)))
+    print("\n".join(describe(result)))
     assert result.ok, result.violations
     assert result.kills["worker"] and result.kills["server"] and result.letters and result.garbage
     assert table([result]).count("holds") == 2

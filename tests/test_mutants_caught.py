@@ -1,4 +1,4 @@
-"""Promises that no other test would miss if they were broken: `python -m tests.mutants` breaks them one by one."""
+"""Promises that no other test guards: `python -m tests.mutants` breaks them one by one."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ async def test_a_command_is_answered_when_its_append_is_acknowledged_and_not_bef
         monkeypatch.setattr(log, "append", hold)
         command = asyncio.create_task(client.execute(Notebook, "n", Note("held")))
         acknowledgement = await held
-        for n in range(5):  # each of these answers comes after one to the held command would have
+        for n in range(5):  # an answer to the held command would have come before each of these answers
             await client.execute(Notebook, f"other-{n}", Note("passes"))
         assert not command.done(), "there is nothing in the log yet"
         acknowledgement.set_exception(Unavailable("the log is full"))
-        receipt = await command  # sent again by the client
+        receipt = await command  # the client sends it again
         (stored,) = await client.log.read_subject(client.log.subjects.address("Notebook", "n").subject)
         assert (receipt.version, receipt.sequence) == (1, stored.sequence)
 
@@ -81,7 +81,7 @@ async def test_a_command_is_answered_when_its_append_is_acknowledged_and_not_bef
 async def test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into(
     connection: NatsConnection, app_name: str, monkeypatch: pytest.MonkeyPatch, taken: str
 ) -> None:
-    """It is still on its way when the read-back finds nothing, and arrives before it is sent again."""
+    """The append is still on its way when the read-back finds nothing, and arrives before it is sent again."""
     log, beside = await open_log(connection, app_name, partitions=4), await find_log(connection, app_name)
     subject = log.subjects.address("Notebook", "n").subject
     sent, arrived = asyncio.Event(), False
@@ -89,15 +89,15 @@ async def test_a_conflict_of_an_append_that_was_sent_twice_is_looked_into(
         lost.setattr(connection, "send", lambda _frames: sent.set())
         future = log.append(subject, 0, b"ours")
         await sent.wait()
-    look = log.appender._settler._last
+    find_last = log.appender._settler._last
 
     async def late(of: str) -> Stored | None:
         nonlocal arrived
         if arrived:
-            return await look(of)
+            return await find_last(of)
         arrived = True
         await beside.append(subject, 0, taken.encode())
-        return None  # as the subject was a moment before
+        return None  # the state of the subject a moment before
 
     monkeypatch.setattr(log.appender._settler, "_last", late)
     log.appender._lost_connection()
@@ -132,7 +132,7 @@ async def test_the_deadline_of_a_lease_just_taken_counts_from_before_the_request
     async def slow(key: str, expected: int) -> int:
         nonlocal now
         revision = await put(key, expected)
-        now += 3.0  # the answer takes its time: the bucket has been counting meanwhile
+        now += 3.0  # the answer is late: the bucket has counted from the request
         return revision
 
     monkeypatch.setattr("kernel.partitions.leases.clock", lambda: now)
@@ -148,7 +148,7 @@ async def test_the_deadline_of_a_lease_just_taken_counts_from_before_the_request
 async def test_what_was_known_of_a_partition_is_forgotten_when_it_is_lost(
     nats_url: str, app_name: str, tmp_path: Path
 ) -> None:
-    """Nothing that is appended tells of the stale state: it refuses what the present one would not."""
+    """No conflict reveals the stale state, because it refuses a command that the present state accepts."""
     app = App(app_name, aggregates=[Account], projections=[])
     async with running(app, nats_url, tmp_path) as (service, client):
         first = await client.execute(Account, "alice", Deposit(500))
@@ -234,7 +234,7 @@ async def test_a_lease_is_given_back_when_its_commands_are_answered_and_not_befo
 async def test_a_projection_that_is_behind_the_others_is_folded_alone(
     nats_url: str, app_name: str, tmp_path: Path
 ) -> None:
-    """As after a cut-over of one of them, which may be ahead of the rest."""
+    """This happens after the cut-over of one projection, which may be ahead of the others."""
     app = notebooks(app_name)
     async with running(app, nats_url, tmp_path) as (service, client):
         receipts = [await client.execute(Notebook, "n", Note("word")) for _ in range(5)]
@@ -261,7 +261,7 @@ async def test_at_a_cut_over_the_new_copy_has_what_the_old_one_had(
         projector, cut_over = service.parts.projector, Rebuild._cut_over
 
         async def late(rebuild: Rebuild, *given: Any) -> None:
-            # the live copy goes on meanwhile; then it stops, so that nobody makes up for what the new one lacks
+            # the live copy goes on meanwhile, and then stops, so that nothing repairs what the new copy lacks
             await client.query("select 1", after=[await client.execute(Notebook, "n", Note("meanwhile"))])
             projector.assign(frozenset())
             await projector.released()

@@ -57,7 +57,7 @@ class Sampler:
         swing: actors that a worker activates between two sweeps: the number of live actors fluctuates by this much.
 
     Attributes:
-        counts: each counter's value at the first sample and at the latest.
+        counts: each counter's values at the first and the latest sample.
     """
 
     def __init__(

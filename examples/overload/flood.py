@@ -104,6 +104,8 @@ class Flood:
         self._answers.sent += how_many
 
     async def _receive(self, message: Msg) -> None:
+        if not message.data:
+            return  # NATS answers "no responders" with an empty message; the command stays unanswered
         started = self._sent.pop(message.subject.rpartition(".")[2], None)
         if started is None:
             return

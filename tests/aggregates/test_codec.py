@@ -1,6 +1,6 @@
-"""What is stored: CloudEvents, exactly what was decided, and nothing else is taken for it."""
+"""Stored commits are CloudEvents: decided events come back unchanged, and other bytes are refused."""
 
-# no postponed annotations here: classes of single cases are local, and annotations name them
+# no postponed annotations here: the test cases define local classes, which annotations name
 
 import enum
 import math
@@ -71,7 +71,7 @@ class Bag(Aggregate):
 
 NAMES = {Packed: ("bag.packed", 1)}
 
-# what JSON texts can carry: no lone surrogates; numbers of 64 bits, and finite
+# values that JSON can represent: no lone surrogates; numbers of 64 bits, and finite
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 integers = st.integers(-(2**63), 2**63 - 1)
 floats = st.floats(allow_nan=False, allow_infinity=False)
@@ -119,10 +119,10 @@ def event_of(envelope: Envelope) -> Any:
 @settings(max_examples=150)
 @given(decided=decisions, id=texts, sequence=st.integers(0, 10**12))
 def test_a_commit_comes_back_as_it_was_decided(decided: list[Any], id: str, sequence: int) -> None:
-    made = [Decision(*one) for one in decided]
+    made = [Decision(*fields) for fields in decided]
     moment = timestamp()
     envelopes = decode(encode("/bags/Bag", id, NAMES, made, sequence, moment))
-    expected = [(decision, one) for decision in made for one in decision.events]
+    expected = [(decision, event) for decision in made for event in decision.events]
     assert len(envelopes) == len(expected)
     for place, (envelope, (decision, original)) in enumerate(zip(envelopes, expected, strict=True), 1):
         back = event_of(envelope)
@@ -139,15 +139,15 @@ def test_a_commit_comes_back_as_it_was_decided(decided: list[Any], id: str, sequ
 
 
 @settings(max_examples=50)
-@given(one=packed)
-def test_a_message_is_parsed_from_what_it_was_dumped_to(one: Packed) -> None:
-    assert parse(Packed, orjson.loads(dumps(one))) == one
+@given(message=packed)
+def test_a_message_is_parsed_from_what_it_was_dumped_to(message: Packed) -> None:
+    assert parse(Packed, orjson.loads(dumps(message))) == message
 
 
 @settings(max_examples=50)
 @given(decided=decisions, id=texts.filter(bool))
 def test_a_commit_is_a_cloudevents_batch(decided: list[Any], id: str) -> None:
-    commit = encode("/bags/Bag", id, NAMES, [Decision(*one) for one in decided], 0, timestamp())
+    commit = encode("/bags/Bag", id, NAMES, [Decision(*fields) for fields in decided], 0, timestamp())
     batch = orjson.loads(commit)
     assert isinstance(batch, list)
     for item in batch:
@@ -168,10 +168,10 @@ def test_a_commit_is_a_cloudevents_batch(decided: list[Any], id: str) -> None:
     assert len({item["id"] for item in batch}) == len(batch)
 
 
-# what would not come back
+# values that would not come back
 
 
-def test_a_number_that_json_has_no_word_for_is_not_stored_as_something_else() -> None:
+def test_a_number_that_json_cannot_represent_is_not_stored_as_something_else() -> None:
     @event
     class Measured:
         value: float
@@ -240,7 +240,7 @@ def test_a_field_whose_name_begins_with_an_underscore_is_carried_or_refused_at_s
     assert declared.events["Hidden"].decode(decode(stored)[0].data, 1) == Hidden(5)
 
 
-# bytes that are no commit
+# bytes that are not a commit
 
 
 @settings(max_examples=1000)
@@ -272,13 +272,13 @@ def test_other_json_is_a_commit_or_an_invalid_message(value: Any) -> None:
     except InvalidMessage:
         return
     assert envelopes
-    assert all(isinstance(one.sequence, int) and isinstance(one.type, str) for one in envelopes)
+    assert all(isinstance(envelope.sequence, int) and isinstance(envelope.type, str) for envelope in envelopes)
 
 
 @settings(max_examples=300)
-@given(one=packed, cut=st.integers(0, 10_000), flipped=st.integers(0, 10_000), byte=st.integers(0, 255))
-def test_a_spoilt_commit_is_a_commit_or_an_invalid_message(one: Packed, cut: int, flipped: int, byte: int) -> None:
-    good = encode("/bags/Bag", "1", NAMES, [Decision("c", [one])], 0, timestamp())
+@given(message=packed, cut=st.integers(0, 10_000), flipped=st.integers(0, 10_000), byte=st.integers(0, 255))
+def test_a_spoilt_commit_is_a_commit_or_an_invalid_message(message: Packed, cut: int, flipped: int, byte: int) -> None:
+    good = encode("/bags/Bag", "1", NAMES, [Decision("c", [message])], 0, timestamp())
     with pytest.raises(InvalidMessage):
         decode(good[: cut % len(good)])
     spoilt = bytearray(good)

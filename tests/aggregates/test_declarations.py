@@ -1,6 +1,6 @@
-"""Everything that is wrong with a program's declarations is told at start, at once, with the remedy."""
+"""All problems of a program's declarations are reported together at start, each with its remedy."""
 
-# no postponed annotations here: classes of single cases are local, and annotations name them
+# no postponed annotations here: the test cases define local classes, which annotations name
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -130,7 +130,7 @@ def test_a_right_declaration_has_no_problems() -> None:
 # aggregates
 
 
-def _returns_what_nobody_applies() -> type:
+def _returns_an_event_without_applier() -> type:
     class Shop(Aggregate):
         @handles
         def deposit(self, command: Deposit) -> Deposited | Foreign:
@@ -296,7 +296,7 @@ def _upcaster_missing() -> type:
     return Shop
 
 
-def _upcaster_of_the_present() -> type:
+def _upcaster_of_the_current_version() -> type:
     class Shop(Aggregate):
         @applies
         def deposited(self, event: Deposited) -> None: ...
@@ -309,7 +309,7 @@ def _upcaster_of_the_present() -> type:
     return Shop
 
 
-def _upcaster_of_a_stranger() -> type:
+def _upcaster_of_a_foreign_event() -> type:
     class Shop(Aggregate):
         @applies
         def deposited(self, event: Deposited) -> None: ...
@@ -374,7 +374,7 @@ def _async_handler() -> type:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (_returns_what_nobody_applies, ["Shop.deposit", "Foreign", "add a method with @applies"]),
+        (_returns_an_event_without_applier, ["Shop.deposit", "Foreign", "add a method with @applies"]),
         (_two_handlers, ["Shop.deposit_again", "already has a handler for Deposit", "keep one"]),
         (_two_appliers, ["Shop.deposited_again", "already applies Deposited", "keep one"]),
         (_handler_without_annotation, ["Shop.deposit", "'command'", "annotation"]),
@@ -389,8 +389,8 @@ def _async_handler() -> type:
         (_two_events_of_one_name, ["Shop.other", "'Deposited'", "another name"]),
         (_no_applier, ["Shop", "applies no event", "@applies"]),
         (_upcaster_missing, ["Renamed", "Shop", "from version 2", "@upcasts(Renamed, version=2)"]),
-        (_upcaster_of_the_present, ["Shop.first", "Deposited", "older"]),
-        (_upcaster_of_a_stranger, ["Shop.first", "Renamed", "does not apply"]),
+        (_upcaster_of_the_current_version, ["Shop.first", "Deposited", "older"]),
+        (_upcaster_of_a_foreign_event, ["Shop.first", "Renamed", "does not apply"]),
         (_opaque(Opaque), ["Packed.thing", "Opaque", "JSON"]),
         (_opaque(list[Opaque]), ["Packed.thing", "Opaque", "JSON"]),
         (_opaque(dict[str, Opaque]), ["Packed.thing", "Opaque", "JSON"]),
@@ -400,18 +400,18 @@ def _async_handler() -> type:
         (_async_handler, ["Shop.deposit", "async"]),
     ],
 )
-def test_a_problem_of_an_aggregate_is_told_with_its_remedy(make: Callable[[], type], words: list[str]) -> None:
+def test_a_problem_of_an_aggregate_is_reported_with_its_remedy(make: Callable[[], type], words: list[str]) -> None:
     found = problems_of([make()])
     one_problem(found, *words)
 
 
 @pytest.mark.parametrize("stranger", [int, "text", object()])
-def test_what_is_no_aggregate_is_refused(stranger: Any) -> None:
+def test_a_class_that_is_not_an_aggregate_is_refused(stranger: Any) -> None:
     with pytest.raises(DeclarationError, match=r"derive the class from aggregates\.Aggregate"):
         declare(stranger)
 
 
-def test_a_scenario_of_a_wrong_class_tells_its_problems() -> None:
+def test_a_scenario_of_a_wrong_class_reports_its_problems() -> None:
     with pytest.raises(DeclarationError, match="applies no event"):
         scenario(_no_applier())
 
@@ -480,7 +480,7 @@ def _no_model() -> Any:
     return P
 
 
-def _model_that_is_none() -> Any:
+def _model_that_is_not_a_model() -> Any:
     class P(Tallies[int], of=Account):
         @applies
         def deposited(self, tally: Tally[int], event: Deposited) -> None: ...
@@ -626,7 +626,7 @@ def _absent_aggregate() -> Any:
         (_two_row_handlers, ["P already has a handler for Deposited", "keep one"]),
         (_no_handler, ["P", "@applies"]),
         (_no_model, ["P", "Rows[Model]"]),
-        (_model_that_is_none, ["P", "Tallies[Model]"]),
+        (_model_that_is_not_a_model, ["P", "Tallies[Model]"]),
         (_no_tables, ["P", "tables = (Model, ...)"]),
         (_tables_not_in_a_tuple, ["P", "tables = (Model, ...)"]),
         (_row_handler_of_another_model, ["P.deposited", "row: Model, event: Event"]),
@@ -644,7 +644,7 @@ def _absent_aggregate() -> Any:
         (_absent_aggregate, ["P", "Elsewhere", "not among the app's aggregates"]),
     ],
 )
-def test_a_problem_of_a_projection_is_told_with_its_remedy(make: Callable[[], Any], words: list[str]) -> None:
+def test_a_problem_of_a_projection_is_reported_with_its_remedy(make: Callable[[], Any], words: list[str]) -> None:
     one_problem(problems_of([Account], [make()]), *words)
 
 
@@ -713,9 +713,9 @@ def test_all_problems_of_an_app_come_at_once() -> None:
     projections = [_unknown_column_near(), _wordy_tally(), _no_aggregate()]
     with pytest.raises(DeclarationError) as error:
         App("1bad", aggregates=aggregates, projections=projections)
-    told = " ".join(error.value.problems)
+    problems = " ".join(error.value.problems)
     for word in ("1bad", "Shop.deposit_again", "Shop.total", "'cent'", "Worded.word", "of=SomeAggregate"):
-        assert word in told
+        assert word in problems
     assert len(error.value.problems) >= 6
     assert str(error.value).startswith(f"{len(error.value.problems)} problem")
 
@@ -735,7 +735,7 @@ def test_several_problems_of_one_class_come_at_once() -> None:
         assert any(word in problem for problem in found), word
 
 
-def test_problems_are_told_whichever_class_comes_first() -> None:
+def test_problems_are_reported_in_any_order_of_the_classes() -> None:
     classes = [Account, _two_handlers(), _no_applier()]
-    told = {frozenset(problems_of(list(order))) for order in itertools.permutations(classes)}
-    assert len({len(found) for found in told}) == 1
+    outcomes = {frozenset(problems_of(list(order))) for order in itertools.permutations(classes)}
+    assert len({len(found) for found in outcomes}) == 1

@@ -1,6 +1,6 @@
-"""Whatever happened and however it was stored: a cell comes to the same state, and bytes are a commit or refused."""
+"""A history gives the same state however it is stored, and any bytes are either a commit or refused."""
 
-# no postponed annotations here: the classes of a chain are local, and annotations name them
+# no postponed annotations here: the chains define local classes, which annotations name
 
 import itertools
 import math
@@ -88,28 +88,28 @@ class Basket(Aggregate):
     @applies
     def changed(self, event: Put | Taken) -> None:
         count = self.items.get(event.item, 0) + (event.count if isinstance(event, Put) else -event.count)
-        # the order matters, so that a fold in another order is another state
+        # the state depends on the order, so that a fold in another order shows
         self.items = {**{key: value for key, value in self.items.items() if key != event.item}, event.item: count}
         self.items = {key: value for key, value in self.items.items() if value}
         self.steps = (self.steps * 31 + count + 1) % 1_000_003
 
 
 BASKET = declare(Basket)
-NAMES = {one.cls: (one.name, one.version) for one in BASKET.events.values()}
+NAMES = {declared.cls: (declared.name, declared.version) for declared in BASKET.events.values()}
 items = st.sampled_from(["apple", "pear", "fig", ""])
 commands = st.one_of(
     st.builds(PutIn, items, st.integers(1, 3)), st.builds(TakeOut, items, st.integers(1, 3)), st.just(Clear())
 )
-# so few ids that some come again
+# so few ids that some repeat
 orders = st.lists(st.tuples(st.sampled_from([f"c{n}" for n in range(14)]), commands), max_size=30)
 
 
 def decided(cell: Cell[Basket], wanted: Iterable[tuple[str, Any]]) -> list[Decision]:
     """Let the cell decide and evolve, one command after the other; return what it decided."""
     made = []
-    for command_id, one in wanted:
+    for command_id, wanted_command in wanted:
         try:
-            events = cell.decide(one, Context(command_id))
+            events = cell.decide(wanted_command, Context(command_id))
         except Rejected:
             continue
         cell.evolve(events)
@@ -136,7 +136,7 @@ def replayed(commits: Iterable[Sequence[Envelope]]) -> Cell[Basket]:
 
 
 def receipts(commits: Iterable[Sequence[Envelope]]) -> dict[str, tuple[int, int]]:
-    """Return what a cell must remember: of the latest commands, where the last event of each is."""
+    """Return the receipts that a cell must remember: for each of the latest commands, where its last event is."""
     found: dict[str, tuple[int, int]] = {}
     for position, commit in enumerate(commits, 1):
         for envelope in commit:
@@ -156,7 +156,7 @@ def test_any_history_replays_to_the_same_state(wanted: list[tuple[str, Any]]) ->
     again = replayed([stored(decisions)] if decisions else [])
     assert again.state == live.state
     assert list(again.state.items.items()) == list(live.state.items.items())
-    assert again.version == live.version == sum(len(one.events) for one in decisions)
+    assert again.version == live.version == sum(len(decision.events) for decision in decisions)
 
 
 @given(wanted=orders, places=st.lists(st.integers(0, 100), max_size=10))
@@ -169,17 +169,17 @@ def test_any_split_into_commits_gives_the_same_cell(wanted: list[tuple[str, Any]
     assert cell.position == 10 * len(commits)
     assert cell.commands == receipts(commits)
     whole = replayed([history] if history else [])
-    assert {one: version for one, (version, _) in cell.commands.items()} == {
-        one: version for one, (version, _) in whole.commands.items()
+    assert {command_id: version for command_id, (version, _) in cell.commands.items()} == {
+        command_id: version for command_id, (version, _) in whole.commands.items()
     }
 
 
 @given(wanted=orders)
 def test_deciding_changes_nothing_until_it_evolves(wanted: list[tuple[str, Any]]) -> None:
     cell, twin = Cell(BASKET, "b"), Cell(BASKET, "b")
-    for command_id, one in wanted:
+    for command_id, wanted_command in wanted:
         try:
-            first = cell.decide(one, Context(command_id))
+            first = cell.decide(wanted_command, Context(command_id))
         except Rejected:
             first = []
         assert (cell.state, cell.version, cell.commands) == (twin.state, twin.version, twin.commands)
@@ -208,7 +208,7 @@ def test_a_gap_or_a_repeat_anywhere_is_a_sequence_error(
 
 
 class BasketsLife(RuleBasedStateMachine):
-    """A cell that decides, is thrown away and loaded again, and meets another writer; beside it a plain counter."""
+    """A cell that decides, is dropped and reloaded, and meets another writer, compared with a plain counter."""
 
     @initialize()
     def empty(self) -> None:
@@ -221,18 +221,18 @@ class BasketsLife(RuleBasedStateMachine):
         self.ids += 1
         position = self.log[-1][0] + 7 if self.log else 7
         self.log.append((position, stored([Decision(f"c{self.ids}", events)], after)))
-        for one in events:
-            change = one.count if isinstance(one, Put) else -one.count
-            self.counts[one.item] = self.counts.get(one.item, 0) + change
+        for fact in events:
+            change = fact.count if isinstance(fact, Put) else -fact.count
+            self.counts[fact.item] = self.counts.get(fact.item, 0) + change
         return f"c{self.ids}", position
 
-    @rule(one=commands)
-    def execute(self, one: Any) -> None:
+    @rule(command=commands)
+    def execute(self, command: Any) -> None:
         try:
-            events = self.cell.decide(one, Context("c"))
+            events = self.cell.decide(command, Context("c"))
         except Rejected:
-            assert isinstance(one, TakeOut)
-            assert self.counts.get(one.item, 0) < one.count
+            assert isinstance(command, TakeOut)
+            assert self.counts.get(command.item, 0) < command.count
             return
         before = self.cell.version
         self.cell.evolve(events)
@@ -241,10 +241,10 @@ class BasketsLife(RuleBasedStateMachine):
             self.cell.position = position
             self.cell.remember(command_id, self.cell.version, position)
 
-    @rule(one=commands)
-    def fail_to_append(self, one: Any) -> None:
+    @rule(command=commands)
+    def fail_to_append(self, command: Any) -> None:
         try:
-            self.cell.evolve(self.cell.decide(one, Context("c")))
+            self.cell.evolve(self.cell.decide(command, Context("c")))
         except Rejected:
             return
         self.load()
@@ -262,7 +262,7 @@ class BasketsLife(RuleBasedStateMachine):
 
     @precondition(lambda self: self.log)
     @rule()
-    def hear_of_a_commit_again(self) -> None:
+    def replay_the_last_commit_again(self) -> None:
         with pytest.raises(SequenceError):
             self.cell.replay(self.log[-1][1], self.log[-1][0])
 
@@ -284,10 +284,10 @@ TestABasketsLife.settings = settings(max_examples=60, stateful_step_count=30)
 def test_a_command_id_of_any_age_is_known_and_a_new_one_is_not_mistaken_for_one() -> None:
     cell = Cell(BASKET, "b")
     known = [uuid7() for _ in range(20_000)]
-    for number, one in enumerate(known, 1):
-        cell.remember(one, number, number)
-    assert all(one in cell.seen or one in cell.commands for one in known)
-    # a mistake costs a look at the whole history, so there must be next to none, however long that is
+    for number, command_id in enumerate(known, 1):
+        cell.remember(command_id, number, number)
+    assert all(command_id in cell.seen or command_id in cell.commands for command_id in known)
+    # a false positive costs reading the whole history, so there must be next to none, however many ids are known
     assert sum(uuid7() in cell.seen for _ in range(100_000)) == 0
 
 
@@ -308,9 +308,9 @@ class Thing(Aggregate):
 THING = declare(Thing)
 HELD = {Held: ("thing.held", 1)}
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
-# what JSON has a word for, and 64 bits
+# values that JSON can represent, with integers of 64 bits
 plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
-# and what it hasn't: infinite numbers, longer ones, halves of surrogate pairs, and no JSON at all
+# and values that it can't: infinite numbers, longer integers, lone surrogates, and other objects
 odd = st.floats() | st.integers() | st.text(max_size=3) | st.builds(object) | st.just(2**64) | st.just("\ud800")
 
 
@@ -334,7 +334,7 @@ decisions = st.lists(
 
 
 def exact(value: Any) -> Any:
-    """Return the value so that 1, 1.0 and True differ, and 0.0 and -0.0 too."""
+    """Return the value in a form in which 1, 1.0 and True differ, and 0.0 and -0.0 too."""
     if isinstance(value, dict):
         return {key: exact(inner) for key, inner in value.items()}
     return [exact(inner) for inner in value] if isinstance(value, list) else (type(value), repr(value))
@@ -343,15 +343,17 @@ def exact(value: Any) -> Any:
 @given(made=decisions, id=texts, after=st.integers(0, 2**53))
 def test_any_storable_events_come_back_with_all_their_ids(made: list[Decision], id: str, after: int) -> None:
     payload = encode("/x/Thing", id, HELD, made, after, NOON)
-    expected = [(decision, one) for decision in made for one in decision.events]
-    for envelope, (decision, one), sequence in zip(decode(payload), expected, range(after + 1, 2**60), strict=False):
+    expected = [(decision, event) for decision in made for event in decision.events]
+    for envelope, (decision, original), sequence in zip(
+        decode(payload), expected, range(after + 1, 2**60), strict=False
+    ):
         back = THING.events[envelope.type].decode(envelope.data, envelope.dataversion)
-        assert (exact(back.value), exact(back.table)) == (exact(one.value), exact(one.table))
+        assert (exact(back.value), exact(back.table)) == (exact(original.value), exact(original.table))
         assert (envelope.sequence, envelope.time, envelope.commandid) == (sequence, NOON, decision.command_id)
         assert envelope.correlation_id == decision.correlation_id
         assert envelope.causation_id == decision.causation_id
         assert envelope.traceparent == decision.traceparent
-    assert [one["subject"] for one in orjson.loads(payload)] == [id] * len(expected)
+    assert [envelope["subject"] for envelope in orjson.loads(payload)] == [id] * len(expected)
 
 
 @given(value=nested(plain | odd, st.text(max_size=3)))
@@ -398,7 +400,7 @@ def test_any_bytes_are_envelopes_or_an_invalid_message(payload: bytes) -> None:
     except InvalidMessage:
         return
     assert envelopes
-    assert all(type(one) is Envelope and type(one.sequence) is int for one in envelopes)
+    assert all(type(envelope) is Envelope and type(envelope.sequence) is int for envelope in envelopes)
 
 
 # upcasters
@@ -409,7 +411,7 @@ def step(version: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def grown(version: int, links: Iterable[int]) -> type[Aggregate]:
-    """Return an aggregate whose event has this version, with upcasters from these ones."""
+    """Return an aggregate whose event has this version, with upcasters from these versions."""
 
     @event(version=version)
     class Grown:
@@ -443,7 +445,7 @@ def test_a_chain_of_any_length_leads_from_any_version_to_the_present(version: in
 
 
 @given(version=st.integers(2, 15), links=st.sets(st.integers(-1, 16)))
-def test_a_missing_or_superfluous_link_is_told_at_start(version: int, links: set[int]) -> None:
+def test_a_missing_or_superfluous_upcaster_is_reported_at_start(version: int, links: set[int]) -> None:
     missing = [link for link in range(1, version) if link not in links]
     superfluous = [link for link in links if not 1 <= link < version]
     if not missing and not superfluous:
@@ -451,10 +453,10 @@ def test_a_missing_or_superfluous_link_is_told_at_start(version: int, links: set
         return
     with pytest.raises(DeclarationError) as error:
         declare(grown(version, links))
-    told = "\n".join(error.value.problems)
-    assert (f"no upcaster from version {missing[0]};" in told) if missing else ("no upcaster" not in told)
+    problems = "\n".join(error.value.problems)
+    assert (f"no upcaster from version {missing[0]};" in problems) if missing else ("no upcaster" not in problems)
     for link in superfluous:
-        assert f"upcasts version {link} of Grown, whose version is {version}" in told
+        assert f"upcasts version {link} of Grown, whose version is {version}" in problems
 
 
 @given(
@@ -462,9 +464,7 @@ def test_a_missing_or_superfluous_link_is_told_at_start(version: int, links: set
     since=st.integers(-3, 10) | st.integers(),
     data=storable.map(orjson.dumps) | st.binary(max_size=8),
 )
-def test_whatever_stands_in_an_old_event_is_an_event_or_an_invalid_message(
-    version: int, since: int, data: bytes
-) -> None:
+def test_any_data_of_an_old_event_is_an_event_or_an_invalid_message(version: int, since: int, data: bytes) -> None:
     cell = Cell(declare(grown(version, range(1, version))), "p")
     try:
         cell.replay([old_envelope(since, data)], 1)
@@ -473,10 +473,10 @@ def test_whatever_stands_in_an_old_event_is_an_event_or_an_invalid_message(
         assert cell.commands == {}
         return
     assert 1 <= since <= version
-    assert all(type(one) is int for one in cell.state.seen)  # type: ignore[attr-defined]
+    assert all(type(number) is int for number in cell.state.seen)  # type: ignore[attr-defined]
 
 
-def test_numbers_that_json_has_no_word_for_are_refused_wherever_they_stand() -> None:
+def test_numbers_that_json_cannot_represent_are_refused_at_any_depth() -> None:
     for number in (math.inf, -math.inf, math.nan):
         for value in (number, [number], {"a": [{"b": number}]}):
             with pytest.raises(InvalidMessage, match="infinity"):

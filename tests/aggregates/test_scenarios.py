@@ -1,4 +1,4 @@
-"""Specifying aggregates, and the laws of the cell that scenarios and the kernel share."""
+"""Specifying aggregates with scenarios, and the rules of the cell that scenarios and the kernel share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TIME = "2013-01-01T12:00:00Z"
 class Filled:
     cents: int
     currency: str
-    by: str = "nobody"
+    by: str = "unknown"
 
 
 @event
@@ -190,22 +190,22 @@ def test_a_common_beginning_is_shared_and_not_changed() -> None:
     assert rich.state().balance == 1000
 
 
-def test_a_handler_that_changes_state_is_found_out() -> None:
+def test_a_handler_that_changes_state_is_reported() -> None:
     with pytest.raises(AssertionError, match="Steal changed state"):
         scenario(Purses).given(Filled(5, "EUR")).when(Steal()).then(Filled(1, "EUR"))
 
 
-def test_a_handler_that_changes_state_and_rejects_is_found_out() -> None:
+def test_a_handler_that_changes_state_and_rejects_is_reported() -> None:
     with pytest.raises(AssertionError, match="StealAndReject changed state"):
         scenario(Purses).when(StealAndReject()).rejects("caught")
 
 
-def test_a_handler_that_returns_no_event_is_found_out() -> None:
+def test_a_handler_that_returns_no_event_is_reported() -> None:
     with pytest.raises(InvalidMessage, match=r"Purses\.forge"):
         scenario(Purses).when(Forge()).state()
 
 
-def test_a_command_nobody_handles_is_found_out() -> None:
+def test_a_command_without_a_handler_is_reported() -> None:
     with pytest.raises(InvalidMessage, match="no handler for Withdraw"):
         scenario(Purses).when(Withdraw(1)).state()
 
@@ -226,13 +226,13 @@ def test_a_context_brings_the_moment_and_ids_that_a_retry_repeats() -> None:
 
 
 def test_a_context_follows_from_the_commands_id() -> None:
-    one, again, other = Context("c1"), Context("c1"), Context("c2")
-    drawn = [one.new_id(), one.new_id(), one.random.random()]
+    first, again, other = Context("c1"), Context("c1"), Context("c2")
+    drawn = [first.new_id(), first.new_id(), first.random.random()]
     assert drawn == [again.new_id(), again.new_id(), again.random.random()]
     assert drawn[0] != drawn[1]
     assert other.new_id() != drawn[0]
-    assert one.command_id == "c1"
-    assert one.now.tzinfo is UTC
+    assert first.command_id == "c1"
+    assert first.now.tzinfo is UTC
 
 
 # upcasting
@@ -252,7 +252,7 @@ def test_old_events_are_read_through_every_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "data", "told"),
+    ("version", "data", "message"),
     [
         (4, {"cents": 1, "currency": "EUR"}, "too old"),
         (0, {"units": 1}, "no upcaster"),
@@ -262,9 +262,9 @@ def test_old_events_are_read_through_every_step() -> None:
     ],
 )
 def test_a_stored_event_that_cannot_be_read_is_an_invalid_message(
-    version: int, data: dict[str, Any], told: str
+    version: int, data: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InvalidMessage, match=told) as error:
+    with pytest.raises(InvalidMessage, match=message) as error:
         Cell(PURSES, "1").replay(decode(stored(version, data)), 1)
     assert "purse.filled" in str(error.value)
 
@@ -281,7 +281,7 @@ def test_an_unknown_event_is_an_invalid_message() -> None:
         Cell(PURSES, "1").replay(decode(stored(1, {}, type="purse.lost")), 1)
 
 
-# the laws of the cell
+# the rules of the cell
 
 amounts = st.integers(-100, 1000)
 orders = st.lists(st.one_of(st.builds(Deposit, amounts), st.builds(Withdraw, amounts)), max_size=30)

@@ -1,7 +1,7 @@
-"""Connections that fail: passwords, cuts, dead and slow links, TLS that isn't there. Time mends them all.
+"""Connections that fail: passwords, cuts, dead and slow links, missing TLS. All of these failures are transient.
 
-Each is produced for real, and each ends the same way: what was acknowledged is stored, nobody is parked, and the
-service works again by itself.
+Each is produced for real, and each ends the same way: all acknowledged events are stored, no aggregate is parked, and
+the service works again by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.faults.proxy import Proxy
 
 @pytest.fixture
 async def proxy(nats_url: str) -> AsyncIterator[Proxy]:
-    """A way to the shared server that can fail."""
+    """A proxy in front of the shared server that can fail."""
     made = Proxy(free_port(), int(nats_url.rsplit(":", 1)[1]))
     await made.start()
     yield made
@@ -35,14 +35,14 @@ async def proxy(nats_url: str) -> AsyncIterator[Proxy]:
 
 @pytest.fixture
 async def proxied(proxy: Proxy, nats_url: str, app_name: str, tmp_path: Path) -> AsyncIterator[Running]:
-    """A service behind the proxy; its client is not."""
+    """A service behind the proxy, and a client that connects directly."""
     async with running(app_name, tmp_path, proxy.url, client=nats_url) as service:
         yield service
         await proxy.heal()
 
 
 def stall(proxy: Proxy) -> None:
-    """Nothing more of today's connections is read, in either direction, and nobody is told; new connections work."""
+    """Stop reading existing connections, in both directions, without closing them; new connections work."""
     for writer in proxy._writers:
         writer.transport.pause_reading()  # type: ignore[attr-defined]
 
@@ -103,7 +103,7 @@ async def test_health_names_the_wrong_password(app_name: str, tmp_path: Path, wa
 async def test_a_permission_that_is_missing_is_named_in_the_log(
     app_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the server answers nothing
+    monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the server sends no answer
     denied = (
         'authorization { users: [{ user: user, password: "right", '
         'permissions: { publish: { deny: ["$JS.API.STREAM.CREATE.>"] } } }] }'
@@ -130,7 +130,7 @@ async def test_cuts_in_the_middle_of_commands_lose_and_double_nothing(
     await proxied.check()
 
 
-async def test_a_network_that_is_away_is_shown_and_waited_for(
+async def test_a_network_outage_is_reported_and_waited_for(
     proxied: Running, proxy: Proxy, wait_until: Wait, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = metric("eskernel_nats_events_total", event="reconnected")
@@ -153,9 +153,9 @@ async def test_a_half_open_connection_is_noticed_and_replaced(
     proxied: Running, proxy: Proxy, wait_until: Wait, caplog: pytest.LogCaptureFixture, unsent: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Closing it in order would wait for unsent bytes that nobody will ever take."""
+    """An orderly close would wait until the peer takes the unsent bytes, which never happens."""
     await proxied.note(20)
-    monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the question that a dead connection does not answer
+    monkeypatch.setattr(call_api, "__defaults__", (1.0,))  # the request that a dead connection does not answer
     stall(proxy)
     proxied.service.parts.connection.send(b"PUB nowhere 1000000\r\n%b\r\n" % bytes(1_000_000) * unsent)
     assert not (await proxied.component("log"))["ok"]
@@ -175,7 +175,7 @@ async def test_commands_do_not_go_to_a_dead_connection_that_the_server_still_bel
     await connection.force_reconnect()
     await back.wait()
     await wait_until(lambda: len(proxied.service.status()["partitions"]) == 64)
-    # less time than a client takes to send a command again
+    # less time than passes before a client sends a command again
     await proxied.note(100, timeout=1.5)
     proxy.cut()
     await proxied.check()
@@ -190,10 +190,10 @@ async def test_a_slow_link_slows_and_breaks_nothing(proxied: Running, proxy: Pro
     assert metric("eskernel_leases_lost_total") == lost
 
 
-async def test_somebody_else_on_the_servers_port_is_outwaited(
+async def test_another_program_on_the_servers_port_is_waited_out(
     app_name: str, tmp_path: Path, wait_until: Wait, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It takes connections and says what no nats-server says."""
+    """The program accepts connections and sends something that no nats-server sends."""
     heard = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -229,7 +229,7 @@ async def test_a_dead_read_loop_is_noticed_and_replaced(proxied: Running, wait_u
 
         async def fail(data: bytes = b"") -> None:
             connection._ps.parse = parse  # type: ignore[method-assign]
-            raise ValueError("a frame that nobody can read")
+            raise ValueError("an unreadable frame")
 
         connection._ps.parse = fail  # type: ignore[method-assign]
     await wait_until(reading.done)
@@ -240,7 +240,7 @@ async def test_a_dead_read_loop_is_noticed_and_replaced(proxied: Running, wait_u
 async def test_lost_pulls_are_sent_again(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests for events that got lost on the way: the reader hears no heartbeat, and asks anew."""
+    """Pull requests are lost on the way: the reader misses the heartbeat and sends a new request."""
     async with running(app_name, tmp_path, nats_url, consumer__heartbeat=0.5) as here:
         await _lose_pulls(here, wait_until, monkeypatch)
 
@@ -262,10 +262,10 @@ async def _lose_pulls(here: Running, wait_until: Wait, monkeypatch: pytest.Monke
     await here.check()
 
 
-async def test_a_question_that_fails_after_a_reconnect_is_asked_again(
+async def test_a_request_that_fails_after_a_reconnect_is_repeated(
     proxied: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a cluster without a leader: the server is there, and JetStream is not yet."""
+    """As in a cluster without a leader: the server is reachable before JetStream is."""
     appender, failed = proxied.service.parts.log.appender, 0
     verify = appender._verify
 
@@ -286,7 +286,7 @@ async def test_a_question_that_fails_after_a_reconnect_is_asked_again(
 
 
 async def test_every_command_sent_into_an_outage_is_answered(proxied: Running, proxy: Proxy, wait_until: Wait) -> None:
-    """No future is left that never resolves: not a client's, not an append's."""
+    """No future stays unresolved: neither a client's nor an append's."""
     await proxied.note(20)
     proxy.lose_requests = True
     sending = asyncio.create_task(proxied.note(100))
@@ -303,7 +303,7 @@ async def test_every_command_sent_into_an_outage_is_answered(proxied: Running, p
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A certificate for 127.0.0.1, with its key beside it."""
+    """A certificate for 127.0.0.1; its key is in the same folder."""
     directory = tmp_path_factory.mktemp("tls")
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout key.pem -out cert.pem "
@@ -323,7 +323,7 @@ async def is_encrypted(connection: Any) -> bool:
     return connection._transport._io_writer.get_extra_info("ssl_object") is not None
 
 
-async def test_a_tls_url_never_talks_in_clear(nats_url: str) -> None:
+async def test_a_tls_url_never_connects_in_clear_text(nats_url: str) -> None:
     with pytest.raises(ConnectionError, match="TLS"):
         await connect(nats_url.replace("nats://", "tls://"), name="private", connect_timeout=2)
 
@@ -337,7 +337,7 @@ async def test_a_tls_url_is_encrypted_where_the_server_leaves_the_choice(tmp_pat
         await connection.close()
 
 
-async def test_a_server_that_comes_back_without_tls_is_not_talked_to(
+async def test_a_server_that_comes_back_without_tls_is_not_connected_to(
     app_name: str, tmp_path: Path, certificate: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip

@@ -1,6 +1,6 @@
-"""A database that is away, locked, full, frozen or read-only: projections wait for it, say so, and lose nothing.
+"""A database that is unreachable, locked, full, frozen or read-only: projections wait, report it, and lose nothing.
 
-Commands go on meanwhile: they need no database.
+Commands continue: they need no database.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tests.failing import Process, Running, Wait, fill, metric, parked, running,
 
 
 class Admin:
-    """A superuser's connection to the test's PostgreSQL."""
+    """A superuser's connection to the test's PostgreSQL server."""
 
     def __init__(self, url: str) -> None:
         self.engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
 
     def do(self, *statements: str) -> None:
         with self.engine.connect() as connection:
-            for one in statements:
-                connection.execute(text(one))
+            for statement in statements:
+                connection.execute(text(statement))
 
     def backends(self, database: str) -> list[int]:
         """Return the process ids behind a database's connections."""
@@ -61,7 +61,7 @@ def admin(postgres_url: str) -> Iterator[Admin]:
 
 @pytest.fixture
 def role(admin: Admin) -> Iterator[str]:
-    """A role that is no superuser."""
+    """A role that is not a superuser."""
     name = f"r{uuid.uuid4().hex[:12]}"
     admin.do(f"CREATE ROLE {name} LOGIN")
     yield name
@@ -70,7 +70,7 @@ def role(admin: Admin) -> Iterator[str]:
 
 @pytest.fixture
 def owned(role: str, fresh_postgres: str, admin: Admin) -> str:
-    """The URL of a database that the role owns; it is dropped before the role is."""
+    """The URL of a database that the role owns; the database is dropped before the role."""
     admin.do(f"ALTER DATABASE {name_of(fresh_postgres)} OWNER TO {role}")
     return make_url(fresh_postgres).set(username=role).render_as_string(hide_password=False)
 
@@ -81,7 +81,7 @@ def name_of(url: str) -> str:
 
 @contextmanager
 def locked_tables(url: str, *tables: str) -> Iterator[None]:
-    """Hold tables as a migration tool or a person's forgotten transaction does."""
+    """Lock tables as a migration tool or a forgotten transaction does."""
     holder = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
     with holder.connect() as connection:
         for table in tables:
@@ -91,13 +91,13 @@ def locked_tables(url: str, *tables: str) -> Iterator[None]:
 
 
 async def behind(here: Running, count: int = 30) -> None:
-    """Send commands that the projections can't follow."""
+    """Send commands that the projections can't project now."""
     await here.note(count)
     assert here.service.failure == ""
 
 
 async def until_shown(here: Running, name: str, wait_until: Wait, *words: str, timeout: float = 15) -> None:
-    """Wait until /readyz says of a component that it fails, and why."""
+    """Wait until /readyz reports that a component fails, with this reason."""
 
     async def shown() -> bool:
         found = await here.component(name)
@@ -109,7 +109,7 @@ async def until_shown(here: Running, name: str, wait_until: Wait, *words: str, t
 # PostgreSQL
 
 
-async def test_a_database_that_is_away_is_shown_with_its_reason(
+async def test_an_unreachable_database_is_reported_with_the_reason(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, admin: Admin, wait_until: Wait,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -128,7 +128,7 @@ async def test_a_database_that_is_away_is_shown_with_its_reason(
         assert (await here.component("database"))["ok"]
 
 
-async def test_a_database_that_is_away_at_start_is_named(
+async def test_a_database_that_is_unreachable_at_start_is_named(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, admin: Admin
 ) -> None:
     admin.do(f"ALTER DATABASE {name_of(fresh_postgres)} ALLOW_CONNECTIONS false")
@@ -137,7 +137,7 @@ async def test_a_database_that_is_away_at_start_is_named(
             pass
 
 
-async def test_a_table_that_somebody_locks_is_shown_and_waited_for(
+async def test_a_locked_table_is_reported_and_waited_for(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -166,11 +166,11 @@ async def test_connections_that_others_have_used_up_are_waited_for(
         hog.dispose()
 
 
-async def test_a_database_that_takes_no_writes_is_waited_for_and_parks_nobody(
+async def test_a_database_that_takes_no_writes_is_waited_for_and_parks_no_aggregate(
     nats_url: str, role: str, owned: str, app_name: str, tmp_path: Path, admin: Admin, wait_until: Wait,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """As after a failover to a replica, or when its provider makes a full one read-only."""
+    """As after a failover to a replica, or when the provider makes a full database read-only."""
     async with running(app_name, tmp_path, nats_url, owned) as here:
         await here.client.query("select 1", after=await here.note(20))
         admin.do(f"ALTER ROLE {role} SET default_transaction_read_only = on")
@@ -184,7 +184,7 @@ async def test_a_database_that_takes_no_writes_is_waited_for_and_parks_nobody(
         await here.check()
 
 
-async def test_a_right_that_somebody_took_away_is_waited_for_and_parks_nobody(
+async def test_a_revoked_privilege_is_waited_for_and_parks_no_aggregate(
     nats_url: str, role: str, owned: str, app_name: str, tmp_path: Path, admin: Admin, wait_until: Wait,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -205,7 +205,7 @@ async def test_a_database_that_does_not_answer_is_shown_and_waited_for(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, admin: Admin, wait_until: Wait,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Its processes are stopped: connections stand, and nothing comes."""
+    """The database's processes are stopped: connections stay open, and no answer comes."""
     monkeypatch.setattr("kernel.monitoring.probes.PROBE_S", 0.5)
     async with running(app_name, tmp_path, nats_url, fresh_postgres) as here:
         await here.client.query("select 1", after=await here.note(20))
@@ -232,8 +232,8 @@ async def test_an_exhausted_pool_is_waited_for(
         taken = [engine.raw_connection() for _ in range(10 - engine.pool.checkedout())]  # type: ignore[attr-defined]
         await behind(here)
         await until_shown(here, "projection", wait_until, "waiting for the database")
-        for one in taken:
-            one.close()
+        for connection in taken:
+            connection.close()
         await here.check()
 
 
@@ -249,7 +249,7 @@ async def test_a_stop_keeps_its_deadline_while_the_database_is_locked(
                     await client.execute(Notebook, "n0", Note("a"), command_id=f"{n}")
                 process.process.terminate()  # type: ignore[union-attr]
                 assert await process.wait(10) == 0
-                assert "next start goes on from its checkpoint" in process.said()
+                assert "next start goes on from its checkpoint" in process.output()
     finally:
         process.close()
     async with running(app_name, tmp_path, nats_url, fresh_postgres) as here:
@@ -262,7 +262,7 @@ async def test_a_stop_keeps_its_deadline_while_the_database_is_locked(
 
 @contextmanager
 def locked_file(file: Path) -> Iterator[None]:
-    """Have another process hold the write lock."""
+    """Let another process hold the write lock."""
     program = (
         f"import sqlite3, sys; c = sqlite3.connect({str(file)!r}, timeout=20, isolation_level=None)\n"
         "c.execute('BEGIN EXCLUSIVE'); print('locked', flush=True); sys.stdin.read(); c.execute('ROLLBACK')"
@@ -307,7 +307,9 @@ async def test_a_full_disk_is_waited_for(nats_url: str, app_name: str, tmp_path:
                 fill(seen / "filler")
                 for n in range(100):
                     await client.execute(Notebook, f"n{n % 10}", Note("a" * 200))
-                await wait_until(lambda: "database or disk is full" in process.said() or "disk I/O" in process.said())
+                await wait_until(
+                    lambda: "database or disk is full" in process.output() or "disk I/O" in process.output()
+                )
                 (seen / "filler").unlink()
 
                 def found() -> str:
@@ -335,7 +337,7 @@ async def test_a_file_that_may_not_grow_is_waited_for(
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, before[1]))
             for _ in range(5):
                 last = await client.execute(Notebook, "n", Note("a" * 5000))
-            await wait_until(lambda: "database: " in process.said())
+            await wait_until(lambda: "database: " in process.output())
             resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
             rows = await client.query("select notes from pages", after=last)
             assert rows == [{"notes": 6}]
@@ -344,7 +346,7 @@ async def test_a_file_that_may_not_grow_is_waited_for(
         process.close()
 
 
-def test_a_damaged_file_is_the_databases_fault_and_parks_nobody(tmp_path: Path) -> None:
+def test_a_damaged_file_is_the_databases_fault_and_parks_no_aggregate(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
     file.write_bytes(b"SQLite format 3\0" + b"nonsense" * 1000)
     engine = open_database(f"sqlite:///{file}")
@@ -363,17 +365,17 @@ def test_a_damaged_file_is_the_databases_fault_and_parks_nobody(tmp_path: Path) 
     ],
 )
 def test_a_statement_that_sqlite_refuses_is_the_handlers_fault(statement: str) -> None:
-    """Waiting for it to work would hold up every other aggregate, for ever."""
+    """Retrying would hold up every other aggregate without end."""
     engine = create_engine("sqlite://")
     with pytest.raises(SQLAlchemyError) as failed, engine.connect() as connection:
         connection.execute(text(statement))
     assert not is_infrastructure(failed.value)
 
 
-async def test_a_key_that_no_index_takes_stops_nobody_else(
+async def test_a_key_that_no_index_takes_stops_no_other_aggregate(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path
 ) -> None:
-    """PostgreSQL calls it a limit of its own (54000); it is the data's fault all the same."""
+    """PostgreSQL reports a program limit (54000), but the data is to blame."""
     async with running(app_name, tmp_path, nats_url, fresh_postgres) as here:
         await here.client.execute(Notebook, "bad", Note(random.Random(1).randbytes(20_000).hex()))
         last = await here.note(20)

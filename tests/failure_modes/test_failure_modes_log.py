@@ -1,6 +1,6 @@
-"""A stream that is full, gone, made anew or restored from an older backup; and what a start makes sure of.
+"""A stream that is full, deleted, recreated or restored from an older backup; and the checks at a start.
 
-Where going on would corrupt, the service stops, or does not start, and says why.
+Where going on would corrupt data, the service stops, or does not start, and says why.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Caplog = pytest.LogCaptureFixture
 
 
 async def refused(name: str, directory: Path, nats: str) -> str:
-    """Start a service which must refuse; return what it says."""
+    """Start a service that must refuse to start; return its message."""
     with pytest.raises((SchemaError, LogError, ConnectionError)) as error:
         async with running(name, directory, nats):
             pass
@@ -48,7 +48,7 @@ async def refused(name: str, directory: Path, nats: str) -> str:
 
 
 async def filled(name: str, directory: Path, nats: str, count: int = 20) -> dict[str, int]:
-    """Run a service, send commands, and stop; return what was acknowledged."""
+    """Run a service, send commands, and stop; return the number of acknowledged commands."""
     async with running(name, directory, nats) as here:
         await here.client.query("select 1", after=await here.note(count))
         return here.acknowledged
@@ -67,12 +67,12 @@ async def test_a_full_log_refuses_commands_with_a_reason_until_there_is_room(
         if limit == "stream":
             await change_stream(nats.url, app_name, max_bytes=10_000)
         big = Note("b" * 50_000)
-        with pytest.raises(CommandError) as said:
+        with pytest.raises(CommandError) as refusal:
             for n in range(30):
                 await here.client.execute(Notebook, f"big{n}", big, timeout=0.5)
                 here.acknowledged[f"big{n}"] = 1
-        assert said.value.type == "unavailable"
-        assert "full" in said.value.message
+        assert refusal.value.type == "unavailable"
+        assert "full" in refusal.value.message
         appends = await here.component("appends")
         assert not appends["ok"]
         assert "full" in appends["detail"]
@@ -87,7 +87,7 @@ async def test_a_full_log_refuses_commands_with_a_reason_until_there_is_room(
 
 
 async def test_a_log_server_whose_disk_is_full_is_shown(app_name: str, tmp_path: Path, caplog: Caplog) -> None:
-    """It answers everything but appends; and it has to be restarted when there is room again."""
+    """The server answers everything except appends, and must be restarted when there is room again."""
     with small_disk(tmp_path / "nats" / "store", 8) as (inside, seen):
         async with (
             server(tmp_path, prefix=inside) as nats,
@@ -108,7 +108,7 @@ async def test_a_log_server_whose_disk_is_full_is_shown(app_name: str, tmp_path:
             assert "no acknowledgement" in appends["detail"]
 
 
-async def test_what_fails_and_works_again_is_logged_and_counted(
+async def test_failures_and_recoveries_are_logged_and_counted(
     nats_url: str, app_name: str, tmp_path: Path, caplog: Caplog
 ) -> None:
     async with running(app_name, tmp_path, nats_url) as here:
@@ -125,11 +125,11 @@ async def test_what_fails_and_works_again_is_logged_and_counted(
         assert metric("eskernel_component_ok", component="appends") == 1
 
 
-# gone, made anew, restored: while the service runs
+# deleted, recreated, restored: while the service runs
 
 
 async def stopped(here: Running, *words: str) -> None:
-    """Wait until the service has stopped by itself, saying why."""
+    """Wait until the service has stopped by itself, with a reason."""
     async with asyncio.timeout(15):
         await here.service.stopped.wait()
     assert all(word in here.service.failure for word in words), here.service.failure
@@ -140,19 +140,19 @@ async def test_a_stream_that_is_deleted_stops_the_service(
 ) -> None:
     async with running(app_name, tmp_path, nats_url) as here:
         await here.note(20)
-        async with api(nats_url) as ask:
-            await ask(f"STREAM.DELETE.{app_name}")
+        async with api(nats_url) as call:
+            await call(f"STREAM.DELETE.{app_name}")
         await stopped(here, app_name, "gone")
         assert warned(caplog, "stopping", "gone")
 
 
-async def test_a_stream_that_is_made_anew_stops_the_service(nats_url: str, app_name: str, tmp_path: Path) -> None:
+async def test_a_recreated_stream_stops_the_service(nats_url: str, app_name: str, tmp_path: Path) -> None:
     async with running(app_name, tmp_path, nats_url) as here:
         await here.note(20)
-        async with api(nats_url) as ask:
-            config = (await ask(f"STREAM.INFO.{app_name}"))["config"]
-            await ask(f"STREAM.DELETE.{app_name}")
-            await ask(f"STREAM.CREATE.{app_name}", config)
+        async with api(nats_url) as call:
+            config = (await call(f"STREAM.INFO.{app_name}"))["config"]
+            await call(f"STREAM.DELETE.{app_name}")
+            await call(f"STREAM.CREATE.{app_name}", config)
         await stopped(here, "created")
 
 
@@ -170,7 +170,7 @@ async def test_a_stream_restored_from_an_older_backup_stops_the_service_before_i
             await here.client.query("select 1", after=await here.note(50))
             await nats.stop()
             nats.restore(older)
-            # it waits for the server, and would begin an aggregate's history on the older log
+            # this command waits for the server, and would begin an aggregate's history on the older log
             sending = asyncio.create_task(here.client.execute(Notebook, "new", Note("a"), timeout=1.5))
             await nats.start()
             await stopped(here, "older backup")
@@ -187,10 +187,10 @@ async def test_the_process_ends_with_the_reason_and_an_exit_code(nats_url: str, 
     process = Process(app_name, tmp_path, nats_url, f"sqlite:///{tmp_path / 'p.db'}")
     await process.start()
     try:
-        async with api(nats_url) as ask:
-            await ask(f"STREAM.DELETE.{app_name}")
+        async with api(nats_url) as call:
+            await call(f"STREAM.DELETE.{app_name}")
         assert await process.wait() == 1
-        assert "gone" in process.said().splitlines()[-1]
+        assert "gone" in process.output().splitlines()[-1]
     finally:
         process.close()
 
@@ -198,24 +198,24 @@ async def test_the_process_ends_with_the_reason_and_an_exit_code(nats_url: str, 
 # the same, at start
 
 
-async def test_a_stream_that_is_gone_is_not_made_again_over_a_database_that_knows_it(
+async def test_a_deleted_stream_is_not_recreated_while_a_database_knows_it(
     nats_url: str, app_name: str, tmp_path: Path
 ) -> None:
-    """An empty stream of its name would be in the way of the backup."""
+    """An empty stream of the same name would prevent restoring the backup."""
     await filled(app_name, tmp_path, nats_url)
-    async with api(nats_url) as ask:
-        await ask(f"STREAM.DELETE.{app_name}")
+    async with api(nats_url) as call:
+        await call(f"STREAM.DELETE.{app_name}")
         assert "restore" in await refused(app_name, tmp_path, nats_url)
         with pytest.raises(LogError, match="not found"):
-            await ask(f"STREAM.INFO.{app_name}")
+            await call(f"STREAM.INFO.{app_name}")
 
 
-async def test_a_stream_that_was_made_anew_is_refused_at_start(nats_url: str, app_name: str, tmp_path: Path) -> None:
+async def test_a_recreated_stream_is_refused_at_start(nats_url: str, app_name: str, tmp_path: Path) -> None:
     await filled(app_name, tmp_path, nats_url)
-    async with api(nats_url) as ask:
-        config = (await ask(f"STREAM.INFO.{app_name}"))["config"]
-        await ask(f"STREAM.DELETE.{app_name}")
-        await ask(f"STREAM.CREATE.{app_name}", config)
+    async with api(nats_url) as call:
+        config = (await call(f"STREAM.INFO.{app_name}"))["config"]
+        await call(f"STREAM.DELETE.{app_name}")
+        await call(f"STREAM.CREATE.{app_name}", config)
     assert "created" in await refused(app_name, tmp_path, nats_url)
 
 
@@ -286,16 +286,14 @@ async def test_a_stream_that_begins_to_forget_events_is_shown(
         await here.check()
 
 
-async def test_commits_that_are_missing_are_told_and_hold_up_nothing(
-    app_name: str, tmp_path: Path, caplog: Caplog
-) -> None:
-    """What somebody's repair left of a stream has neither the first commits nor the last."""
+async def test_missing_commits_are_reported_and_hold_up_nothing(app_name: str, tmp_path: Path, caplog: Caplog) -> None:
+    """A stream that was repaired by hand has neither its first commits nor its last ones."""
     async with server(tmp_path) as nats:
         await filled(app_name, tmp_path, nats.url)
-        async with api(nats.url) as ask:
-            config = (await ask(f"STREAM.INFO.{app_name}"))["config"]
-            await ask(f"STREAM.DELETE.{app_name}")
-            await ask(f"STREAM.CREATE.{app_name}", {**config, "first_seq": 501})
+        async with api(nats.url) as call:
+            config = (await call(f"STREAM.INFO.{app_name}"))["config"]
+            await call(f"STREAM.DELETE.{app_name}")
+            await call(f"STREAM.CREATE.{app_name}", {**config, "first_seq": 501})
         (tmp_path / "projections.db").unlink()
         async with asyncio.timeout(6), running(app_name, tmp_path, nats.url) as here:
             assert warned(caplog, "500", "missing")
@@ -308,13 +306,13 @@ async def test_a_database_of_a_newer_program_is_refused(nats_url: str, app_name:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE eskernel_schema SET version_num = '9999'")
     engine.dispose()
-    said = await refused(app_name, tmp_path, nats_url)
-    assert "9999" in said
-    assert "newer" in said
+    message = await refused(app_name, tmp_path, nats_url)
+    assert "9999" in message
+    assert "newer" in message
 
 
 async def test_a_server_that_is_too_old_is_refused(app_name: str, tmp_path: Path) -> None:
-    """What it says of itself at the beginning of a connection is all that is needed here."""
+    """The test needs only the version that the server reports when a client connects."""
 
     async def old(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         info = {"server_id": "x", "version": "2.8.4", "max_payload": 1_048_576, "headers": True, "proto": 1}
@@ -333,7 +331,7 @@ async def test_a_server_that_is_too_old_is_refused(app_name: str, tmp_path: Path
         listening.close()
 
 
-async def test_a_start_tells_what_there_is(
+async def test_a_start_logs_the_server_version_and_the_state_of_the_log(
     nats_url: str, app_name: str, tmp_path: Path, caplog: Caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await filled(app_name, tmp_path, nats_url, 20)
@@ -349,6 +347,6 @@ async def test_a_start_tells_what_there_is(
     await connection.close()
 
 
-async def test_a_client_of_a_stream_that_is_gone_is_told(nats_url: str, app_name: str) -> None:
+async def test_a_client_of_a_missing_stream_gets_an_error(nats_url: str, app_name: str) -> None:
     with pytest.raises(LogError, match="there is no stream"):
         await Client.connect(notebooks(app_name), nats=nats_url)

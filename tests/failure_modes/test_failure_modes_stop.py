@@ -1,4 +1,4 @@
-"""Stopping in good order, in bad order, and clocks that jump."""
+"""Orderly and disorderly stops, and clocks that jump."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.faults.proxy import Proxy
 
 
 async def lane(client: Client, number: int, done: list[int], stop: asyncio.Event) -> None:
-    """Send commands one after the other until told to stop; each takes effect once."""
+    """Send commands one after the other until `stop` is set; each takes effect once."""
     while not stop.is_set():
         receipt = await client.execute(
             Notebook, f"n{number}", Note("a"), command_id=f"{number}-{done[number]}", timeout=60
@@ -46,10 +46,10 @@ async def test_a_service_stopped_under_load_loses_and_doubles_nothing(
             await wait_until(lambda: sum(done) > 200)
             process.process.terminate()
             assert await process.wait() == 0
-            assert "stopped" in process.said()
-            async with api(nats_url) as ask:
-                # the next one need not wait for leases to run out
-                found = await ask(f"STREAM.INFO.KV_{bucket_of(app_name)}", {"subjects_filter": ">"})
+            assert "stopped" in process.output()
+            async with api(nats_url) as call:
+                # the next service need not wait for leases to expire
+                found = await call(f"STREAM.INFO.KV_{bucket_of(app_name)}", {"subjects_filter": ">"})
                 assert found["state"].get("subjects") is None
             async with running(app_name, tmp_path, nats_url) as here:
                 wanted = sum(done) + 200
@@ -62,7 +62,7 @@ async def test_a_service_stopped_under_load_loses_and_doubles_nothing(
         process.close()
 
 
-async def test_a_stop_answers_what_is_under_way_and_tells_others_when_to_come_back(
+async def test_a_stop_answers_pending_commands_and_tells_other_senders_when_to_retry(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
     proxy = Proxy(free_port(), int(nats_url.rsplit(":", 1)[1]))
@@ -106,7 +106,7 @@ async def test_a_stop_ends_while_the_server_does_not_answer_and_the_next_start_g
                 started = time.monotonic()
                 process.process.terminate()
                 if how == "second signal":
-                    await wait_until(lambda: "stopping" in process.said())
+                    await wait_until(lambda: "stopping" in process.output())
                     process.process.terminate()
                 assert await process.wait(20) == (1 if how == "second signal" else 0)
                 assert time.monotonic() - started < (5 if how == "second signal" else 15)
@@ -169,4 +169,4 @@ async def test_a_dead_letters_next_attempt_survives_a_clock_set_back(
         with engine.begin() as connection:
             connection.execute(dead_letter.update().values(next_attempt=time.time() + 1))
         clock.ahead = 0.0
-        assert [one.aggregate_id for one in dead_letters.due(engine, time.time())] == ["bad"]
+        assert [letter.aggregate_id for letter in dead_letters.due(engine, time.time())] == ["bad"]

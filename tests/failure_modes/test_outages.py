@@ -1,4 +1,4 @@
-"""A database or a server that goes away loses nothing and parks nobody."""
+"""An outage of the database or the server loses nothing and parks no aggregate."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_a_database_that_refuses_connections_is_waited_for(
         with admin.connect() as connection:
             connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
             connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"))
-        # commands need no database: they go on
+        # commands need no database: they continue
         second = await asyncio.gather(*(client.execute(Notebook, f"n{n % 9}", Note("b")) for n in range(90)))
         await wait_until(lambda: service.parts.projector.state == "waiting for the database")
         await service.parts.probes.probe()
@@ -55,9 +55,7 @@ async def test_a_database_that_refuses_connections_is_waited_for(
     engine.dispose()
 
 
-async def test_a_server_that_is_killed_and_comes_back_is_ridden_out(
-    database_url: str, app_name: str, tmp_path: Path
-) -> None:
+async def test_a_killed_server_that_comes_back_loses_nothing(database_url: str, app_name: str, tmp_path: Path) -> None:
     server = EmbeddedServer(tmp_path / "nats")
     url = await server.start()
     service = Service(notebooks(app_name), settings_for(tmp_path / "data", nats=url, database=database_url))

@@ -3,9 +3,9 @@
 `python -m tests.faults --seeds 20` runs it; `--seed S` runs one schedule again. The folder's files:
 
 - `app.py`: the app that is run. `places.py`, `proxy.py`: servers, databases, the service's processes, the network.
-- `schedule.py`: which faults, from a seed. `faults.py`: how each is done and healed.
-- `clients.py`: the load, and what each sender was told.
-- `rules.py`, `checker.py`: the domain once more, as plain functions; what must hold of log, tables and answers.
+- `schedule.py`: chooses the faults from a seed. `faults.py`: injects and heals each of them.
+- `clients.py`: the load, and the answers that each sender got.
+- `rules.py`, `checker.py`: the domain once more, as plain functions; the conditions on log, tables and answers.
 - `evidence.py`: reads log, tables and leftovers with nats-py and SQL. `driver.py`, `report.py`: one run; the table.
 
 Nothing in `rules.py`, `checker.py` and `evidence.py` imports the product.

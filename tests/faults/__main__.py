@@ -15,7 +15,7 @@ import orjson
 
 from tests.faults.driver import Options, Result, Run
 from tests.faults.places import postgres_server
-from tests.faults.report import table, tell
+from tests.faults.report import describe, table
 from tests.faults.schedule import plan
 
 
@@ -36,7 +36,7 @@ async def run_all(chosen: argparse.Namespace, postgres: str) -> list[Result]:
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
-        # once: a second signal must not break off the cleaning up
+        # only once: a second signal must not interrupt the cleaning up
         asyncio.get_running_loop().add_signal_handler(number, lambda: task.cancelling() or task.cancel())
     first = random.randrange(1, 1 << 30) if chosen.seed is None else chosen.seed
     results: list[Result] = []
@@ -52,15 +52,15 @@ async def run_all(chosen: argparse.Namespace, postgres: str) -> list[Result]:
         print(f"seed {seed}: {len(schedule)} faults on {kind}", flush=True)
         begin = time.monotonic()
 
-        def say(line: str, begin: float = begin) -> None:
+        def report_progress(line: str, begin: float = begin) -> None:
             print(f"  {time.monotonic() - begin:6.1f}s  {line}", flush=True)
 
         try:
-            results.append(await Run(seed, schedule, options, say).run())
+            results.append(await Run(seed, schedule, options, report_progress).run())
         except asyncio.CancelledError:
             print("interrupted", flush=True)
             break
-        print("\n".join(tell(results[-1])), flush=True)
+        print("\n".join(describe(results[-1])), flush=True)
         if chosen.json is not None:
             chosen.json.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2))
     return results
@@ -72,7 +72,7 @@ def main() -> int:
         postgres = stack.enter_context(postgres_server()) if chosen.database != "sqlite" else ""
         results = asyncio.run(run_all(chosen, postgres))
     print("\n" + table(results))
-    return 0 if len(results) == chosen.seeds and all(one.ok for one in results) else 1
+    return 0 if len(results) == chosen.seeds and all(result.ok for result in results) else 1
 
 
 if __name__ == "__main__":

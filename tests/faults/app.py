@@ -1,7 +1,7 @@
-"""The app under test: tanks with a limit, so that a decision on stale state shows; and handlers that can be poisoned.
+"""The app under test: tanks with a limit, so that a decision on stale state shows, and handlers that can be poisoned.
 
-Each event carries the level that its decider believed in. A note names the colour that is tallied, or the projection
-whose handler shall fail on it.
+Each event carries the level on which it was decided. A note names the colour to tally, or the projection whose
+handler is to fail on it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Drain:
 
 @command
 class Burst:
-    """Several steps or none: what is below zero drains."""
+    """Several steps, all or none; a negative step drains."""
 
     amounts: list[int]
     notes: list[str]
@@ -131,7 +131,7 @@ class Colour(Base):
 
 
 class Entry(Base):
-    """An event. Nothing here is unique: a database that refuses what is written twice would hide that it was."""
+    """An event. No column is unique: a database that refuses duplicates would hide them from the checker."""
 
     __tablename__ = "entries"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -192,36 +192,36 @@ class Entries(Sql, of=Tank):
 
     @applies
     def filled(self, tx: Transaction, events: Sequence[Recorded[Filled]]) -> None:
-        self._insert(tx, [(one, "Filled", one.event.amount) for one in events])
+        self._insert(tx, [(recorded, "Filled", recorded.event.amount) for recorded in events])
 
     @applies
     def drained(self, tx: Transaction, events: Sequence[Recorded[Drained]]) -> None:
-        self._insert(tx, [(one, "Drained", one.event.amount) for one in events])
+        self._insert(tx, [(recorded, "Drained", recorded.event.amount) for recorded in events])
 
     @applies
     def marked(self, tx: Transaction, events: Sequence[Recorded[Marked]]) -> None:
-        self._insert(tx, [(one, "Marked", 0) for one in events])
+        self._insert(tx, [(recorded, "Marked", 0) for recorded in events])
 
     def _insert(self, tx: Transaction, made: list[tuple[Recorded[Filled | Drained | Marked], str, int]]) -> None:
         tx.execute(
             insert(tx.table(Entry)),
             [
                 {
-                    "tank": one.meta.aggregate_id,
-                    "sequence": one.meta.sequence,
+                    "tank": recorded.meta.aggregate_id,
+                    "sequence": recorded.meta.sequence,
                     "kind": kind,
                     "amount": amount,
-                    "note": one.event.note,
+                    "note": recorded.event.note,
                 }
-                for one, kind, amount in made
+                for recorded, kind, amount in made
             ],
         )
-        for one, _, _ in made:
-            _poisoned(one.event.note, "Entries")
+        for recorded, _, _ in made:
+            _poisoned(recorded.event.note, "Entries")
 
 
 def tanks(name: str) -> App:
-    """Return the app under a name of its own, and so with a stream of its own."""
+    """Return the app under this name, and so with its own stream."""
     return App(name, aggregates=[Tank], projections=[Levels, Colours, Entries])
 
 

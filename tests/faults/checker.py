@@ -1,7 +1,7 @@
-"""What must hold of a finished run, whatever happened during it. It imports nothing of the product.
+"""The conditions that a finished run must meet, whatever happened during it. This imports nothing of the product.
 
-(a) the log's order, (b) commands against what their senders were told, and the domain's own rule, (c) every row,
-(d) every dead letter. (e), what is left behind, is looked for in `evidence.py`.
+(a) the log's order, (b) commands against the answers to their senders, and the domain's own rule, (c) every row,
+(d) every dead letter. (e), leftover processes, leases and consumers, is checked with `evidence.py`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from tests.faults.rules import (
 )
 
 SPECULATION_S = 1.0
-"""An actor may refuse on a level whose event is still on its way to the log; so much later it must be there. With more
-room, any level of a tank that changes often would do."""
+"""An actor may refuse on a level whose event is still on its way to the log: the event must be there within this time.
+A longer time would accept any level of a tank that changes often."""
 CLOCK_S = 0.1
-"""How far clocks of one machine may be apart, with room for its scheduler."""
+"""Greatest difference between two clock readings on one machine, with room for its scheduler."""
 
 
 class Violation(NamedTuple):
-    """Something that must not be: which part of the promises, and what exactly."""
+    """A broken promise: its letter (see above), and the details."""
 
     part: str
     text: str
@@ -49,11 +49,11 @@ class Violation(NamedTuple):
 
 @dataclass(slots=True)
 class History:
-    """What a run left behind.
+    """Everything that a run left behind.
 
     Attributes:
-        last: the stream's last sequence, as the server says.
-        attempts: every command as often as it was sent.
+        last: the stream's last sequence, from the server.
+        attempts: every sending of every command.
     """
 
     app: str
@@ -75,7 +75,7 @@ class _Log:
 
 
 def check(history: History) -> list[Violation]:
-    """Return everything that must not be; an empty list is a verdict."""
+    """Return all violations; an empty list means that every promise holds."""
     found: list[Violation] = []
     log = _read(history, found)
     _check_order(log, found)
@@ -95,7 +95,7 @@ def check(history: History) -> list[Violation]:
 
 
 def verdict_of(attempts: Sequence[Attempt]) -> str:
-    """Return what the senders of one command know together: an acknowledgement outweighs everything."""
+    """Return the outcome of a command from the answers to all its senders: an acknowledgement outweighs the others."""
     outcomes = {attempt.outcome for attempt in attempts}
     if "acknowledged" in outcomes:
         return "acknowledged"
@@ -175,23 +175,23 @@ def _check_command(
         found.append(Violation("b", f"{what} was torn apart, {at}"))
     true = (events[-1].sequence, events[-1].message.sequence, partition_of(first.tank, history.partitions))
     for attempt in attempts:
-        told = (attempt.version, attempt.sequence, attempt.partition)
-        if attempt.outcome == "acknowledged" and told != true:
+        receipt = (attempt.version, attempt.sequence, attempt.partition)
+        if attempt.outcome == "acknowledged" and receipt != true:
             found.append(
-                Violation("b", f"{what}: the receipt says version, sequence, partition {told}, the log {true}")
+                Violation("b", f"{what}: the receipt says version, sequence, partition {receipt}, the log {true}")
             )
 
 
 def _check_refusals(log: _Log, attempts: Sequence[Attempt], found: list[Violation]) -> None:
-    """A refusal names the level that it saw: the tank must have had it while the sender waited."""
+    """Check that a refusal names a level that the tank had while the sender waited."""
     stands = {tank: _levels(events) for tank, events in log.tanks.items()}
     for attempt in attempts:
         if attempt.outcome != "refused":
             continue
         what = f"command {attempt.command_id} ({attempt.name} {attempt.data} of {attempt.tank!r})"
-        words = attempt.told.split("level is ")
+        words = attempt.reason.split("level is ")
         if len(words) != 2 or not words[1].isdigit():
-            found.append(Violation("b", f"{what} was refused in other words than the tank's: {attempt.told!r}"))
+            found.append(Violation("b", f"{what} was refused in other words than the tank's: {attempt.reason!r}"))
             continue
         level = int(words[1])
         if accepts(attempt, level):
@@ -207,7 +207,7 @@ def _check_refusals(log: _Log, attempts: Sequence[Attempt], found: list[Violatio
 
 
 def _levels(events: Sequence[Event]) -> tuple[list[float], list[int]]:
-    """Return since when a tank had which level, after each command."""
+    """Return the tank's level after each command, and since when."""
     times, levels = [float("-inf")], [0]
     level = 0
     for event, following in zip(events, [*events[1:], None], strict=True):
@@ -254,11 +254,11 @@ def _check_letters(history: History, log: _Log, found: list[Violation]) -> None:
             if stored == wanted:
                 continue
             what = f"dead letters of {tank!r} for {projection}"
-            is_, must = [one.sequence for one in stored], [one.sequence for one in wanted]
+            is_, must = [letter.sequence for letter in stored], [letter.sequence for letter in wanted]
             if is_ != must:
                 found.append(Violation("d", f"{what}: events {is_}, must be {must}"))
             else:
-                differing = [one.sequence for one, two in zip(stored, wanted, strict=True) if one != two]
+                differing = [letter.sequence for letter, right in zip(stored, wanted, strict=True) if letter != right]
                 found.append(Violation("d", f"{what}: events {differing} have another place or other bytes"))
     for key, stray in there.items():
         found.append(Violation("d", f"dead letters of {key}: {len(stray)} that nothing led to"))
@@ -266,21 +266,23 @@ def _check_letters(history: History, log: _Log, found: list[Violation]) -> None:
 
 
 def _check_garbage(history: History, log: _Log, found: list[Violation]) -> None:
-    published = {(one.subject, one.payload) for one in history.garbage}
+    published = {(piece.subject, piece.payload) for piece in history.garbage}
     stored = {message.sequence: message for message in log.garbage}
-    for one in history.garbage:
-        if one.sequence is not None and (
-            one.sequence not in stored
-            or (stored[one.sequence].subject, stored[one.sequence].payload) != (one.subject, one.payload)
+    for piece in history.garbage:
+        if piece.sequence is not None and (
+            piece.sequence not in stored
+            or (stored[piece.sequence].subject, stored[piece.sequence].payload) != (piece.subject, piece.payload)
         ):
-            found.append(Violation("a", f"garbage acknowledged at {one.sequence} is not there"))
+            found.append(Violation("a", f"garbage acknowledged at {piece.sequence} is not there"))
     for message in log.garbage:
         if (message.subject, message.payload) not in published:
-            found.append(Violation("a", f"stream {message.sequence} ({message.subject}): nobody published this"))
+            found.append(Violation("a", f"stream {message.sequence} ({message.subject}): was never published"))
     kept = Counter(
-        (one.stream_sequence, one.aggregate_id, one.payload) for one in history.tables.letters if not one.projection
+        (letter.stream_sequence, letter.aggregate_id, letter.payload)
+        for letter in history.tables.letters
+        if not letter.projection
     )
-    wanted = {(one.sequence, one.subject, one.payload) for one in log.garbage}
+    wanted = {(message.sequence, message.subject, message.payload) for message in log.garbage}
     for key in wanted:
         if kept[key] != 1:
             found.append(Violation("d", f"garbage at {key[0]} ({key[1]}) is kept {kept[key]} times"))

@@ -1,4 +1,4 @@
-"""The load: many senders with steady, seeded habits, and a note of what each of them was told."""
+"""The load: many senders with seeded random habits, and a record of the answer to each command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COMMANDS: dict[str, Any] = {"Fill": Fill, "Drain": Drain, "Burst": Burst, "Mark
 
 
 def _tank(chance: random.Random, hot: float = 0.5) -> str:
-    """Few tanks get half of the commands, so that a late command comes behind many others; some have odd names."""
+    """Choose a tank: few tanks get half of the commands, so that queues form; some have odd names."""
     if chance.random() < hot:
         return f"hot-{chance.randrange(HOT)}"
     number = chance.randrange(COLD)
@@ -35,7 +35,7 @@ def _tank(chance: random.Random, hot: float = 0.5) -> str:
 
 
 class Load:
-    """Senders on some clients connected to the server, and one through the proxy."""
+    """Senders on several clients, some connected to the server directly and one through the proxy."""
 
     def __init__(self, app: str, direct: str, proxied: str, seed: int) -> None:
         self.app_name = app
@@ -54,7 +54,7 @@ class Load:
         self._nats: Nats | None = None
 
     async def start(self, timeout: float = 60.0) -> None:
-        """Connect, as soon as the service has made its stream, and begin."""
+        """Connect as soon as the service has created its stream, and begin to send."""
         deadline = time.monotonic() + timeout
         for url in self._urls:
             while True:
@@ -71,7 +71,7 @@ class Load:
         self._lanes = [asyncio.create_task(self._lane(number)) for number in range(LANES)]
 
     async def stop(self, timeout: float = 120.0) -> None:
-        """Send nothing new; wait until everything that was sent has an outcome."""
+        """Send no new commands; wait until every sent command has an outcome."""
         self._stopping.set()
         waiting = [*self._lanes, *self._later]
         while waiting:
@@ -100,7 +100,7 @@ class Load:
         name = name or chance.choices(["Fill", "Drain", "Burst", "Mark"], [45, 35, 15, 5])[0]
         notes = [f"{chance.choice(COLOURS)} {number}.{place}" for place in range(chance.randrange(2, 5))]
         if poison:
-            # in a burst the events before the poison are folded, those behind it wait
+            # in a burst, the events before the poison are folded, and those after it wait
             notes[chance.randrange(len(notes)) if name == "Burst" else 0] = f"poison-{poison} {number}"
         data: dict[str, Any] = {"note": notes[0]}
         if name in ("Fill", "Drain"):
@@ -110,7 +110,7 @@ class Load:
         return Attempt(f"{self._seed}-{number}", tank or _tank(chance), name, data)
 
     async def _send(self, command: Attempt, client: int, timeout: float) -> Attempt:
-        """Send a command once, as far as its sender can tell, and note what it was told."""
+        """Send a command through the client's `execute`, and record the answer."""
         attempt = Attempt(command.command_id, command.tank, command.name, command.data, sent=time.time())
         self.attempts.append(attempt)
         try:
@@ -123,14 +123,14 @@ class Load:
                 timeout=timeout,
             )
         except Rejected as refusal:
-            attempt.outcome, attempt.told = "refused", str(refusal)
+            attempt.outcome, attempt.reason = "refused", str(refusal)
         except TimeoutError:
-            attempt.told = "time-out"
+            attempt.reason = "time-out"
         except CommandError as error:
-            attempt.told = error.type
+            attempt.reason = error.type
             self.problems[f"command error {error.type}: {error.message[:80]}"] += 1
         except (LogError, ConnectionError, nats.errors.Error) as error:
-            attempt.told = type(error).__name__
+            attempt.reason = type(error).__name__
             self.problems[f"{type(error).__name__}: {str(error)[:80]}"] += 1
         else:
             attempt.outcome = "acknowledged"
@@ -178,7 +178,7 @@ class Load:
         await self._send(command, client, PATIENCE_S)
 
     async def _rest(self, seconds: float) -> None:
-        """The senders' pace; at the end nobody waits."""
+        """Pause between two commands, except when the load is stopping."""
         try:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
@@ -190,10 +190,10 @@ class Load:
         self._later.add(task)
         task.add_done_callback(self._later.discard)
 
-    # what the schedule asks for
+    # actions for the schedule
 
     def poison(self, choice: int) -> None:
-        """Let one projection fail on one tank, by a command that no level refuses."""
+        """Let one projection fail on one tank, by a command that is accepted at any level."""
         chance = random.Random(choice)
         command = self._command(
             chance, name=chance.choice(["Mark", "Burst"]), tank=_tank(chance, 0.8), poison=PROJECTIONS[choice % 3]
@@ -206,7 +206,7 @@ class Load:
             sent = await self._send(command, client, PATIENCE_S)
 
     async def publish_garbage(self, choice: int) -> None:
-        """Put bytes into the stream that are no commit, on subjects that no tank has."""
+        """Publish bytes that are not a commit, on subjects that no tank has."""
         assert self._nats is not None
         chance = random.Random(choice)
         name = f"garbage-{choice}"
@@ -227,9 +227,9 @@ class Load:
             try:
                 sequence = (await stream.publish(subject, payload)).seq
             except (nats.errors.Error, TimeoutError, ConnectionError):
-                pass  # it may be there or not
+                pass  # it may have been stored or not
             self.garbage.append(Garbage(subject, payload, sequence))
 
 
 async def _ignore(_error: Exception) -> None:
-    """nats-py prints what nobody takes."""
+    """Take the error, which nats-py would print otherwise."""

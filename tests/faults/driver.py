@@ -27,14 +27,14 @@ from tests.faults.schedule import Fault
 
 CATCH_UP_S = 90.0
 LEASES_S = 6.0
-"""Leases that nobody gave back expire in half of this."""
+"""Seconds to wait for leases to go; a lease that was not given back expires in half of this time."""
 CONSUMERS_S = 90.0
-"""Consumers of killed workers go by themselves after a minute without a pull."""
+"""Seconds to wait for consumers to go: the server removes a killed worker's consumer after a minute without a pull."""
 
 
 @dataclass(slots=True)
 class Result:
-    """What became of one run."""
+    """The outcome of one run."""
 
     seed: int
     database: str
@@ -64,7 +64,7 @@ class Options:
         workers: 0 starts the service without `--workers`: its process is the worker.
         postgres: URL of a PostgreSQL server; SQLite without it.
         consumers: wait until consumers of killed workers are gone, too.
-        keep: keep the directory even if all is well.
+        keep: keep the directory even if every promise holds.
     """
 
     workers: int = 2
@@ -76,8 +76,8 @@ class Options:
 class Run:
     """A run of one schedule in a directory of its own."""
 
-    def __init__(self, seed: int, schedule: list[Fault], options: Options, tell: Callable[[str], None]) -> None:
-        self.seed, self.schedule, self.options, self.tell = seed, schedule, options, tell
+    def __init__(self, seed: int, schedule: list[Fault], options: Options, report: Callable[[str], None]) -> None:
+        self.seed, self.schedule, self.options, self.report = seed, schedule, options, report
         self.app = f"f{seed}-{os.getpid()}-{int(time.time() * 1000) % 10_000_000}"
         self.directory = Path(tempfile.mkdtemp(prefix=f"eskernel-faults-{seed}-"))
         self.result = Result(seed, "postgresql" if options.postgres else "sqlite", options.workers)
@@ -88,11 +88,11 @@ class Run:
         )
         self.service = Service(self.app, self.proxy.url, self.database.url, self.directory, options.workers)
         self.load = Load(self.app, self.server.url, self.proxy.url, seed)
-        self.faults = Faults(self.service, self.server, self.proxy, self.database, self.load, tell)
+        self.faults = Faults(self.service, self.server, self.proxy, self.database, self.load, report)
         self.violations: list[Violation] = []
 
     async def run(self) -> Result:
-        """Do everything; whatever happens, nothing of it is left running."""
+        """Do the run; no process is left running, even after an error."""
         started = time.monotonic()
         try:
             await self._run()
@@ -110,7 +110,7 @@ class Run:
         await self.load.start()
         await self.faults.settle("the start")
         await self.faults.run(self.schedule)
-        self.tell("healing")
+        self.report("healing")
         await self.proxy.heal()
         await self.faults.settle("everything was healed")
         await self.load.stop()
@@ -137,7 +137,7 @@ class Run:
                 return
 
     async def _stop(self) -> None:
-        """Stop the service as its user does, and look at what it leaves behind."""
+        """Stop the service as a user does, and check for leftovers."""
         url, leases = self.server.url, f"{self.app}-leases"
         last = (await evidence.read_stream(url, self.app)).last
         reading = await evidence.readers(url, self.app, last)
@@ -146,7 +146,7 @@ class Run:
         code = await self.service.terminate(60.0)
         if code != 0:
             how = "did not end within 60 s" if code is None else f"ended with {code}: {self.service.last_line()}"
-            self.violations.append(Violation("e", f"the healthy service, told to stop, {how}"))
+            self.violations.append(Violation("e", f"the healthy service, asked to stop, {how}"))
         if left := await self.service.none_left(5.0):
             self.violations.append(Violation("e", f"processes outlived the stop: {left}"))
         deadline = time.monotonic() + LEASES_S
@@ -172,13 +172,13 @@ class Run:
         found = await asyncio.to_thread(check, history)
         self.violations += found
         self.result.events = sum(message.payload.count(b'"specversion"') for message in stream.messages)
-        self.result.garbage = sum(not one.projection for one in tables.letters)
+        self.result.garbage = sum(not letter.projection for letter in tables.letters)
         self.result.letters = len(tables.letters) - self.result.garbage
         if found:
             self._keep(history)
 
     def _keep(self, history: History) -> None:
-        """Write down what the verdict rests on."""
+        """Save the evidence for the verdict."""
         lines = [f"{m.time:.6f} {m.sequence} {m.subject} {m.payload!r}" for m in history.messages]
         (self.directory / "stream.txt").write_text("\n".join(lines))
         (self.directory / "attempts.json").write_bytes(orjson.dumps(history.attempts, option=orjson.OPT_INDENT_2))
@@ -205,10 +205,13 @@ class Run:
         log = self.service.log.read_text(errors="replace") if self.service.log.exists() else ""
         alerts = [line for line in log.splitlines() if "bug in the kernel" in line]
         self.violations += [Violation("g", line) for line in dict.fromkeys(alerts)]
-        result.notes = [*self.faults.notes, *(f"the service ended by itself: {one}" for one in self.service.exits)]
+        result.notes = [
+            *self.faults.notes,
+            *(f"the service ended by itself: {ending}" for ending in self.service.exits),
+        ]
         result.notes += [f"{count} x {problem}" for problem, count in self.load.problems.most_common(10)]
         result.notes += [f"{count} x traceback in the service's log: {end}" for end, count in _tracebacks(log).items()]
-        result.violations = [str(one) for one in [*self.faults.violations, *self.violations]]
+        result.violations = [str(violation) for violation in [*self.faults.violations, *self.violations]]
         if result.violations or self.options.keep:
             result.logs = str(self.directory)
             (self.directory / "result.json").write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
@@ -217,12 +220,12 @@ class Run:
 
 
 def _tracebacks(log: str) -> Counter[str]:
-    """Return the last lines of the tracebacks in a log, each behind the line that announced it."""
+    """Count the tracebacks in a log by their last line and the line that precedes them."""
     found: Counter[str] = Counter()
     lines = log.splitlines()
     for place, line in enumerate(lines):
         if line.startswith("Traceback (most recent call last)"):
-            end = next((one for one in lines[place + 1 :] if not one.startswith(" ")), "")
+            end = next((following for following in lines[place + 1 :] if not following.startswith(" ")), "")
             announced = re.sub(r"^[-0-9: ,]+", "", lines[place - 1]) if place else ""
             found[f"{announced[:120]} ... {end[:200]}"] += 1
     return found

@@ -1,4 +1,4 @@
-"""Reading what a run left behind: the stream with nats-py, the tables with SQL. It imports nothing of the product."""
+"""Reading the evidence of a run: the stream with nats-py, the tables with SQL. It imports nothing of the product."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ async def read_stream(url: str, name: str) -> Stream:
             consumer = (await subscription.consumer_info()).name
             try:
                 while not messages or messages[-1].sequence < info.state.last_seq:
-                    for one in await subscription.fetch(_BATCH, timeout=10):
-                        meta = one.metadata
+                    for message in await subscription.fetch(_BATCH, timeout=10):
+                        meta = message.metadata
                         stored = meta.timestamp.timestamp()
-                        messages.append(Message(meta.sequence.stream, one.subject, one.data, stored))
+                        messages.append(Message(meta.sequence.stream, message.subject, message.data, stored))
             finally:
                 await js.delete_consumer(name, consumer)
         return Stream(int(found[1]), info.state.last_seq, messages)
@@ -61,16 +61,20 @@ async def read_stream(url: str, name: str) -> Stream:
 
 
 async def readers(url: str, name: str, last: int) -> set[str]:
-    """Return the consumers of a stream that have got everything: those of workers that live.
+    """Return the consumers of a stream that have received everything: those of live workers.
 
-    A killed worker's consumer stays for a minute, and its pull requests with it, but gets nothing any more.
+    A killed worker's consumer and its pull requests stay for a minute, but receive nothing.
     """
-    return {one.name for one in await _consumers(url, name) if one.delivered and one.delivered.stream_seq >= last}
+    return {
+        consumer.name
+        for consumer in await _consumers(url, name)
+        if consumer.delivered and consumer.delivered.stream_seq >= last
+    }
 
 
 async def consumers(url: str, name: str) -> set[str]:
     """Return all consumers of a stream."""
-    return {one.name for one in await _consumers(url, name)}
+    return {consumer.name for consumer in await _consumers(url, name)}
 
 
 async def _consumers(url: str, name: str) -> list[Any]:
@@ -116,7 +120,7 @@ class Reader:
         self._engine.dispose()
 
     def behind(self, app: str, stream: Stream) -> list[str]:
-        """Return which projections have not folded their partitions up to the stream's end, and missing garbage."""
+        """Return the projections that have not folded their partitions up to the stream's end, and missing garbage."""
         ends: dict[int, int] = {}
         garbage = 0
         for message in stream.messages:

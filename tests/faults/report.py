@@ -1,4 +1,4 @@
-"""What a reader of many runs wants to see."""
+"""Reports for the reader of many runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tests.faults.driver import Result
 
 
-def tell(result: Result) -> list[str]:
+def describe(result: Result) -> list[str]:
     """Return the lines about one run."""
     commands = result.commands
     lines = [
@@ -33,23 +33,23 @@ def table(results: Sequence[Result]) -> str:
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     sums = [0] * 8
-    for one in results:
-        commands = one.commands
+    for result in results:
+        commands = result.commands
         numbers = [
-            sum(one.faults.values()),
-            sum(one.kills.values()),
+            sum(result.faults.values()),
+            sum(result.kills.values()),
             sum(commands.values()),
             commands["acknowledged"],
             commands["refused"],
             commands["unknown"],
-            one.events,
-            one.letters,
+            result.events,
+            result.letters,
         ]
         sums = [total + number for total, number in zip(sums, numbers, strict=True)]
-        verdict = "holds" if one.ok else f"**{len(one.violations)} violations**"
-        rows.append(f"| {one.seed} | {one.database} | {_cells(numbers)} | {one.seconds:.0f} | {verdict} |")
-    wrong = sum(not one.ok for one in results)
-    seconds = sum(one.seconds for one in results)
+        verdict = "holds" if result.ok else f"**{len(result.violations)} violations**"
+        rows.append(f"| {result.seed} | {result.database} | {_cells(numbers)} | {result.seconds:.0f} | {verdict} |")
+    wrong = sum(not result.ok for result in results)
+    seconds = sum(result.seconds for result in results)
     rows.append(
         f"| {len(results)} runs | | {_cells(sums)} | {seconds:.0f} | {f'{wrong} wrong' if wrong else 'holds'} |"
     )

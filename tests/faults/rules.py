@@ -1,6 +1,6 @@
 """The domain of `app.py` once more, as plain functions on plain data. It imports nothing of the product.
 
-What a run leaves behind is described here too: messages of the stream, what senders were told, rows of tables.
+The evidence of a run is described here too: messages of the stream, answers to the senders, rows of the tables.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Message:
 
 @dataclass(slots=True)
 class Attempt:
-    """A command sent once by one client, and what its sender was told.
+    """A command sent once by one client, and the answer to its sender.
 
     Attributes:
         outcome: `acknowledged`, `refused` (by the aggregate: nothing was appended), or `unknown`.
         sent, answered: seconds of the epoch.
-        told: the refusal's words, or why the outcome is unknown.
+        reason: the refusal's words, or why the outcome is unknown.
     """
 
     command_id: str
@@ -49,12 +49,12 @@ class Attempt:
     version: int = 0
     sequence: int = 0
     partition: int = 0
-    told: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Bytes that the driver published; `sequence` is None where the server's answer got lost."""
+    """Bytes that the driver published; `sequence` is None where the server's answer was lost."""
 
     subject: str
     payload: bytes
@@ -90,7 +90,7 @@ class Tables:
 
 
 class Event(NamedTuple):
-    """One event of a tank, as it stands in the log."""
+    """One event of a tank, as stored in the log."""
 
     tank: str
     message: Message
@@ -105,17 +105,17 @@ class Event(NamedTuple):
 
     @property
     def change(self) -> int:
-        """What it does to the level."""
+        """How the event changes the level."""
         amount = int(self.data.get("amount", 0))
         return {"Filled": amount, "Drained": -amount, "Marked": 0}[self.type]
 
     @property
     def fields(self) -> tuple[str, int, str]:
-        """What follows from the command alone: type, amount, note."""
+        """The fields that follow from the command alone: type, amount, note."""
         return self.type, int(self.data.get("amount", 0)), self.note
 
     def poisons(self, projection: str) -> bool:
-        """Whether this projection's handler fails on it."""
+        """Return whether this projection's handler fails on the event."""
         return self.note.startswith(f"poison-{projection} ")
 
 
@@ -132,7 +132,7 @@ def partition_of(tank: str, partitions: int) -> int:
 
 
 def tank_of(app: str, subject: str) -> str | None:
-    """Return the tank whose events a subject carries, None if it is no such subject."""
+    """Return the tank whose events a subject carries; None for any other subject."""
     parts = subject.split(".")
     if len(parts) != 5 or parts[:2] != [app, "evt"] or parts[3] != "Tank" or not parts[2].isdigit():
         return None
@@ -140,18 +140,25 @@ def tank_of(app: str, subject: str) -> str | None:
 
 
 def events_of(message: Message, tank: str) -> list[Event]:
-    """Decode a commit. Raises `ValueError` or `KeyError` if the bytes are none."""
+    """Decode a commit. Raises `ValueError` or `KeyError` if the bytes are not a commit."""
     found = json.loads(message.payload)
     if not isinstance(found, list) or not found:
         raise ValueError("not a batch of events")
     return [
-        Event(tank, message, int(one["sequence"]), str(one["type"]), dict(one["data"]), str(one["commandid"]))
-        for one in found
+        Event(
+            tank,
+            message,
+            int(envelope["sequence"]),
+            str(envelope["type"]),
+            dict(envelope["data"]),
+            str(envelope["commandid"]),
+        )
+        for envelope in found
     ]
 
 
 def expected_events(attempt: Attempt) -> list[tuple[str, int, str]]:
-    """Return type, amount and note of the events that a command leads to if it is not refused."""
+    """Return type, amount and note of the events of a command that is accepted."""
     data = attempt.data
     if attempt.name == "Burst":
         return [
@@ -164,7 +171,7 @@ def expected_events(attempt: Attempt) -> list[tuple[str, int, str]]:
 
 
 def accepts(attempt: Attempt, level: int) -> bool:
-    """Say whether a tank at this level takes the command."""
+    """Return whether a tank at this level accepts the command."""
     for kind, amount, _ in expected_events(attempt):
         level += {"Filled": amount, "Drained": -amount, "Marked": 0}[kind]
         if not 0 <= level <= LIMIT:
@@ -173,7 +180,7 @@ def accepts(attempt: Attempt, level: int) -> bool:
 
 
 def folded(events: Iterable[Event], projection: str) -> list[Event]:
-    """Return what a projection folds of one tank's events: those before the first that it can't."""
+    """Return the events of one tank that a projection folds: those before the first that its handler fails on."""
     taken = []
     for event in events:
         if event.poisons(projection):
@@ -183,7 +190,7 @@ def folded(events: Iterable[Event], projection: str) -> list[Event]:
 
 
 def fold(tanks: dict[str, list[Event]]) -> Tables:
-    """Return what the projections' tables must hold for these tanks; letters are not among it."""
+    """Return the expected rows of the projections' tables for these tanks, without the dead letters."""
     made = Tables()
     colours: dict[str, list[int]] = {}
     for tank, events in tanks.items():
@@ -199,7 +206,7 @@ def fold(tanks: dict[str, list[Event]]) -> Tables:
 
 
 def letters(tank: str, events: Sequence[Event], projection: str, partitions: int) -> list[Letter]:
-    """Return what must stand in the dead letters for a tank and a projection."""
+    """Return the expected dead letters for a tank and a projection."""
     waiting = events[len(folded(events, projection)) :]
     place = partition_of(tank, partitions)
     return [

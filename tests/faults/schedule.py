@@ -1,4 +1,4 @@
-"""Which faults come in a run, in which order, how long, and how far apart: all of it from one seed."""
+"""The faults of a run, their order, durations and distances: all chosen from one seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """The faults. `faults.py` says what each does."""
+    """The kinds of faults. `faults.py` implements them."""
 
     WORKER_KILL = "worker killed"
     WORKERS_KILL = "all workers killed"
@@ -31,11 +31,11 @@ class Fault:
     """One fault.
 
     Attributes:
-        seconds: how long it lasts, where that means something.
-        pause: seconds before it, after the one before.
-        choice: decides between the variants of a fault, such as which worker.
-        settle: whether commands must get through again before the next.
-        overlap: whether the next one begins while this one lasts.
+        seconds: how long it lasts, for faults that last.
+        pause: seconds between the previous fault and this one.
+        choice: selects the variant of a fault, such as which worker.
+        settle: whether commands must take effect again before the next fault.
+        overlap: whether the next fault begins while this one lasts.
     """
 
     kind: Kind
@@ -73,7 +73,7 @@ SHORT = [
     Kind.GARBAGE,
     Kind.WORKERS_KILL,
 ]
-"""The faults of the short test; but for the first in an order of the seed's."""
+"""The faults of the short test. The first one stays first; the seed orders the others."""
 
 
 def _fault(chance: random.Random, kind: Kind) -> Fault:
@@ -88,7 +88,7 @@ def _fault(chance: random.Random, kind: Kind) -> Fault:
 
 
 def plan(seed: int, seconds: float) -> list[Fault]:
-    """Return a schedule of about so many seconds: each kind at least once, the rest mostly kills."""
+    """Return a schedule of about this many seconds: each kind at least once, the rest mostly kills."""
     chance = random.Random(seed)
     kinds = [*Kind, Kind.POISON, Kind.GARBAGE, Kind.WORKER_FREEZE, Kind.WORKER_FREEZE]
     length = sum(sum(_LENGTHS.get(kind, (0.0, 0.0))) / 2 + _RECOVERY_S for kind in kinds)
@@ -105,6 +105,6 @@ def short_plan(seed: int) -> list[Fault]:
 
 
 def _in_order(chance: random.Random, kinds: list[Kind]) -> list[Fault]:
-    """Shuffle; but poison comes first, so that everything else happens to aggregates which wait behind it."""
+    """Shuffle all faults except poison, which comes first, so that the other faults meet parked aggregates."""
     chance.shuffle(kinds)
     return [_fault(chance, kind) for kind in [Kind.POISON, *kinds]]

@@ -1,6 +1,6 @@
 """`python -m tests.mutants`: put each deliberate bug into a copy of the project, and see a test fail there.
 
-Exit codes: 0 if every mutant is caught, 1 if one survives, 2 if that can't be told: the catalogue is out of date, a
+Exit codes: 0 if every mutant is caught, 1 if one survives, 2 if there is no verdict: the catalogue is out of date, a
 selection fails without any mutant, or pytest itself failed.
 """
 
@@ -28,10 +28,10 @@ from tests.mutants.catalogue import MUTANTS, Mutant
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("aggregates", "projections", "kernel", "migrations", "examples")
 TEST_TIMEOUT_S = 60
-"""A test that hangs because of a mutant has caught it."""
+"""Seconds for one test; a test that hangs because of a mutant has caught it."""
 RUN_TIMEOUT_S = 300
 GRACE_S = 20.0
-"""So long may an interrupted pytest stop its servers."""
+"""Seconds for an interrupted pytest to stop its servers."""
 
 
 class OutOfDate(Exception):
@@ -44,25 +44,25 @@ class Ran:
 
     Attributes:
         code: its exit code, or None if it did not end.
-        failed: tests that failed, in order, and what each said.
-        said: the end of what it printed.
+        failed: tests that failed, in order, each with its message.
+        output: the end of its output.
     """
 
     code: int | None
     failed: list[tuple[str, str]]
-    said: str
+    output: str
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one mutant.
+    """The outcome of one mutant.
 
     Attributes:
         outcome: `caught`, `survived`, or `error`.
         by: the first test that failed.
-        why: what it said: a mutant may be caught for a reason that has nothing to do with its promise.
-        said: the end of pytest's output where neither is the case.
+        why: its message: a mutant may be caught for a reason that has nothing to do with its promise.
+        output: the end of pytest's output if the outcome is `error`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Result:
     by: str
     why: str
     seconds: float
-    said: str = ""
+    output: str = ""
 
 
 class Runner:
@@ -93,14 +93,14 @@ class Runner:
         """Run tests in a copy of the project."""
         with self._lock:
             self._count += 1
-            # short: the paths of sockets are made from it
+            # short, because the paths of sockets begin with it
             scratch = self._place / f"t{self._count}"
         scratch.mkdir()
-        report, said = scratch / "report.xml", scratch / "said"
+        report, output = scratch / "report.xml", scratch / "output"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}"]
         command += ["--tb=short", f"--junitxml={report}", *more, *tests]
         began = time.monotonic()
-        with said.open("wb") as out, self._lock:
+        with output.open("wb") as out, self._lock:
             if self.stopping.is_set():
                 return Ran(None, [], "interrupted", 0.0)
             process = subprocess.Popen(
@@ -120,7 +120,7 @@ class Runner:
         finally:
             self._end(process)
             end_leftovers(scratch)
-        text = said.read_text(errors="replace")
+        text = output.read_text(errors="replace")
         ran = Ran(code, failures(report), text[-4_000:], time.monotonic() - began)
         shutil.rmtree(scratch, ignore_errors=True)
         return ran
@@ -137,7 +137,7 @@ class Runner:
             self._running.discard(process)
 
     def stop(self) -> None:
-        """Interrupt what runs: pytest then stops the servers that it started."""
+        """Interrupt all runs: pytest then stops the servers that it started."""
         with self._lock:
             self.stopping.set()
             for process in self._running:
@@ -146,12 +146,12 @@ class Runner:
 
 
 def environment(copy: Path, scratch: Path) -> dict[str, str]:
-    """Return variables by which every process of a run sees the copy, and leaves its files where they are removed."""
+    """Return variables by which every process of a run imports the copy, and keeps its files in a removable place."""
     return {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(scratch)}
 
 
 def end_leftovers(scratch: Path) -> None:
-    """End processes that a run started and left behind: its directory stands in their environment."""
+    """End processes that a run left behind; they are recognized by the run's directory in their environment."""
     for number in (signal.SIGINT, signal.SIGKILL):
         deadline = time.monotonic() + 5
         sent: set[int] = set()
@@ -175,7 +175,7 @@ def started_with(scratch: Path) -> set[int]:
 
 
 def failures(report: Path) -> list[tuple[str, str]]:
-    """Return the tests that failed, and what each said; one whose fixture broke has caught nothing."""
+    """Return the failed tests with their messages; a test whose fixture failed has caught nothing."""
     try:
         cases = ElementTree.parse(report).iter("testcase")
     except (OSError, ElementTree.ParseError):
@@ -188,7 +188,7 @@ def failures(report: Path) -> list[tuple[str, str]]:
 
 
 def copy_project(to: Path) -> None:
-    """Copy what the tests need; servers are taken from the environment that is there."""
+    """Copy the files that the tests need; the servers of the present environment are used."""
 
     def unwanted(_folder: str, names: list[str]) -> list[str]:
         drop = ("__pycache__", "build", "dist", "out")
@@ -200,15 +200,17 @@ def copy_project(to: Path) -> None:
 
 
 def mutate(copy: Path, mutant: Mutant) -> None:
-    """Put the bug in.
+    """Apply the mutation.
 
     Raises:
-        OutOfDate: its place is not there, or not the only one.
+        OutOfDate: the text to replace is not found exactly once.
     """
     path = copy / mutant.file
     source = path.read_text() if path.exists() else ""
     if (found := source.count(mutant.old)) != 1:
-        raise OutOfDate(f"{mutant.name}: its text is found {found} times in {mutant.file}, not once:\n{mutant.old}")
+        raise OutOfDate(
+            f"{mutant.name}: the text to replace is found {found} times in {mutant.file}, not once:\n{mutant.old}"
+        )
     changed = source.replace(mutant.old, mutant.new)
     try:
         compile(changed, str(path), "exec")
@@ -220,29 +222,29 @@ def mutate(copy: Path, mutant: Mutant) -> None:
 
 
 def check_catalogue(copy: Path, chosen: Sequence[Mutant]) -> None:
-    """Make sure that every mutant has its place.
+    """Check that every mutant's text is found exactly once.
 
     Raises:
-        OutOfDate: one has not.
+        OutOfDate: a text is not.
     """
     problems = []
     for mutant in chosen:
         path = copy / mutant.file
         source = path.read_text() if path.exists() else ""
         if (found := source.count(mutant.old)) != 1:
-            problems.append(f"{mutant.name}: its text is found {found} times in {mutant.file}, not once")
+            problems.append(f"{mutant.name}: the text to replace is found {found} times in {mutant.file}, not once")
     if problems:
         raise OutOfDate("\n".join(problems))
 
 
 def check_imports(copy: Path, scratch: Path) -> None:
-    """Make sure that a process in a copy imports the copy, and not the project as it is installed.
+    """Check that a process in a copy imports the copy, and not the installed project.
 
     Raises:
-        OutOfDate: it doesn't; then no mutant would be there to be caught.
+        OutOfDate: it imports something else; then no mutant would be tested.
     """
     program = f"import importlib\nfor name in {PACKAGES}: print(importlib.import_module(name).__file__)"
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", program],
         check=False,
         cwd=copy,
@@ -250,28 +252,28 @@ def check_imports(copy: Path, scratch: Path) -> None:
         capture_output=True,
         text=True,
     )
-    wrong = [one for one in said.stdout.split() if not one.startswith(str(copy))]
-    if said.returncode or wrong:
-        raise OutOfDate(f"a copy does not import itself: {wrong or said.stderr}")
+    wrong = [path for path in output.stdout.split() if not path.startswith(str(copy))]
+    if output.returncode or wrong:
+        raise OutOfDate(f"a copy does not import itself: {wrong or output.stderr}")
 
 
 def check_tests(runner: Runner, pool: Executor, copy: Path, chosen: Sequence[Mutant], jobs: int) -> float:
     """Run every selection without a mutant; return the seconds it took.
 
     Raises:
-        OutOfDate: one fails there too, or is not there.
+        OutOfDate: a test fails without a mutant too, or does not exist.
     """
     began = time.monotonic()
     tests = sorted({test for mutant in chosen for test in mutant.tests})
     shares = [share for n in range(jobs) if (share := tests[n * len(tests) // jobs : (n + 1) * len(tests) // jobs])]
     for ran in pool.map(lambda share: runner.run(copy, share), shares):
         if ran.code != 0:
-            raise OutOfDate(f"without any mutant pytest ends with {ran.code}:\n{ran.said}")
+            raise OutOfDate(f"without any mutant pytest ends with {ran.code}:\n{ran.output}")
     return time.monotonic() - began
 
 
 def try_out(runner: Runner, pristine: Path, place: Path, mutant: Mutant) -> Result:
-    """Put the mutant into a copy of its own, and run its tests there."""
+    """Apply the mutant to a separate copy, and run its tests there."""
     copy = place / mutant.name
     shutil.copytree(pristine, copy, symlinks=True, ignore=shutil.ignore_patterns(".hypothesis", ".pytest_cache"))
     try:
@@ -280,21 +282,26 @@ def try_out(runner: Runner, pristine: Path, place: Path, mutant: Mutant) -> Resu
     finally:
         shutil.rmtree(copy, ignore_errors=True)
     if ran.code == 1 and ran.failed:
-        outcome, said = "caught", ""
+        outcome, output = "caught", ""
     elif ran.code == 0:
-        outcome, said = "survived", ""
+        outcome, output = "survived", ""
     else:
-        outcome, said = "error", f"pytest ended with {ran.code}\n{ran.said}"
+        outcome, output = "error", f"pytest ended with {ran.code}\n{ran.output}"
     by, why = ran.failed[0] if ran.failed else ("", "")
-    return Result(mutant.name, mutant.promise, mutant.file, outcome, by, why, round(ran.seconds, 1), said)
+    return Result(mutant.name, mutant.promise, mutant.file, outcome, by, why, round(ran.seconds, 1), output)
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the results as people read them."""
+    """Return the results as a table for people."""
     head = ("mutant", "promise", "caught by", "seconds")
     rows = [
-        (one.name, one.promise, one.by if one.outcome == "caught" else one.outcome.upper(), f"{one.seconds:.1f}")
-        for one in results
+        (
+            result.name,
+            result.promise,
+            result.by if result.outcome == "caught" else result.outcome.upper(),
+            f"{result.seconds:.1f}",
+        )
+        for result in results
     ]
     widths = [max(len(row[n]) for row in [head, *rows]) for n in range(4)]
     lines = [head, tuple("-" * width for width in widths), *rows]
@@ -303,10 +310,10 @@ def table(results: Sequence[Result]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; may be given several times")
+    parser.add_argument("--only", action="append", metavar="NAME", help="try this mutant; may be repeated")
     parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at once")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     chosen = parser.parse_args()
     if unknown := set(chosen.only or ()) - {mutant.name for mutant in MUTANTS}:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}; --list shows what there is")
@@ -323,7 +330,7 @@ def run_all(chosen: Sequence[Mutant], jobs: int) -> list[Result]:
     """
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as directory:
         place = Path(directory).resolve()
-        place.chmod(0o755)  # run by root, PostgreSQL is another user's process
+        place.chmod(0o755)  # under root, PostgreSQL runs as another user
         runner = Runner(place)
         pristine = place / "unchanged"
         copy_project(pristine)
@@ -334,7 +341,7 @@ def run_all(chosen: Sequence[Mutant], jobs: int) -> list[Result]:
             try:
                 seconds = check_tests(runner, pool, pristine, chosen, jobs)
                 print(f"without mutants all tests pass, in {seconds:.0f} s", flush=True)
-                for result in pool.map(lambda one: try_out(runner, pristine, place, one), chosen):
+                for result in pool.map(lambda mutant: try_out(runner, pristine, place, mutant), chosen):
                     results.append(result)
                     print(f"{result.outcome:8}  {result.name}  {result.seconds:.1f} s  {result.by}", flush=True)
             except BaseException:
@@ -345,7 +352,7 @@ def run_all(chosen: Sequence[Mutant], jobs: int) -> list[Result]:
 
 
 def interrupted(_number: int, _frame: object) -> None:
-    """End as after Ctrl-C, but once: a second signal must not break off the cleaning up."""
+    """End as after Ctrl-C, but only once: a second signal must not interrupt the cleaning up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -370,12 +377,14 @@ def main() -> int:
         print("interrupted", file=sys.stderr)
         return 130
     if given.json is not None:
-        given.json.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n")
+        given.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     print("\n" + table(results))
-    for one in results:
-        if one.outcome == "error":
-            print(f"\n{one.name}: {one.said}")
-    counts = {outcome: sum(one.outcome == outcome for one in results) for outcome in ("caught", "survived", "error")}
+    for result in results:
+        if result.outcome == "error":
+            print(f"\n{result.name}: {result.output}")
+    counts = {
+        outcome: sum(result.outcome == outcome for result in results) for outcome in ("caught", "survived", "error")
+    }
     print(f"\n{', '.join(f'{count} {outcome}' for outcome, count in counts.items())}; {time.monotonic() - began:.0f} s")
     return 2 if counts["error"] else 1 if counts["survived"] else 0
 

@@ -1,4 +1,4 @@
-"""What becomes of events: rows, tallies and statements, whatever the batches they come in."""
+"""Events become rows, tallies and statements, however they are batched."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Sheet(Base):
     rate: Mapped[Decimal | None] = mapped_column(Numeric(20, 4))
     paid: Mapped[datetime | None] = mapped_column(DateTime(timezone=False))
     flag: Mapped[bool] = mapped_column(default=False)
-    note: Mapped[str | None] = mapped_column("Select", Text)  # a column whose name is a word of SQL
+    note: Mapped[str | None] = mapped_column("Select", Text)  # a column whose name is an SQL keyword
     ratio: Mapped[float | None]
     events: Mapped[int] = mapped_column(default=lambda: 0)
 
@@ -144,19 +144,24 @@ class Entries(Sql, of=Ledger):
     @applies
     def written(self, tx: Transaction, events: Sequence[Recorded[Opened | Paid | Renamed]]) -> None:
         rows = [
-            {"id": one.meta.aggregate_id, "sequence": one.meta.sequence, "what": type(one.event).__name__}
-            for one in events
+            {
+                "id": recorded.meta.aggregate_id,
+                "sequence": recorded.meta.sequence,
+                "what": type(recorded.event).__name__,
+            }
+            for recorded in events
         ]
         tx.execute(insert(tx.table(Entry)), rows)
 
     @applies
     def closed(self, tx: Transaction, events: Sequence[Recorded[Closed]]) -> None:
         table = tx.table(Entry)
-        for one in events:
-            kept = tx.execute(select(table).where(table.c.id == one.meta.aggregate_id)).all()
-            tx.execute(delete(table).where(table.c.id == one.meta.aggregate_id))
+        for recorded in events:
+            kept = tx.execute(select(table).where(table.c.id == recorded.meta.aggregate_id)).all()
+            tx.execute(delete(table).where(table.c.id == recorded.meta.aggregate_id))
             tx.execute(
-                insert(table), {"id": one.meta.aggregate_id, "sequence": one.meta.sequence, "what": f"had {len(kept)}"}
+                insert(table),
+                {"id": recorded.meta.aggregate_id, "sequence": recorded.meta.sequence, "what": f"had {len(kept)}"},
             )
 
 
@@ -199,24 +204,24 @@ def folded_plainly(history: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, 
     sheets: dict[str, Plain] = {}
     days: dict[Any, Any] = defaultdict(lambda: (0, 0, 0.0))
     for ledger, events in history:
-        for one in events:
+        for fact in events:
             sheet = sheets.get(ledger, Plain())
-            match one:
+            match fact:
                 case Closed():
                     sheets.pop(ledger, None)
                     continue
                 case Ignored():
                     continue
                 case Opened():
-                    sheet = replace(sheet, owner=one.owner, opened=one.on)
+                    sheet = replace(sheet, owner=fact.owner, opened=fact.on)
                 case Paid():
-                    sheet = replace(sheet, cents=sheet.cents + one.cents, rate=one.rate, paid=one.at)
-                    payments, cents, weight = days[ledger.split("/")[0], one.at.date()]
-                    days[ledger.split("/")[0], one.at.date()] = (payments + 1, cents + one.cents, weight + 0.5)
+                    sheet = replace(sheet, cents=sheet.cents + fact.cents, rate=fact.rate, paid=fact.at)
+                    payments, cents, weight = days[ledger.split("/")[0], fact.at.date()]
+                    days[ledger.split("/")[0], fact.at.date()] = (payments + 1, cents + fact.cents, weight + 0.5)
                 case Flagged():
-                    sheet = replace(sheet, flag=one.flag, note=one.note, ratio=one.ratio)
+                    sheet = replace(sheet, flag=fact.flag, note=fact.note, ratio=fact.ratio)
                 case Renamed():
-                    sheet = replace(sheet, owner=one.owner)
+                    sheet = replace(sheet, owner=fact.owner)
             sheets[ledger] = replace(sheet, events=sheet.events + 1)
     return sheets, dict(days)
 
@@ -225,7 +230,7 @@ def plain(row: Sheet) -> Plain:
     return Plain(**{name: getattr(row, name) for name in Plain.__dataclass_fields__})
 
 
-# text that both databases hold: PostgreSQL has no zero byte
+# text that both databases can hold: PostgreSQL accepts no zero byte
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)
 moments = st.datetimes(datetime(2000, 1, 1), datetime(2000, 1, 4))
 events = st.one_of(
@@ -252,10 +257,10 @@ run = itertools.count()
 def test_rows_and_tallies_equal_a_plain_fold_however_the_events_are_batched(
     side: ReadSide, history: list[tuple[str, list[Any]]], cuts: set[int]
 ) -> None:
-    """Each example has ids of its own, so that examples share the database and not their rows."""
+    """Each example uses its own ids, so that examples share the database but not their rows."""
     start = side.position.highest + 1
     prefix = f"run{next(run)}"
-    history = [(f"{prefix}/{ledger}", one) for ledger, one in history]
+    history = [(f"{prefix}/{ledger}", events) for ledger, events in history]
     made = commits(history, start)
     for first, last in itertools.pairwise([0, *sorted(cut for cut in cuts if cut < len(made)), len(made)]):
         assert side.project(made[first:last]) == []
@@ -288,7 +293,7 @@ def test_a_new_row_has_the_columns_defaults(side: ReadSide) -> None:
     assert plain(row) == Plain(owner="me", events=1)
 
 
-def test_a_dropped_row_is_deleted_and_a_later_event_starts_anew(side: ReadSide) -> None:
+def test_a_dropped_row_is_deleted_and_a_later_event_starts_a_new_one(side: ReadSide) -> None:
     made = commits(
         [
             ("a", [Renamed("one"), Flagged(True, "note", 1.5)]),
@@ -307,8 +312,8 @@ def test_a_dropped_row_is_deleted_and_a_later_event_starts_anew(side: ReadSide) 
         {"b": Plain(owner="stays", events=1)},
         {"b": Plain(owner="stays", events=1)},
     ]
-    for one, rows in zip(made, expected, strict=True):
-        side.project([one])
+    for commit, rows in zip(made, expected, strict=True):
+        side.project([commit])
         assert {row.id: plain(row) for row in side.rows(Sheet)} == rows
 
 
@@ -336,7 +341,7 @@ def test_every_type_of_column_comes_back_as_it_went(side: ReadSide) -> None:
     )
     # in two steps, so that rows are also read back into records and written again
     side.claim()
-    more = [(10, "Ledger", one, envelopes(Ledger, [Renamed("again")], 3)) for one in ("a", "b")]
+    more = [(10, "Ledger", ledger, envelopes(Ledger, [Renamed("again")], 3)) for ledger in ("a", "b")]
     side.project(more)
     found = {row.id: plain(row) for row in side.rows(Sheet)}
     assert found == {
@@ -364,10 +369,10 @@ def test_a_big_batch_is_written_whole(side: ReadSide) -> None:
 
 
 def test_events_of_an_older_version_are_folded_through_their_upcasters(side: ReadSide) -> None:
-    (sequence, aggregate, ledger, (one,)) = commits([("a", [Renamed("x")])])[0]
-    one.dataversion = 1
-    one.data = type(one.data)(b'{"name": "old name"}')
-    side.project([(sequence, aggregate, ledger, [one])])
+    (sequence, aggregate, ledger, (envelope,)) = commits([("a", [Renamed("x")])])[0]
+    envelope.dataversion = 1
+    envelope.data = type(envelope.data)(b'{"name": "old name"}')
+    side.project([(sequence, aggregate, ledger, [envelope])])
     assert [row.owner for row in side.rows(Sheet)] == ["old name"]
 
 
@@ -384,8 +389,8 @@ def test_tallies_add_up_over_batches_and_aggregates(side: ReadSide) -> None:
         ("x/2", [Paid(10, rate, first)]),
         ("x/1", [Paid(100, rate, second)]),
     ]
-    for one in commits(history):
-        side.project([one])
+    for commit in commits(history):
+        side.project([commit])
     assert [(row.prefix, row.day, row.payments, row.cents, row.weight) for row in side.rows(DayTotal)] == [
         ("x", date(2013, 1, 1), 3, 21, 1.5),
         ("x", date(2013, 1, 2), 2, 107, 1.0),
@@ -403,18 +408,18 @@ def test_sql_handlers_get_events_in_order_on_the_batchs_transaction(side: ReadSi
         ("a", 2, "Renamed"),
         ("b", 1, "Renamed"),
     ]
-    # in the next batch one handler sees what was written before, and changes it
+    # in the next batch a handler sees the rows that were written before, and changes them
     side.project([(3, "Ledger", "a", envelopes(Ledger, [Closed()], 2))])
     assert [(row.id, row.sequence, row.what) for row in side.rows(Entry)] == [("a", 3, "had 2"), ("b", 1, "Renamed")]
 
 
 def test_an_events_metadata_is_what_was_stored() -> None:
-    (one, two) = envelopes(Ledger, [Renamed("x"), Renamed("y")], 4, "2013-02-03T04:05:06.789Z")
-    meta = Meta(two, "a", 17)
+    (first, second) = envelopes(Ledger, [Renamed("x"), Renamed("y")], 4, "2013-02-03T04:05:06.789Z")
+    meta = Meta(second, "a", 17)
     assert (meta.sequence, meta.stream_sequence, meta.aggregate_id) == (6, 17, "a")
     assert meta.time == datetime(2013, 2, 3, 4, 5, 6, 789_000, UTC)
     assert meta.time.utcoffset() == timedelta(0)
-    assert (meta.event_id, meta.command_id, meta.correlation_id) == (two.id, "command", "command")
-    two.correlation_id = "talk"
+    assert (meta.event_id, meta.command_id, meta.correlation_id) == (second.id, "command", "command")
+    second.correlation_id = "talk"
     assert meta.correlation_id == "talk"
-    assert one.id != two.id
+    assert first.id != second.id

@@ -1,4 +1,4 @@
-"""Copies of a projection's tables: built beside each other, one of them shown; and the kernel's own tables."""
+"""Generations are copies of a projection's tables, of which the view shows one; and the kernel's own tables."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Pages(Rows[Page], of=Notebook):
 
 
 def declared(version: int = 1) -> DeclaredProjection:
-    (one,) = App("books", aggregates=[Notebook], projections=[Pages]).projections
-    one.version = version
-    return one
+    (projection,) = App("books", aggregates=[Notebook], projections=[Pages]).projections
+    projection.version = version
+    return projection
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_names_of_indexes_and_constraints_do_not_clash(migrated: Engine) -> None
         assert f"pages_by_text__{number}" in own
         assert len(own - {f"pages_number_once__{number}"}) == 2
     assert len(set().union(*names)) == sum(map(len, names))
-    # the model's own table is as it was declared
+    # the model's own table is unchanged
     assert {index.name for index in Page.__table__.indexes} == {"pages_by_text", "ix_pages_text"}
 
 

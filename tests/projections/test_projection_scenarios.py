@@ -57,7 +57,7 @@ def test_a_handler_that_raises_fails_the_scenario() -> None:
         projected(Pages).given("n", Noted("fine", 1)).fails("no such page")
 
 
-def test_a_wrong_declaration_is_told() -> None:
+def test_a_wrong_declaration_is_reported() -> None:
     class Broken(Rows[Balance], of=Account):
         @applies
         def deposited(self, row: Balance, event: Deposited) -> None:

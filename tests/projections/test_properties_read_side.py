@@ -1,4 +1,4 @@
-"""However events are cut into batches, and whatever dies between, the tables hold what a plain fold of them gives."""
+"""The tables hold the result of a plain fold, however events are batched and whatever crashes in between."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ class Lines(Sql, of=Book):
 
     @applies
     def noted(self, tx: Transaction, events: Sequence[Recorded[Noted]]) -> None:
-        for one in events:
-            line = {"book": one.meta.aggregate_id, "sequence": one.meta.sequence, "text": one.event.text}
+        for recorded in events:
+            line = {"book": recorded.meta.aggregate_id, "sequence": recorded.meta.sequence, "text": recorded.event.text}
             tx.execute(insert(tx.table(Line)), line)
-            if one.event.text == "bad line":
-                raise ValueError(one.event.text)
+            if recorded.event.text == "bad line":
+                raise ValueError(recorded.event.text)
 
 
 class Boards(Rows[Board], of=Shelf):
@@ -119,12 +119,12 @@ POISON = {"bad page": {"Pages"}, "bad word": {"Words"}, "bad line": {"Lines"}, "
 POISON |= {"unreadable": set(OF), "unheard of": set(OF)}
 
 Note = tuple[str, int]
-Told = tuple[str, str, list[Note]]
-"""A commit before it has its numbers: aggregate, id, what is noted."""
+Unnumbered = tuple[str, str, list[Note]]
+"""A commit without its sequence numbers: aggregate, id, notes."""
 
 
 class Owner(ReadSide):
-    """A read side that keeps its rows in memory between batches, as the actors do, until it fails or starts anew."""
+    """A read side that keeps rows in memory between batches, as the actors do, until a failure or a restart."""
 
     def claim(self) -> None:
         super().claim()
@@ -159,11 +159,13 @@ class Owner(ReadSide):
             return failures
 
     def unseen(self, commits: Sequence[Commit]) -> list[Commit]:
-        """Return what has not been folded, as the projector does after it has read the log from the lowest place."""
-        return [one for one in commits if not self.position.folded(self.subjects.partition(*one[1:3]), one[0])]
+        """Return the commits not folded yet, as the projector does after reading from the lowest checkpoint."""
+        return [
+            commit for commit in commits if not self.position.folded(self.subjects.partition(*commit[1:3]), commit[0])
+        ]
 
     def empty(self) -> None:
-        """Begin anew, without the time that a new database takes."""
+        """Empty the tables, which is faster than making a new database."""
         with self.engine.begin() as connection:
             connection.execute(checkpoint.update().values(sequence=0))
             connection.execute(delete(dead_letter))
@@ -173,22 +175,24 @@ class Owner(ReadSide):
         self.claim()
 
     def found(self) -> dict[str, Any]:
-        """Return everything that the tables hold."""
+        """Return the content of all tables."""
         with self.engine.connect() as connection:
             letters = connection.execute(select(dead_letter)).all()
         return {
-            "pages": {one.book: (one.notes, one.total, one.last) for one in self.rows(Page)},
-            "words": {(one.word, one.even): (one.times, one.sum) for one in self.rows(Word)},
-            "lines": [(one.book, one.sequence, one.text) for one in self.rows(Line)],
-            "boards": {one.shelf: one.total for one in self.rows(Board)},
-            "letters": Counter((one.projection, one.aggregate_id, one.sequence, one.payload) for one in letters),
+            "pages": {page.book: (page.notes, page.total, page.last) for page in self.rows(Page)},
+            "words": {(word.word, word.even): (word.times, word.sum) for word in self.rows(Word)},
+            "lines": [(line.book, line.sequence, line.text) for line in self.rows(Line)],
+            "boards": {board.shelf: board.total for board in self.rows(Board)},
+            "letters": Counter(
+                (letter.projection, letter.aggregate_id, letter.sequence, letter.payload) for letter in letters
+            ),
         }
 
 
-def numbered(told: Sequence[Told], versions: Counter[tuple[str, str]], after: int) -> list[Commit]:
-    """Return the commits as they come out of the log, with gaps in the stream's sequence."""
+def numbered(unnumbered: Sequence[Unnumbered], versions: Counter[tuple[str, str]], after: int) -> list[Commit]:
+    """Return the commits as the log returns them, with gaps in the stream's sequence."""
     commits = []
-    for place, (aggregate, key, notes) in enumerate(told, 1):
+    for place, (aggregate, key, notes) in enumerate(unnumbered, 1):
         made = envelopes(CLASSES[aggregate], [Noted(*note) for note in notes], versions[aggregate, key])
         versions[aggregate, key] += len(notes)
         for envelope, (text, _) in zip(made, notes, strict=True):
@@ -200,14 +204,14 @@ def numbered(told: Sequence[Told], versions: Counter[tuple[str, str]], after: in
     return commits
 
 
-def plainly_folded(told: Sequence[Told], commits: Sequence[Commit]) -> dict[str, Any]:
-    """Return what the tables must hold: one event after the other, nothing else."""
+def plainly_folded(unnumbered: Sequence[Unnumbered], commits: Sequence[Commit]) -> dict[str, Any]:
+    """Return the expected content of the tables, folding one event after the other."""
     pages: dict[str, tuple[int, int, str | None]] = {}
     words: dict[tuple[str, bool], tuple[int, int]] = {}
     lines, letters = [], []
     boards: Counter[str] = Counter()
     parked: set[tuple[str, str]] = set()
-    for (aggregate, key, notes), (place, _, _, events) in zip(told, commits, strict=True):
+    for (aggregate, key, notes), (place, _, _, events) in zip(unnumbered, commits, strict=True):
         for (text, number), envelope in zip(notes, events, strict=True):
             parked |= {(name, key) for name in POISON.get(text, ()) if OF[name] == aggregate}
             for name in [name for name, of in OF.items() if of == aggregate]:
@@ -231,13 +235,15 @@ def plainly_folded(told: Sequence[Told], commits: Sequence[Commit]) -> dict[str,
 
 notes = st.tuples(st.sampled_from(["one", 'tw"o\\', "thrée\n", "torn"]), st.integers(-(2**20), 2**20))
 bad_notes = st.tuples(st.sampled_from(sorted(POISON)), st.integers(0, 9))
-# no id of a book is one of a shelf: the model below then needs no other key than the id
-keys = st.sampled_from([("Book", one) for one in ("a", "b b", "ç", "d.*>")] + [("Shelf", one) for one in ("x", "y")])
+# books and shelves have different ids, so that the plain fold can use the id as its only key
+keys = st.sampled_from(
+    [("Book", book) for book in ("a", "b b", "ç", "d.*>")] + [("Shelf", shelf) for shelf in ("x", "y")]
+)
 
 
-def batches(one: st.SearchStrategy[Note]) -> st.SearchStrategy[list[list[Told]]]:
-    told = st.builds(lambda key, notes: (*key, notes), keys, st.lists(one, min_size=1, max_size=3))
-    return st.lists(st.lists(told, min_size=1, max_size=6), min_size=1, max_size=5)
+def batches(note: st.SearchStrategy[Note]) -> st.SearchStrategy[list[list[Unnumbered]]]:
+    unnumbered = st.builds(lambda key, notes: (*key, notes), keys, st.lists(note, min_size=1, max_size=3))
+    return st.lists(st.lists(unnumbered, min_size=1, max_size=6), min_size=1, max_size=5)
 
 
 deaths = st.sampled_from(["none", "before the write", "within the write", "after the write", "twice"])
@@ -253,7 +259,7 @@ some = settings(max_examples=20, suppress_health_check=[HealthCheck.function_sco
 
 
 def die(owner: Owner, batch: Sequence[Commit], death: str) -> None:
-    """Stop somewhere in the middle of a batch, and start from what is stored."""
+    """Crash somewhere in the middle of a batch, and start from the stored rows."""
     if death == "after the write":
         owner.project(batch)
     elif death != "none":
@@ -271,24 +277,24 @@ def die(owner: Owner, batch: Sequence[Commit], death: str) -> None:
         owner.claim()
 
 
-def check(owner: Owner, script: Sequence[Sequence[Told]], fates: Sequence[str]) -> None:
+def check(owner: Owner, script: Sequence[Sequence[Unnumbered]], fates: Sequence[str]) -> None:
     owner.empty()
     versions: Counter[tuple[str, str]] = Counter()
-    told: list[Told] = []
+    unnumbered: list[Unnumbered] = []
     log: list[Commit] = []
     for place, batch in enumerate(script):
-        told += batch
+        unnumbered += batch
         log += numbered(batch, versions, log[-1][0] if log else 0)
         die(owner, owner.unseen(log), fates[place % len(fates)])
         if rest := owner.unseen(log):
             owner.project(rest)
-        assert owner.found() == plainly_folded(told, log)
+        assert owner.found() == plainly_folded(unnumbered, log)
 
 
 @some
 @given(script=batches(notes), fates=st.lists(deaths, min_size=1, max_size=5))
 def test_any_batches_and_crashes_give_what_a_plain_fold_gives(
-    owner: Owner, script: list[list[Told]], fates: list[str]
+    owner: Owner, script: list[list[Unnumbered]], fates: list[str]
 ) -> None:
     check(owner, script, fates)
     with owner.engine.connect() as connection:
@@ -298,25 +304,25 @@ def test_any_batches_and_crashes_give_what_a_plain_fold_gives(
 @some
 @given(script=batches(notes | bad_notes), fates=st.lists(deaths, min_size=1, max_size=5))
 def test_poison_parks_exactly_what_is_behind_it_for_its_projection(
-    owner: Owner, script: list[list[Told]], fates: list[str]
+    owner: Owner, script: list[list[Unnumbered]], fates: list[str]
 ) -> None:
     check(owner, script, fates)
 
 
 @some
 @given(script=batches(notes | bad_notes), one_by_one=st.booleans())
-def test_the_cut_into_batches_changes_nothing(owner: Owner, script: list[list[Told]], one_by_one: bool) -> None:
-    told = [one for batch in script for one in batch]
+def test_the_cut_into_batches_changes_nothing(owner: Owner, script: list[list[Unnumbered]], one_by_one: bool) -> None:
+    unnumbered = [commit for batch in script for commit in batch]
     found = []
-    for cut in (script, [told], [[one] for one in told]) if one_by_one else (script, [told]):
+    for cut in (script, [unnumbered], [[commit] for commit in unnumbered]) if one_by_one else (script, [unnumbered]):
         check(owner, cut, ["none"])
         found.append(owner.found())
-    assert all(one == found[0] for one in found)
+    assert all(tables == found[0] for tables in found)
 
 
 @some
 @given(script=batches(notes), lost=st.sets(st.integers(0, 3)), behind=st.booleans())
-def test_a_stale_epoch_never_writes(owner: Owner, script: list[list[Told]], lost: set[int], behind: bool) -> None:
+def test_a_stale_epoch_never_writes(owner: Owner, script: list[list[Unnumbered]], lost: set[int], behind: bool) -> None:
     owner.empty()
     versions: Counter[tuple[str, str]] = Counter()
     *before, last = script
@@ -327,7 +333,7 @@ def test_a_stale_epoch_never_writes(owner: Owner, script: list[list[Told]], lost
     log += numbered(last, versions, log[-1][0] if log else 0)
     batch = owner.unseen(log)
     write = owner.freeze(batch, owner.fold(batch))
-    touched = {owner.subjects.partition(*one[1:3]) for one in batch}
+    touched = {owner.subjects.partition(*commit[1:3]) for commit in batch}
     claim(owner.engine, APP.name, APP.projections, lost)
     if behind and lost & touched:
         newer = Owner.__new__(Owner)
@@ -341,7 +347,7 @@ def test_a_stale_epoch_never_writes(owner: Owner, script: list[list[Told]], lost
         assert owner.found() == stood
     else:
         owner.writer.commit(write)
-        assert owner.found() == plainly_folded([one for batch in script for one in batch], log)
+        assert owner.found() == plainly_folded([commit for batch in script for commit in batch], log)
 
 
 def test_an_odd_event_of_an_aggregate_without_projections_is_passed_over(engine: Engine) -> None:

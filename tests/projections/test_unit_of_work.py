@@ -1,4 +1,4 @@
-"""A batch is written whole or not at all, by its owner only; what can't be folded waits aside."""
+"""A batch is written whole or not at all, and by its owner only; events that can't be folded are parked."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ class Lines(Sql, of=Notebook):
 
     @applies
     def noted(self, tx: Transaction, events: Sequence[Recorded[Noted]]) -> None:
-        for one in events:
-            line = {"book": one.meta.aggregate_id, "sequence": one.meta.sequence, "text": one.event.text}
+        for recorded in events:
+            line = {"book": recorded.meta.aggregate_id, "sequence": recorded.meta.sequence, "text": recorded.event.text}
             tx.execute(insert(tx.table(Line)), line)
-            if one.event.text == "bad line":
+            if recorded.event.text == "bad line":
                 raise ValueError("this line is bad")
 
 
@@ -107,11 +107,11 @@ def side(engine: Engine) -> ReadSide:
 
 
 def commit(sequence: int, book: str, texts: Sequence[str], after: int = 0) -> Commit:
-    return sequence, "Notebook", book, envelopes(Notebook, [Noted(one) for one in texts], after)
+    return sequence, "Notebook", book, envelopes(Notebook, [Noted(text) for text in texts], after)
 
 
 def everything(side: ReadSide) -> dict[str, Any]:
-    """Return all that a batch may change."""
+    """Return all rows that a batch may change."""
     with side.engine.connect() as connection:
         checkpoints = connection.execute(
             select(checkpoint).order_by(checkpoint.c.projection, checkpoint.c.generation, checkpoint.c.partition)
@@ -212,7 +212,7 @@ def test_a_claim_fences_the_partitions_that_it_names_and_no_others(side: ReadSid
     theirs, ours = commit(1, "a", ["one"]), commit(2, "b", ["two"])
     partition = side.subjects.partition("Notebook", "a")
     assert partition != side.subjects.partition("Notebook", "b")
-    writes = [side.freeze([one], side.fold([one])) for one in (theirs, ours)]
+    writes = [side.freeze([commit], side.fold([commit])) for commit in (theirs, ours)]
     claim(side.engine, "books", side.app.projections, [partition])
     with pytest.raises(Fenced):
         side.writer.commit(writes[0])
@@ -267,14 +267,14 @@ def test_an_owner_takes_over_where_the_last_one_stood(side: ReadSide) -> None:
 
 
 @pytest.mark.parametrize(
-    ("created", "partitions", "last", "told"),
+    ("created", "partitions", "last", "message"),
     [("2014", 4, 10, "2014"), ("2013", 8, 10, "8"), ("2013", 4, 6, "truncated")],
 )
 def test_a_database_of_another_log_is_refused(
-    side: ReadSide, created: str, partitions: int, last: int, told: str
+    side: ReadSide, created: str, partitions: int, last: int, message: str
 ) -> None:
     side.project([commit(7, "a", ["one"])])
-    with pytest.raises(SchemaError, match=told):
+    with pytest.raises(SchemaError, match=message):
         register(side.engine, "books", created, partitions, last)
 
 
@@ -326,7 +326,7 @@ def test_a_handler_that_raises_parks_its_aggregate_and_the_rest_goes_on(
     assert found["totals"] == [("all", total)]
     assert len(found["lines"]) == (4 if projection == 2 else 7)
     assert folded_to(side, "b") == {"Pages": 4, "Totals": 4, "Lines": 4}
-    # and afterwards, also for the next owner, what follows waits behind, for this projection alone
+    # later events wait too, also under the next owner, but for this projection only
     side.claim()
     assert side.plan.parked == {("Notebook", "b"): {projection: Parked(2, failure.error)}}
     assert side.project([commit(5, "b", ["later"], 4), commit(6, "a", ["more"], 2)]) == []
@@ -337,7 +337,7 @@ def test_a_handler_that_raises_parks_its_aggregate_and_the_rest_goes_on(
 
 
 def test_a_row_that_the_database_refuses_is_blamed_on_its_aggregate(side: ReadSide) -> None:
-    """Rows that fit the handler and not the table: found only when they are written."""
+    """The handler accepts the row but the table does not: the failure shows only when the row is written."""
     with side.engine.begin() as connection:
         pages = side.generations[0].tables["pages"].name
         if side.engine.dialect.name == "sqlite":
@@ -362,14 +362,14 @@ def test_a_row_that_the_database_refuses_is_blamed_on_its_aggregate(side: ReadSi
 def test_a_value_that_its_column_cannot_hold_is_stored_as_it_is_or_blamed_on_its_aggregate(
     side: ReadSide, odd: str
 ) -> None:
-    """SQLite holds more than the column says, PostgreSQL doesn't; neither stops the other aggregates."""
+    """SQLite stores values that PostgreSQL refuses; with neither are other aggregates stopped."""
     failures = side.project([commit(1, "a", ["fine"]), commit(2, "b", [odd]), commit(3, "c", ["fine"])])
     with side.engine.connect() as connection:
         rows = {row.book: row for row in connection.execute(text("SELECT book, notes, last, day FROM pages"))}
     assert {"a", "c"} <= set(rows)
     if failures:
-        assert [(one.projection, one.aggregate) for one in failures] == [(0, ("Notebook", "b"))]
-        assert [one[:2] for one in letters(side.engine)] == [("Pages", "b")]
+        assert [(failure.projection, failure.aggregate) for failure in failures] == [(0, ("Notebook", "b"))]
+        assert [letter[:2] for letter in letters(side.engine)] == [("Pages", "b")]
         assert "b" not in rows
     else:
         for name, value in ODD_VALUES[odd].items():
@@ -382,7 +382,9 @@ def test_an_event_that_cannot_be_read_parks_its_aggregate_for_every_projection(s
     (failure,) = side.project([commit(1, "a", ["one"]), spoilt])
     assert (failure.projection, failure.aggregate, failure.sequence) == (EVERY, ("Notebook", "b"), 2)
     names = [declared.name for declared in side.app.projections]
-    assert sorted(letters(side.engine)) == sorted((name, "b", one, 2, b"2") for one in (2, 3) for name in names)
+    assert sorted(letters(side.engine)) == sorted(
+        (name, "b", sequence, 2, b"2") for sequence in (2, 3) for name in names
+    )
     assert everything(side)["pages"] == [("a", 1, "one"), ("b", 1, "good")]
 
 

@@ -1,4 +1,4 @@
-"""Dead letters in sequence: folded again in order, left out with a reason, and never in anybody else's way."""
+"""Dead letters: retried in order, skipped with a reason, and never in the way of other aggregates."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from projections.fold import Folded
 from tests.conftest import Commit, ReadSide, envelopes
 
 BROKEN: set[str] = set()
-"""Texts that handlers stumble over at the moment."""
+"""Texts that handlers fail on at the moment."""
 
 
 @event
-class Told:
+class Written:
     text: str
 
 
 class Story(Aggregate):
     @applies
-    def told(self, event: Told) -> None:
+    def written(self, event: Written) -> None:
         pass
 
 
@@ -66,7 +66,7 @@ def stumble(name: str, text: str) -> None:
 
 class Lengths(Rows[Length], of=Story):
     @applies
-    def told(self, row: Length, event: Told) -> None:
+    def written(self, row: Length, event: Written) -> None:
         row.events += 1
         stumble("row", event.text)
         row.last = event.text
@@ -74,7 +74,7 @@ class Lengths(Rows[Length], of=Story):
 
 class Totals(Tallies[Total], of=Story):
     @applies
-    def told(self, tally: Tally[Total], event: Told) -> None:
+    def written(self, tally: Tally[Total], event: Written) -> None:
         stumble("tally", event.text)
         tally[event.text].times += 1
 
@@ -83,10 +83,10 @@ class Sentences(Sql, of=Story):
     tables = (Sentence,)
 
     @applies
-    def told(self, tx: Transaction, events: Sequence[Recorded[Told]]) -> None:
-        for one in events:
-            stumble("sql", one.event.text)
-            values = {"story": one.meta.aggregate_id, "place": one.meta.sequence, "text": one.event.text}
+    def written(self, tx: Transaction, events: Sequence[Recorded[Written]]) -> None:
+        for recorded in events:
+            stumble("sql", recorded.event.text)
+            values = {"story": recorded.meta.aggregate_id, "place": recorded.meta.sequence, "text": recorded.event.text}
             tx.execute(insert(tx.table(Sentence)).values(**values))
 
 
@@ -96,10 +96,10 @@ class End(Base):
 
 
 class Ends(Rows[End], of=Story):
-    """Of stories that have ended there is no row."""
+    """One row for each story that has not ended."""
 
     @applies
-    def told(self, row: End, event: Told) -> Drop | None:
+    def written(self, row: End, event: Written) -> Drop | None:
         return DROP if event.text == "end" else None
 
 
@@ -110,7 +110,7 @@ def side(engine: Engine) -> StorySide:
 
 
 class StorySide(ReadSide):
-    """Keeps the commits, so that letters hold the bytes that they would."""
+    """Keeps the commits' bytes, so that dead letters hold them as in a service."""
 
     stored: dict[int, bytes]
 
@@ -119,17 +119,21 @@ class StorySide(ReadSide):
             self.position.touch(self.subjects.partition(aggregate, aggregate_id))
         moves = self.position.moves(self.generations, commits[-1][0])
         return self.writer.freeze(
-            folded, moves, lambda one: (self.subjects.partition(*one.aggregate), self.stored[one.stream_sequence])
+            folded,
+            moves,
+            lambda letter: (self.subjects.partition(*letter.aggregate), self.stored[letter.stream_sequence]),
         )
 
-    def tell(self, at: int, story: str, texts: Sequence[str], after: int = 0) -> Commit:
-        """Return a commit, and remember its bytes."""
+    def commit_of(self, at: int, story: str, texts: Sequence[str], after: int = 0) -> Commit:
+        """Return a commit, and store its bytes."""
         if not hasattr(self, "stored"):
             self.stored = {}
-        names = {one.cls: (one.name, one.version) for one in declare(Story).events.values()}
-        told = [Told(text) for text in texts]
-        self.stored[at] = encode("/stories/Story", story, names, [Decision("c", told)], after, "2013-01-01T12:00:00Z")
-        return at, "Story", story, envelopes(Story, told, after)
+        names = {declared.cls: (declared.name, declared.version) for declared in declare(Story).events.values()}
+        written = [Written(text) for text in texts]
+        self.stored[at] = encode(
+            "/stories/Story", story, names, [Decision("c", written)], after, "2013-01-01T12:00:00Z"
+        )
+        return at, "Story", story, envelopes(Story, written, after)
 
     def retry(self, name: str, story: str, pause: float | None = None) -> dead_letters.Retried:
         plan = dead_letters.plan_of(self.app.plan(), name)
@@ -145,10 +149,16 @@ def lengths(side: ReadSide) -> list[tuple[str, int, str | None]]:
 
 
 def park(side: StorySide, name: str, kind: str) -> None:
-    """Story b fails at its second event, for one projection; its third waits behind; story a goes on."""
+    """Let story b fail at its second event for one projection: its third event waits, and story a goes on."""
     BROKEN.add(f"{kind} bad")
-    side.project([side.tell(1, "b", ["good"]), side.tell(2, "a", ["good"]), side.tell(3, "b", ["bad", "later"], 1)])
-    side.project([side.tell(4, "b", ["last"], 3), side.tell(5, "a", ["more"], 1)])
+    side.project(
+        [
+            side.commit_of(1, "b", ["good"]),
+            side.commit_of(2, "a", ["good"]),
+            side.commit_of(3, "b", ["bad", "later"], 1),
+        ]
+    )
+    side.project([side.commit_of(4, "b", ["last"], 3), side.commit_of(5, "a", ["more"], 1)])
     (waiting,) = dead_letters.waiting(side.engine)
     assert (waiting.projection, waiting.aggregate_id, waiting.sequence, waiting.events) == (name, "b", 2, 3)
     assert (waiting.attempts, waiting.next_attempt) == (1, None)
@@ -181,7 +191,7 @@ def test_a_retry_folds_what_waits_in_order_and_the_aggregate_goes_on(side: Story
     assert everything(side) == WHOLE
     side.claim()
     assert side.plan.parked == {}
-    assert side.project([side.tell(6, "b", ["again"], 4)]) == []
+    assert side.project([side.commit_of(6, "b", ["again"], 4)]) == []
     assert ("b", 5, "again") in lengths(side)
 
 
@@ -216,7 +226,7 @@ def test_a_skip_leaves_out_the_head_and_keeps_who_and_why(side: StorySide, name:
     assert kept["skipped"]
     assert side.retry(name, "b") == dead_letters.Retried(name, "Story", "b", 2, 0, "")
     side.claim()
-    assert side.project([side.tell(6, "b", ["again"], 4)]) == []
+    assert side.project([side.commit_of(6, "b", ["again"], 4)]) == []
     assert dead_letters.waiting(side.engine) == []
     expected = {
         "Lengths": ("b", 4, "again"),
@@ -237,14 +247,14 @@ def test_after_skipping_everything_the_next_event_is_no_gap(side: StorySide) -> 
         side.skip("Lengths", "b")
     side.claim()
     assert side.plan.parked == {}
-    assert side.project([side.tell(6, "b", ["again"], 4)]) == []
+    assert side.project([side.commit_of(6, "b", ["again"], 4)]) == []
     assert lengths(side)[1] == ("b", 2, "again")
 
 
 @pytest.mark.parametrize("act", ["retry", "skip"])
 def test_the_owner_of_the_partition_meets_the_fence_after_a_change(side: StorySide, act: str) -> None:
     park(side, "Lengths", "row")
-    batch = [side.tell(6, "b", ["again"], 4)]
+    batch = [side.commit_of(6, "b", ["again"], 4)]
     late = side.freeze(batch, side.fold(batch))
     BROKEN.clear()
     side.retry("Lengths", "b") if act == "retry" else side.skip("Lengths", "b")
@@ -255,19 +265,19 @@ def test_the_owner_of_the_partition_meets_the_fence_after_a_change(side: StorySi
     assert lengths(side)[1] == (("b", 5, "again") if act == "retry" else ("b", 1, "good"))
 
 
-def test_a_retry_that_folds_nothing_disturbs_nobody(side: StorySide) -> None:
+def test_a_retry_that_folds_nothing_disturbs_no_other_aggregate(side: StorySide) -> None:
     park(side, "Lengths", "row")
     side.retry("Lengths", "b")
-    side.project([side.tell(6, "a", ["on"], 2)])
+    side.project([side.commit_of(6, "a", ["on"], 2)])
     assert lengths(side)[0] == ("a", 3, "on")
 
 
-def test_only_what_time_may_mend_is_tried_again_by_itself(side: StorySide) -> None:
+def test_only_transient_failures_are_retried_automatically(side: StorySide) -> None:
     BROKEN.add("slow row bad")
     side.writer.retry_after = 30.0
     before = time.time()
-    side.project([side.tell(1, "b", ["good"])])
-    side.project([side.tell(2, "b", ["bad", "later"], 1)])
+    side.project([side.commit_of(1, "b", ["good"])])
+    side.project([side.commit_of(2, "b", ["bad", "later"], 1)])
     (waiting,) = dead_letters.waiting(side.engine)
     assert waiting.next_attempt is not None
     assert before + 30 <= waiting.next_attempt <= time.time() + 30
@@ -286,12 +296,12 @@ def test_only_what_time_may_mend_is_tried_again_by_itself(side: StorySide) -> No
 def test_letters_are_shown_with_their_events_and_bytes(side: StorySide) -> None:
     park(side, "Lengths", "row")
     found = dead_letters.letters(side.engine, "Lengths", "Story", "b")
-    assert [(one.sequence, one.stream_sequence) for one in found] == [(2, 3), (3, 3), (4, 4)]
-    assert [one.event["data"]["text"] for one in found if one.event] == ["bad", "later", "last"]
+    assert [(letter.sequence, letter.stream_sequence) for letter in found] == [(2, 3), (3, 3), (4, 4)]
+    assert [letter.event["data"]["text"] for letter in found if letter.event] == ["bad", "later", "last"]
     assert found[0].payload == side.stored[3]
 
 
-def test_what_does_not_wait_cannot_be_retried_or_skipped(side: StorySide) -> None:
+def test_an_event_that_does_not_wait_cannot_be_retried_or_skipped(side: StorySide) -> None:
     park(side, "Lengths", "row")
     for act in (side.retry, side.skip):
         with pytest.raises(NoSuchLetter, match="dead-letters list"):
@@ -301,15 +311,18 @@ def test_what_does_not_wait_cannot_be_retried_or_skipped(side: StorySide) -> Non
 
 
 def test_quarantined_bytes_are_skipped_by_their_place(side: StorySide) -> None:
-    batch = [side.tell(1, "a", ["good"])]
+    batch = [side.commit_of(1, "a", ["good"])]
     write = side.freeze(batch, side.fold(batch))
     write.letters += [side.writer.garbage(at, "stories.evt.1.Story.x", 1, b"\xff", "not a commit") for at in (7, 8)]
     side.writer.commit(write)
-    assert [(one.projection, one.stream_sequence) for one in dead_letters.waiting(side.engine)] == [("", 7), ("", 8)]
+    assert [(letter.projection, letter.stream_sequence) for letter in dead_letters.waiting(side.engine)] == [
+        ("", 7),
+        ("", 8),
+    ]
     assert dead_letters.counts(side.engine) == (0, 2)
     left = dead_letters.skip_quarantined(side.engine, 8, "me", "noise")
     assert (left.payload, left.event) == (b"\xff", None)
-    assert [one.stream_sequence for one in dead_letters.waiting(side.engine)] == [7]
+    assert [letter.stream_sequence for letter in dead_letters.waiting(side.engine)] == [7]
     with pytest.raises(NoSuchLetter):
         dead_letters.skip_quarantined(side.engine, 8, "me", "noise")
 
@@ -317,15 +330,17 @@ def test_quarantined_bytes_are_skipped_by_their_place(side: StorySide) -> None:
 # sequences
 
 
-@pytest.mark.parametrize(("after", "told"), [(3, "event 4 after 2"), (1, "event 2 after 2")], ids=["gap", "repeat"])
-def test_a_gap_or_a_repeat_is_noticed_however_long_the_aggregate_slept(side: StorySide, after: int, told: str) -> None:
-    side.project([side.tell(1, "b", ["one", "two"])])
-    side.claim()  # nothing is in memory any more
-    (failure,) = side.project([side.tell(2, "b", ["odd"], after), side.tell(3, "a", ["good"])])
+@pytest.mark.parametrize(("after", "message"), [(3, "event 4 after 2"), (1, "event 2 after 2")], ids=["gap", "repeat"])
+def test_a_gap_or_a_repeat_is_noticed_however_long_the_aggregate_slept(
+    side: StorySide, after: int, message: str
+) -> None:
+    side.project([side.commit_of(1, "b", ["one", "two"])])
+    side.claim()  # nothing is in memory now
+    (failure,) = side.project([side.commit_of(2, "b", ["odd"], after), side.commit_of(3, "a", ["good"])])
     assert failure.kind == "sequence"
-    assert told in failure.error
+    assert message in failure.error
     assert lengths(side) == [("a", 1, "good"), ("b", 2, "two")]
-    assert {one.projection for one in dead_letters.waiting(side.engine)} == {"Lengths", "Totals", "Sentences"}
+    assert {letter.projection for letter in dead_letters.waiting(side.engine)} == {"Lengths", "Totals", "Sentences"}
     assert side.retry("Lengths", "b").left == 1
     side.skip("Lengths", "b")
     side.claim()
@@ -336,9 +351,9 @@ def test_a_gap_or_a_repeat_is_noticed_however_long_the_aggregate_slept(side: Sto
 def test_a_gap_is_noticed_where_there_is_no_row_to_tell(engine: Engine, projections: list[Any]) -> None:
     BROKEN.clear()
     side = StorySide(engine, App("stories", aggregates=[Story], projections=projections))
-    side.project([side.tell(1, "b", ["one", "end"]), side.tell(2, "a", ["one"])])
+    side.project([side.commit_of(1, "b", ["one", "end"]), side.commit_of(2, "a", ["one"])])
     side.claim()
-    (failure,) = side.project([side.tell(3, "b", ["odd"], 3), side.tell(4, "a", ["two"], 1)])
+    (failure,) = side.project([side.commit_of(3, "b", ["odd"], 3), side.commit_of(4, "a", ["two"], 1)])
     assert (failure.kind, failure.aggregate) == ("sequence", ("Story", "b"))
     name = projections[0].__name__
     assert side.retry(name, "b").left == 1
@@ -347,11 +362,11 @@ def test_a_gap_is_noticed_where_there_is_no_row_to_tell(engine: Engine, projecti
     for other in projections[1:]:
         side.skip(other.__name__, "b")
     side.claim()
-    assert side.project([side.tell(5, "b", ["next"], 4)]) == []
+    assert side.project([side.commit_of(5, "b", ["next"], 4)]) == []
 
 
-def test_the_sequence_column_is_nobodys_business(side: StorySide) -> None:
-    side.project([side.tell(1, "b", ["one", "two"])])
+def test_the_sequence_column_is_not_in_the_view(side: StorySide) -> None:
+    side.project([side.commit_of(1, "b", ["one", "two"])])
     with side.engine.connect() as connection:
         assert list(connection.exec_driver_sql("SELECT * FROM lengths").keys()) == ["story", "events", "last"]
         assert connection.exec_driver_sql("SELECT eskernel_sequence FROM lengths__1").scalar() == 2
@@ -368,7 +383,7 @@ def test_a_model_may_not_use_the_kernels_column() -> None:
 
     class Wrongs(Rows[Wrong], of=Story):
         @applies
-        def told(self, row: Wrong, event: Told) -> None:
+        def written(self, row: Wrong, event: Written) -> None:
             pass
 
     with pytest.raises(Exception, match="kernel's own"):

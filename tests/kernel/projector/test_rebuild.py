@@ -36,14 +36,14 @@ async def test_a_rebuild_gives_the_same_rows(
 ) -> None:
     service = await start(nats_url, database_url, tmp_path, notebooks(app_name))
     engine = open_database(database_url)
-    told: list[RebuildProgress] = []
+    steps: list[RebuildProgress] = []
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
         before = await client.query(TABLES[name], after=await fill(client, 500))  # type: ignore[arg-type]
-        (built,) = await Rebuild(service.app, client.log, engine, [service.app.projection(name)], told.append).run()
+        (built,) = await Rebuild(service.app, client.log, engine, [service.app.projection(name)], steps.append).run()
         assert await client.query(TABLES[name]) == before
         assert (built.generation, built.events, built.parked) == (2, 500, 0)
-        assert told[-1].done == told[-1].total > 0
-        assert told[-1].events == 500
+        assert steps[-1].done == steps[-1].total > 0
+        assert steps[-1].events == 500
     engine.dispose()
     await service.stop()
 
