@@ -27,10 +27,10 @@ class App:
     Args:
         name: names the stream, the subjects and the data directory: a letter, then letters, digits, `-`, `_`; at
             most 32 characters.
-        transient: exceptions of projection handlers that time may mend. An event whose handler raises one of them is
-            folded again by and by; after any other exception it waits for somebody to decide.
+        transient: exceptions of projection handlers that a retry may cure. The service folds such an event again
+            later; after any other exception the event waits for an operator.
         rate_key: whose rate a command counts for, a tenant's for instance: called with the aggregate's name, its id
-            and the command, for each command while `rates.per_key` is set. None, or an exception, is nobody's.
+            and the command, for each command while `rates.per_key` is set. None, or an exception, counts for no key.
         on_alert: called with an `Alert` when a backlog, a component's health, or the pressure of publishing changes.
             Sync or async; each runs in a thread of its own, so that one that raises or hangs harms nothing.
 
@@ -84,7 +84,7 @@ class App:
             problems.append(f"{cls.__name__} is of {of.__name__}, which is not among the app's aggregates")
             return
         if of.__name__ not in self.types:
-            return  # the aggregate's own problems are told already
+            return  # the aggregate's own problems are listed already
         try:
             declared = declare_projection(cls, self.types[of.__name__])
         except DeclarationError as error:
@@ -148,7 +148,7 @@ def load_app(spec: str) -> App:
         if isinstance(error, ModuleNotFoundError):
             raise AppNotFound(f"can't import {module_name!r}: {error}; run from the folder that holds it") from None
         place = traceback.extract_tb(error.__traceback__)
-        where = next((one for one in reversed(place) if "importlib" not in one.filename), None)
+        where = next((frame for frame in reversed(place) if "importlib" not in frame.filename), None)
         at = f" ({where.filename}, line {where.lineno})" if where is not None else ""
         raise AppNotFound(f"importing {module_name} failed{at}: {type(error).__name__}: {error}") from error
     found = getattr(module, variable, None)

@@ -34,7 +34,7 @@ from projections.database import open_database
 RESEND_S = 2.0
 """Without an answer for so long a command is sent again, with the same id."""
 JITTER = 0.25
-"""Part of the time told that is added to it, at most: clients refused together must not come back together."""
+"""Share of the time to retry after that is added to it at random: clients refused together must not return together."""
 
 
 class Client:
@@ -176,7 +176,7 @@ class Client:
         pause = 0.05
         while True:
             try:
-                return await self._ask(subject, payload, min(RESEND_S, deadline - self._loop.time()))
+                return await self._request(subject, payload, min(RESEND_S, deadline - self._loop.time()))
             except (TimeoutError, ConnectionError, Overloaded) as error:
                 if isinstance(error, Overloaded):
                     pause = (error.retry_after or pause) * random.uniform(1.0, 1.0 + JITTER)
@@ -197,7 +197,7 @@ class Client:
                 pause = min(pause * 1.5, 1.0)
             attempt += 1
 
-    async def _ask(self, subject: bytes, payload: bytes, timeout: float) -> Receipt:
+    async def _request(self, subject: bytes, payload: bytes, timeout: float) -> Receipt:
         self._token += 1
         token = b"%d" % self._token
         future: asyncio.Future[Receipt] = self._loop.create_future()
@@ -221,12 +221,12 @@ class Client:
         if future is None or future.done():
             return
         if status_of(headers) == 503:
-            future.set_exception(ConnectionError("nobody takes commands for this app at the moment"))
+            future.set_exception(ConnectionError("no worker accepts commands for this app at the moment"))
             return
         try:
             receipt = decode_answer(payload)
         except msgspec.MsgspecError as error:
-            future.set_exception(CommandError("malformed", f"an answer that is none: {error}"))
+            future.set_exception(CommandError("malformed", f"the service's answer cannot be decoded: {error}"))
         except Exception as error:
             future.set_exception(error)
         else:
@@ -241,7 +241,7 @@ class Client:
         projections: Sequence[str] = (),
         timeout: float = 10.0,
     ) -> list[dict[str, Any]]:
-        """Ask the projection database.
+        """Query the projection database.
 
         Args:
             sql: a statement; parameters are written `:name`. It can't write.
@@ -256,22 +256,22 @@ class Client:
         for receipt in [after] if isinstance(after, Receipt) else after or []:
             await self._include(engine, receipt, projections, timeout)
 
-        def ask() -> list[dict[str, Any]]:
+        def read() -> list[dict[str, Any]]:
             with engine.connect() as connection:
                 return [dict(row) for row in connection.execute(text(sql), parameters or {}).mappings()]
 
-        return await asyncio.to_thread(ask)
+        return await asyncio.to_thread(read)
 
     async def _include(self, engine: Engine, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
         deadline = time.monotonic() + timeout
         pause = 0.002
 
-        def look() -> dict[str, int]:
+        def read_positions() -> dict[str, int]:
             with engine.connect() as connection:
                 return reached(connection, receipt.partition, names)
 
         while True:
-            stands = await asyncio.to_thread(look)
+            stands = await asyncio.to_thread(read_positions)
             behind = {name: at for name, at in stands.items() if at < receipt.sequence}
             if not behind:
                 return

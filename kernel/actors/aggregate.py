@@ -49,7 +49,7 @@ class Phase(Enum):
     LOADING = auto()
     """The aggregate's state, from the log."""
     SEARCHING = auto()
-    """Whether a command id is in the aggregate's history."""
+    """The search for a command id in the aggregate's history."""
     APPENDING = auto()
     """The outcome of a commit."""
 

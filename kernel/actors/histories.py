@@ -29,16 +29,16 @@ class Histories:
     """Reads histories, so many at a time.
 
     Args:
-        tell: sends a message to a live aggregate's actor.
+        send: sends a message to a live aggregate's actor.
     """
 
-    def __init__(self, log: EventLog, tell: Callable[[Address, Any], None]) -> None:
-        self._log, self._tell = log, tell
+    def __init__(self, log: EventLog, send: Callable[[Address, Any], None]) -> None:
+        self._log, self._send = log, send
         self._loads = asyncio.Semaphore(MAX_LOADS)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def load(self, declared: AggregateType[Any], address: Address) -> None:
-        """Load an aggregate; its actor is told `Loaded`."""
+        """Load an aggregate; its actor is sent `Loaded`."""
         self._spawn(self._load(declared, address))
 
     async def _load(self, declared: AggregateType[Any], address: Address) -> None:
@@ -68,10 +68,10 @@ class Histories:
         except Exception as problem:
             error = ("failed", f"{type(problem).__name__} while replaying: {problem}")
         LOAD_SECONDS.observe(time.perf_counter() - started)
-        self._tell(address, Loaded(None if error else cell, error))
+        self._send(address, Loaded(None if error else cell, error))
 
     def search(self, address: Address, request: Request) -> None:
-        """Look for a command in an aggregate's history; its actor is told `Searched`."""
+        """Look for a command in an aggregate's history; its actor is sent `Searched`."""
         self._spawn(self._search(address, request))
 
     async def _search(self, address: Address, request: Request) -> None:
@@ -85,9 +85,9 @@ class Histories:
                     if envelope.commandid == request.sent.command_id:
                         version, sequence = envelope.sequence, commit.sequence
         except Exception as problem:
-            self._tell(address, Searched(request, None, str(problem)))
+            self._send(address, Searched(request, None, str(problem)))
         else:
-            self._tell(address, Searched(request, (version, sequence) if version else None))
+            self._send(address, Searched(request, (version, sequence) if version else None))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -1,4 +1,4 @@
-"""What actors are told, and what they ask: the messages between them and the asyncio side."""
+"""The messages to actors, and the interface through which actors use the asyncio side."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Request:
 
 
 class Gateway(Protocol):
-    """What actors ask of the asyncio side. None of it blocks."""
+    """What actors ask of the asyncio side. No call blocks."""
 
     def holds(self, partition: int) -> bool:
         """Say whether this worker still holds the partition."""
@@ -119,7 +119,7 @@ class Loaded:
 
 
 class Searched:
-    """Version and stream sequence that a repeated command led to, None if it is new, or why nobody knows."""
+    """Version and stream sequence that a repeated command led to, None if it is new, or why that is unknown."""
 
     __slots__ = ("error", "found", "request")
 

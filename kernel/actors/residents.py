@@ -92,10 +92,10 @@ class Residents:
     @property
     def memory(self) -> int:
         """Bytes that the live aggregates' states and rows take: as measured, and those not measured yet like others."""
-        return round(sum(one.total for one in self._sizes.values()))
+        return round(sum(sizes.total for sizes in self._sizes.values()))
 
     def wake(self, addresses: Iterable[Address]) -> list[Resident]:
-        """Return residents for these aggregates, activating those that are not live, and note their use."""
+        """Return residents for these aggregates, activating aggregates that are not live, and note their use."""
         now = time.monotonic()
         live, changed = self._live, self._changed
         found: list[Resident] = []

@@ -33,7 +33,7 @@ class PartitionActor(Actor):  # type: ignore[misc]
     kind: type[AggregateActor]
 
     def receiveMessage(self, message: Any, sender: ActorAddress) -> None:  # noqa: N802, ARG002 - Thespian's name
-        """Create children; hear of those that failed."""
+        """Create children; report children that failed."""
         if isinstance(message, Spawn):
             message.into.extend(self.createActor(self.kind) for _ in range(message.count))
         elif isinstance(message, PoisonMessage):
@@ -92,7 +92,7 @@ class Actors:
 
     def size_of(self, actor: ActorAddress) -> int:
         """Return about how many bytes an aggregate's state and rows take in memory."""
-        # Thespian tells nobody of its instances; a message to each would cost more than looking
+        # Thespian offers no way to its instances; a message to each would cost more
         shell = self._system._systemBase.actorRegistry[actor.actorAddressString].instance
         cell = shell.cell
         # not what the cell was declared with: that is the type's

@@ -148,7 +148,7 @@ class Admission:
     def _pass_on(self, subject: bytes, reply: bytes, payload: bytes, partition: int, command_id: str) -> None:
         """Pass on a command for another worker's partition: its sender did not know whose, or it has just moved."""
         if subject == self._anywhere:
-            # where nobody listens, the server answers the sender
+            # where no worker listens, the server answers the sender
             self._outbox.publish(self._subjects.commands(partition).encode(), payload, reply=reply)
         else:
             self._refuse(reply, "unavailable", f"partition {partition} is moving", command_id, MOVED_RETRY_S)
@@ -191,7 +191,7 @@ class Admission:
         return Refusal("pending_per_aggregate", f"commands.pending_per_aggregate: {why}", RETRY_AFTER_S)
 
     def deliver(self, by_address: ByAddress) -> None:
-        """Give admitted requests to the actors of their aggregates, activating those that are not live."""
+        """Give admitted requests to the actors of their aggregates, activating aggregates that are not live."""
         residents = self._gateway.residents.wake(by_address)
         messages = []
         for resident, requests in zip(residents, by_address.values(), strict=True):

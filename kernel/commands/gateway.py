@@ -40,7 +40,7 @@ class CommandGateway:
         actors, residents: the actor system, and the aggregates that are live in it.
         pending: commands admitted and not answered.
         answers: where answers go.
-        appended, unappended: commits that the log took, and those that it could not take, since the start.
+        appended, unappended: commits that the log took, and commits that it could not take, since the start.
         slowest_append: seconds of the slowest append since this was last set to 0; a sample a turn.
     """
 
@@ -61,13 +61,13 @@ class CommandGateway:
         self.answers = Answers(outbox, self.pending)
         self.appended = self.unappended = 0
         self.slowest_append = 0.0
-        self._histories = Histories(log, self._tell)
+        self._histories = Histories(log, self._send)
         self._names = {
             declared.name: {event.cls: (event.name, event.version) for event in declared.events.values()}
             for declared in app.types.values()
         }
         self._loop = asyncio.get_running_loop()
-        self._told: list[tuple[Any, Any]] = []
+        self._queued: list[tuple[Any, Any]] = []
         self._counted = 0
         self._closed = False
         self._moment = ""
@@ -93,7 +93,7 @@ class CommandGateway:
             )
         except Exception as error:
             # whatever it is, a value nested too deep for instance, the actor waits for an answer
-            self._tell(address, Appended(Unstorable(f"the events can't be stored: {error}")))
+            self._send(address, Appended(Unstorable(f"the events can't be stored: {error}")))
             return
         started = self._begun
         spans = self._tracing.appends(address, decisions)
@@ -102,13 +102,13 @@ class CommandGateway:
         def done(future: asyncio.Future[int]) -> None:
             error = future.exception()
             if error is None:
-                if not self._told:
+                if not self._queued:
                     APPEND_SECONDS.observe(took := time.perf_counter() - started)
                     self.slowest_append = max(self.slowest_append, took)
                 self.appended += 1
                 for span in spans:
                     span.end("ok", stream_sequence=future.result())
-                self._tell(address, Appended(future.result()))
+                self._send(address, Appended(future.result()))
                 return
             if isinstance(error, Unavailable):
                 self.unappended += 1
@@ -116,7 +116,7 @@ class CommandGateway:
             APPENDS.labels(outcome=outcome).inc()
             for span in spans:
                 span.end(outcome, str(error))
-            self._tell(address, Appended(error if isinstance(error, Exception) else LogError(str(error))))
+            self._send(address, Appended(error if isinstance(error, Exception) else LogError(str(error))))
 
         future.add_done_callback(done)
 
@@ -175,18 +175,18 @@ class CommandGateway:
 
     # what the actors are sent
 
-    def _tell(self, address: Address, message: object) -> None:
+    def _send(self, address: Address, message: object) -> None:
         """Send a message to a live aggregate, together with all others of this turn of the loop."""
-        if not self._told:
-            self._loop.call_soon(self._send_told)
+        if not self._queued:
+            self._loop.call_soon(self._send_queued)
         resident = self.residents.find(address.subject)
         assert resident is not None, "an aggregate with something under way is never passivated"
-        self._told.append((resident.actor, message))
+        self._queued.append((resident.actor, message))
 
-    def _send_told(self) -> None:
-        told, self._told = self._told, []
+    def _send_queued(self) -> None:
+        queued, self._queued = self._queued, []
         if not self._closed:
-            self.actors.send(told)
+            self.actors.send(queued)
 
     def forget(self, partitions: Collection[int]) -> None:
         """Forget the states of these partitions' aggregates: other workers may change them."""

@@ -56,7 +56,7 @@ class JetStreamLog:
         self._acknowledged = 0
         self._connection = connection
         self._live = settings.consumer
-        # a rebuild acknowledges nothing, and waits for nobody's pace
+        # a rebuild acknowledges nothing, and reads as fast as it can
         self._plain = settings.consumer.model_copy(
             update={"ack_policy": "none", "max_ack_pending": 0, "replay_policy": "instant"}
         )
@@ -95,7 +95,7 @@ class JetStreamLog:
 
     async def last(self, subject: str) -> Stored | None:
         try:
-            answer = await self._ask(f"STREAM.MSG.GET.{self.stream}", {"last_by_subj": subject})
+            answer = await self._call(f"STREAM.MSG.GET.{self.stream}", {"last_by_subj": subject})
         except ApiError as error:
             if error.code == NO_MESSAGE:
                 return None
@@ -178,17 +178,17 @@ class JetStreamLog:
 
     async def _reader(self, after: int, subject: str | None, settings: Consumer) -> JetStreamReader:
         reader = JetStreamReader(
-            self._connection, self._ask, self.stream, after, subject, settings, self._worker, self._note_acknowledged
+            self._connection, self._call, self.stream, after, subject, settings, self._worker, self._note_acknowledged
         )
         self._readers.add(reader)
         return reader
 
-    async def _ask(self, subject: str, body: object) -> dict[str, Any]:
+    async def _call(self, subject: str, body: object) -> dict[str, Any]:
         return await call_api(self._connection, subject, body)
 
     async def info(self) -> StreamInfo:
         try:
-            answer = await self._ask(f"STREAM.INFO.{self.stream}", None)
+            answer = await self._call(f"STREAM.INFO.{self.stream}", None)
         except ApiError as error:
             if error.code == NO_STREAM:
                 raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
@@ -198,7 +198,7 @@ class JetStreamLog:
         if self._checked:
             check_keeps_everything(config, self._may_lose)
         if last - first + 1 > commits or (last and not commits):
-            # messages are missing, the newest perhaps: nobody should wait for those
+            # messages are missing, perhaps the newest: a projection must not wait for them
             found = await self.last(self.subjects.events()) if commits else None
             last = found.sequence if found is not None else 0
         return StreamInfo(

@@ -11,7 +11,7 @@ from kernel.telemetry.metrics import CONNECTED, CONNECTION_EVENTS, RECONNECTS, c
 
 logger = logging.getLogger("eskernel.monitoring")
 REPEAT_S = 10.0
-"""The same event is logged once in so many seconds: while a server is away it happens several times a second."""
+"""The same event is logged once in so many seconds: while a server is down it happens several times a second."""
 
 
 class ConnectionEvents:

@@ -71,7 +71,7 @@ class Detector:
     async def detect_backlog(self) -> None:
         """Measure every projection in every partition that is held; report what changed."""
         held, now = frozenset(self._held()), time.monotonic()
-        self._progress.heard(self._appender.highest)
+        self._progress.note_end(self._appender.highest)
         found = self._progress.waiting(len(self._names), held)
         for number, (projection, partition, count, age) in enumerate(found, 1):
             self.backlog.feed(self._names[projection], partition, count, age, now)

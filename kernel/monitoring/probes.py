@@ -1,4 +1,4 @@
-"""Whether each component of a worker works: one check for each, run side by side at an interval."""
+"""The checks of a worker's components, one for each, run side by side at an interval."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ async def check_log(connection: NatsConnection, log: JetStreamLog, progress: Rea
             # the connection can be dead while the client believes itself connected
             await connection.force_reconnect()
         raise NotWorking(f"{error}: {connection.trouble}" if connection.trouble else str(error)) from None
-    progress.heard(info.last)
+    progress.note_end(info.last)
     return f"{info.commits} commits, the last is {info.last}"
 
 
@@ -150,7 +150,7 @@ async def check_loop(loop_lag: LoopLag) -> str:
 
 
 class DatabaseCheck:
-    """Whether the projection database takes what is written.
+    """The check of the projection database: it takes what is written.
 
     Args:
         worker: marks the row that is written and taken back.

@@ -27,7 +27,7 @@ class Committer:
 
     Attributes:
         batches: how many were written, and how many attempts failed.
-        slowest: seconds of the slowest since somebody set this to 0.
+        slowest: seconds of the slowest batch since this was last set to 0.
     """
 
     def __init__(self, backoff: Sequence[float], interrupted: asyncio.Event, set_state: Callable[[str], None]) -> None:

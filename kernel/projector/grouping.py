@@ -24,7 +24,7 @@ class Group:
 
     Attributes:
         skip: the projections that have folded them, by index.
-        done: nobody here wants them.
+        done: no projection of this worker needs them.
     """
 
     address: Address
@@ -39,7 +39,7 @@ class Sorter:
     Args:
         types: names of the app's aggregates.
         owned: the partitions that are this worker's.
-        position: where the projections stand; it is told which partitions a batch touches.
+        position: where the projections stand; it notes which partitions a batch touches.
         projections: how many there are.
     """
 

@@ -27,7 +27,7 @@ def log_parked(
     """
     name = projections[failure.projection].name if failure.projection >= 0 else "every projection"
     commits = [commit for key, own in batch if key == failure.aggregate for commit in own]
-    event = next((one for _, events in commits for one in events if one.sequence == failure.sequence), None)
+    event = next((event for _, events in commits for event in events if event.sequence == failure.sequence), None)
     fields = about(
         *failure.aggregate,
         projection=name,

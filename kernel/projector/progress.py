@@ -1,4 +1,4 @@
-"""What the live projections have in hand, and what waits in the log, without asking anybody."""
+"""What the live projections have in hand, and what waits in the log, known without a request."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Hand:
 
 
 class ReadProgress:
-    """Kept by the projector as it reads and writes; asked when somebody wants to know how far behind it is.
+    """How far the live projections are behind. The projector keeps it up to date as it reads and writes.
 
     What is in hand is known exactly. How much is unread is known exactly too, from what came with the last messages
-    and from the end of the log whenever somebody has seen it; how it spreads over the partitions is an estimate, by
+    and from the end of the log whenever that was seen; how it spreads over the partitions is an estimate, by
     what was read last, and with several workers so is the part that is ours. Ages are by the server's clock for when a
     commit was appended and by ours for now. Before the first batch of a service nothing is known of the oldest one's.
 
@@ -84,7 +84,7 @@ class ReadProgress:
             self._weights = Counter({one: (count + 1) // 2 for one, count in self._weights.items()})
         self._read_to = batch.commits[-1].sequence
         self._since = batch.oldest
-        self.heard(self._read_to + batch.pending)
+        self.note_end(self._read_to + batch.pending)
         return hand
 
     def written(self, hand: Hand) -> None:
@@ -92,8 +92,8 @@ class ReadProgress:
         self._hands.remove(hand)
         self.done += hand.counts.total()
 
-    def heard(self, end: int) -> None:
-        """Somebody has seen that the log reaches so far."""
+    def note_end(self, end: int) -> None:
+        """Note that the log reaches so far."""
         self.end = max(self.end, end)
         if self.end <= self._read_to:
             self._since = self._clock()

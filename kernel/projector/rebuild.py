@@ -117,10 +117,10 @@ class Rebuild:
                 try:
                     made = await self._attempt(started)
                 except Fenced:
-                    names = ", ".join(one.name for one in self._projections)
+                    names = ", ".join(declared.name for declared in self._projections)
                     raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
                 except HandlerFailed as failure:
-                    # noticed too late to fold the window again: begin anew, with the aggregate parked
+                    # noticed too late to fold the window again: start from the beginning, with the aggregate parked
                     log_parked("while building", failure, self._projections, self._written.items())
                     self._plan.park(self._writer.blame(failure, list(self._written.items())))
                 else:
@@ -129,8 +129,16 @@ class Rebuild:
             self._pool.shutdown()
         seconds = time.perf_counter() - started
         return [
-            Rebuilt(one.name, one.projection.version, one.number, self._events, self._at, seconds, self._parked(index))
-            for index, one in enumerate(made)
+            Rebuilt(
+                generation.name,
+                generation.projection.version,
+                generation.number,
+                self._events,
+                self._at,
+                seconds,
+                self._parked(index),
+            )
+            for index, generation in enumerate(made)
         ]
 
     def _parked(self, index: int) -> int:
@@ -154,7 +162,8 @@ class Rebuild:
                 await self._fill(reader, info.commits, info.last, started)
                 before, info = behind, await self._log.info()
                 # a slowed rebuild has much to catch up with: while it gains on the log, before the cut-over
-                behind = gap if WINDOW < (gap := info.last - self._at) < before else 0
+                gap = info.last - self._at
+                behind = gap if WINDOW < gap < before else 0
             await self._cut_over(reader, made)
         finally:
             if collecting:
@@ -278,8 +287,8 @@ class Rebuild:
                 # views are replaced at the end of a long work: readers get more time to finish
                 await self._in(partial(connection.exec_driver_sql, "SET LOCAL lock_timeout = '60s'"))
             furthest = 0
-            for one in made:
-                stood = await self._in(partial(generations.retire_live, connection, one.name))
+            for generation in made:
+                stood = await self._in(partial(generations.retire_live, connection, generation.name))
                 furthest = max(furthest, *stood.values()) if stood else furthest
             while self._at < furthest:
                 # the live projections stand still meanwhile: nothing may slow this
@@ -292,8 +301,8 @@ class Rebuild:
                 self._written = groups
                 write = self._ready(groups, window[-1].sequence)
                 await self._in(partial(self._writer.apply, connection, write))
-            for one in made:
-                await self._in(partial(generations.show, connection, one))
+            for generation in made:
+                await self._in(partial(generations.show, connection, generation))
             await self._in(transaction.commit)
         except DBAPIError as error:
             await self._in(connection.close)
@@ -325,6 +334,12 @@ async def build_missing(
     pace: Pace | None = None,
 ) -> list[Rebuilt]:
     """Build every projection that has no live generation of its declared version."""
-    with reads(engine).connect() as connection:
-        missing = [one for one in app.projections if generations.live_generation(connection, one) is None]
+
+    def find_missing() -> list[DeclaredProjection]:
+        with reads(engine).connect() as connection:
+            return [
+                declared for declared in app.projections if generations.live_generation(connection, declared) is None
+            ]
+
+    missing = await asyncio.to_thread(find_missing)
     return await Rebuild(app, log, engine, missing, progress, pace).run() if missing else []

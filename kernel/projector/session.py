@@ -104,7 +104,7 @@ class Session:
     """One claim of some partitions, and the work on them. Made by `claim`; `end` must be called.
 
     Args:
-        partitions: those that were claimed.
+        partitions: the partitions that were claimed.
         writer: writes batches under the claim's epoch.
     """
 
@@ -168,7 +168,7 @@ class Session:
             await reader.close()
 
     async def end(self) -> None:
-        """Wait for the write under way, whatever becomes of it, and forget folded rows."""
+        """Wait for the write under way to end or fail, and forget folded rows."""
         try:
             await self._settle()
         except Exception as error:

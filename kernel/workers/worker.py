@@ -1,7 +1,7 @@
 """A worker process: `python -P -m kernel.workers.worker NUMBER`, started by `eskernel run --workers N` alone.
 
-Its parent writes one line to it, what to run, and keeps the pipe open: when it closes, the parent is gone and the
-worker stops. The worker tells it, a line of JSON each second, that its loop is turning and how it is.
+Its supervisor writes one line to its standard input, what to run, and keeps the pipe open. When the pipe closes, the
+supervisor is gone, and the worker stops. The worker writes a line of JSON each second: its loop turns, and how it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kernel.settings.sources import written
 from kernel.telemetry.logging import set_up
 
 REFUSED = 4
-"""Exit code of a worker that could not start, which starting again would not mend."""
+"""Exit code of a worker that could not start, and would not start the next time either."""
 BEAT_S = 1.0
 
 
@@ -43,7 +43,7 @@ class Parent:
         self._out = os.dup(1)
         os.dup2(2, 1)
 
-    def tell(self, **what: Any) -> None:
+    def send(self, **what: Any) -> None:
         """Send one line."""
         try:
             os.write(self._out, orjson.dumps(what) + b"\n")
@@ -67,13 +67,13 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
     try:
         app = load_app(order["spec"])
     except (AppNotFound, DeclarationError) as problem:
-        parent.tell(failed=str(problem))
+        parent.send(failed=str(problem))
         return REFUSED
     set_up(settings.logging, app.name, number)
     service = Service(app, settings, order["spec"], number=number)
 
     def beat() -> None:
-        parent.tell(
+        parent.send(
             worker=service.worker,
             http=service.http.url,
             ready=service.health.ready,
@@ -94,17 +94,17 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
         await asyncio.wait({starting})
         return 0
     if (error := starting.exception()) is not None:
-        parent.tell(failed=str(error) or type(error).__name__)
+        parent.send(failed=str(error) or type(error).__name__)
         return REFUSED
     settle_memory()
     beat()
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    for one in waiting:
-        one.cancel()
+    for task in waiting:
+        task.cancel()
     await service.stop()
     beats.stop()
     if service.failure:
-        parent.tell(failed=service.failure)
+        parent.send(failed=service.failure)
     return 1 if service.failure else 0
 
 
@@ -114,7 +114,7 @@ def _orphaned(stop: asyncio.Event) -> None:
 
 
 def main() -> None:
-    """Run one worker until it is told to stop."""
+    """Run one worker until its supervisor stops it."""
     number = int(sys.argv[1])
     parent = Parent()
     # unbuffered: what comes later, the end, is for the loop to notice

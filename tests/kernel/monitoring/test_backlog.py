@@ -201,7 +201,7 @@ def test_an_idle_system_is_not_behind_however_long_it_is_idle() -> None:
     progress.written(progress.read([group(0, [1])], batch(1, 1, 0, 990.0)))
     for _ in range(10):
         clock.now += 1000
-        progress.heard(1)
+        progress.note_end(1)
         assert waiting(progress) == {}
         assert progress.behind == 0
 
@@ -210,9 +210,9 @@ def test_the_age_of_what_comes_after_an_idle_time_begins_when_it_comes() -> None
     progress, clock = started()
     progress.written(progress.read([group(0, [1])], batch(1, 1, 0, 990.0)))
     clock.now += 1000
-    progress.heard(1)
+    progress.note_end(1)
     clock.now += 2
-    progress.heard(5)
+    progress.note_end(5)
     assert {age for _, age in waiting(progress).values()} == {2.0}
 
 
@@ -229,7 +229,7 @@ def test_a_session_that_ends_leaves_what_it_had_in_hand_behind() -> None:
     progress.read([group(0, [1])], batch(1, 1, 11, 990.0))
     progress.read([group(0, [2])], batch(2, 2, 10, 995.0))
     clock.now += 30
-    progress.heard(20)
+    progress.note_end(20)
     assert sum(count for count, _ in waiting(progress).values()) == 20
     progress.begin(Position(({0: 0, 1: 0, 2: 0, 3: 0},)), frozenset(range(4)))
     assert sum(count for count, _ in waiting(progress).values()) == pytest.approx(20)
@@ -239,7 +239,7 @@ def test_a_session_that_ends_leaves_what_it_had_in_hand_behind() -> None:
 def test_a_projection_whose_checkpoint_lies_further_back_is_behind_by_more() -> None:
     ahead, back = dict.fromkeys(range(4), 60), dict.fromkeys(range(4), 0)
     progress, _ = started(ahead, back)
-    progress.heard(100)
+    progress.note_end(100)
     found = waiting(progress, 2)
     assert sum(count for (one, _), (count, _) in found.items() if one == 0) == pytest.approx(40)
     assert sum(count for (one, _), (count, _) in found.items() if one == 1) == pytest.approx(100)
@@ -253,7 +253,7 @@ def test_whatever_is_read_and_written_nothing_is_counted_twice_or_lost(
 ) -> None:
     progress, clock = started()
     total = sum(len(partitions) for partitions, _ in story)
-    progress.heard(total)
+    progress.note_end(total)
     read = written = 0
     hands: list[Any] = []
     for partitions, writes in story:
