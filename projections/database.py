@@ -89,7 +89,13 @@ def open_database(
         if read_only:
             options += " -c default_transaction_read_only=on"
         arguments = {"options": options, "connect_timeout": connect_timeout, **_KEEP_ALIVE}
-        return create_engine(url, connect_args=arguments, pool_pre_ping=read_only, **pool)
+        try:
+            return create_engine(url, connect_args=arguments, pool_pre_ping=read_only, **pool)
+        except ModuleNotFoundError as error:
+            raise SchemaError(
+                f"database.url names PostgreSQL, and its driver {error.name} is not installed; run "
+                "`pip install 'eskernel[postgres]'`"
+            ) from None
     shared = url.database in (None, "", ":memory:")  # such a database lives in its only connection
     if url.database and not shared:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
