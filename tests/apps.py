@@ -1,4 +1,4 @@
-"""Apps that the tests run: the bank under a name of one's own, and one whose projections can be made to fail."""
+"""Apps that the tests run: the bank under another name, and an app whose projections can be made to fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests share: real servers, empty databases, names of their own, and waiting without sleeping blindly."""
+"""Fixtures of all tests: real servers, empty databases, unique names, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _SHORT = {
 
 
 def settings_for(data: Path, **values: Any) -> Settings:
-    """Return settings for a service in a directory; some have short names here, others `section__name`."""
+    """Return settings for a service in a directory; a few have short names, the others are `section__name`."""
     return settings_of(
         {"data": data}
         | {_SHORT.get(name, name.replace("__", ".")): value for name, value in values.items() if value is not None}
@@ -64,7 +64,7 @@ def settings_for(data: Path, **values: Any) -> Settings:
 
 
 async def open_log(connection: NatsConnection, app: str, *, create: bool = True, **values: Any) -> JetStreamLog:
-    """Open an app's log with some settings, named as for `settings_for`."""
+    """Open an app's log with settings named as for `settings_for`."""
     return await kernel.log.open_log(connection, app, settings_for(Path(), **values), create=create)
 
 
@@ -98,7 +98,7 @@ def _server(directory: Path, **options: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running nats-server of the current version, shared by the session: use `app_name` for a stream of one's own."""
+    """A running nats-server of the current version, shared by the session: use `app_name` for a separate stream."""
     yield from _server(tmp_path_factory.mktemp("nats"))
 
 
@@ -118,7 +118,7 @@ def binary(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """A running PostgreSQL, shared by the session: use `fresh_postgres` for a database of one's own.
+    """A running PostgreSQL, shared by the session: use `fresh_postgres` for a separate database.
 
     Its directory is outside of pytest's: run by root, PostgreSQL is another user's process, and whenever a pytest
     starts it closes the directory of all its runs to other users.
@@ -155,13 +155,13 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def app_name() -> str:
-    """A name for an app, unlike any other test's."""
+    """A unique name for an app."""
     return f"t{uuid.uuid4().hex[:20]}"
 
 
 @pytest.fixture
 def wait_until() -> Callable[..., Coroutine[Any, Any, Any]]:
-    """A coroutine function that waits for a condition to hold and returns what it gave."""
+    """A coroutine function that waits until a condition holds, and returns the condition's value."""
 
     async def wait(condition: Callable[[], Any], timeout: float = 15) -> Any:
         async with asyncio.timeout(timeout):
@@ -186,9 +186,9 @@ def _declared(cls: type[Aggregate]) -> Any:
 
 
 def envelopes(cls: type[Aggregate], events: Sequence[Any], after: int = 0, time: str = "2013-01-01T12:00:00Z") -> Any:
-    """Return events as they come out of the log, the first one with the sequence behind `after`."""
+    """Return events as the log returns them; the first has the sequence that follows `after`."""
     declared = _declared(cls)
-    names = {one.cls: (one.name, one.version) for one in declared.events.values()}
+    names = {event.cls: (event.name, event.version) for event in declared.events.values()}
     return decode(encode("/test", "id", names, [Decision("command", list(events))], after, time))
 
 
@@ -196,7 +196,7 @@ class ReadSide:
     """The read side of an app on an empty database, driven by hand: batches go in, rows come out.
 
     Args:
-        partitions: of the stream that it pretends to follow.
+        partitions: number of the pretended stream's partitions.
     """
 
     def __init__(self, engine: Engine, app: App, partitions: int = 4) -> None:
@@ -210,7 +210,7 @@ class ReadSide:
         self.claim()
 
     def claim(self) -> None:
-        """Start from what is stored, as a new owner or after a failure."""
+        """Start from the stored checkpoints, as a new owner does, or an owner after a failure."""
         owned = claim(self.engine, self.app.name, self.app.projections, range(self.partitions))
         self.epoch = owned.epoch
         self.generations, self.position = owned.generations, owned.position
@@ -220,7 +220,7 @@ class ReadSide:
             self.writer.load_parked(connection)
 
     def fold(self, commits: Sequence[Commit]) -> Folded:
-        """Fold commits in stream order on the stored rows."""
+        """Fold commits in stream order, starting from the stored rows."""
         groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]] = {}
         for sequence, aggregate, aggregate_id, events in commits:
             groups.setdefault((aggregate, aggregate_id), []).append((sequence, events))
@@ -249,7 +249,7 @@ class ReadSide:
         )
 
     def project(self, commits: Sequence[Commit]) -> list[HandlerFailed]:
-        """Fold and write a batch; park what fails and fold again. Return the failures."""
+        """Fold and write a batch; park aggregates that fail, and fold again. Return the failures."""
         failures = []
         while True:
             try:
@@ -264,7 +264,7 @@ class ReadSide:
             return failures
 
     def rows(self, model: Any) -> list[Any]:
-        """Return what a user's query of the model gives, sorted by its key."""
+        """Return the model's rows as a user's query returns them, sorted by key."""
         with Session(self.engine) as session:
             return list(session.scalars(select(model).order_by(*model.__mapper__.primary_key)))
 

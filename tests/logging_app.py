@@ -1,4 +1,4 @@
-"""An app whose own code writes log lines, for `eskernel run tests.logging_app:app`."""
+"""An app that writes its own log lines, for `eskernel run tests.logging_app:app`."""
 
 from __future__ import annotations
 

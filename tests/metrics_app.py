@@ -1,4 +1,4 @@
-"""An app whose failures are all transient: for `eskernel run tests.metrics_app:app`."""
+"""An app whose failures are all transient, for `eskernel run tests.metrics_app:app`."""
 
 from __future__ import annotations
 

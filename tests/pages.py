@@ -1,4 +1,4 @@
-"""The programs under docs that make pages from the code."""
+"""Loading the programs under docs that generate pages from the code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @cache
 def load_page(name: str) -> ModuleType:
-    """Return the module docs/<name>.py, which is no package's."""
+    """Return the module docs/<name>.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location(f"docs_{name.replace('/', '_')}", DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Real nats-servers for tests of connections, security and streams, and what their users prove themselves with.
+"""Real nats-servers for tests of connections, security and streams, and credentials for their users.
 
 `server` and `cluster` start them; everything else gives text for their configuration, and the files that go with it:
 
@@ -44,7 +44,7 @@ class Server:
     """A nats-server that keeps its ports and its store when it is started again.
 
     Attributes:
-        config: what it is told beyond its ports and its store; a change counts from the next start.
+        config: its configuration except ports and store; a change takes effect at the next start.
     """
 
     def __init__(self, directory: Path, config: str = "", *, binary: str | Path | None = None) -> None:
@@ -60,7 +60,7 @@ class Server:
 
     @property
     def monitor(self) -> str:
-        """Where the server tells about itself over HTTP."""
+        """The URL of the server's monitoring endpoint."""
         return f"http://127.0.0.1:{self._monitor_port}"
 
     @property
@@ -69,13 +69,13 @@ class Server:
         return self.process.pid if self.process is not None and self.process.poll() is None else 0
 
     async def monitored(self, path: str) -> dict[str, Any]:
-        """Return what the monitoring endpoint answers, for example to `connz?auth=true`."""
+        """Return the answer of the monitoring endpoint, for example to `connz?auth=true`."""
         async with aiohttp.ClientSession() as http, http.get(f"{self.monitor}/{path}") as answer:
             found: dict[str, Any] = await answer.json(content_type=None)
             return found
 
     async def start(self) -> str:
-        """Start it and return its URL when it takes connections.
+        """Start the server and return its URL when it accepts connections.
 
         Raises:
             RuntimeError: it did not start; the message has the end of its log.
@@ -98,7 +98,7 @@ class Server:
                 start_new_session=True,
                 preexec_fn=end_with_parent(signal.SIGKILL),  # noqa: PLW1509
             )
-        # written when all ports are open; a connection on trial would look like a client in the server's log
+        # this file is written when all ports are open; a trial connection would appear as a client in the server's log
         ports = here / f"nats-server_{self.process.pid}.ports"
         deadline = time.monotonic() + START_TIMEOUT_S
         while not ports.exists():
@@ -109,13 +109,13 @@ class Server:
         return self.url
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """End it, by default in order: it tells its clients and closes its store."""
+        """Stop the server, by default in an orderly way: it notifies its clients and closes its store."""
         if self.process is not None:
             self.process.send_signal(how)
             await asyncio.to_thread(self.process.wait)
 
     async def kill(self) -> None:
-        """End it as a crash does."""
+        """Kill the server, as in a crash."""
         await self.stop(signal.SIGKILL)
 
     def log_tail(self) -> str:
@@ -124,7 +124,7 @@ class Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return so many different free ports."""
+    """Return this many different free ports."""
     found: set[int] = set()
     while len(found) < count:
         found.add(free_port())
@@ -153,7 +153,7 @@ async def cluster(directory: Path, size: int = 3, binary: str | Path | None = No
     """Run a JetStream cluster whose servers are named n0, n1, ...; it is able to make replicated streams.
 
     Raises:
-        RuntimeError: it does not get there; the message has the ends of the logs.
+        RuntimeError: the cluster did not form; the message has the ends of the logs.
     """
     routes = free_ports(size)
     members = [Server(directory / f"n{number}", binary=binary) for number in range(size)]
@@ -178,7 +178,7 @@ async def cluster(directory: Path, size: int = 3, binary: str | Path | None = No
 
 
 async def _formed(members: list[Server]) -> None:
-    """Wait until each server knows a leader of all of them, and that leader has places for a replicated stream."""
+    """Wait until all servers know a leader, and the leader can place a replicated stream."""
     for member in members:
         while True:
             meta = (await member.monitored("jsz")).get("meta_cluster", {})
@@ -261,7 +261,7 @@ def tls(directory: Path) -> Tls:
 
 
 def token_config(token: str) -> str:
-    """Let in who has the token."""
+    """Let in clients with this token."""
     return f"authorization {{ token: {json.dumps(token)} }}\n"
 
 
@@ -269,14 +269,14 @@ def password_config(user: str, password: str, permissions: str = "") -> str:
     """Let in one user.
 
     Args:
-        permissions: what the user may, for example `NO_JETSTREAM`; everything if empty.
+        permissions: the user's permissions, for example `NO_JETSTREAM`; everything if empty.
     """
     allowed = f", permissions: {permissions}" if permissions else ""
     return f"authorization {{ users: [{{ {_user(user, password)}{allowed} }}] }}\n"
 
 
 NO_JETSTREAM = '{ publish: { deny: ["$JS.API.>"] } }'
-"""Permissions of a user that can't ask JetStream for anything."""
+"""Permissions of a user that can't use JetStream."""
 
 
 def account_config(user: str, password: str, limits: str) -> str:
@@ -341,7 +341,7 @@ NKEYs are sensitive and should be treated as secrets.
 
 
 class Operator:
-    """An operator with one account for users that may everything, and the system account that JetStream needs.
+    """An operator with one account for users with all permissions, and the system account that JetStream needs.
 
     Attributes:
         config: trusts this operator.
@@ -380,7 +380,7 @@ class Operator:
 
 
 def _jwt(issuer: nkeys.KeyPair, name: str, subject: str, claims: dict[str, Any], expires: int | None = None) -> str:
-    """Sign what NATS calls a JWT: the usual three parts, of which the last is made with the issuer's NKey."""
+    """Return a NATS JWT: the usual three parts, signed with the issuer's NKey."""
     body: dict[str, Any] = {
         "jti": uuid.uuid4().hex,
         "iat": int(time.time()),

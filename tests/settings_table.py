@@ -1,6 +1,6 @@
-"""Which test shows the effect of which setting, and on what: `make settings-table` writes docs/settings-tested.md.
+"""The table of settings and the tests that show their effect: `make settings-table` writes docs/settings-tested.md.
 
-A test says so with `@pytest.mark.setting("stream.max_bytes")`. What it ran on is told by its parameters (`2.15`,
+A test is marked with `@pytest.mark.setting("stream.max_bytes")`. Its parameters name the systems it ran on (`2.15`,
 `2.10`, `sqlite`, `postgresql`); a test without a version among them runs on the current server, and `on=""` says that
 it needs none. `lacking="..."` is what the service says on a server that lacks the setting.
 """
@@ -27,17 +27,17 @@ def names() -> list[str]:
 
 @cache
 def marked() -> set[str]:
-    """Return what the tests' marks name, by reading their sources."""
+    """Return the settings that the tests' marks name, from the tests' source."""
     found: set[str] = set()
     for file in Path(__file__).parent.rglob("test_*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setting":
-                found.update(one.value for one in node.args if isinstance(one, ast.Constant))
+                found.update(argument.value for argument in node.args if isinstance(argument, ast.Constant))
     return found
 
 
 def listed(table: str) -> list[str]:
-    """Return the settings that a table has rows of."""
+    """Return the settings that have rows in a table."""
     return [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
 
 
@@ -49,7 +49,7 @@ class Row:
 
 
 class Recorder:
-    """Takes down the marked tests that pass."""
+    """Records the marked tests that pass."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, {name: Row() for name in names()}
@@ -68,9 +68,11 @@ class Recorder:
     def _note(self, row: Row, item: pytest.Item, mark: pytest.Mark) -> None:
         test = getattr(item, "originalname", item.name)
         row.tests[f"{item.path.stem}::{test}"] = None
-        told = {str(one) for one in item.callspec.params.values()} if hasattr(item, "callspec") else set()
-        row.on |= told.intersection(_SERVERS + _DATABASES)
-        if not told.intersection(_SERVERS) and mark.kwargs.get("on") is None:
+        parameters = (
+            {str(parameter) for parameter in item.callspec.params.values()} if hasattr(item, "callspec") else set()
+        )
+        row.on |= parameters.intersection(_SERVERS + _DATABASES)
+        if not parameters.intersection(_SERVERS) and mark.kwargs.get("on") is None:
             row.on.add(_SERVERS[0])
         if lacking := mark.kwargs.get("lacking"):
             row.lacking[lacking] = None
@@ -97,7 +99,7 @@ class Recorder:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--settings-table", type=Path, help="write there which test shows which setting's effect")
+    parser.addoption("--settings-table", type=Path, help="write to this file which test shows which setting's effect")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""`make demo` does what it says: it ends by itself, with every number equal."""
+"""`make demo` ends by itself, with every number equal."""
 
 from __future__ import annotations
 

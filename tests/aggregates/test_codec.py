@@ -292,7 +292,7 @@ def test_a_spoilt_commit_is_a_commit_or_an_invalid_message(message: Packed, cut:
 
 
 @pytest.mark.parametrize("payload", [b"[]", b"", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b"[[[[]]]]"])
-def test_what_holds_no_events_is_no_commit(payload: bytes) -> None:
+def test_bytes_without_events_are_not_a_commit(payload: bytes) -> None:
     with pytest.raises(InvalidMessage):
         decode(payload)
 

@@ -23,7 +23,7 @@ LANES = 40
 
 
 class Worker:
-    """The service in a process of its own, that can be killed and started again."""
+    """The service in a separate process that can be killed and restarted."""
 
     def __init__(self, *arguments: str) -> None:
         self.arguments = arguments

@@ -111,7 +111,7 @@ async def test_a_poisoned_aggregate_waits_alone_and_only_for_that_projection(
             rows = await client.query(f"select {count} as n from {table}", after=[*first, bad, *after])
             counts[table] = rows[0]["n"]
     await service.stop()
-    # of the poisoned projection, n3 misses the bad event and the 5 behind it; the others miss nothing
+    # n3 misses the bad event and the 5 behind it in the poisoned projection; the other projections miss nothing
     missing = {"poison row": "pages", "poison tally": "words", "poison sql": "lines"}[poison]
     assert counts == {table: 101 - (6 if table == missing else 0) for table in counts}
     engine = open_database(database_url, read_only=True)
@@ -125,10 +125,10 @@ async def test_a_poisoned_aggregate_waits_alone_and_only_for_that_projection(
 
 
 @pytest.mark.parametrize("poison", ["zero \0 word", "zero row"])
-async def test_what_the_database_refuses_stops_nobody_else(
+async def test_a_row_that_the_database_refuses_stops_no_other_aggregate(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, poison: str
 ) -> None:
-    """A tally's key, and the text of an error, with a character that no database takes."""
+    """A tally's key, and an error's text, with a character that no database accepts."""
     service = Service(notebooks(app_name), settings(tmp_path, nats_url, database_url))
     await service.start()
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
@@ -142,7 +142,7 @@ async def test_what_the_database_refuses_stops_nobody_else(
     await service.stop()
 
 
-async def test_a_tally_that_overflows_parks_who_tips_it_over(
+async def test_a_tally_that_overflows_parks_the_aggregate_that_caused_it(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path
 ) -> None:
     service = Service(notebooks(app_name), settings(tmp_path, nats_url, fresh_postgres))
@@ -218,7 +218,7 @@ async def test_a_second_service_takes_its_share_and_gives_it_back_when_it_stops(
     await first.start()
     await second.start()
     async with await Client.connect(first.app, nats=nats_url, database=database_url) as client:
-        await wait_until(lambda: [len(one.status()["partitions"]) for one in (first, second)] == [32, 32])
+        await wait_until(lambda: [len(service.status()["partitions"]) for service in (first, second)] == [32, 32])
         rows = await client.query("select sum(notes) as n from pages", after=await note(client, 200))
         assert rows[0]["n"] == 200
         await second.stop()
@@ -294,7 +294,7 @@ async def test_a_connection_closed_for_good_ends_the_service_with_a_reason(
 ) -> None:
     service = Service(bank(app_name), settings_for(tmp_path, nats=nats_url))
     await service.start()
-    # as nats-py does by itself after some of the server's errors
+    # as nats-py does after some of the server's errors
     await service.parts.connection.close()
     async with asyncio.timeout(10):
         await service.stopped.wait()

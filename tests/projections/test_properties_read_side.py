@@ -303,7 +303,7 @@ def test_any_batches_and_crashes_give_what_a_plain_fold_gives(
 
 @some
 @given(script=batches(notes | bad_notes), fates=st.lists(deaths, min_size=1, max_size=5))
-def test_poison_parks_exactly_what_is_behind_it_for_its_projection(
+def test_poison_parks_exactly_the_events_behind_it_for_its_projection(
     owner: Owner, script: list[list[Unnumbered]], fates: list[str]
 ) -> None:
     check(owner, script, fates)

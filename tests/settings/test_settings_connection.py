@@ -1,4 +1,4 @@
-"""The connection does what its settings say: where to, how often, how long, and when it gives up."""
+"""The settings of the connection take effect: servers, attempts, pauses and time-outs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Wait = Callable[..., Any]
 
 @asynccontextmanager
 async def dialled(servers: str, **values: Any) -> AsyncIterator[tuple[NatsConnection, list[str]]]:
-    """A connection, and what happened to it."""
+    """A connection, and the events of its life."""
     events: list[str] = []
     connection = await dial(settings_for(Path(), nats=servers, **values), name="test", on_event=events.append)
     try:
@@ -37,7 +37,7 @@ async def dialled(servers: str, **values: Any) -> AsyncIterator[tuple[NatsConnec
 
 @contextmanager
 def mute() -> Any:
-    """A port that takes connections and says nothing."""
+    """A port that accepts connections and sends nothing."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(64)
@@ -56,19 +56,19 @@ async def test_all_servers_are_tried_and_the_dead_ones_passed_over(tmp_path: Pat
 
 @pytest.mark.setting("connection.servers")
 async def test_when_a_server_dies_the_next_is_taken(tmp_path: Path, binary: str, wait_until: Wait) -> None:
-    one, other = (Server(tmp_path / name, binary=binary) for name in "ab")
+    a, b = (Server(tmp_path / name, binary=binary) for name in "ab")
     try:
-        await asyncio.gather(one.start(), other.start())
-        async with dialled(f"{one.url},{other.url}") as (connection, events):
+        await asyncio.gather(a.start(), b.start())
+        async with dialled(f"{a.url},{b.url}") as (connection, events):
             assert connection.connected_url is not None
             first = connection.connected_url.port
-            used, left = (one, other) if first == one.port else (other, one)
+            used, left = (a, b) if first == a.port else (b, a)
             await used.kill()
             await wait_until(lambda: "reconnected" in events)
             assert connection.connected_url.port == left.port
     finally:
-        await one.kill()
-        await other.kill()
+        await a.kill()
+        await b.kill()
 
 
 @pytest.mark.setting("connection.servers", "stream.replicas")
@@ -81,7 +81,7 @@ async def test_a_service_goes_on_when_a_server_of_its_cluster_dies(
             await service.note(20)
             connection = service.service.parts.connection
             assert connection.connected_url is not None
-            await next(one for one in members if one.port == connection.connected_url.port).kill()
+            await next(member for member in members if member.port == connection.connected_url.port).kill()
             await service.note(20, timeout=60)
             await service.check()
 
@@ -91,7 +91,7 @@ async def test_the_servers_monitoring_shows_the_name(tmp_path: Path, binary: str
     async with server(tmp_path / "nats", binary=binary) as nats:
 
         async def names() -> set[str]:
-            return {one["name"] for one in (await nats.monitored("connz"))["connections"]}
+            return {connection["name"] for connection in (await nats.monitored("connz"))["connections"]}
 
         async with running(app_name, tmp_path, nats.url):
             assert f"eskernel {app_name}" in await names()
@@ -102,9 +102,7 @@ async def test_the_servers_monitoring_shows_the_name(tmp_path: Path, binary: str
 
 @pytest.mark.setting("connection.max_reconnects")
 @pytest.mark.parametrize("most", [0, 2])
-async def test_a_service_that_may_not_reconnect_for_ever_stops_with_a_reason(
-    tmp_path: Path, app_name: str, most: int
-) -> None:
+async def test_a_service_with_limited_reconnects_stops_with_a_reason(tmp_path: Path, app_name: str, most: int) -> None:
     async with server(tmp_path / "nats") as nats:
         values: dict[str, Any] = {"connection__max_reconnects": most, "connection__reconnect_wait": 0.01}
         async with running(app_name, tmp_path, nats.url, **values) as service:
@@ -115,16 +113,16 @@ async def test_a_service_that_may_not_reconnect_for_ever_stops_with_a_reason(
 
 
 @pytest.mark.setting("connection.max_reconnects")
-async def test_so_many_attempts_are_made_and_one_more(tmp_path: Path, wait_until: Wait) -> None:
+async def test_the_set_number_of_attempts_is_made_and_one_more(tmp_path: Path, wait_until: Wait) -> None:
     async with server(tmp_path) as nats:
         values: dict[str, Any] = {"connection__max_reconnects": 3, "connection__reconnect_wait": 0.001}
         async with dialled(nats.url, **values) as (connection, events):
             attempts: list[Any] = []
             connect = connection._connect_to_server
 
-            async def counted(one: Any) -> None:
-                attempts.append(one)
-                await connect(one)
+            async def counted(candidate: Any) -> None:
+                attempts.append(candidate)
+                await connect(candidate)
 
             connection._connect_to_server = counted  # type: ignore[method-assign]
             await nats.kill()
@@ -133,7 +131,7 @@ async def test_so_many_attempts_are_made_and_one_more(tmp_path: Path, wait_until
 
 
 @pytest.mark.setting("connection.max_reconnects")
-async def test_for_ever_is_for_ever(tmp_path: Path, wait_until: Wait) -> None:
+async def test_without_a_limit_reconnecting_never_ends(tmp_path: Path, wait_until: Wait) -> None:
     async with server(tmp_path) as nats:
         values: dict[str, Any] = {"connection__reconnect_wait": 0.001, "connection__reconnect_max_wait": 0.001}
         async with dialled(nats.url, **values) as (connection, events):
@@ -153,8 +151,8 @@ def test_pauses_are_doubled_up_to_the_longest_and_lengthened_at_random() -> None
 
     assert [pauses(0.0, n)[0] for n in range(6)] == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0]
     assert pauses(0.0, 10_000)[0] == 3.0
-    assert all(1.0 <= one <= 1.5 for one in pauses(0.5, 2))
-    assert all(0.0 <= one <= 0.25 for one in pauses(0.5, 0))
+    assert all(1.0 <= pause <= 1.5 for pause in pauses(0.5, 2))
+    assert all(0.0 <= pause <= 0.25 for pause in pauses(0.5, 0))
     assert len(set(pauses(0.5, 2))) > 1
 
 
@@ -181,13 +179,13 @@ async def test_the_pauses_are_those_between_attempts(tmp_path: Path, wait_until:
             monkeypatch.setattr(asyncio, "sleep", noted)
             await nats.kill()
             await wait_until(lambda: "closed" in events)
-            assert [one for one in slept if one in (0.7, 1.4, 2.8)] == [0.7, 1.4, 2.8]
+            assert [seconds for seconds in slept if seconds in (0.7, 1.4, 2.8)] == [0.7, 1.4, 2.8]
 
 
 @pytest.mark.setting("connection.connect_timeout")
 async def test_a_server_that_says_nothing_is_given_up(nats_url: str) -> None:
     with mute() as port:
-        async with asyncio.timeout(20):  # the default would wait as long for each
+        async with asyncio.timeout(20):  # the default is this long for each server
             with pytest.raises(ConnectionError, match="can't connect"):
                 async with dialled(f"nats://127.0.0.1:{port}", connection__connect_timeout=0.2):
                     pass
@@ -253,10 +251,12 @@ async def test_pings_of_a_live_connection_are_answered(nats_url: str, wait_until
 
 
 @pytest.mark.setting("connection.health_check_interval")
-async def test_health_is_looked_at_so_often(nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait) -> None:
+async def test_health_is_checked_at_the_set_interval(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
     async with running(app_name, tmp_path, nats_url, connection__health_check_interval=0.05) as service:
         jobs = service.service.scheduler.jobs
-        job = next(one for name, one in jobs.items() if "probe" in name)
+        job = next(job for name, job in jobs.items() if "probe" in name)
         assert job.interval == 0.05
         log = service.service.health.components["log"]
         log.detail = "not looked at"

@@ -1,4 +1,4 @@
-"""The projections' consumer as the server shows it, and by its effect."""
+"""The settings of the projections' consumer: as the server shows them, and by their effect."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 async def consumers(url: str, stream: str) -> list[dict[str, Any]]:
-    """What the server says about the live consumers of a stream; others, on old servers, have a filter."""
-    async with api(url) as ask:
-        found: list[dict[str, Any]] = (await ask(f"CONSUMER.LIST.{stream}"))["consumers"] or []
-        return [one for one in found if not one["config"].get("filter_subject")]
+    """Return the server's descriptions of the live consumers of a stream; other consumers have a filter."""
+    async with api(url) as call:
+        found: list[dict[str, Any]] = (await call(f"CONSUMER.LIST.{stream}"))["consumers"] or []
+        return [consumer for consumer in found if not consumer["config"].get("filter_subject")]
 
 
 @asynccontextmanager
 async def reading(
     url: str, app: str, **values: Any
 ) -> AsyncIterator[tuple[NatsConnection, JetStreamLog, JetStreamReader]]:
-    """A live reader, as the projections have."""
+    """A live reader, as the projections use it."""
     connection = await dial(settings_for(Path(), nats=url), name="test")
     try:
         log = await open_log(connection, app, **values)
@@ -60,7 +60,7 @@ async def reading(
 
 async def fill(log: JetStreamLog, count: int, start: int = 0) -> None:
     subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(start, start + count)]
-    await asyncio.gather(*(log.append(one, 0, one.encode()) for one in subjects))
+    await asyncio.gather(*(log.append(subject, 0, subject.encode()) for subject in subjects))
 
 
 @pytest.mark.setting(
@@ -74,9 +74,9 @@ async def test_the_server_shows_what_was_set(url: str, app_name: str, tmp_path: 
         "consumer__replay_policy": "original", "consumer__max_waiting": 5, "consumer__inactive_threshold": 44.0, **ACK,
     }  # fmt: skip
     async with running(app_name, tmp_path, url, **values) as service:
-        [one] = await wait_until(lambda: consumers(url, app_name))
-        config = one["config"]
-        assert one["name"].startswith(f"billing-{service.service.worker}-")
+        [consumer] = await wait_until(lambda: consumers(url, app_name))
+        config = consumer["config"]
+        assert consumer["name"].startswith(f"billing-{service.service.worker}-")
         assert config["ack_policy"] == "all"
         assert config["ack_wait"] == 33_500_000_000
         assert config["max_ack_pending"] == 77
@@ -86,11 +86,11 @@ async def test_the_server_shows_what_was_set(url: str, app_name: str, tmp_path: 
         assert config["max_deliver"] == -1
         assert config["deliver_policy"] in ("all", "by_start_sequence")
     async with running(app_name, tmp_path, url) as service:
-        [one] = await wait_until(lambda: consumers(url, app_name))
-        assert one["name"].startswith(f"eskernel-{service.service.worker}-")
-        assert one["config"]["ack_policy"] == "none"
-        assert one["config"]["replay_policy"] == "instant"
-        assert one["config"]["inactive_threshold"] == 60_000_000_000
+        [consumer] = await wait_until(lambda: consumers(url, app_name))
+        assert consumer["name"].startswith(f"eskernel-{service.service.worker}-")
+        assert consumer["config"]["ack_policy"] == "none"
+        assert consumer["config"]["replay_policy"] == "instant"
+        assert consumer["config"]["inactive_threshold"] == 60_000_000_000
 
 
 @pytest.mark.setting("consumer.ack_policy")
@@ -134,23 +134,23 @@ async def test_nothing_is_acknowledged_before_it_is_written(
 
 
 @pytest.mark.setting("consumer.ack_wait")
-async def test_what_is_delivered_again_is_noticed_and_handed_out_once(url: str, app_name: str) -> None:
+async def test_a_redelivered_commit_is_noticed_and_returned_once(url: str, app_name: str) -> None:
     values: dict[str, Any] = {"consumer__ack_wait": 0.3, **ACK}
     async with reading(url, app_name, **values) as (_, log, reader):
         await fill(log, 20)
         got: list[int] = []
         while len(got) < 20:
-            got += [one.sequence for one in (await reader.next(5)).commits]
+            got += [commit.sequence for commit in (await reader.next(5)).commits]
         first = reader._consumer
-        # nothing is acknowledged: the server delivers again, and a new consumer goes on behind
+        # nothing is acknowledged: the server delivers again, and a new consumer continues after the delivered commits
         for _ in range(200):
-            got += [one.sequence for one in (await reader.next(5, timeout=0.05)).commits]
+            got += [commit.sequence for commit in (await reader.next(5, timeout=0.05)).commits]
             if reader._consumer != first:
                 break
         assert reader._consumer != first
         await fill(log, 20, start=20)
         while len(got) < 40:
-            got += [one.sequence for one in (await reader.next(50)).commits]
+            got += [commit.sequence for commit in (await reader.next(50)).commits]
         assert got == list(range(1, 41))
 
 
@@ -173,7 +173,7 @@ async def test_no_more_is_delivered_ahead_of_the_acknowledgements(url: str, app_
         got: list[int] = []
         for wanted in (10, 20, 30, 35):
             while len(got) < wanted:
-                got += [one.sequence for one in (await reader.next(100)).commits]
+                got += [commit.sequence for commit in (await reader.next(100)).commits]
             assert not (await reader.next(100, timeout=0.2)).commits
             assert len(got) == wanted
             reader.acknowledge(got[-1])
@@ -206,7 +206,7 @@ async def test_events_come_at_the_pace_at_which_they_were_appended(url: str, app
         for n in range(pauses + 1):
             await fill(log, 1, start=n)
             if n < pauses:
-                # time has to pass between the appends: that is what is replayed
+                # time has to pass between the appends, because the replay repeats these pauses
                 await asyncio.sleep(0.25)
         loop = asyncio.get_running_loop()
         began, got = loop.time(), 0
@@ -218,7 +218,7 @@ async def test_events_come_at_the_pace_at_which_they_were_appended(url: str, app
 
 
 @pytest.mark.setting("consumer.window", "consumer.heartbeat")
-async def test_so_much_is_asked_for_at_once_and_heartbeats_come_so_often(
+async def test_pull_requests_carry_the_set_window_and_heartbeat(
     url: str, app_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values: dict[str, Any] = {"consumer__window": 7, "consumer__heartbeat": 20.0}
@@ -233,9 +233,9 @@ async def test_so_much_is_asked_for_at_once_and_heartbeats_come_so_often(
                 batch = (await reader.next(100)).commits
                 assert len(batch) <= 14
                 got += len(batch)
-        pulls = [orjson.loads(one.split(b"\r\n")[1]) for one in sent if b"MSG.NEXT" in one]
-        assert {one["batch"] for one in pulls} == {7}
-        assert {one["idle_heartbeat"] for one in pulls} == {20_000_000_000}
+        pulls = [orjson.loads(frame.split(b"\r\n")[1]) for frame in sent if b"MSG.NEXT" in frame]
+        assert {pull["batch"] for pull in pulls} == {7}
+        assert {pull["idle_heartbeat"] for pull in pulls} == {20_000_000_000}
         assert not reader._broken  # the server refuses heartbeats that are longer than half of a request
 
 
@@ -247,7 +247,7 @@ async def test_without_heartbeats_a_new_consumer_is_made(url: str, app_name: str
         first = reader._consumer
         for _ in range(10):
             await reader.next(10, timeout=0.1)
-        assert reader._consumer == first  # they come, and a quiet stream is no reason
+        assert reader._consumer == first  # heartbeats arrive, and a quiet stream alone is no reason for a new consumer
         await call_api(connection, f"CONSUMER.DELETE.{app_name}.{first}", {})
         await fill(log, 3, start=3)
         got = 0
@@ -269,7 +269,7 @@ async def test_the_server_removes_the_consumer_of_a_worker_that_is_gone(
             first = reader._consumer
             for _ in range(12):
                 await reader.next(10, timeout=0.1)
-            assert reader._consumer == first  # not while it is used, quiet as it may be
+            assert reader._consumer == first  # a consumer in use is not removed, however quiet it is
             assert len(await consumers(nats.url, app_name)) == 1
             connection._transport._io_writer.transport.abort()  # type: ignore[union-attr]
             await connection.close()
@@ -281,7 +281,7 @@ async def test_the_server_removes_the_consumer_of_a_worker_that_is_gone(
 
 
 @pytest.mark.setting("consumer.backoff")
-async def test_the_projections_rest_so_long_after_each_failure(
+async def test_the_projections_pause_for_the_set_time_after_each_failure(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
 ) -> None:
     async with running(app_name, tmp_path, nats_url, consumer__backoff="0.011,0.022,0.033") as service:

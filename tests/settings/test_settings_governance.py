@@ -40,7 +40,7 @@ async def test_one_event_that_waits_for_long_is_a_backlog_by_its_age(
 
 
 @pytest.mark.setting("backlog.min_duration")
-async def test_a_short_backlog_is_not_told(nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait) -> None:
+async def test_a_short_backlog_is_not_reported(nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait) -> None:
     patient = QUICK | {"backlog__count_warn": 1, "backlog__min_duration": 3600.0}
     async with running(app_name, tmp_path, nats_url, **patient) as here:
         lookout = here.service.parts.detector
@@ -67,7 +67,7 @@ async def test_an_event_loop_that_is_late_slows_the_commands_where_rates_adapt(
         lane = governor.lanes["commands"]
         for _ in range(40):
             await here.client.execute(Notebook, "n", Note("a"))
-            time.sleep(0.15)  # a handler that takes its time
+            time.sleep(0.15)  # a slow handler
             if lane.rate is not None:
                 break
         assert (lane.rate is not None) == adaptive

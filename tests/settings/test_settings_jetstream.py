@@ -1,4 +1,4 @@
-"""JetStream is spoken to as the settings say."""
+"""The settings of JetStream take effect: prefix, domain, time-outs and grouping."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def whole_service(app_name: str, directory: Path, url: str, **values: Any)
         settings = service.service.settings
         async with await Client.connect(notebooks(app_name), settings) as client:
             receipts = [await client.execute(Notebook, "one", Note("a")) for _ in range(5)]
-            # what is loaded again comes from the log
+            # reloaded aggregates come from the log
             await asyncio.gather(*(client.execute(Notebook, f"n{n}", Note("b")) for n in range(20)))
             stored = await client.log.read_subject(client.log.subjects.address("Notebook", "one").subject)
             assert len(stored) == 5
@@ -76,7 +76,7 @@ async def test_a_domain(tmp_path: Path, app_name: str, binary: str) -> None:
     ("how", "prefix"),
     [({"jetstream__domain": "hub"}, b"$JS.hub.API."), ({"jetstream__api_prefix": "acme.js"}, b"acme.js.")],
 )
-async def test_all_requests_go_there(
+async def test_all_requests_use_the_prefix(
     tmp_path: Path, app_name: str, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], prefix: bytes
 ) -> None:
     asked: list[bytes] = []
@@ -94,11 +94,13 @@ async def test_all_requests_go_there(
     monkeypatch.setattr(NatsConnection, "send", sent)
     async with server(tmp_path / "nats", MAPPED + "jetstream { domain: hub }") as nats:
         await whole_service(app_name, tmp_path, nats.url, **how)
-    apis = [one for one in asked if b"STREAM." in one or b"CONSUMER." in one or b"DIRECT.GET" in one]
-    assert any(b"DIRECT.GET" in one for one in apis)
-    assert any(b"CONSUMER.MSG.NEXT" in one for one in apis)
-    assert any(b"STREAM.CREATE.KV_" in one for one in apis)
-    assert [one for one in apis if not one.startswith(prefix)] == []
+    apis = [
+        subject for subject in asked if b"STREAM." in subject or b"CONSUMER." in subject or b"DIRECT.GET" in subject
+    ]
+    assert any(b"DIRECT.GET" in subject for subject in apis)
+    assert any(b"CONSUMER.MSG.NEXT" in subject for subject in apis)
+    assert any(b"STREAM.CREATE.KV_" in subject for subject in apis)
+    assert [subject for subject in apis if not subject.startswith(prefix)] == []
 
 
 @pytest.mark.setting("jetstream.api_prefix")
@@ -148,7 +150,7 @@ async def test_an_append_whose_outcome_is_not_found_out_is_given_up(nats_url: st
 
 
 @pytest.mark.setting("jetstream.max_in_flight")
-async def test_no_more_appends_are_under_way(tmp_path: Path, app_name: str, binary: str) -> None:
+async def test_no_more_appends_than_set_are_under_way(tmp_path: Path, app_name: str, binary: str) -> None:
     async with server(tmp_path, binary=binary) as nats:
         values: dict[str, Any] = {"jetstream__max_in_flight": 7, "group_commit": "never"}
         async with opened(nats.url, app_name, **values) as (connection, log):
@@ -162,7 +164,7 @@ async def test_no_more_appends_are_under_way(tmp_path: Path, app_name: str, bina
 
             connection.send = watched  # type: ignore[method-assign]
             subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(100)]
-            await asyncio.gather(*(log.append(one, 0, one.encode()) for one in subjects))
+            await asyncio.gather(*(log.append(subject, 0, subject.encode()) for subject in subjects))
             assert most == 7
 
 
@@ -174,12 +176,12 @@ async def test_commits_go_out_together_or_one_by_one(nats_url: str, app_name: st
         send = connection.send
         connection.send = lambda frames: (sent.append(frames), send(frames))[1]  # type: ignore[method-assign]
         subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(20)]
-        await asyncio.gather(*(log.append(one, 0, one.encode()) for one in subjects))
+        await asyncio.gather(*(log.append(subject, 0, subject.encode()) for subject in subjects))
         assert b"".join(sent).count(b"Nats-Batch-Commit") == (1 if how == "always" else 0)
 
 
 @pytest.mark.setting("jetstream.group_commit")
-async def test_a_server_without_batches_is_told(tmp_path: Path, app_name: str) -> None:
+async def test_a_server_without_batches_is_reported(tmp_path: Path, app_name: str) -> None:
     async with server(tmp_path, binary=OLD_SERVER) as nats:
         with pytest.raises(StreamMismatch, match=r"group_commit = 'always' .* needs nats-server 2.12 or"):
             async with opened(nats.url, app_name, group_commit="always"):
@@ -189,7 +191,7 @@ async def test_a_server_without_batches_is_told(tmp_path: Path, app_name: str) -
 
 
 @pytest.mark.setting("jetstream.group_commit")
-async def test_a_stream_without_batches_is_told_and_update_mends_it(nats_url: str, app_name: str) -> None:
+async def test_a_stream_without_batches_is_reported_and_update_enables_them(nats_url: str, app_name: str) -> None:
     async with opened(nats_url, app_name, group_commit="never") as (connection, log):
         config = (await call_api(connection, f"STREAM.INFO.{app_name}", None))["config"]
         await call_api(connection, f"STREAM.DELETE.{app_name}", None)

@@ -1,4 +1,4 @@
-"""What runs does so as its settings say: batches, the database, HTTP, workers, leases, the stop, dead letters."""
+"""The settings of the service take effect: batches, database, HTTP, workers, leases, stopping, dead letters."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def backlog() -> dict[str, str]:
 
 @asynccontextmanager
 async def behind(url: str, backlog: dict[str, str], name: str) -> AsyncIterator[LogReader]:
-    """A reader with the backlog before it, of which a read gives little."""
+    """A reader before a backlog, of which a single read returns little."""
     connection = await dial(settings_for(Path(), nats=url), name="test")
     log = await open_log(connection, backlog.setdefault(url, name), consumer__window=100)
     try:
         if not (await log.info()).commits:
             subjects = [log.subjects.address("Notebook", f"n{n}").subject for n in range(BACKLOG)]
-            await asyncio.gather(*(log.append(one, 0, one.encode()) for one in subjects))
+            await asyncio.gather(*(log.append(subject, 0, subject.encode()) for subject in subjects))
         yield await log.read(0)
     finally:
         await log.close()
@@ -105,19 +105,19 @@ async def test_a_service_writes_no_wider_batches(
 
 
 def at_once(engine: Engine, count: int) -> list[Any]:
-    """Take so many connections."""
+    """Take this many connections."""
     return [engine.connect() for _ in range(count)]
 
 
 @pytest.mark.setting("database.pool_size", "database.max_overflow", "database.pool_timeout", on="")
-def test_so_many_connections_are_kept_and_lent_and_waited_for(database_url: str) -> None:
+def test_the_pool_keeps_and_lends_the_set_number_of_connections_and_waits_for_more(database_url: str) -> None:
     settings = Database(pool_size=2, max_overflow=1, pool_timeout=0.05)
     engine = open_database(database_url, **settings.options())
     lent = at_once(engine, 3)
     with pytest.raises(PoolTimeout, match="timeout 0.05"):
         engine.connect()
-    for one in lent:
-        one.close()
+    for connection in lent:
+        connection.close()
     assert engine.pool.checkedin() == 2  # type: ignore[attr-defined]
     if engine.dialect.name == "postgresql":
         with engine.connect() as connection:
@@ -142,7 +142,7 @@ def test_an_old_connection_is_replaced(database_url: str, monkeypatch: pytest.Mo
 
 @pytest.mark.setting("database.connect_timeout", on="")
 def test_a_database_that_says_nothing_is_given_up(fresh_postgres: str) -> None:
-    del fresh_postgres  # it is PostgreSQL's setting
+    del fresh_postgres  # the setting is for PostgreSQL
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(8)
@@ -164,7 +164,7 @@ def test_a_database_that_says_nothing_is_given_up(fresh_postgres: str) -> None:
 
 
 @pytest.mark.setting("database.lock_timeout", on="")
-def test_a_lock_of_somebody_else_is_waited_for_so_long(database_url: str) -> None:
+def test_a_foreign_lock_is_waited_for_until_the_set_timeout(database_url: str) -> None:
     engine = open_database(database_url, **Database(lock_timeout=0.1).options())
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE t (n INTEGER)"))
@@ -205,7 +205,7 @@ async def get(url: str, token: str = "") -> tuple[int, str]:
 
 
 @pytest.mark.setting("http.host", "http.port")
-async def test_http_listens_where_it_is_told(nats_url: str, app_name: str, tmp_path: Path) -> None:
+async def test_http_listens_on_the_set_address(nats_url: str, app_name: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.2", 0))
         port = free.getsockname()[1]
@@ -236,7 +236,7 @@ async def test_a_token_is_needed_for_metrics_and_details(nats_url: str, app_name
 
 
 @pytest.mark.setting("workers", "http.token", "drain")
-async def test_so_many_workers_run_and_their_metrics_need_the_token(
+async def test_the_set_number_of_workers_runs_and_their_metrics_need_the_token(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
 ) -> None:
     monkeypatch.setenv(NAME_VARIABLE, app_name)
@@ -247,7 +247,9 @@ async def test_so_many_workers_run_and_their_metrics_need_the_token(
     await supervisor.start()
     try:
         assert len({worker.process.pid for worker in supervisor.workers if worker.process is not None}) == 2
-        await wait_until(lambda: all(len(one.heartbeat.get("partitions", ())) == 32 for one in supervisor.workers), 30)
+        await wait_until(
+            lambda: all(len(worker.heartbeat.get("partitions", ())) == 32 for worker in supervisor.workers), 30
+        )
         assert (await get(f"{supervisor.http.url}/metrics"))[0] == 401
         status, page = await get(f"{supervisor.http.url}/metrics", "right")
         assert status == 200
@@ -274,17 +276,17 @@ async def test_several_workers_say_that_their_embedded_server_syncs(
 
 
 @pytest.mark.setting("lease")
-async def test_leases_last_so_long(nats_url: str, app_name: str, tmp_path: Path) -> None:
+async def test_leases_last_for_the_set_time(nats_url: str, app_name: str, tmp_path: Path) -> None:
     async with running(app_name, tmp_path, nats_url, lease=7.5) as service:
-        async with api(nats_url) as ask:
-            config = (await ask(f"STREAM.INFO.KV_{bucket_of(app_name)}"))["config"]
+        async with api(nats_url) as call:
+            config = (await call(f"STREAM.INFO.KV_{bucket_of(app_name)}"))["config"]
         assert config["max_age"] == 7_500_000_000
         assert service.service.scheduler.jobs["renew_leases"].interval == 2.5
 
 
 @pytest.mark.setting("drain")
 @pytest.mark.parametrize("drain", [0.0, 0.7])
-async def test_a_stop_waits_so_long_for_commands(
+async def test_a_stop_waits_for_commands_for_the_set_time(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drain: float
 ) -> None:
     service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, drain=drain))
@@ -303,7 +305,7 @@ async def test_a_stop_waits_so_long_for_commands(
 
 
 @pytest.mark.setting("commands.pending")
-async def test_no_more_commands_are_taken_at_once(nats_url: str, app_name: str, tmp_path: Path) -> None:
+async def test_no_more_commands_than_set_are_taken_at_once(nats_url: str, app_name: str, tmp_path: Path) -> None:
     most = 0
     async with running(app_name, tmp_path, nats_url, commands__pending=5) as service:
         pending, receive = service.service.parts.gateway.pending, service.service.parts.admission.receive
@@ -335,7 +337,7 @@ class Unsure(Rows[Page], of=Notebook):
 
 @pytest.mark.setting("dead_letters.retries", "dead_letters.retry_after")
 @pytest.mark.parametrize("retries", [0, 1, 3])
-async def test_a_transient_failure_is_tried_again_so_often_and_ever_later(
+async def test_a_transient_failure_is_retried_as_often_as_set_with_growing_pauses(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch, retries: int
 ) -> None:
     app = App(app_name, aggregates=[Notebook], projections=[Unsure])
@@ -365,8 +367,8 @@ async def test_a_transient_failure_is_tried_again_so_often_and_ever_later(
         assert len(pauses) == retries
         if retries:
             assert pauses[-1] is None
-            told = [one for one in pauses[:-1] if one is not None]
-            assert told == [0.01 * 2 ** (n + 1) for n in range(retries - 1)]
+            waits = [pause for pause in pauses[:-1] if pause is not None]
+            assert waits == [0.01 * 2 ** (n + 1) for n in range(retries - 1)]
     finally:
         await service.stop()
 
@@ -375,7 +377,7 @@ async def test_a_transient_failure_is_tried_again_so_often_and_ever_later(
 async def test_everything_is_kept_in_the_data_directory(tmp_path: Path, app_name: str) -> None:
     service = Service(notebooks(app_name), settings_for(tmp_path / "here", drain=2.0))
     await service.start()
-    kept = {one.name for one in (tmp_path / "here" / app_name).iterdir()}
+    kept = {path.name for path in (tmp_path / "here" / app_name).iterdir()}
     assert {"nats", "projections.db", "service.json", "lock"} <= kept
     assert service.database_url == f"sqlite:///{tmp_path / 'here' / app_name / 'projections.db'}"
     await service.stop()

@@ -1,4 +1,4 @@
-"""Each way to prove who one is, and whom one speaks to: let in when right, and told what is wrong when not."""
+"""Each kind of credentials and certificates: accepted when right, and named in the error when wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.servers import Operator, Server, Tls, cluster, nkey, password_config,
 
 Wait = Callable[..., Any]
 PROMPT_S = 3.0
-"""Far less than the time-out, which is what a wrong credential must not wait for."""
+"""Seconds, far less than the time-out: wrong credentials must fail without waiting for it."""
 PATIENT = {"connection__connect_timeout": 60.0}
 
 
@@ -44,13 +44,13 @@ async def dialled(url: str, **values: Any) -> AsyncIterator[NatsConnection]:
 
 
 async def taken(url: str, **values: Any) -> None:
-    """A service would be let in, and can use JetStream."""
+    """Check that a service would be let in and can use JetStream."""
     async with dialled(url, **values) as connection:
         assert "streams" in await call_api(connection, "INFO", None)
 
 
 async def refused(url: str, *words: str, **values: Any) -> str:
-    """A service would be refused, long before the time-out and in these words, with one server and with several."""
+    """Check that a service is refused in these words, well before the time-out, with one server and with several."""
     gone = f"nats://127.0.0.1:{free_port()}"
     text = ""
     for servers in (url, f"{gone},{url}", f"{url},{url.replace('127.0.0.1', 'localhost')}"):
@@ -65,7 +65,7 @@ async def refused(url: str, *words: str, **values: Any) -> str:
 
 
 async def unusable(*words: str, **values: Any) -> None:
-    """A file can't be used, which is said without asking any server."""
+    """Check that an unusable file is reported without connecting to any server."""
     with pytest.raises(BadCredentials) as caught:
         async with dialled("nats://127.0.0.1:1", **values):
             pass
@@ -77,8 +77,8 @@ async def unusable(*words: str, **values: Any) -> None:
 async def test_a_token(tmp_path: Path, binary: str) -> None:
     async with server(tmp_path, token_config("right"), binary=binary) as nats:
         await taken(nats.url, security__token="right")
-        told = await refused(nats.url, "Authorization Violation", "security.token", security__token="hush-hush")
-        assert "hush" not in told
+        message = await refused(nats.url, "Authorization Violation", "security.token", security__token="hush-hush")
+        assert "hush" not in message
         await refused(nats.url, "requires credentials", "`security`")
 
 
@@ -87,10 +87,10 @@ async def test_a_user_and_a_password(tmp_path: Path, binary: str) -> None:
     async with server(tmp_path, password_config("me", "p@ss"), binary=binary) as nats:
         await taken(nats.url, security__user="me", security__password="p@ss")
         await taken(nats.url.replace("//", "//me:p@ss@"))
-        told = await refused(
+        message = await refused(
             nats.url, "security.user 'me'", "security.password", security__user="me", security__password="hush"
         )
-        assert "hush" not in told
+        assert "hush" not in message
         assert "hush" not in await refused(nats.url.replace("//", "//me:hush@"), "credentials in the URL")
 
 
@@ -188,7 +188,7 @@ async def test_a_certificate_that_is_not_verified_is_warned_of(
 
 
 @pytest.mark.setting("security.tls_required")
-async def test_a_server_in_clear_text_is_never_told_anything(tmp_path: Path, binary: str, certificates: Tls) -> None:
+async def test_nothing_is_sent_to_a_server_in_clear_text(tmp_path: Path, binary: str, certificates: Tls) -> None:
     async with server(tmp_path, token_config("right"), binary=binary) as nats:
         for url, options in (
             (nats.url, {"security__tls_required": True}),
@@ -205,7 +205,7 @@ async def test_a_server_in_clear_text_is_never_told_anything(tmp_path: Path, bin
 
 @pytest.mark.setting("security.tls_required")
 @pytest.mark.parametrize("how", ["required", "url"])
-async def test_a_server_that_comes_back_in_clear_text_is_not_told_anything(
+async def test_nothing_is_sent_to_a_server_that_comes_back_in_clear_text(
     tmp_path: Path, binary: str, certificates: Tls, wait_until: Wait, how: str
 ) -> None:
     async with server(tmp_path, certificates.required + token_config("right"), binary=binary) as nats:
@@ -224,7 +224,7 @@ async def test_a_server_that_comes_back_in_clear_text_is_not_told_anything(
 
 
 @pytest.mark.setting("security.tls_required")
-async def test_servers_that_a_tls_server_names_are_spoken_to_in_tls_too(tmp_path: Path, certificates: Tls) -> None:
+async def test_servers_that_a_tls_server_names_are_connected_to_with_tls_too(tmp_path: Path, certificates: Tls) -> None:
     async with server(tmp_path, certificates.required) as nats:
         settings: dict[str, Any] = {"security__ca_file": certificates.ca}
         async with dialled(nats.url.replace("nats:", "tls:"), **settings) as connection:
@@ -237,7 +237,7 @@ async def test_servers_that_a_tls_server_names_are_spoken_to_in_tls_too(tmp_path
 # secrets
 
 
-async def test_no_secret_is_logged_or_told_by_a_service(
+async def test_no_secret_is_logged_or_shown_by_a_service(
     tmp_path: Path, app_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -246,7 +246,7 @@ async def test_no_secret_is_logged_or_told_by_a_service(
         service = Service(notebooks(app_name), settings_for(tmp_path / "data", **values))
         await service.start()
         async with await Client.connect(service.app, data=tmp_path / "data") as client:
-            # found by its own description, which has the token: for its owner only
+            # the client reads the service's description, which has the token and is readable by its owner only
             await client.execute(Notebook, "n", Note("a"))
         description = tmp_path / "data" / app_name / "service.json"
         assert description.stat().st_mode & 0o077 == 0
@@ -275,7 +275,7 @@ async def test_a_server_that_takes_us_is_found_behind_one_that_does_not(tmp_path
     picky, open_ = Server(tmp_path / "a", token_config("right")), Server(tmp_path / "b")
     try:
         await asyncio.gather(picky.start(), open_.start())
-        for _ in range(4):  # they are tried in any order
+        for _ in range(4):  # the servers are tried in any order
             for reconnects in (-1, 0):
                 await taken(f"{picky.url},{open_.url}", security__token="wrong", connection__max_reconnects=reconnects)
     finally:

@@ -1,4 +1,4 @@
-"""Where settings come from, and what is said about those that can't be."""
+"""The sources of settings, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -106,8 +106,12 @@ def test_a_secret_is_the_text_that_was_written(secret: str) -> None:
 
 def test_assignments_have_names_values_and_right_json() -> None:
     assert parse_assignment('rates.commands={"rate": 5}') == ("rates.commands", {"rate": 5})
-    for wrong, told in (("stream.replicas", "name=value"), ("=3", "name=value"), ("consumer.backoff=[1", "not JSON")):
-        with pytest.raises(SettingsError, match=told):
+    for wrong, message in (
+        ("stream.replicas", "name=value"),
+        ("=3", "name=value"),
+        ("consumer.backoff=[1", "not JSON"),
+    ):
+        with pytest.raises(SettingsError, match=message):
             parse_assignment(wrong)
 
 
@@ -136,7 +140,7 @@ def test_an_unknown_key_is_named_with_its_source_and_the_nearest_one(tmp_path: P
     assert problems(qqqq=1) == ["qqqq: no such setting; `eskernel config show` lists all"]
 
 
-def test_all_problems_are_told_at_once_and_without_the_values() -> None:
+def test_all_problems_are_reported_at_once_and_without_the_values() -> None:
     found = refused(
         None,
         {"stream.replicas": "seven", "security.token": "hush-hush", "security.user": "u"},
@@ -180,8 +184,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"stream__retention": "interest"}, "no aggregate could be loaded again"),
     ({"stream__retention": "workqueue"}, "no aggregate could be loaded again"),
     *(
-        ({"consumer__deliver_policy": one}, "leaves out events that projections need")
-        for one in ("new", "last", "last_per_subject", "by_start_time", "by_start_sequence")
+        ({"consumer__deliver_policy": policy}, "leaves out events that projections need")
+        for policy in ("new", "last", "last_per_subject", "by_start_time", "by_start_sequence")
     ),
     ({"consumer__ack_policy": "explicit"}, "out of order"),
     ({"consumer__max_deliver": 3}, "dead_letters.retries"),
@@ -198,17 +202,17 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.setting("consumer.deliver_policy", "consumer.max_deliver", "stream.retention", on="")
-@pytest.mark.parametrize(("given", "told"), CONTRADICTIONS)
-def test_what_contradicts_itself_is_refused(given: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("given", "message"), CONTRADICTIONS)
+def test_contradictory_settings_are_refused(given: dict[str, Any], message: str) -> None:
     found = problems(**given)
     assert len(found) == 1
-    assert told in found[0]
+    assert message in found[0]
 
 
 @pytest.mark.parametrize(
     "url", ["http://a", "nats://u:hu/sh@a", "nats://u:12/hush@a", "nats://u:p#hush@a", "nats://", "nats://a:0", "a:b"]
 )
-def test_what_is_no_url_of_a_server_is_refused_and_not_told(url: str) -> None:
+def test_an_invalid_server_url_is_refused_and_not_printed(url: str) -> None:
     [found] = problems(connection__servers=url)
     assert found.startswith("connection.servers") or "a server's URL is" in found
     assert "hu" not in found
@@ -217,7 +221,7 @@ def test_what_is_no_url_of_a_server_is_refused_and_not_told(url: str) -> None:
 # secrets
 
 
-def test_no_secret_is_in_what_is_printed() -> None:
+def test_no_secret_is_printed() -> None:
     settings = Settings(
         connection=Connection(servers=("nats://u:hush@a:1", "nats://hush@b:2", "nats://u:hu@sh@c")),
         security=Security(user="u", password=SecretStr("hush")),
@@ -229,7 +233,7 @@ def test_no_secret_is_in_what_is_printed() -> None:
         assert "sh@" not in text
 
 
-def test_settings_come_back_whole_from_what_is_written() -> None:
+def test_settings_are_restored_completely_from_their_written_form() -> None:
     given = {
         "data": Path("/d"),
         "connection.servers": "nats://u:p@a,nats://b",
@@ -248,7 +252,7 @@ def test_settings_come_back_whole_from_what_is_written() -> None:
     assert "lease" not in written(settings)
 
 
-def test_what_is_changed_leaves_the_rest_as_it_was() -> None:
+def test_changed_settings_leave_the_others_unchanged() -> None:
     settings = settings_of({"security.token": "hush", "stream.partitions": 64})
     other = changed(settings, {"stream.replicas": 3, "connection.servers": "nats://a"})
     assert (other.stream.replicas, other.connection.servers) == (3, ("nats://a",))

@@ -1,4 +1,4 @@
-"""Each field of the stream as the server shows it and by its effect; what is done about a stream that is there."""
+"""Each field of the stream as the server shows it and by its effect; the treatment of an existing stream."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ async def opened(url: str, app: str, **values: Any) -> AsyncIterator[tuple[NatsC
 
 
 async def config_of(url: str, stream: str) -> dict[str, Any]:
-    async with api(url) as ask:
-        found: dict[str, Any] = (await ask(f"STREAM.INFO.{stream}"))["config"]
+    async with api(url) as call:
+        found: dict[str, Any] = (await call(f"STREAM.INFO.{stream}"))["config"]
         return found
 
 
 async def append(log: JetStreamLog, *ids: str, size: int = 10) -> list[Any]:
-    subjects = [log.subjects.address("Notebook", one).subject for one in ids]
+    subjects = [log.subjects.address("Notebook", aggregate_id).subject for aggregate_id in ids]
     return await asyncio.gather(
-        *(log.append(one, 0, one.encode().ljust(size, b".")) for one in subjects), return_exceptions=True
+        *(log.append(subject, 0, subject.encode().ljust(size, b".")) for subject in subjects), return_exceptions=True
     )
 
 
@@ -111,11 +111,11 @@ async def test_without_settings_nothing_is_limited(url: str, app_name: str) -> N
 async def test_a_full_stream_refuses_and_loses_nothing(url: str, app_name: str, limit: dict[str, Any]) -> None:
     async with opened(url, app_name, **limit) as (_, log):
         outcomes = await append(log, *(f"n{n}" for n in range(30)), size=300)
-        taken = [one for one in outcomes if isinstance(one, int)]
-        refused = [one for one in outcomes if not isinstance(one, int)]
+        taken = [outcome for outcome in outcomes if isinstance(outcome, int)]
+        refused = [outcome for outcome in outcomes if not isinstance(outcome, int)]
         assert taken
         assert len(refused) >= 15
-        assert all(type(one) is Unavailable and "full" in str(one) for one in refused)
+        assert all(type(error) is Unavailable and "full" in str(error) for error in refused)
         info = await log.info()
         assert (info.first, info.last, info.commits) == (1, len(taken), len(taken))
 
@@ -171,7 +171,7 @@ async def test_memory_ends_with_the_server_which_is_said_at_start(tmp_path: Path
 
 
 @pytest.mark.setting("stream.replicas")
-async def test_replicas_are_on_so_many_servers_and_can_be_raised(
+async def test_replicas_are_on_the_set_number_of_servers_and_can_be_raised(
     tmp_path: Path, app_name: str, wait_until: Wait
 ) -> None:
     async with cluster(tmp_path) as members:
@@ -185,7 +185,7 @@ async def test_replicas_are_on_so_many_servers_and_can_be_raised(
                 found = (await call_api(connection, f"STREAM.INFO.{app_name}", None)).get("cluster", {}).get(
                     "replicas"
                 ) or []
-                return len(found) == 2 and all(one.get("current") for one in found)
+                return len(found) == 2 and all(replica.get("current") for replica in found)
 
             await wait_until(followed, timeout=40)
             assert (await log.info()).commits == 1
@@ -208,7 +208,7 @@ async def test_the_embedded_server_syncs(tmp_path: Path, app_name: str) -> None:
         await service.stop()
 
 
-# a stream that is there
+# an existing stream
 
 DIFFERENT: dict[str, Any] = {"stream__max_messages": 1000, "stream__compression": "s2"}
 
@@ -289,7 +289,7 @@ async def test_validate_changes_and_makes_nothing(url: str, app_name: str) -> No
 
 
 @pytest.mark.setting("stream.existing")
-async def test_skip_takes_what_is_there(url: str, app_name: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_skip_accepts_the_existing_stream(url: str, app_name: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(StreamMismatch, match="never creates it"):
         await made(url, app_name, stream__existing="skip")
     await made(url, app_name)
@@ -304,7 +304,7 @@ async def test_skip_takes_what_is_there(url: str, app_name: str, caplog: pytest.
 
 @pytest.mark.setting("stream.may_lose_events", "stream.max_age")
 @pytest.mark.parametrize("how", ["create", "validate"])
-async def test_a_stream_that_somebody_else_let_lose_events_is_refused(url: str, app_name: str, how: str) -> None:
+async def test_a_stream_that_others_configured_to_lose_events_is_refused(url: str, app_name: str, how: str) -> None:
     await made(url, app_name)
     await change_stream(url, app_name, max_age=3600 * 10**9)
     with pytest.raises(StreamMismatch, match="max_age"):
@@ -353,8 +353,8 @@ async def test_a_stream_may_have_another_name_and_other_subjects(
             await Client.connect(notebooks(app_name), settings_for(tmp_path, nats=url))
         file = tmp_path / "eskernel.toml"
         file.write_text("[stream]\n" + "".join(f'{n.split("__")[1]} = "{v}"\n' for n, v in values.items()))
-        told = await cli(tmp_path, app_name, url, database_url, "rebuild", "Pages", "--json")
-        assert json.loads(told)[0]["events"] == 20
+        output = await cli(tmp_path, app_name, url, database_url, "rebuild", "Pages", "--json")
+        assert json.loads(output)[0]["events"] == 20
         assert "n3" in await cli(tmp_path, app_name, url, database_url, "show", "Notebook", "n3")
         status = json.loads(await cli(tmp_path, app_name, url, database_url, "status", "--json"))
         assert status["ready"]
@@ -380,14 +380,14 @@ async def test_one_app_may_run_twice_on_a_server(
 ) -> None:
     caplog.set_level(logging.INFO)
     other: dict[str, Any] = {"stream__name": f"{app_name}-b", "stream__subject_prefix": f"{app_name}-b"}
-    async with running(app_name, tmp_path / "a", nats_url) as one:
+    async with running(app_name, tmp_path / "a", nats_url) as neighbour:
         service = Service(notebooks(app_name), settings_for(tmp_path / "b", nats=nats_url, drain=2.0, **other))
         await service.start()
         try:
-            assert len(service.partitions) == len(one.service.partitions) == 64
+            assert len(service.partitions) == len(neighbour.service.partitions) == 64
             assert service.status()["workers"] == [service.worker]
             async with await Client.connect(service.app, service.settings) as client:
                 await client.execute(Notebook, "n", Note("b"))
-            assert (await one.service.parts.log.info()).commits == 0
+            assert (await neighbour.service.parts.log.info()).commits == 0
         finally:
             await service.stop()

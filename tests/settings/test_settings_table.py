@@ -1,4 +1,4 @@
-"""Every setting has a test that shows its effect, and what is written about the settings is up to date."""
+"""Every setting has a test that shows its effect, and the documents about settings are up to date."""
 
 from __future__ import annotations
 

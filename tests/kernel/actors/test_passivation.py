@@ -1,4 +1,4 @@
-"""Aggregates come to life when needed, and go when idle or too many, never with something under way."""
+"""Aggregates are activated on demand, and passivated when idle or too many, never while something is under way."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Discard:
 
 def wake(of: Residents, *ids: int) -> list[Any]:
     subjects = MemoryLog("books").subjects
-    return of.wake([subjects.address("Notebook", f"n{one}") for one in ids])
+    return of.wake([subjects.address("Notebook", f"n{number}") for number in ids])
 
 
 async def test_over_the_limit_the_least_recently_used_go_first() -> None:
@@ -77,13 +77,13 @@ async def test_actors_are_used_again_so_that_memory_does_not_grow() -> None:
         while live.sweep():
             pass
     actors = sum(len(empty) for empty in live._empty.values())
-    # one more than ever were alive at once is made only where a partition had none to spare
+    # more actors than were ever live at once are made only where a partition had no spare one
     assert actors <= 64 * 4
     assert len(live) == 0
 
 
 def fill(of: Residents, *found: Any, kilobytes: int = 1) -> None:
-    """Load states of a size."""
+    """Give the aggregates states of this size."""
     declared = notebooks("books").types["Notebook"]
     messages = []
     for resident in found:
@@ -98,7 +98,7 @@ def measure_all(of: Residents) -> None:
         of.measure()
 
 
-async def test_what_live_aggregates_take_is_measured_and_the_others_are_taken_to_be_like_them() -> None:
+async def test_the_memory_of_some_aggregates_is_measured_and_the_others_are_estimated_from_it() -> None:
     live = residents(limit=10_000, idle=1000)
     found = wake(live, *range(100))
     fill(live, *found, kilobytes=20)
@@ -113,12 +113,12 @@ async def test_what_live_aggregates_take_is_measured_and_the_others_are_taken_to
 
 async def test_a_state_that_has_grown_is_measured_again_when_it_was_used() -> None:
     live = residents(limit=10_000, idle=1000)
-    (one,) = wake(live, 1)
-    fill(live, one, kilobytes=1)
+    (resident,) = wake(live, 1)
+    fill(live, resident, kilobytes=1)
     measure_all(live)
     before = live.memory
     wake(live, 1)
-    fill(live, one, kilobytes=30)
+    fill(live, resident, kilobytes=30)
     measure_all(live)
     assert live.memory > before + 29_000
     wake(live, *range(2, 50))
@@ -139,19 +139,19 @@ async def test_over_the_memory_budget_the_least_recently_used_go_until_it_is_kep
     assert left == [f"n{number}" for number in range(31 - len(left), 30)] + ["n0"]
 
 
-async def test_a_budget_is_no_reason_to_let_go_of_what_is_busy_and_those_behind_it_go_instead() -> None:
+async def test_over_the_budget_busy_aggregates_stay_and_the_next_ones_go_instead() -> None:
     live = residents(limit=10_000, idle=1000, budget=1)
     found = wake(live, *range(300))
     fill(live, *found)
     measure_all(live)
-    for one in found[:200]:
-        one.busy = 1
+    for resident in found[:200]:
+        resident.busy = 1
     while live.sweep():
         pass
-    assert {one.address.id for one in live.all()} == {one.address.id for one in found[:200]}
+    assert {resident.address.id for resident in live.all()} == {resident.address.id for resident in found[:200]}
 
 
-async def test_what_has_gone_is_counted_no_more() -> None:
+async def test_passivated_aggregates_are_no_longer_counted() -> None:
     live = residents(limit=0, idle=1000)
     for round_ in range(5):
         fill(live, *wake(live, *range(round_ * 100, round_ * 100 + 100)))
@@ -260,12 +260,12 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
     monkeypatch.setattr(service.parts.log, "read_subject", slow_read)
     monkeypatch.setattr(service.parts.projector.committer, "write", slow_write)
     async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
-        # one loads, those behind it are stashed
+        # one command loads the aggregate, the commands behind it are stashed
         sending = [asyncio.ensure_future(client.execute(Notebook, "busy", Note("a", n))) for n in range(5)]
         poisoned = asyncio.ensure_future(client.execute(Notebook, "bad", Note("poison row")))
 
         def live() -> set[str]:
-            return {one.address.id for one in service.parts.gateway.residents.all()}
+            return {resident.address.id for resident in service.parts.gateway.residents.all()}
 
         await wait_until(lambda: live() == {"busy", "bad"})
         for _ in range(3):
@@ -273,7 +273,7 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
         assert live() == {"busy", "bad"}
         gate.set()
         receipts = [*await asyncio.gather(*sending), await poisoned]
-        # folded, one of them parked, and not yet written
+        # folded, one aggregate parked, and not yet written
         await wait_until(lambda: service.parts.projector.committer.lasting)
         for _ in range(3):
             await service.parts.gateway.residents.passivate()

@@ -1,4 +1,4 @@
-"""The command line, as a person and a script use it."""
+"""The command line, as people and scripts use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Shell:
-    """Runs `eskernel` in a folder of its own, where the bank's service is running."""
+    """Runs `eskernel` in a separate folder, in which the bank's service is running."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,7 +50,7 @@ class Shell:
         return self.service.wait(30)
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        """Run a command; return what it printed: its results, or its errors where it is to fail."""
+        """Run a command; return its standard output, or its standard error where it is expected to fail."""
         done = subprocess.run(
             [sys.executable, "-m", "kernel.cli", *arguments],
             cwd=self.folder,
@@ -120,11 +120,11 @@ def test_show_prints_state_and_history_also_as_of_then(shell: Shell) -> None:
     assert "balance = 123" in shell("show", "Account", "dora")
     assert "balance = 120" in shell("show", "Account", "dora", "--at", "2")
     history = json.loads(shell("show", "Account", "dora", "--history", "--json"))
-    assert [one["data"]["cents"] for one in history["events"]] == [100, 20, 3]
+    assert [event["data"]["cents"] for event in history["events"]] == [100, 20, 3]
     second = history["events"][1]["time"]
     assert "balance = 120" in shell("show", "Account", "dora", "--at", second)
     assert "had no events" in shell("show", "Account", "dora", "--at", "2001-01-01", code=1)
-    assert "has no events" in shell("show", "Account", "nobody", code=1)
+    assert "has no events" in shell("show", "Account", "unknown", code=1)
 
 
 def test_rebuild_says_what_it_did(shell: Shell) -> None:
@@ -134,26 +134,26 @@ def test_rebuild_says_what_it_did(shell: Shell) -> None:
     assert "Balances" in shell("rebuild", "Balanced", code=2)
 
 
-def test_status_tells_health_and_position(shell: Shell) -> None:
+def test_status_reports_health_and_position(shell: Shell) -> None:
     report = json.loads(shell("status", "--json"))
     assert report["ready"]
     (worker,) = report["workers"]
     assert worker["partitions"] == list(range(64))
     assert {job["name"] for job in worker["jobs"]} >= {"passivate", "detect_backlog", "probe", "renew_leases"}
-    told = shell("status")
-    assert "bank is ready" in told
-    assert "partitions 0-63" in told
+    output = shell("status")
+    assert "bank is ready" in output
+    assert "partitions 0-63" in output
 
 
-def test_backlog_tells_of_every_projection_and_of_publishing(shell: Shell) -> None:
+def test_backlog_reports_every_projection_and_publishing(shell: Shell) -> None:
     report = json.loads(shell("backlog", "--json"))
     assert report["level"] == "ok"
-    (one,) = report["projections"]
-    assert (one["projection"], one["level"], one["behind"]) == ("Balances", "ok", 0)
+    (projection,) = report["projections"]
+    assert (projection["projection"], projection["level"], projection["behind"]) == ("Balances", "ok", 0)
     assert [each["level"] for each in report["publishing"]] == ["low"]
-    told = shell("backlog")
-    assert "Balances" in told
-    assert "pressure low" in told
+    output = shell("backlog")
+    assert "Balances" in output
+    assert "pressure low" in output
 
 
 def test_jobs_are_shown_with_their_last_and_next_runs(shell: Shell) -> None:
@@ -175,7 +175,7 @@ def test_without_a_service_commands_say_how_to_start_one(tmp_path: Path) -> None
     assert "eskernel run" in Shell(tmp_path)("status", code=3)
 
 
-def test_every_command_teaches_its_use(shell: Shell) -> None:
+def test_every_command_explains_its_use(shell: Shell) -> None:
     for command in ("run", "check", "send", "query", "show", "rebuild", "status", "backlog", "jobs"):
         assert "Exit codes" in shell(command, "--help")
         assert command in shell("--help")

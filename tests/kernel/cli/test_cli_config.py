@@ -1,4 +1,4 @@
-"""`eskernel config`: what is set and where from, and whether the servers are as the settings want them."""
+"""`eskernel config`: the settings and their origins, and whether the servers match the settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def config(tmp_path: Path, app_name: str) -> Run:
-    """Runs `eskernel config` in an empty folder; returns what it printed, and fails on another exit code."""
+    """Runs `eskernel config` in an empty folder; returns its output, and fails on an unexpected exit code."""
 
     def run(*arguments: str, code: int = 0, **variables: str) -> str:
         done = subprocess.run(
@@ -45,12 +45,12 @@ def config(tmp_path: Path, app_name: str) -> Run:
 
 def check(config: Run, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(config("check", "tests.failing:app", "--json", *arguments, code=code))
-    assert any(one["level"] == "error" for one in found) == (code == 1)
+    assert any(finding["level"] == "error" for finding in found) == (code == 1)
     return found
 
 
-def said(found: list[dict[str, Any]], level: str, *words: str) -> bool:
-    return any(one["level"] == level and all(word in str(one) for word in words) for one in found)
+def reports(found: list[dict[str, Any]], level: str, *words: str) -> bool:
+    return any(finding["level"] == level and all(word in str(finding) for word in words) for finding in found)
 
 
 def test_show_lists_every_setting_with_its_origin_and_no_secrets(config: Run, tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_show_lists_every_setting_with_its_origin_and_no_secrets(config: Run, tm
         "[database]\nurl = 'postgresql://me:hush@h/d'\n[security]\ntoken = 'hush'\n"
     )
     given = ["--nats", "nats://u:hush@a,nats://b", "--set", "stream.replicas=3"]
-    told = config("show", *given, ESKERNEL_HTTP__TOKEN="hush", ESKERNEL_WORKERS="2")
-    assert "hush" not in told
-    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in told.splitlines()}
+    output = config("show", *given, ESKERNEL_HTTP__TOKEN="hush", ESKERNEL_WORKERS="2")
+    assert "hush" not in output
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in output.splitlines()}
     assert list(lines) == [name for name, _ in leaves()]
     assert lines["connection.servers"] == "nats://u:***@a, nats://b (command line)"
     assert lines["database.url"] == "postgresql://me:***@h/d (eskernel.toml)"
@@ -69,20 +69,20 @@ def test_show_lists_every_setting_with_its_origin_and_no_secrets(config: Run, tm
     assert lines["workers"] == "2 (ESKERNEL_WORKERS)"
     assert lines["lease"] == "3.0 (default)"
     changed = json.loads(config("show", *given, "--changed", "--json"))
-    assert [one["name"] for one in changed] == [
+    assert [setting["name"] for setting in changed] == [
         "connection.servers", "security.token", "stream.replicas", "database.url",
     ]  # fmt: skip
     assert changed[2] == {"name": "stream.replicas", "value": 3, "origin": "command line"}
 
 
-def test_show_and_check_tell_all_that_is_wrong_with_the_settings(config: Run) -> None:
+def test_show_and_check_report_every_problem_of_the_settings(config: Run) -> None:
     for command in (["show"], ["check", "tests.failing:app"]):
-        told = config(*command, "--set", "stream.replica=3", "--set", "workers=0", code=2)
-        assert "stream.replica: no such setting" in told
-        assert "workers:" in told
+        output = config(*command, "--set", "stream.replica=3", "--set", "workers=0", code=2)
+        assert "stream.replica: no such setting" in output
+        assert "workers:" in output
 
 
-def test_schema_is_one_of_json(config: Run) -> None:
+def test_schema_prints_a_json_schema(config: Run) -> None:
     schema = json.loads(config("schema"))
     assert set(schema["properties"]) >= {"connection", "stream", "workers"}
     assert schema["additionalProperties"] is False
@@ -90,30 +90,30 @@ def test_schema_is_one_of_json(config: Run) -> None:
 
 def test_check_without_servers_makes_nothing(config: Run, tmp_path: Path) -> None:
     found = check(config)
-    assert [one["level"] for one in found] == ["ok", "ok", "ok"]
+    assert [finding["level"] for finding in found] == ["ok", "ok", "ok"]
     assert list(tmp_path.iterdir()) == []
-    assert said(check(config, "--set", "security.token=t", code=1), "error", "security.token is for servers")
+    assert reports(check(config, "--set", "security.token=t", code=1), "error", "security.token is for servers")
 
 
 def test_check_tries_each_server(config: Run, nats_url: str, old_nats_url: str) -> None:
     gone = f"nats://127.0.0.1:{free_port()}"
     found = check(config, "--nats", f"{nats_url},{gone},{old_nats_url}", code=1)
-    assert said(found, "ok", nats_url, "nats-server 2.15.")
-    assert said(found, "ok", old_nats_url, "nats-server 2.10.")
-    assert said(found, "error", gone, "Connect call failed")
-    assert said(found, "ok", "stream", "it does not exist; the service creates it")
+    assert reports(found, "ok", nats_url, "nats-server 2.15.")
+    assert reports(found, "ok", old_nats_url, "nats-server 2.10.")
+    assert reports(found, "error", gone, "Connect call failed")
+    assert reports(found, "ok", "stream", "it does not exist; the service creates it")
     always = check(config, "--nats", old_nats_url, "--group-commit", "always", code=1)
-    assert said(always, "error", "needs nats-server 2.12")
+    assert reports(always, "error", "needs nats-server 2.12")
 
 
 async def test_check_makes_no_stream_and_no_table(
     config: Run, nats_url: str, app_name: str, fresh_postgres: str
 ) -> None:
     found = check(config, "--nats", nats_url, "--database", fresh_postgres)
-    assert said(found, "ok", "database", "tables are made at start")
-    assert said(found, "ok", "database", "writable")
-    async with api(nats_url) as ask:
-        assert app_name not in ((await ask("STREAM.NAMES"))["streams"] or [])
+    assert reports(found, "ok", "database", "tables are made at start")
+    assert reports(found, "ok", "database", "writable")
+    async with api(nats_url) as call:
+        assert app_name not in ((await call("STREAM.NAMES"))["streams"] or [])
     engine = open_database(fresh_postgres)
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM pg_tables WHERE tablename LIKE 'eskernel%'")) == 0
@@ -133,54 +133,54 @@ async def test_check_says_what_a_start_would_do_about_each_difference(
     await log.close()
     await connection.close()
     given = ["--nats", nats_url, "--set", "stream.compression=s2", "--set", "stream.max_messages=1000"]
-    async with api(nats_url) as ask:
-        before = (await ask(f"STREAM.INFO.{app_name}"))["config"]
+    async with api(nats_url) as call:
+        before = (await call(f"STREAM.INFO.{app_name}"))["config"]
         found = check(config, *given)
-        assert said(found, "warning", "compression (stream.compression) is 'none', wanted 's2'", "stays as it is")
-        assert said(found, "warning", "max_msgs", "stays as it is")
-        assert said(check(config, *given, "--set", "stream.existing=update"), "warning", "compression", "changes it")
+        assert reports(found, "warning", "compression (stream.compression) is 'none', wanted 's2'", "stays as it is")
+        assert reports(found, "warning", "max_msgs", "stays as it is")
+        assert reports(check(config, *given, "--set", "stream.existing=update"), "warning", "compression", "changes it")
         found = check(config, *given, "--set", "stream.existing=validate", code=1)
-        assert said(found, "error", "compression", "does not start")
-        assert said(check(config, *given, "--set", "stream.existing=skip"), "warning", "max_msgs", "'skip'")
+        assert reports(found, "error", "compression", "does not start")
+        assert reports(check(config, *given, "--set", "stream.existing=skip"), "warning", "max_msgs", "'skip'")
         small = ["--nats", nats_url, "--set", "stream.max_messages=2", "--set", "stream.existing=update"]
-        assert said(check(config, *small, code=1), "error", "max_msgs", "holds more already")
+        assert reports(check(config, *small, code=1), "error", "max_msgs", "holds more already")
         memory = ["--nats", nats_url, "--set", "stream.storage=memory"]
-        assert said(check(config, *memory, code=1), "error", "storage", "can't be changed")
-        assert said(check(config, "--nats", nats_url, "--partitions", "8"), "warning", "64 partitions, not 8")
-        assert (await ask(f"STREAM.INFO.{app_name}"))["config"] == before
+        assert reports(check(config, *memory, code=1), "error", "storage", "can't be changed")
+        assert reports(check(config, "--nats", nats_url, "--partitions", "8"), "warning", "64 partitions, not 8")
+        assert (await call(f"STREAM.INFO.{app_name}"))["config"] == before
     await change_stream(nats_url, app_name, max_age=3600 * 10**9)
-    assert said(check(config, "--nats", nats_url, code=1), "error", "would lose events", "max_age")
+    assert reports(check(config, "--nats", nats_url, code=1), "error", "would lose events", "max_age")
 
 
-async def test_check_tells_of_credentials_permissions_and_limits(config: Run, tmp_path: Path) -> None:
+async def test_check_reports_credentials_permissions_and_limits(config: Run, tmp_path: Path) -> None:
     async with server(tmp_path / "a", token_config("right")) as nats:
         found = check(config, "--nats", nats.url, "--set", "security.token=hush", code=1)
-        assert said(found, "error", "refused security.token")
+        assert reports(found, "error", "refused security.token")
         assert "hush" not in str(found)
         check(config, "--nats", nats.url, "--set", "security.token=right")
     async with server(tmp_path / "b", password_config("me", "right", NO_JETSTREAM)) as nats:
         user = ["--set", "security.user=me", "--set", "security.password=right"]
         found = check(config, "--nats", nats.url, *user, "--set", "jetstream.request_timeout=0.5", code=1)
-        assert said(found, "error", "JetStream", "permissions violation")
+        assert reports(found, "error", "JetStream", "permissions violation")
     async with server(tmp_path / "c", account_config("me", "right", "max_file: 1000000"), binary=OLD_SERVER) as nats:
         found = check(config, "--nats", nats.url, *user, "--set", "stream.max_bytes=2000000", code=1)
-        assert said(found, "error", "of 1,000,000 in files", "less than stream.max_bytes")
-        assert said(check(config, "--nats", nats.url, *user), "ok", "of 1,000,000 in files")
+        assert reports(found, "error", "of 1,000,000 in files", "less than stream.max_bytes")
+        assert reports(check(config, "--nats", nats.url, *user), "ok", "of 1,000,000 in files")
 
 
 def test_check_tries_the_database_and_the_directory(
     config: Run, tmp_path: Path, fresh_postgres: str, postgres_url: str
 ) -> None:
     found = check(config, "--database", "postgresql://u:hush@127.0.0.1:1/x", code=1)
-    assert said(found, "error", "database", "refused")
+    assert reports(found, "error", "database", "refused")
     assert "hush" not in str(found)
-    assert said(check(config, "--database", "mysql://h/d", code=1), "error", "is not supported")
+    assert reports(check(config, "--database", "mysql://h/d", code=1), "error", "is not supported")
     engine = open_database(fresh_postgres)
     migrations.upgrade(engine)
-    assert said(check(config, "--database", fresh_postgres), "ok", "the newest")
+    assert reports(check(config, "--database", fresh_postgres), "ok", "the newest")
     with engine.begin() as connection:
         connection.execute(text(f"UPDATE {migrations.VERSION_TABLE} SET version_num = 'later'"))
-    assert said(check(config, "--database", fresh_postgres, code=1), "error", "revision later")
+    assert reports(check(config, "--database", fresh_postgres, code=1), "error", "revision later")
     with engine.begin() as connection:
         connection.execute(text(f"UPDATE {migrations.VERSION_TABLE} SET version_num = '{migrations.head()}'"))
     engine.dispose()
@@ -189,13 +189,13 @@ def test_check_tries_the_database_and_the_directory(
         name = make_url(fresh_postgres).database
         connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
     admin.dispose()
-    assert said(check(config, "--database", fresh_postgres, code=1), "error", "not writable")
+    assert reports(check(config, "--database", fresh_postgres, code=1), "error", "not writable")
     (tmp_path / "file").write_text("")
-    assert said(check(config, "--data", "file/data", code=1), "error", "data directory", "Not a directory")
+    assert reports(check(config, "--data", "file/data", code=1), "error", "data directory", "Not a directory")
 
 
 def test_check_prints_lines_for_people(config: Run) -> None:
-    told = config("check", "tests.failing:app", "--nats", f"nats://127.0.0.1:{free_port()}", code=1)
-    assert told.startswith("error   server nats://127.0.0.1")
-    assert "see connection and security" in told
-    assert "ok      data directory" in told
+    output = config("check", "tests.failing:app", "--nats", f"nats://127.0.0.1:{free_port()}", code=1)
+    assert output.startswith("error   server nats://127.0.0.1")
+    assert "see connection and security" in output
+    assert "ok      data directory" in output

@@ -83,15 +83,15 @@ def waiting(shell: Shell) -> list[dict[str, Any]]:
     return found
 
 
-def test_what_waits_is_listed_shown_exported_skipped_and_folded_again(shell: Shell) -> None:
+def test_dead_letters_are_listed_shown_exported_skipped_and_folded_again(shell: Shell) -> None:
     (shell.folder / "broken").touch()
     shell.start("tills:app")
     for cents in (1, 13, 100, 13, 1000):
         shell("send", "Till", "a", "Pay", f"cents={cents}")
     shell("send", "Till", "b", "Pay", "cents=7")
-    until(lambda: [one["events"] for one in waiting(shell)] == [4])
-    told = shell("dead-letters", "list")
-    assert all(text in told for text in ("Sums", "Till", "unlucky"))
+    until(lambda: [parked["events"] for parked in waiting(shell)] == [4])
+    output = shell("dead-letters", "list")
+    assert all(text in output for text in ("Sums", "Till", "unlucky"))
     shown = shell("dead-letters", "show", "Till", "a")
     assert "4 events wait" in shown
     assert '{"cents":13}' in shown
@@ -117,25 +117,25 @@ def test_what_waits_is_listed_shown_exported_skipped_and_folded_again(shell: She
     assert shell.stop() == 0
 
 
-def test_what_time_mends_is_folded_again_by_the_service_itself(shell: Shell) -> None:
+def test_the_service_itself_retries_a_transient_failure(shell: Shell) -> None:
     (shell.folder / "slow").touch()
     shell.start("tills:app", "--retry-after", "0.2")
     for cents in (1, 14, 100):
         shell("send", "Till", "a", "Pay", f"cents={cents}")
-    (one,) = until(lambda: [one for one in waiting(shell) if one["attempts"] >= 2])
-    assert one["next_attempt"] is not None
+    (parked,) = until(lambda: [parked for parked in waiting(shell) if parked["attempts"] >= 2])
+    assert parked["next_attempt"] is not None
     (shell.folder / "slow").unlink()
     until(lambda: waiting(shell) == [])
     assert json.loads(shell("query", "select * from sums", "--json")) == [{"till": "a", "cents": 115}]
     assert shell.stop() == 0
 
 
-def test_after_enough_attempts_it_waits_for_somebody_to_decide(shell: Shell) -> None:
+def test_after_the_last_attempt_a_dead_letter_waits_for_an_operator(shell: Shell) -> None:
     (shell.folder / "slow").touch()
     shell.start("tills:app", "--retry-after", "0.05", "--retries", "3")
     shell("send", "Till", "a", "Pay", "cents=14")
-    (one,) = until(lambda: [one for one in waiting(shell) if one["next_attempt"] is None])
-    assert one["attempts"] == 4
+    (parked,) = until(lambda: [parked for parked in waiting(shell) if parked["next_attempt"] is None])
+    assert parked["attempts"] == 4
     assert shell.stop() == 0
 
 
@@ -149,7 +149,7 @@ def workers_of(shell: Shell) -> list[psutil.Process]:
 
 
 def status(shell: Shell) -> dict[str, Any]:
-    """What `status` says, or nothing while it is not ready."""
+    """Return the report of `status`, empty while the service is not ready."""
     try:
         report: dict[str, Any] = json.loads(shell("status", "--json"))
     except AssertionError:
@@ -160,7 +160,7 @@ def status(shell: Shell) -> dict[str, Any]:
 def test_workers_share_the_partitions_and_die_and_come_back(shell: Shell) -> None:
     shell.start("tills:app", "--workers", "2")
     report = until(lambda: status(shell))
-    assert [len(one["partitions"]) for one in report["workers"]] == [32, 32]
+    assert [len(worker["partitions"]) for worker in report["workers"]] == [32, 32]
     for n in range(6):
         shell("send", "Till", f"t{n}", "Pay", "cents=1")
     victim, other = workers_of(shell)
@@ -178,7 +178,7 @@ def test_workers_never_outlive_their_parent(shell: Shell) -> None:
     shell.start("tills:app", "--workers", "2")
     assert shell.service is not None
     family = psutil.Process(shell.service.pid).children(recursive=True)
-    os.kill(family[-1].pid, signal.SIGSTOP)  # not even one that can't do anything for itself
+    os.kill(family[-1].pid, signal.SIGSTOP)  # not even a frozen worker
     shell.service.kill()
     shell.service.wait()
     _, alive = psutil.wait_procs(family, 15)
@@ -189,10 +189,10 @@ def test_workers_never_outlive_their_parent(shell: Shell) -> None:
 
 
 def test_workers_that_cannot_start_say_why_at_once(shell: Shell) -> None:
-    told = shell("run", "tills:app", "--workers", "2", "--nats", "nats://127.0.0.1:1", code=3)
-    assert "can't connect to NATS" in told
+    output = shell("run", "tills:app", "--workers", "2", "--nats", "nats://127.0.0.1:1", code=3)
+    assert "can't connect to NATS" in output
 
 
-def test_a_command_that_teaches(shell: Shell) -> None:
+def test_every_command_explains_its_options(shell: Shell) -> None:
     for command in ("list", "show", "retry", "skip", "export"):
         assert "--data" in shell("dead-letters", command, "--help")

@@ -1,4 +1,4 @@
-"""Commands over the connection, on a running service: receipts, refusals, and errors that say what was wrong."""
+"""Commands sent to a running service: receipts, rejections, and errors that name the cause."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ async def client(service: Service) -> AsyncIterator[Client]:
 
 
 async def request(service: Service, payload: bytes, subject: str = "") -> dict[str, Any]:
-    """Send raw bytes with nothing but nats-py, as a program in any language would."""
+    """Send raw bytes with plain nats-py, as a program in any language does."""
     connection = await nats.connect(service.nats_url)
     answer = await connection.request(subject or f"{service.app.name}.cmd", payload, timeout=5)
     await connection.close()
     return json.loads(answer.data)
 
 
-async def test_a_receipt_tells_version_and_stream_sequence(client: Client) -> None:
+async def test_a_receipt_has_version_and_stream_sequence(client: Client) -> None:
     first = await client.execute(Notebook, "n", Note("one"))
     second = await client.execute(Notebook, "n", NoteTwice("two"))
     assert (first.version, second.version) == (1, 3)
@@ -124,7 +124,7 @@ async def test_any_nats_client_can_send_to_the_app_or_to_the_partition(service: 
     assert (await request(service, json.dumps(command).encode(), partition))["ok"]["duplicate"]
 
 
-async def test_a_handler_that_raises_harms_nobody_else(client: Client) -> None:
+async def test_a_handler_that_raises_harms_no_other_command(client: Client) -> None:
     outcomes = await asyncio.gather(
         client.execute(Notebook, "n", Note("one")),
         client.execute(Notebook, "n", Explode()),
@@ -158,7 +158,7 @@ async def test_an_unstorable_event_fails_its_own_command_only(client: Client) ->
     assert "infinity" in str(outcomes[5])
 
 
-async def test_a_request_that_breaks_the_decoder_takes_nobody_along(service: Service, client: Client) -> None:
+async def test_a_request_that_breaks_the_decoder_harms_no_other_request(service: Service, client: Client) -> None:
     connection = await nats.connect(service.nats_url)
     inbox = connection.new_inbox()
     deep = b'{"aggregate":"Notebook","id":"n","command":"Note","data":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
@@ -188,7 +188,7 @@ async def test_an_answer_never_exceeds_what_the_server_takes(service: Service) -
 
 
 async def test_an_append_that_may_lie_below_somebody_elses_is_looked_for(service: Service, client: Client) -> None:
-    """The acknowledgement is lost, then another writer appends: deciding again must not double the commands."""
+    """The acknowledgement is lost, then another writer appends: deciding again must not apply the commands twice."""
     await asyncio.gather(*(client.execute(Notebook, "n", Note("first")) for _ in range(12)))
     appender, address = service.parts.log.appender, service.parts.log.subjects.address("Notebook", "n")
     take = appender._acknowledged
@@ -244,7 +244,7 @@ async def test_beyond_the_limit_commands_are_refused_with_a_time_to_retry_after(
     await service.start()
     async with await Client.connect(service.app, nats=nats_url) as client:
         request = {"aggregate": "Notebook", "command": "Note", "data": {"text": "a"}}
-        # shorter than the time to retry after, so that the refusal is not ridden out
+        # shorter than `retry_after`, so that the client can't wait long enough
         outcomes = await asyncio.gather(
             *(client.send({**request, "id": f"n{n}", "command_id": uuid7()}, timeout=0.15) for n in range(200)),
             return_exceptions=True,
@@ -252,7 +252,7 @@ async def test_beyond_the_limit_commands_are_refused_with_a_time_to_retry_after(
         refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
         assert refused
         assert all(outcome.retry_after for outcome in refused)
-        # a client with time to spare waits as told, and gets through
+        # a client with enough time waits for `retry_after`, and its command takes effect
         receipts = await asyncio.gather(*(client.execute(Notebook, f"m{n}", Note("a")) for n in range(100)))
         assert len(receipts) == 100
     await service.stop()

@@ -1,4 +1,4 @@
-"""Rate governance on running services: limits, fairness, and what distress slows and how it comes back."""
+"""Rate governance on running services: limits, fairness, slowing down under distress, and recovery."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.failing import Wait, metric, running
 from tests.kernel.cli.test_cli import Shell
 
 SPELL_S = float(os.environ.get("SLOW_DATABASE_S", "3"))
-"""Seconds for which the database is slow; 30 is worth a try."""
+"""Seconds for which the database is slow; a longer run may use 30."""
 
 
 @contextmanager
 def slowed(url: str, table: str, seconds: float) -> Iterator[None]:
-    """Have PostgreSQL take its time for every statement that writes a table."""
+    """Let PostgreSQL delay every statement that writes a table."""
     engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(
@@ -99,7 +99,7 @@ async def test_each_limit_refuses_with_a_time_after_which_it_lets_in_and_the_cli
             assert 0.4 < caught.value.retry_after <= 2.1
             if limit == "per_key":
                 await client.execute(Notebook, "other-1", Note("a"), timeout=0.4)
-            # refused once more, it waits as long as it is told and then gets through, at the first attempt
+            # refused once more, the client waits for `retry_after`, and its first repetition takes effect
             assert (await client.execute(Notebook, "acme-3", Note("a"))).version == 1
             assert refused(limit) - before == 2
     finally:
@@ -110,7 +110,7 @@ async def test_each_limit_refuses_with_a_time_after_which_it_lets_in_and_the_cli
 async def test_a_hot_aggregate_is_refused_alone(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One id gets 90 % of a flood, more than may be under way for one: nobody else is refused for it."""
+    """One id gets 90 % of a flood, more than may be under way for one id: no other id is refused for it."""
     async with running(app_name, tmp_path, nats_url, commands__pending_per_aggregate=50) as here:
         gateway, admission = here.service.parts.gateway, here.service.parts.admission
         turned_away: list[str] = []
@@ -141,7 +141,7 @@ async def test_a_hot_aggregate_is_refused_alone(
 
 
 async def test_others_overtake_a_hot_aggregate(nats_url: str, app_name: str, tmp_path: Path) -> None:
-    """Behind thousands of commands for one id in the same connection, those for others are answered first."""
+    """Commands for other ids are answered before thousands of earlier ones for one id on the same connection."""
     async with running(app_name, tmp_path, nats_url, commands__pending_per_aggregate=5_000) as here:
         client = here.client
         await here.note(20, ids=20)
@@ -176,7 +176,7 @@ async def test_where_a_limit_does_not_reach_for_all_few_commands_come_before_man
         async with asyncio.timeout(10):
             while len(answers) < len(names):
                 await asyncio.sleep(0)
-        let_in = [one.decode().partition(".")[0] for one, answer in answers.items() if b'"ok"' in answer]
+        let_in = [token.decode().partition(".")[0] for token, answer in answers.items() if b'"ok"' in answer]
         assert sorted(let_in) == sorted(["hot"] * 10 + [f"cold{n}" for n in range(20)])
 
 
@@ -200,7 +200,7 @@ async def test_limits_are_changed_on_all_running_workers_and_adopted_by_later_on
     connection = await connect(nats_url, name="operator")
     subject = subjects_of(app_name, services[0].settings).service("limits")
 
-    async def tell(at: float, **values: float | None) -> list[dict[str, Any]]:
+    async def set_limits(at: float, **values: float | None) -> list[dict[str, Any]]:
         overrides = {name.replace("__", "."): value for name, value in values.items()}
         answers, silent = await survey(connection, subject, json.dumps({"overrides": overrides, "at": at}).encode())
         assert silent == []
@@ -209,20 +209,23 @@ async def test_limits_are_changed_on_all_running_workers_and_adopted_by_later_on
     try:
         for service in services:
             await service.start()
-        await wait_until(lambda: [len(one.partitions) for one in services] == [32, 32])
-        assert len(await tell(1, commands__rate=100, per_key__rate=20)) == 2
-        # each has its share of it
-        await wait_until(lambda: [commands(one) for one in services] == [50, 50])
-        # what one can't take changes nothing
-        assert all("no aggregate" in one["error"] for one in await tell(2, live__rate=5, per_aggregate__Book__rate=1))
-        assert [commands(one) for one in services] == [50, 50]
+        await wait_until(lambda: [len(service.partitions) for service in services] == [32, 32])
+        assert len(await set_limits(1, commands__rate=100, per_key__rate=20)) == 2
+        # each worker has its share of the limit
+        await wait_until(lambda: [commands(service) for service in services] == [50, 50])
+        # an override that a worker can't take changes nothing
+        assert all(
+            "no aggregate" in answer["error"]
+            for answer in await set_limits(2, live__rate=5, per_aggregate__Book__rate=1)
+        )
+        assert [commands(service) for service in services] == [50, 50]
         services.append(made(2))
         await services[2].start()
-        await wait_until(lambda: all(len(one.partitions) in (21, 22) for one in services))
-        await wait_until(lambda: round(sum(commands(one) or 0 for one in services), 3) == 100)
+        await wait_until(lambda: all(len(service.partitions) in (21, 22) for service in services))
+        await wait_until(lambda: round(sum(commands(service) or 0 for service in services), 3) == 100)
         assert services[2].status()["limits"]["fixed"]["per_key"]["rate"] == 20
-        await tell(3)
-        assert [commands(one) for one in services] == [None] * 3
+        await set_limits(3)
+        assert [commands(service) for service in services] == [None] * 3
     finally:
         await connection.close()
         for service in services:
@@ -253,13 +256,13 @@ def test_the_command_line_shows_sets_and_resets_limits(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     shell.start()
     try:
-        told = shell("limits", "set", "commands=500", "commands.burst=800", "per_aggregate.Account=0.5", "rebuild=9")
-        assert "until the service restarts" in told
-        assert "per_aggregate.Account" in told
+        output = shell("limits", "set", "commands=500", "commands.burst=800", "per_aggregate.Account=0.5", "rebuild=9")
+        assert "until the service restarts" in output
+        assert "per_aggregate.Account" in output
         lanes = json.loads(shell("limits", "--json"))["workers"][0]["limits"]["lanes"]
         assert (lanes["commands"]["rate"], lanes["commands"]["burst"], lanes["rebuild"]["rate"]) == (500, 800, 9)
         shell("send", "Account", "anna", "Deposit", "cents=1")
-        # what is named later is added, all of it or nothing
+        # overrides that are set later are added, all of them or none
         for wrong, says in (
             ("per_aggregate.Acount=1", "it has Account"),
             ("live=fast", "write it as"),
@@ -299,7 +302,7 @@ async def test_the_live_lane_holds_up_projecting_and_not_the_end(
 
 
 async def loaded(client: Client, stop: asyncio.Event) -> int:
-    """Send commands until told to stop, ten at a time, each after they are projected; return how many."""
+    """Until `stop` is set, send ten commands at a time and wait for their projection; return how many."""
     sent = 0
     while not stop.is_set():
         work = (client.execute(Notebook, f"n{n}", Note("a"), timeout=60) for n in range(10))
@@ -314,7 +317,7 @@ ADAPTING = {
 
 
 @pytest.mark.setting("rates.commit_latency", "rates.decrease", "rates.increase")
-async def test_a_slow_database_slows_the_projections_until_it_is_well_again(
+async def test_a_slow_database_slows_the_projections_until_it_recovers(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait,
     record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
@@ -336,14 +339,14 @@ async def test_a_slow_database_slows_the_projections_until_it_is_well_again(
         def back() -> bool:
             nonlocal last_slow
             if metric("eskernel_rate_present", lane="rebuild") == 20:
-                last_slow = time.monotonic()  # the last transactions of the spell end after it
+                last_slow = time.monotonic()  # the last slow transactions end after the slow period
             return lanes["live"].present is None and lanes["rebuild"].present is None
 
         await wait_until(back, timeout=60)
         took = {"from_end_of_spell": time.monotonic() - began, "from_last_distress": time.monotonic() - last_slow}
         for name, seconds in took.items():
             record_property(f"recovery_{name}", round(seconds, 1))
-        print(f"a spell of {SPELL_S:g} s; the lanes were back, in seconds: {took}")
+        print(f"a slow period of {SPELL_S:g} s; the lanes were back, in seconds: {took}")
         stop.set()
         sent = await loading
         last = [await here.client.execute(Notebook, f"n{n}", Note("a")) for n in range(10)]
@@ -370,7 +373,7 @@ async def test_a_rebuild_gives_way_to_a_slow_live_projection(
                     Rebuild(here.service.app, here.client.log, engine, here.service.app.projections, pace=pace).run()
                 )
                 await wait_until(lambda: pace.done > 0)
-                # what is decided now is projected long before the rebuild is done with what was there
+                # new events are projected long before the rebuild has finished the old ones
                 await here.client.query("select 1", after=await here.note(1), timeout=30)
                 assert not rebuilding.done()
                 assert pace.done < 600
@@ -385,7 +388,7 @@ async def test_a_rebuild_gives_way_to_a_slow_live_projection(
 
 
 @pytest.mark.setting("rates.rebuild.rate")
-async def test_a_rebuild_nobody_limits_goes_as_fast_as_it_can(nats_url: str, app_name: str, tmp_path: Path) -> None:
+async def test_an_unlimited_rebuild_goes_as_fast_as_it_can(nats_url: str, app_name: str, tmp_path: Path) -> None:
     settings = settings_for(tmp_path, nats=nats_url, rates__rebuild={"rate": 5.0})
     connection = await connect(nats_url, name="rebuild")
     try:
@@ -393,7 +396,7 @@ async def test_a_rebuild_nobody_limits_goes_as_fast_as_it_can(nats_url: str, app
             assert pace.bucket.rate is None
             assert await pace.room(10**6) == 10**6
         async with following(connection, subjects_of(app_name, settings), settings.rates.rebuild) as pace:
-            assert pace.bucket.rate == 5, "nobody runs, but the settings say how fast"
+            assert pace.bucket.rate == 5, "no rebuild runs, but the settings give the rate"
     finally:
         await connection.close()
 

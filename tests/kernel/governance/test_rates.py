@@ -1,4 +1,4 @@
-"""Token buckets, lanes and the governor, on a clock of the test's own."""
+"""Token buckets, lanes and the governor, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAITS = st.lists(st.floats(0, 10), min_size=1, max_size=60)
 
 
 def take(bucket: TokenBucket, n: float, now: float) -> float:
-    """Take `n` and return 0.0; or take nothing and return the seconds to wait, as the governor does."""
+    """Take `n` tokens and return 0.0; or take none and return the seconds to wait, as the governor does."""
     if wait := bucket.wait(n, now):
         return bucket.refuse(n, wait)
     bucket.spend(n)
@@ -55,21 +55,23 @@ def test_a_bucket_never_gives_more_than_its_burst_and_its_rate(
 
 
 @given(st.floats(0.01, 1e5), BURST, st.floats(0, 1e6), st.integers(1, 50))
-def test_whoever_waits_as_told_is_let_in(rate: float, burst: float | None, now: float, others: int) -> None:
-    """Also when many were refused: they come back one by one, none in vain, as far as that takes a bearable time."""
+def test_a_caller_that_waits_as_long_as_asked_is_let_in(
+    rate: float, burst: float | None, now: float, others: int
+) -> None:
+    """This holds for many refused callers too, as long as the waiting times stay below a limit."""
     bucket = TokenBucket(rate, burst, now)
     bucket.spend(bucket.available(now))
     waits = [take(bucket, 1, now) for _ in range(others)]
     assert all(0 < wait <= max(QUEUE_S, 1 / rate + 2 * MARGIN_S) for wait in waits)
-    for wait in [one for place, one in enumerate(waits) if place == 0 or one < QUEUE_S]:
+    for wait in [pause for place, pause in enumerate(waits) if place == 0 or pause < QUEUE_S]:
         assert take(bucket, 1, now + wait) == 0.0
 
 
-def test_those_refused_together_are_not_told_the_same_time() -> None:
+def test_callers_refused_together_get_different_waiting_times() -> None:
     bucket = TokenBucket(10, 1, 0.0)
     assert take(bucket, 1, 0.0) == 0.0
     assert [round(take(bucket, 1, 0.0), 3) for _ in range(4)] == [0.1, 0.2, 0.3, 0.4]
-    # who never comes back is forgotten at the rate at which he would have been let in
+    # callers that never come back are forgotten at the rate at which they would have been let in
     assert take(bucket, 1, 0.5) == 0.0
     assert round(take(bucket, 1, 0.5), 3) == 0.1
 
@@ -156,7 +158,7 @@ def test_the_lane_is_back_within_the_stated_time_however_long_the_spell_was(
 
     def go_on(seconds: int) -> None:
         for _ in range(seconds):
-            # whether nothing is done meanwhile, or all that is let in, more than ever before
+            # the recovery takes as long whether nothing is done meanwhile or everything that is let in
             tick(lane, 1, (lane.present or 0) if busy else 0, start=now)
 
     seconds = math.ceil(1 / increase + 1e-9)
@@ -286,20 +288,20 @@ def test_a_command_meets_the_limit_that_lasts_longest_and_takes_nothing_from_the
     assert made.admit("Notebook", "u", Note("a")) is None
 
 
-def test_a_key_function_that_fails_counts_as_no_key_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_function_that_fails_counts_as_no_key_and_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     def failing(_aggregate: str, aggregate_id: str, _command: object) -> str | None:
-        if aggregate_id == "nobody":
+        if aggregate_id == "keyless":
             return None
         raise ZeroDivisionError("boom")
 
     made = governor(App("a", aggregates=[Notebook], rate_key=failing), per_key={"rate": 1})
     with caplog.at_level(logging.ERROR, "eskernel"):
         assert all(made.admit("Notebook", "x", Note("a")) is None for _ in range(5))
-        assert all(made.admit("Notebook", "nobody", Note("a")) is None for _ in range(5))
+        assert all(made.admit("Notebook", "keyless", Note("a")) is None for _ in range(5))
     assert [record.getMessage().startswith("rate_key failed") for record in caplog.records] == [True]
 
 
-def test_a_worker_takes_the_share_of_its_partitions_but_for_rebuilds() -> None:
+def test_a_worker_takes_the_share_of_its_partitions_except_for_rebuilds() -> None:
     clock = Clock()
     made = governor(notebooks("a"), clock, commands={"rate": 100, "burst": 40}, live={"rate": 8}, rebuild={"rate": 6})
     clock.now += 1

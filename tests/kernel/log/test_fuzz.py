@@ -1,4 +1,4 @@
-"""Whatever bytes arrive, at the command endpoint, at the decoder, or in the stream itself: nobody else is harmed.
+"""Bad bytes at the command endpoint, at the decoder or in the stream harm no other command or aggregate.
 
 A failure prints its seed; TEST_SEED=<seed> runs the same inputs again.
 """
@@ -36,7 +36,7 @@ from tests.conftest import settings_for
 
 COUNT = 100_000
 WINDOW = 1_000
-"""Requests sent before their answers are waited for; the service takes ten times as many."""
+"""Requests in flight; the service accepts ten times as many."""
 KINDS = set(typing.get_args(ErrorType))
 Wait = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -77,7 +77,7 @@ def delete_span(dice: random.Random, good: bytes) -> bytes:
 
 
 def replace_value(dice: random.Random, good: bytes) -> bytes:
-    """Give one field, at any depth, another value, often of another type."""
+    """Replace the value of one field, at any depth, often by another type."""
     value = json.loads(good)
     inner = value
     while True:
@@ -104,7 +104,7 @@ SPOIL = [flip, flip, truncate, repeat_span, delete_span, replace_value, replace_
 
 
 def spoilt(dice: random.Random, good: bytes) -> bytes:
-    # deep ones are slow to make and to send
+    # deeply nested values are slow to make and to send
     made = nest(dice, good) if dice.random() < 0.01 else dice.choice(SPOIL)(dice, good)
     return dice.choice(SPOIL[:5])(dice, made) if made and dice.random() < 0.2 else made
 
@@ -141,20 +141,20 @@ SENT: list[dict[str, Any]] = [
 
 
 def request(dice: random.Random, name: str) -> bytes:
-    one = dict(dice.choice(SENT), id=f"{name}{dice.randrange(300)}")
+    body = dict(dice.choice(SENT), id=f"{name}{dice.randrange(300)}")
     if dice.random() < 0.7:
-        one["command_id"] = f"{name}-{dice.randrange(5_000)}"
-    return orjson.dumps(one)
+        body["command_id"] = f"{name}-{dice.randrange(5_000)}"
+    return orjson.dumps(body)
 
 
 def neighbour(number: int) -> bytes:
-    """A request that must take effect; no spoilt one has an id like its, however it is spoilt."""
-    one = {"aggregate": "Notebook", "id": f"good {number % 50}", "command": "Note", "command_id": f"n{number}"}
-    return orjson.dumps({**one, "data": {"text": f"good {number % 7}", "number": number}})
+    """A request that must take effect; no spoilt request can have its id."""
+    body = {"aggregate": "Notebook", "id": f"good {number % 50}", "command": "Note", "command_id": f"n{number}"}
+    return orjson.dumps({**body, "data": {"text": f"good {number % 7}", "number": number}})
 
 
 def check_answer(payload: bytes) -> str:
-    """Return the answer's outcome, having made sure that it is one of the documented ones."""
+    """Return the answer's outcome, after checking that it is a documented one."""
     answer = json.loads(payload)
     if set(answer) == {"ok"}:
         assert answer["ok"].keys() == {"version", "sequence", "partition", "command_id", "duplicate"}
@@ -201,7 +201,7 @@ async def test_any_request_has_one_answer_and_harms_no_neighbour(
                 payload = spoilt(dice, payload)
             sent[number] = payload
             place = dice.choice(["", f".{dice.randrange(64)}"])
-            # some don't want to know; the endpoint has to bear that too
+            # some senders want no answer; the endpoint has to cope with that too
             if not valid and dice.random() < 0.02:
                 await connection.publish(f"{service.app.name}.cmd", spoilt(dice, request(dice, "bad")))
             await connection.publish(f"{service.app.name}.cmd{place}", payload, reply=f"{inbox}.{number}")
@@ -215,7 +215,7 @@ async def test_any_request_has_one_answer_and_harms_no_neighbour(
                 raise AssertionError(f"{sent[number][:500]!r} was answered {answers[number][:500]!r}") from error
     print(dict(outcomes))
     assert len(answers) == COUNT
-    # so that an input that takes another way than most is in the mixture
+    # the mixture must have inputs for each of these outcomes
     assert {"ok", "malformed", "unknown-aggregate", "unknown-command", "invalid-command"} <= set(outcomes)
     assert outcomes["ok"] > len(good)
     assert "overloaded" not in outcomes
@@ -243,7 +243,7 @@ async def test_any_request_has_one_answer_and_harms_no_neighbour(
     await connection.close()
 
 
-# a value of any shape, which neither the bank nor the notebooks take
+# a value of any shape, which neither the bank nor the notebooks accept
 
 
 @command
@@ -303,7 +303,7 @@ async def test_a_command_with_a_deep_value_is_answered_and_its_aggregate_goes_on
         assert BUGS._value.get() == alerts
     finally:
         await connection.close()
-        # a command without an answer would otherwise be waited for
+        # otherwise the stop would wait for a command that gets no answer
         service.parts.gateway.pending.total = 0
         await service.stop()
 
@@ -330,7 +330,7 @@ def test_any_payload_is_a_list_of_envelopes_or_an_invalid_message(dice: random.R
         taken += 1
         assert envelopes
         assert type(envelopes) is list
-        assert all(type(one) is Envelope and type(one.sequence) is int for one in envelopes)
+        assert all(type(envelope) is Envelope and type(envelope.sequence) is int for envelope in envelopes)
     assert COUNT / 100 < taken < COUNT / 2
 
 
@@ -364,12 +364,12 @@ async def test_garbage_in_the_stream_stops_no_projection(
         kept = connection.scalar(select(func.count()).where(dead_letter.c.projection == ""))
     engine.dispose()
     assert kept
-    assert not [one for one in letters if one.startswith("good")]
+    assert not [aggregate_id for aggregate_id in letters if aggregate_id.startswith("good")]
 
 
 def foreign(sequence: int, type: str = "Noted", data: bytes = b'{"text":"strange","number":1}') -> bytes:
-    one = b'[{"id":"1","type":"%b","time":"2013-01-01T12:00:00Z","sequence":%d,"data":%b}]'
-    return one % (type.encode(), sequence, data)
+    template = b'[{"id":"1","type":"%b","time":"2013-01-01T12:00:00Z","sequence":%d,"data":%b}]'
+    return template % (type.encode(), sequence, data)
 
 
 async def check_that_it_goes_on(service: Service, client: Client) -> None:
@@ -408,7 +408,7 @@ async def test_a_subject_with_an_odd_digit_for_its_partition_stops_no_projection
 
 
 def subject_of(service: Service, token: str) -> str:
-    """Return the subject with this token, in the partition that the token's id has."""
+    """Return the subject with this token, in the partition of the token's id."""
     partition = service.parts.log.subjects.partition("Notebook", unquote(token))
     return f"{service.app.name}.evt.{partition}.Notebook.{token}"
 

@@ -1,4 +1,4 @@
-"""What every event log promises: one suite, run on memory and on JetStream of two server versions."""
+"""The promises of every event log: one suite, run on the memory log and on JetStream of two server versions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ REFUSED_IDS = ["", "x" * 256, "x" * 10_240, "é" * 100, "a\nb", "a\r\nPUB x 0", 
 
 @pytest.fixture(params=["memory", "jetstream", "jetstream-grouped", "jetstream-2.10"])
 def place(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """Where the log is: the URL of a server, or none, and options of `open_log`."""
+    """The log's location: the URL of a server, or none, and options of `open_log`."""
     if request.param == "memory":
         return "", {}
     url = request.getfixturevalue("old_nats_url" if request.param == "jetstream-2.10" else "nats_url")
@@ -91,27 +91,27 @@ async def grouped(connection: NatsConnection, app_name: str) -> AsyncIterator[Je
     await opened.close()
 
 
-def subject(log: Log, id: str = "1", aggregate: str = "Thing") -> str:
+def subject_of(log: Log, id: str = "1", aggregate: str = "Thing") -> str:
     return log.subjects.address(aggregate, id).subject
 
 
 async def fill(log: Log, count: int, ids: int = 10) -> list[Stored]:
     """Append `count` commits, spread over `ids` subjects, and return them in stream order."""
-    subjects = [subject(log, str(number)) for number in range(ids)]
+    subjects = [subject_of(log, str(number)) for number in range(ids)]
     last = dict.fromkeys(subjects, 0)
     made = []
     for start in range(0, count, ids):
         some = subjects[: count - start]
         payloads = [b"%d" % (start + place) for place in range(len(some))]
-        futures = [log.append(one, last[one], payload) for one, payload in zip(some, payloads, strict=True)]
-        for one, payload, sequence in zip(some, payloads, await asyncio.gather(*futures), strict=True):
-            last[one] = sequence
-            made.append(Stored(sequence, one, payload))
+        futures = [log.append(subject, last[subject], payload) for subject, payload in zip(some, payloads, strict=True)]
+        for subject, payload, sequence in zip(some, payloads, await asyncio.gather(*futures), strict=True):
+            last[subject] = sequence
+            made.append(Stored(sequence, subject, payload))
     return sorted(made)
 
 
 async def drain(reader: LogReader, count: int, limit: int = 1000) -> list[Stored]:
-    """Read until there are `count` commits, or none came for long."""
+    """Read until there are `count` commits; fail if none come for a long time."""
     found: list[Stored] = []
     while len(found) < count:
         batch = await reader.next(limit, timeout=20)
@@ -124,29 +124,29 @@ async def drain(reader: LogReader, count: int, limit: int = 1000) -> list[Stored
 
 
 async def test_an_append_with_the_right_expected_sequence_is_stored(log: Log) -> None:
-    one = subject(log)
-    first = await log.append(one, 0, b"first")
-    second = await log.append(one, first, b"second")
+    subject = subject_of(log)
+    first = await log.append(subject, 0, b"first")
+    second = await log.append(subject, first, b"second")
     assert 0 < first < second
-    assert await log.read_subject(one) == [Stored(first, one, b"first"), Stored(second, one, b"second")]
-    assert await log.last(one) == Stored(second, one, b"second")
+    assert await log.read_subject(subject) == [Stored(first, subject, b"first"), Stored(second, subject, b"second")]
+    assert await log.last(subject) == Stored(second, subject, b"second")
 
 
 async def test_an_append_with_a_stale_expected_sequence_conflicts_and_tells_the_actual_one(log: Log) -> None:
-    one = subject(log)
-    first = await log.append(one, 0, b"first")
-    second = await log.append(one, first, b"second")
+    subject = subject_of(log)
+    first = await log.append(subject, 0, b"first")
+    second = await log.append(subject, first, b"second")
     for stale in (0, first):
         with pytest.raises(Conflict) as conflict:
-            await log.append(one, stale, b"late %d" % stale)
+            await log.append(subject, stale, b"late %d" % stale)
         assert conflict.value.actual == second
-        assert one in str(conflict.value)
-    assert [stored.payload for stored in await log.read_subject(one)] == [b"first", b"second"]
+        assert subject in str(conflict.value)
+    assert [stored.payload for stored in await log.read_subject(subject)] == [b"first", b"second"]
 
 
 async def test_an_append_that_expects_a_commit_of_an_empty_subject_conflicts(log: Log) -> None:
-    one, other = subject(log, "1"), subject(log, "2")
-    sequence = await log.append(one, 0, b"first")
+    subject, other = subject_of(log, "1"), subject_of(log, "2")
+    sequence = await log.append(subject, 0, b"first")
     with pytest.raises(Conflict) as conflict:
         await log.append(other, sequence, b"first of another")
     assert conflict.value.actual == 0
@@ -154,83 +154,88 @@ async def test_an_append_that_expects_a_commit_of_an_empty_subject_conflicts(log
 
 
 async def test_of_concurrent_appends_to_one_subject_exactly_one_wins(log: Log) -> None:
-    one = subject(log)
+    subject = subject_of(log)
     last = 0
     for contest in range(5):
         payloads = [b"%d.%d" % (contest, contender) for contender in range(20)]
-        outcomes = await asyncio.gather(*[log.append(one, last, p) for p in payloads], return_exceptions=True)
+        outcomes = await asyncio.gather(*[log.append(subject, last, p) for p in payloads], return_exceptions=True)
         winners = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, int)]
         assert len(winners) == 1
         assert all(isinstance(outcome, int | Conflict) for outcome in outcomes)
-        stored = await log.last(one)
-        assert stored == Stored(outcomes[winners[0]], one, payloads[winners[0]])
+        stored = await log.last(subject)
+        assert stored == Stored(outcomes[winners[0]], subject, payloads[winners[0]])
         last = stored.sequence
-    assert len(await log.read_subject(one)) == 5
+    assert len(await log.read_subject(subject)) == 5
 
 
 async def test_many_appends_in_flight_all_settle_with_distinct_growing_sequences(log: Log) -> None:
-    subjects = [subject(log, f"many-{number}") for number in range(3000)]
-    first = await asyncio.gather(*[log.append(one, 0, one.encode()) for one in subjects])
+    subjects = [subject_of(log, f"many-{number}") for number in range(3000)]
+    first = await asyncio.gather(*[log.append(subject, 0, subject.encode()) for subject in subjects])
     assert first == sorted(set(first))
-    futures = [log.append(one, last, b"2 " + one.encode()) for one, last in zip(subjects, first, strict=True)]
+    futures = [
+        log.append(subject, last, b"2 " + subject.encode()) for subject, last in zip(subjects, first, strict=True)
+    ]
     second = await asyncio.gather(*futures)
     assert second == sorted(set(second))
     assert second[0] > first[-1]
     for place in (0, 1, 1499, 2999):
-        one = subjects[place]
-        stored = [Stored(first[place], one, one.encode()), Stored(second[place], one, b"2 " + one.encode())]
-        assert await log.read_subject(one) == stored
+        subject = subjects[place]
+        stored = [
+            Stored(first[place], subject, subject.encode()),
+            Stored(second[place], subject, b"2 " + subject.encode()),
+        ]
+        assert await log.read_subject(subject) == stored
 
 
 async def test_a_conflict_among_many_appends_hits_only_the_guilty_commit(log: Log) -> None:
     guilty = {0, 7, 19}
     for number in guilty:
-        await log.append(subject(log, str(number)), 0, b"before")
-    futures = [log.append(subject(log, str(number)), 0, b"new %d" % number) for number in range(20)]
+        await log.append(subject_of(log, str(number)), 0, b"before")
+    futures = [log.append(subject_of(log, str(number)), 0, b"new %d" % number) for number in range(20)]
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     assert {number for number, outcome in enumerate(outcomes) if isinstance(outcome, Conflict)} == guilty
     for number, outcome in enumerate(outcomes):
         payload = b"before" if number in guilty else b"new %d" % number
-        stored = await log.read_subject(subject(log, str(number)))
-        assert [one.payload for one in stored] == [payload]
+        stored = await log.read_subject(subject_of(log, str(number)))
+        assert [commit.payload for commit in stored] == [payload]
         if number not in guilty:
             assert stored[0].sequence == outcome
 
 
 async def test_an_append_that_its_caller_gave_up_disturbs_no_other(log: Log) -> None:
-    futures = [log.append(subject(log, str(number)), 0, b"%d" % number) for number in range(6)]
+    futures = [log.append(subject_of(log, str(number)), 0, b"%d" % number) for number in range(6)]
     futures[2].cancel()
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     for number in (0, 1, 3, 4, 5):
         assert isinstance(outcomes[number], int)
-        assert [one.payload for one in await log.read_subject(subject(log, str(number)))] == [b"%d" % number]
+        assert [commit.payload for commit in await log.read_subject(subject_of(log, str(number)))] == [b"%d" % number]
 
 
 async def test_a_payload_over_the_limit_is_refused_and_the_log_goes_on(log: Log) -> None:
-    one, other = subject(log, "1"), subject(log, "2")
+    subject, other = subject_of(log, "1"), subject_of(log, "2")
     largest = bytes(range(256)) * (log.max_payload // 256)
     largest += b"x" * (log.max_payload - len(largest))
     outcomes = await asyncio.gather(
-        log.append(one, 0, largest),
-        log.append(one, 0, largest + b"x"),
+        log.append(subject, 0, largest),
+        log.append(subject, 0, largest + b"x"),
         log.append(other, 0, largest[::-1]),
         return_exceptions=True,
     )
     assert isinstance(outcomes[1], PayloadTooLarge), outcomes[1]
-    assert one in str(outcomes[1])
-    assert await log.read_subject(one) == [Stored(outcomes[0], one, largest)]
+    assert subject in str(outcomes[1])
+    assert await log.read_subject(subject) == [Stored(outcomes[0], subject, largest)]
     assert await log.read_subject(other) == [Stored(outcomes[2], other, largest[::-1])]
-    assert await log.append(one, outcomes[0], b"next") > outcomes[0]
+    assert await log.append(subject, outcomes[0], b"next") > outcomes[0]
 
 
 async def test_payloads_come_back_byte_by_byte(log: Log) -> None:
     payloads = [b"", bytes(range(256)), b"\r\n", b"MSG a 1 4\r\nabcd\r\n", b"NATS/1.0 100\r\n\r\n", b"\x00" * 10_000]
-    one, last, expected = subject(log), 0, []
+    subject, last, expected = subject_of(log), 0, []
     for payload in payloads:
-        last = await log.append(one, last, payload)
-        expected.append(Stored(last, one, payload))
-        assert await log.last(one) == expected[-1]
-    assert await log.read_subject(one) == expected
+        last = await log.append(subject, last, payload)
+        expected.append(Stored(last, subject, payload))
+        assert await log.last(subject) == expected[-1]
+    assert await log.read_subject(subject) == expected
     reader = await log.read(0)
     assert await drain(reader, len(payloads)) == expected
     await reader.close()
@@ -239,7 +244,7 @@ async def test_payloads_come_back_byte_by_byte(log: Log) -> None:
 async def test_a_closed_log_refuses_appends(log: Log) -> None:
     await log.close()
     with pytest.raises(Unavailable):
-        await log.append(subject(log), 0, b"late")
+        await log.append(subject_of(log), 0, b"late")
     await log.close()
 
 
@@ -249,39 +254,39 @@ async def test_a_closed_log_refuses_appends(log: Log) -> None:
 async def test_a_subject_is_read_in_order_and_after_a_sequence(log: Log) -> None:
     made = await fill(log, 30, ids=3)
     for number in range(3):
-        one = subject(log, str(number))
-        own = [stored for stored in made if stored.subject == one]
+        subject = subject_of(log, str(number))
+        own = [stored for stored in made if stored.subject == subject]
         assert len(own) == 10
-        assert await log.read_subject(one) == own
+        assert await log.read_subject(subject) == own
         for skipped in (0, 1, 4, 9, 10):
             after = own[skipped - 1].sequence if skipped else 0
-            assert await log.read_subject(one, after) == own[skipped:]
-    assert await log.read_subject(subject(log, "0"), made[-1].sequence + 1000) == []
+            assert await log.read_subject(subject, after) == own[skipped:]
+    assert await log.read_subject(subject_of(log, "0"), made[-1].sequence + 1000) == []
 
 
 async def test_a_subject_without_commits_is_empty(log: Log) -> None:
     await fill(log, 3)
-    assert await log.read_subject(subject(log, "nobody")) == []
-    assert await log.last(subject(log, "nobody")) is None
+    assert await log.read_subject(subject_of(log, "empty")) == []
+    assert await log.last(subject_of(log, "empty")) is None
 
 
 async def test_a_history_longer_than_one_round_trip_is_read_whole(log: Log) -> None:
-    one, last, expected = subject(log), 0, []
-    noise = subject(log, "noise")
+    subject, last, expected = subject_of(log), 0, []
+    noise = subject_of(log, "noise")
     await log.append(noise, 0, b"noise")
     for number in range(2500):
         payload = b"commit %d" % number
-        last = await log.append(one, last, payload)
-        expected.append(Stored(last, one, payload))
-    assert await log.read_subject(one) == expected
-    assert await log.read_subject(one, expected[1199].sequence) == expected[1200:]
+        last = await log.append(subject, last, payload)
+        expected.append(Stored(last, subject, payload))
+    assert await log.read_subject(subject) == expected
+    assert await log.read_subject(subject, expected[1199].sequence) == expected[1200:]
 
 
 async def test_several_subjects_are_read_at_the_same_time(log: Log) -> None:
     made = await fill(log, 200, ids=20)
-    subjects = [subject(log, str(number)) for number in range(20)]
-    for one, found in zip(subjects, await asyncio.gather(*map(log.read_subject, subjects)), strict=True):
-        assert found == [stored for stored in made if stored.subject == one]
+    subjects = [subject_of(log, str(number)) for number in range(20)]
+    for subject, found in zip(subjects, await asyncio.gather(*map(log.read_subject, subjects)), strict=True):
+        assert found == [stored for stored in made if stored.subject == subject]
 
 
 async def test_strange_ids_are_kept_apart(log: Log) -> None:
@@ -292,8 +297,8 @@ async def test_strange_ids_are_kept_apart(log: Log) -> None:
         assert log.subjects.parse(address.subject) == address
         assert address.id == name
     for name, sequence in appended.items():
-        one = subject(log, name)
-        assert await log.read_subject(one) == [Stored(sequence, one, name.encode())]
+        subject = subject_of(log, name)
+        assert await log.read_subject(subject) == [Stored(sequence, subject, name.encode())]
     reader = await log.read(0)
     found = await drain(reader, len(STRANGE_IDS))
     assert [log.subjects.parse(stored.subject).id for stored in found] == STRANGE_IDS
@@ -345,8 +350,8 @@ async def test_reading_from_the_end_gives_what_comes_then(log: Log) -> None:
     made = await fill(log, 20)
     reader = await log.read(made[-1].sequence)
     assert (await reader.next(10, timeout=0.1)).commits == []
-    sequence = await log.append(subject(log, "new"), 0, b"new")
-    assert await drain(reader, 1) == [Stored(sequence, subject(log, "new"), b"new")]
+    sequence = await log.append(subject_of(log, "new"), 0, b"new")
+    assert await drain(reader, 1) == [Stored(sequence, subject_of(log, "new"), b"new")]
     await reader.close()
 
 
@@ -378,8 +383,8 @@ async def test_a_reader_waits_for_new_commits(log: Log) -> None:
     waiting = asyncio.create_task(reader.next(10, timeout=30))
     await log.info()
     assert not waiting.done()
-    sequence = await log.append(subject(log), 0, b"new")
-    assert (await waiting).commits == [Stored(sequence, subject(log), b"new")]
+    sequence = await log.append(subject_of(log), 0, b"new")
+    assert (await waiting).commits == [Stored(sequence, subject_of(log), b"new")]
     await reader.close()
 
 
@@ -396,7 +401,7 @@ async def test_a_reader_whose_wait_is_cancelled_stops_and_loses_nothing(log: Log
     reader = await log.read(0)
     for _ in range(20):
         waiting = asyncio.create_task(reader.next(10))
-        # its answer comes in the same moments as the reader's own
+        # its answer arrives at the same time as the reader's own
         await log.info()
         waiting.cancel()
         done, _ = await asyncio.wait({waiting}, timeout=5)
@@ -420,7 +425,7 @@ async def test_two_readers_are_independent(log: Log) -> None:
     assert await drain(ahead, 40) == made
     assert await drain(behind, 40, limit=6) == made
     await ahead.close()
-    more = await log.append(subject(log, "more"), 0, b"more")
+    more = await log.append(subject_of(log, "more"), 0, b"more")
     assert [stored.sequence for stored in await drain(behind, 1)] == [more]
     await behind.close()
     await behind.close()
@@ -441,11 +446,11 @@ async def test_the_log_knows_its_size(log: Log) -> None:
 
 async def test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece(grouped: JetStreamLog) -> None:
     assert grouped.appender.grouping
-    await grouped.append(subject(grouped, "guilty"), 0, b"before")
+    await grouped.append(subject_of(grouped, "guilty"), 0, b"before")
     for position in (0, 50, 99):
         names = [f"{position}-{number}" for number in range(99)]
         names.insert(position, "guilty")
-        futures = [grouped.append(subject(grouped, name), 0, f"{position} {name}".encode()) for name in names]
+        futures = [grouped.append(subject_of(grouped, name), 0, f"{position} {name}".encode()) for name in names]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert [name for name, outcome in zip(names, outcomes, strict=True) if not isinstance(outcome, int)] == [
             "guilty"
@@ -453,24 +458,24 @@ async def test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece(
         assert isinstance(outcomes[position], Conflict)
         for name, outcome in zip(names, outcomes, strict=True):
             if name != "guilty":
-                stored = await grouped.read_subject(subject(grouped, name))
-                assert stored == [Stored(outcome, subject(grouped, name), f"{position} {name}".encode())]
+                stored = await grouped.read_subject(subject_of(grouped, name))
+                assert stored == [Stored(outcome, subject_of(grouped, name), f"{position} {name}".encode())]
 
 
 async def test_an_atomic_batch_goes_out_where_the_log_groups(connection: NatsConnection, grouped: JetStreamLog) -> None:
-    await asyncio.gather(*[grouped.append(subject(grouped, str(n)), 0, b"%d" % n) for n in range(10)])
+    await asyncio.gather(*[grouped.append(subject_of(grouped, str(n)), 0, b"%d" % n) for n in range(10)])
     stored = await call_api(connection, f"STREAM.MSG.GET.{grouped.stream}", {"seq": 5})
     assert b"Nats-Batch-Id" in base64.b64decode(stored["message"]["hdrs"])
 
 
 async def test_an_existing_stream_keeps_its_partitions(connection: NatsConnection, app_name: str) -> None:
     first = await open_log(connection, app_name, partitions=4)
-    sequence = await first.append(subject(first), 0, b"first")
+    sequence = await first.append(subject_of(first), 0, b"first")
     again, found = await open_log(connection, app_name, partitions=32), await find_log(connection, app_name)
     for log in (again, found):
         assert log.subjects.partitions == 4
         assert (await log.info()).partitions == 4
-        assert await log.read_subject(subject(log)) == [Stored(sequence, subject(first), b"first")]
+        assert await log.read_subject(subject_of(log)) == [Stored(sequence, subject_of(first), b"first")]
     for log in (first, again, found):
         await log.close()
 
@@ -509,9 +514,9 @@ async def test_a_reader_survives_the_deletion_of_its_consumer(
         consumers = (await call_api(connection, f"CONSUMER.NAMES.{grouped.stream}", None))["consumers"]
         assert len(consumers) == 1
         await call_api(connection, f"CONSUMER.DELETE.{grouped.stream}.{consumers[0]}", {})
-        # part of what follows may be in the reader's hands already; the last commit is not
-        one = subject(grouped, f"after-{number}")
-        made.append(Stored(await grouped.append(one, 0, b"after %d" % number), one, b"after %d" % number))
+        # the reader may have received some of the next commits already, but not the last one
+        subject = subject_of(grouped, f"after-{number}")
+        made.append(Stored(await grouped.append(subject, 0, b"after %d" % number), subject, b"after %d" % number))
         found += await drain(reader, len(made) - len(found), limit=100)
     assert found == made
     assert (await reader.next(10, timeout=0.1)).commits == []
@@ -522,7 +527,7 @@ async def test_a_reader_survives_the_deletion_of_its_consumer(
 
 
 class Proxy:
-    """A fixed address in front of a server that comes and goes; it can lose what passes, and cut connections."""
+    """A fixed address in front of a server that may be replaced; it can lose bytes and cut connections."""
 
     def __init__(self) -> None:
         self.target = ""
@@ -566,7 +571,7 @@ class Proxy:
             to.close()
 
     def cut(self) -> None:
-        """Cut every connection; new ones pass everything again."""
+        """Cut every connection; new connections pass everything again."""
         self.lose_answers = self.lose_requests = False
         for writer in self._writers:
             writer.transport.abort()
@@ -602,9 +607,9 @@ async def test_appends_whose_answers_are_lost_settle_as_what_they_became(
     proxied: JetStreamLog, proxy: Proxy, connection: NatsConnection, wait_until: Callable[..., Any]
 ) -> None:
     beside = await find_log(connection, proxied.stream)
-    await proxied.append(subject(proxied, "taken"), 0, b"taken")
+    await proxied.append(subject_of(proxied, "taken"), 0, b"taken")
     proxy.lose_answers = True
-    futures = [proxied.append(subject(proxied, str(n)), 0, b"%d" % n) for n in range(10)]
+    futures = [proxied.append(subject_of(proxied, str(n)), 0, b"%d" % n) for n in range(10)]
 
     async def arrived() -> bool:
         return (await beside.info()).commits == 11
@@ -614,8 +619,8 @@ async def test_appends_whose_answers_are_lost_settle_as_what_they_became(
     proxy.cut()
     sequences = await asyncio.gather(*futures)
     for number, sequence in enumerate(sequences):
-        one = subject(proxied, str(number))
-        assert await beside.read_subject(one) == [Stored(sequence, one, b"%d" % number)]
+        subject = subject_of(proxied, str(number))
+        assert await beside.read_subject(subject) == [Stored(sequence, subject, b"%d" % number)]
     assert (await beside.info()).commits == 11
     await beside.close()
 
@@ -625,17 +630,17 @@ async def test_appends_that_got_lost_on_the_way_are_sent_again(
 ) -> None:
     beside = await find_log(connection, proxied.stream)
     proxy.lose_requests = True
-    futures = [proxied.append(subject(proxied, str(n)), 0, b"%d" % n) for n in range(10)]
+    futures = [proxied.append(subject_of(proxied, str(n)), 0, b"%d" % n) for n in range(10)]
     await wait_until(lambda: proxied.appender.pressure[1] > 0)
-    overtaken = await beside.append(subject(proxied, "3"), 0, b"overtaken")
+    overtaken = await beside.append(subject_of(proxied, "3"), 0, b"overtaken")
     proxy.cut()
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     assert [n for n, outcome in enumerate(outcomes) if not isinstance(outcome, int)] == [3]
     assert isinstance(outcomes[3], Conflict)
     assert outcomes[3].actual == overtaken
     for number in set(range(10)) - {3}:
-        one = subject(proxied, str(number))
-        assert await beside.read_subject(one) == [Stored(outcomes[number], one, b"%d" % number)]
+        subject = subject_of(proxied, str(number))
+        assert await beside.read_subject(subject) == [Stored(outcomes[number], subject, b"%d" % number)]
     assert (await beside.info()).commits == 10
     await beside.close()
 
@@ -652,8 +657,8 @@ async def test_a_slow_connection_does_not_shorten_a_history(proxy: Proxy, app_na
     log = await open_log(connection, app_name, partitions=PARTITIONS)
     made = await fill(log, 5, ids=1)
     proxy.latency = 0.35
-    assert await log.read_subject(subject(log, "0")) == made
-    assert await log.read_subject(subject(log, "0"), made[-1].sequence) == []
+    assert await log.read_subject(subject_of(log, "0")) == made
+    assert await log.read_subject(subject_of(log, "0"), made[-1].sequence) == []
     proxy.latency = 0
     await log.close()
     await connection.close()
@@ -669,7 +674,9 @@ async def test_a_reader_goes_on_after_a_lost_connection(
     for outage in range(2):
         proxy.cut()
         made.append(
-            Stored(await beside.append(subject(beside, f"r{outage}"), 0, b"r"), subject(beside, f"r{outage}"), b"r")
+            Stored(
+                await beside.append(subject_of(beside, f"r{outage}"), 0, b"r"), subject_of(beside, f"r{outage}"), b"r"
+            )
         )
         found += await drain_patiently(reader, 60 + 20 * outage - len(found), limit=20)
     found += await drain_patiently(reader, 102 - len(found))
@@ -679,7 +686,7 @@ async def test_a_reader_goes_on_after_a_lost_connection(
 
 
 async def drain_patiently(reader: LogReader, count: int, limit: int = 1000) -> list[Stored]:
-    """Read as the kernel does: a reader that can't go on now is asked again."""
+    """Read as the kernel does: where a read fails, try again."""
     found: list[Stored] = []
     async with asyncio.timeout(30):
         while len(found) < count:
@@ -699,11 +706,11 @@ async def test_acknowledged_appends_survive_the_death_of_the_server(
     connection = await connect(await proxy.start(), name="survivor")
     log = await open_log(connection, app_name, partitions=PARTITIONS, group_commit=group_commit)
     made = await fill(log, 200, ids=20)
-    in_flight = [log.append(subject(log, f"flight-{n}"), 0, b"flight %d" % n) for n in range(50)]
+    in_flight = [log.append(subject_of(log, f"flight-{n}"), 0, b"flight %d" % n) for n in range(50)]
     await asyncio.wait(in_flight, timeout=0.001)
     os.kill(server.pid, signal.SIGKILL)
-    outage = [log.append(subject(log, f"outage-{n}"), 0, b"outage %d" % n) for n in range(20)]
-    stale = log.append(subject(log, "0"), 0, b"stale")
+    outage = [log.append(subject_of(log, f"outage-{n}"), 0, b"outage %d" % n) for n in range(20)]
+    stale = log.append(subject_of(log, "0"), 0, b"stale")
     restarted = EmbeddedServer(tmp_path / "nats")
     proxy.target = await restarted.start()
     try:
@@ -715,10 +722,10 @@ async def test_acknowledged_appends_survive_the_death_of_the_server(
         assert stored[:200] == made
         names = [f"flight-{n}" for n in range(50)] + [f"outage-{n}" for n in range(20)]
         for name, outcome in zip(names, outcomes, strict=True):
-            own = [one for one in stored if one.subject == subject(log, name)]
+            own = [commit for commit in stored if commit.subject == subject_of(log, name)]
             assert len(own) <= 1
             if isinstance(outcome, int):
-                assert [one.sequence for one in own] == [outcome]
+                assert [commit.sequence for commit in own] == [outcome]
             else:
                 assert isinstance(outcome, LogError)
     finally:

@@ -1,4 +1,4 @@
-"""Where things are addressed: it never changes for a stored stream, and no id can reach another's subject."""
+"""Addresses never change for a stored stream, and no id leads to another id's subject."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_empty_id_is_refused() -> None:
 @pytest.mark.parametrize(
     "subject", ["", "app", "other.evt.1.Thing.x", "app.cmd.1.Thing.x", "app.evt.x.Thing.y", "app.evt.1.Thing", "a.b.c"]
 )
-def test_what_is_no_event_subject_of_the_app_is_refused(subject: str) -> None:
+def test_a_subject_that_is_not_an_event_subject_of_the_app_is_refused(subject: str) -> None:
     with pytest.raises(InvalidId, match="not an event subject"):
         Subjects("app", 8).parse(subject)
 

@@ -1,4 +1,4 @@
-"""Levels of backlog and pressure do not flap; what waits is counted exactly."""
+"""Levels of backlog and pressure do not flap; waiting commits are counted exactly."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def levels(measured: list[tuple[float, float]], thresholds: Thresholds = AT, ste
     return found
 
 
-def test_a_count_or_an_age_beyond_its_threshold_for_long_enough_is_told() -> None:
+def test_a_count_or_an_age_beyond_its_threshold_for_long_enough_is_reported() -> None:
     assert levels([(150, 0)] * 5) == [Level.OK] * 3 + [Level.WARN] * 2
     assert levels([(1, 15)] * 5) == [Level.OK] * 3 + [Level.WARN] * 2
     assert levels([(1, 61)] * 5) == [Level.OK] * 3 + [Level.CRITICAL] * 2
     assert levels([(1000, 0)] * 5) == [Level.OK] * 3 + [Level.CRITICAL] * 2
 
 
-def test_what_is_over_before_the_least_duration_is_not_told() -> None:
+def test_an_excess_shorter_than_the_least_duration_is_not_reported() -> None:
     assert set(levels([(5000, 100), (5000, 100), (5000, 100), (0, 0)] * 5)) == {Level.OK}
 
 
@@ -64,7 +64,7 @@ steps = st.floats(0.1, 5)
 def test_two_changes_are_never_nearer_than_the_least_duration(measured: list[tuple[float, float]], step: float) -> None:
     found = levels(measured, step=step)
     for level in (Level.WARN, Level.CRITICAL):
-        reached = [one >= level for one in found]
+        reached = [current >= level for current in found]
         changes = [number * step for number in range(1, len(found)) if reached[number] != reached[number - 1]]
         assert all(later - earlier >= AT.min_duration for earlier, later in pairwise(changes))
 
@@ -96,14 +96,14 @@ def test_a_level_holds_while_measurements_swing_between_its_share_and_its_thresh
     assert set(levels([(150, 0)] * 4 + swinging)[4:]) == {Level.WARN}
 
 
-def test_partitions_that_change_together_are_told_together() -> None:
+def test_partitions_that_change_together_are_reported_together() -> None:
     backlog = BacklogMeter(AT, ["Pages", "Words"])
-    told = []
+    changes = []
     for now in range(5):
         for partition in range(64):
             backlog.feed("Pages", partition, 200, 1, now)
-        told += backlog.finish(range(64), 0, now)
-    (change,) = told
+        changes += backlog.finish(range(64), 0, now)
+    (change,) = changes
     assert (change.projection, change.before, change.after) == ("Pages", Level.OK, Level.WARN)
     assert change.partitions == list(range(64))
     assert change.behind == 64 * 200
@@ -154,7 +154,7 @@ def test_the_rate_forgets_the_past() -> None:
     assert rate.per_second == pytest.approx(10, rel=0.01)
 
 
-# what waits
+# counting what waits
 
 
 class Clock:
@@ -171,7 +171,7 @@ def group(partition: int, sequences: list[int], skip: frozenset[int] = frozenset
 
 
 def batch(first: int, last: int, pending: int, oldest: float) -> CommitBatch:
-    return CommitBatch([Stored(one, "", b"") for one in range(first, last + 1)], pending, oldest)
+    return CommitBatch([Stored(sequence, "", b"") for sequence in range(first, last + 1)], pending, oldest)
 
 
 def started(*folded: dict[int, int]) -> tuple[ReadProgress, Clock]:
@@ -182,10 +182,13 @@ def started(*folded: dict[int, int]) -> tuple[ReadProgress, Clock]:
 
 
 def waiting(progress: ReadProgress, projections: int = 1) -> dict[tuple[int, int], tuple[float, float]]:
-    return {(one, at): (count, age) for one, at, count, age in progress.waiting(projections, frozenset(range(4)))}
+    return {
+        (projection, partition): (count, age)
+        for projection, partition, count, age in progress.waiting(projections, frozenset(range(4)))
+    }
 
 
-def test_what_is_in_hand_is_counted_by_partition_until_it_is_written() -> None:
+def test_commits_in_hand_are_counted_by_partition_until_they_are_written() -> None:
     progress, clock = started()
     hand = progress.read([group(0, [1, 2]), group(2, [3])], batch(1, 3, 0, 990.0))
     assert waiting(progress) == {(0, 0): (2, 10.0), (0, 2): (1, 10.0)}
@@ -216,7 +219,7 @@ def test_the_age_of_what_comes_after_an_idle_time_begins_when_it_comes() -> None
     assert {age for _, age in waiting(progress).values()} == {2.0}
 
 
-def test_what_is_unread_is_shared_out_as_what_was_read_and_its_sum_is_exact() -> None:
+def test_unread_commits_are_apportioned_like_the_read_ones_and_their_sum_is_exact() -> None:
     progress, _ = started()
     progress.written(progress.read([group(0, [1, 2, 3]), group(1, [4])], batch(1, 4, 100, 990.0)))
     found = waiting(progress)
@@ -241,8 +244,8 @@ def test_a_projection_whose_checkpoint_lies_further_back_is_behind_by_more() -> 
     progress, _ = started(ahead, back)
     progress.note_end(100)
     found = waiting(progress, 2)
-    assert sum(count for (one, _), (count, _) in found.items() if one == 0) == pytest.approx(40)
-    assert sum(count for (one, _), (count, _) in found.items() if one == 1) == pytest.approx(100)
+    assert sum(count for (projection, _), (count, _) in found.items() if projection == 0) == pytest.approx(40)
+    assert sum(count for (projection, _), (count, _) in found.items() if projection == 1) == pytest.approx(100)
     progress.read([group(0, list(range(1, 101)), frozenset({0}))], batch(1, 100, 0, 990.0))
     assert waiting(progress, 2) == {(1, 0): (100, 10.0)}
 
@@ -258,7 +261,7 @@ def test_whatever_is_read_and_written_nothing_is_counted_twice_or_lost(
     hands: list[Any] = []
     for partitions, writes in story:
         clock.now += 1
-        groups = [group(one, [read + 1] * partitions.count(one)) for one in set(partitions)]
+        groups = [group(partition, [read + 1] * partitions.count(partition)) for partition in set(partitions)]
         last = read + len(partitions)
         hands.append((progress.read(groups, batch(read + 1, last, total - last, clock.now)), len(partitions)))
         read = last
@@ -281,7 +284,7 @@ def pressure(**measured: Any) -> Pressure:
     return gauge.level
 
 
-def test_the_pressure_follows_what_is_nearest_to_its_limit() -> None:
+def test_the_pressure_follows_the_quantity_nearest_to_its_limit() -> None:
     assert pressure() == Pressure.LOW
     assert pressure(in_flight=1999) == Pressure.LOW
     assert pressure(in_flight=2000) == Pressure.MEDIUM

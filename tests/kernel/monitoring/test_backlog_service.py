@@ -1,4 +1,4 @@
-"""A service tells how far it is behind when its database is slow or locked, and that it is not when nothing comes."""
+"""A service reports its backlog while its database is slow or locked, and none while it is idle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUICK: dict[str, Any] = {
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """Hold a lock that every batch needs."""
+    """Hold a lock that every batch must acquire."""
     engine = open_database(url)
     with engine.connect() as connection, connection.begin() as transaction:
         if engine.dialect.name == "postgresql":
@@ -44,16 +44,16 @@ def locked(url: str) -> Iterator[None]:
 
 
 async def note(client: Client, count: int) -> list[Any]:
-    """Send commands, each to an aggregate of its own: each is a commit of its own."""
+    """Send commands to different aggregates, so that each becomes a separate commit."""
     return await asyncio.gather(*(client.execute(Notebook, f"n{n}", Note("a", n)) for n in range(count)))
 
 
 def levels(heard: list[Alert], kind: str = "backlog") -> set[tuple[str, str]]:
-    return {(one.projection, one.after) for one in heard if one.kind == kind}
+    return {(alert.projection, alert.after) for alert in heard if alert.kind == kind}
 
 
 @pytest.mark.setting("backlog.count_warn", "backlog.count_critical")
-async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
+async def test_a_locked_database_is_a_backlog_that_is_reported_and_goes_away(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -72,10 +72,10 @@ async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
             )
             backlog = service.status()["backlog"]
             assert backlog["level"] == "critical"
-            assert [one["behind"] for one in backlog["projections"]] == [300] * 3
-            assert all(one["age"] > 0 for one in backlog["projections"])
+            assert [projection["behind"] for projection in backlog["projections"]] == [300] * 3
+            assert all(projection["age"] > 0 for projection in backlog["projections"])
             partitions = backlog["projections"][0]["partitions"]
-            assert sum(one["behind"] for one in partitions) == pytest.approx(300, rel=0.02)
+            assert sum(partition["behind"] for partition in partitions) == pytest.approx(300, rel=0.02)
             assert metric("eskernel_projection_lag_commits") == 300
             await service.parts.probes.probe()
             status, report = await get(f"{service.http.url}/readyz")
@@ -86,21 +86,21 @@ async def test_a_locked_database_is_a_backlog_that_is_told_and_goes_away(
             assert warned(caplog, "backlog of Pages", "critical")
         await client.query("select 1", after=receipts, timeout=30)
         await wait_until(lambda: service.status()["backlog"]["level"] == "ok")
-        assert [one["behind"] for one in service.status()["backlog"]["projections"]] == [0] * 3
+        assert [projection["behind"] for projection in service.status()["backlog"]["projections"]] == [0] * 3
         await service.parts.probes.probe()
         assert (await get(f"{service.http.url}/readyz"))[0] == 200
-        assert {one.kind for one in heard} >= {"backlog", "health"}
-        worst = [one for one in heard if (one.projection, one.after) == ("Pages", "critical")]
-        # one alert for the partitions that crossed together, not one for each
-        assert len(worst) < len({partition for one in worst for partition in one.partitions})
+        assert {alert.kind for alert in heard} >= {"backlog", "health"}
+        worst = [alert for alert in heard if (alert.projection, alert.after) == ("Pages", "critical")]
+        # partitions that crossed the threshold together share one alert
+        assert len(worst) < len({partition for alert in worst for partition in alert.partitions})
     hangs.set()
     await service.stop()
 
 
-async def test_what_comes_while_nothing_can_be_read_is_counted_too(
+async def test_commits_that_arrive_while_nothing_can_be_read_are_counted_too(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
-    # nobody asks the log meanwhile
+    # no health check asks the log meanwhile
     quick = QUICK | {"connection__health_check_interval": 600}
     service = Service(listening(app_name), settings_for(tmp_path, nats=nats_url, database=database_url, **quick))
     await service.start()
@@ -125,18 +125,20 @@ async def test_a_service_with_nothing_to_do_is_not_behind_however_old_its_log_is
     await service.start()
     async with await Client.connect(service.app, nats=nats_url, database=service.database_url) as client:
         await client.query("select 1", after=await note(client, 50))
-        looks = service.scheduler.jobs["detect_backlog"]
-        before = looks.runs
-        await wait_until(lambda: looks.runs > before + 30)
+        detections = service.scheduler.jobs["detect_backlog"]
+        before = detections.runs
+        await wait_until(lambda: detections.runs > before + 30)
         report = service.status()["backlog"]
         assert report["level"] == "ok"
-        assert [(one["behind"], one["age"], one["drain"]) for one in report["projections"]] == [(0, 0.0, 0.0)] * 3
+        assert [
+            (projection["behind"], projection["age"], projection["drain"]) for projection in report["projections"]
+        ] == [(0, 0.0, 0.0)] * 3
         assert service.health.ready
     await service.stop()
     assert levels(heard) <= {(name, level) for name, level in levels(heard) if level == "ok"}
 
 
-async def test_looking_costs_the_server_nothing(
+async def test_detecting_a_backlog_sends_the_server_no_requests(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = Service(
@@ -151,14 +153,14 @@ async def test_looking_costs_the_server_nothing(
         return await real(subject, *arguments, **options)
 
     monkeypatch.setattr(service.parts.connection, "request", counted)
-    looks = service.scheduler.jobs["detect_backlog"]
-    before = looks.runs
-    await wait_until(lambda: looks.runs > before + 20)
+    detections = service.scheduler.jobs["detect_backlog"]
+    before = detections.runs
+    await wait_until(lambda: detections.runs > before + 20)
     assert [subject for subject in asked if f"STREAM.INFO.{app_name}" in subject or "CONSUMER.INFO" in subject] == []
     await service.stop()
 
 
-async def test_each_worker_tells_of_its_own_partitions_and_the_command_line_of_all(
+async def test_each_worker_reports_its_own_partitions_and_the_command_line_reports_all(
     nats_url: str, fresh_postgres: str, app_name: str, tmp_path: Path, wait_until: Wait
 ) -> None:
     services = [
@@ -168,42 +170,44 @@ async def test_each_worker_tells_of_its_own_partitions_and_the_command_line_of_a
         )
         for n in range(2)
     ]
-    for one in services:
-        await one.start()
-    await wait_until(lambda: [len(one.partitions) for one in services] == [32, 32])
+    for service in services:
+        await service.start()
+    await wait_until(lambda: [len(service.partitions) for service in services] == [32, 32])
     async with await Client.connect(services[0].app, nats=nats_url, database=fresh_postgres) as client:
         await client.query("select 1", after=await note(client, 400))
         with locked(fresh_postgres):
             receipts = await note(client, 400)
 
             def behind() -> list[int]:
-                return [one.status()["projection"]["behind"] for one in services]
+                return [service.status()["projection"]["behind"] for service in services]
 
-            # what is unread is an estimate where several share the log; what was read is exact
+            # the count of unread commits is an estimate where workers share the log; the count of read ones is exact
             await wait_until(lambda: min(behind()) > 50 and sum(behind()) == pytest.approx(400, rel=0.4))
-            states = [one.status() for one in services]
-            for one, state in zip(services, states, strict=True):
-                told = {each["partition"] for each in state["backlog"]["projections"][0]["partitions"]}
-                assert told <= set(one.partitions)
+            states = [service.status() for service in services]
+            for service, state in zip(services, states, strict=True):
+                reported = {partition["partition"] for partition in state["backlog"]["projections"][0]["partitions"]}
+                assert reported <= set(service.partitions)
             found = summary({"app": app_name, "workers": states, "silent": [], "unowned": []})
             assert found["projections"][0]["behind"] == pytest.approx(400, rel=0.5)
-            assert {one["worker"] for one in found["projections"][0]["partitions"]} == {one.worker for one in services}
+            assert {partition["worker"] for partition in found["projections"][0]["partitions"]} == {
+                service.worker for service in services
+            }
         await client.query("select 1", after=receipts, timeout=30)
-        await wait_until(lambda: [one.status()["projection"]["behind"] for one in services] == [0, 0])
-    for one in services:
-        await one.stop()
+        await wait_until(lambda: [service.status()["projection"]["behind"] for service in services] == [0, 0])
+    for service in services:
+        await service.stop()
 
 
-async def test_pressure_on_publishing_is_told(
+async def test_pressure_on_publishing_is_reported(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[Alert] = []
     service = Service(listening(app_name, heard.append), settings_for(tmp_path, nats=nats_url, **QUICK))
     await service.start()
     service.parts.log.appender.refusal = "the log is full or busy"
-    await wait_until(lambda: [one for one in heard if one.kind == "pressure" and one.after == "critical"])
+    await wait_until(lambda: [alert for alert in heard if alert.kind == "pressure" and alert.after == "critical"])
     assert service.status()["pressure"]["level"] == "critical"
     service.parts.log.appender.refusal = ""
     await wait_until(lambda: service.status()["pressure"]["level"] == "low")
-    await wait_until(lambda: [one for one in heard if one.kind == "pressure" and one.after == "low"])
+    await wait_until(lambda: [alert for alert in heard if alert.kind == "pressure" and alert.after == "low"])
     await service.stop()

@@ -1,4 +1,4 @@
-"""Health is found out by asking, tells what is wrong and since when, and its changes reach callbacks."""
+"""Probes find out the health; it says what is wrong and since when, and callbacks learn of its changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def get(url: str) -> tuple[int, dict[str, Any]]:
 # callbacks
 
 
-async def test_callbacks_sync_and_async_hear_of_everything(wait_until: Wait) -> None:
+async def test_callbacks_sync_and_async_get_every_alert(wait_until: Wait) -> None:
     heard: list[tuple[str, str]] = []
 
     def plain(alert: Alert) -> None:
@@ -61,7 +61,7 @@ async def test_callbacks_sync_and_async_hear_of_everything(wait_until: Wait) -> 
     alerts.close()
 
 
-async def test_a_callback_that_raises_hangs_or_never_gives_way_harms_nobody(
+async def test_a_callback_that_raises_hangs_or_never_gives_way_harms_no_other(
     wait_until: Wait, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[str] = []
@@ -105,7 +105,7 @@ def health(idle: float = 0.0, patience: float = 60.0) -> Health:
     return Health(Alerts([]), lambda: idle, patience)
 
 
-def test_a_component_tells_since_when_it_is_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_component_shows_when_it_last_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = health()
     now = [100.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
@@ -116,7 +116,7 @@ def test_a_component_tells_since_when_it_is_as_it_is(monkeypatch: pytest.MonkeyP
     assert found.report()["components"]["log"]["latency"] == 0.5
 
 
-def test_what_was_found_out_too_long_ago_is_not_believed() -> None:
+def test_an_outdated_probe_result_is_not_believed() -> None:
     found = health(patience=60)
     for name in found.components:
         found.set(name, True, "fine")
@@ -126,7 +126,7 @@ def test_what_was_found_out_too_long_ago_is_not_believed() -> None:
     assert not found.report()["publishing"]
 
 
-def test_the_two_sides_are_told_apart() -> None:
+def test_publishing_and_projecting_are_ready_independently() -> None:
     found = health()
     for name in found.components:
         found.set(name, name != "database", "")
@@ -153,7 +153,7 @@ async def test_a_service_that_works_says_so_of_every_component(
         assert set(report["components"]) == {
             "log", "appends", "database", "leases", "projection", "commands", "loop"
         }  # fmt: skip
-        assert all(one["ok"] and one["since"] > 0 for one in report["components"].values())
+        assert all(component["ok"] and component["since"] > 0 for component in report["components"].values())
         assert report["components"]["log"]["latency"] > 0
 
 
@@ -190,29 +190,29 @@ async def test_a_probe_that_hangs_fails_by_itself_and_holds_up_no_other(
         assert components["log"].ok
 
 
-async def test_what_breaks_and_mends_is_told_to_callbacks(
+async def test_callbacks_learn_when_a_component_fails_and_when_it_recovers(
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
 ) -> None:
     heard: list[Alert] = []
     service = Service(listening(app_name, heard.append), settings_for(tmp_path, nats=nats_url))
     await service.start()
-    mended = service.parts.log.info
+    working = service.parts.log.info
 
-    async def away() -> Any:
-        raise Unavailable("it is away")
+    async def unreachable() -> Any:
+        raise Unavailable("it is unreachable")
 
-    monkeypatch.setattr(service.parts.log, "info", away)
+    monkeypatch.setattr(service.parts.log, "info", unreachable)
     await service.parts.probes.probe()
-    monkeypatch.setattr(service.parts.log, "info", mended)
+    monkeypatch.setattr(service.parts.log, "info", working)
     await service.parts.probes.probe()
-    await wait_until(lambda: len([one for one in heard if one.subject == "log"]) == 2)
-    broken, works = [one for one in heard if one.subject == "log"]
+    await wait_until(lambda: len([alert for alert in heard if alert.subject == "log"]) == 2)
+    broken, works = [alert for alert in heard if alert.subject == "log"]
     assert (broken.kind, broken.before, broken.after) == ("health", "ok", "failing")
-    assert "it is away" in broken.detail
+    assert "it is unreachable" in broken.detail
     assert broken.worker == service.worker
     assert (works.before, works.after) == ("failing", "ok")
     await service.stop()
-    assert [one for one in heard if one.subject == "commands"] == []
+    assert [alert for alert in heard if alert.subject == "commands"] == []
 
 
 async def test_a_database_that_can_be_read_and_not_written_is_not_ready(
@@ -265,10 +265,10 @@ async def test_an_event_loop_that_is_late_is_not_ready(
 
 def test_the_kubernetes_example_names_what_there_is() -> None:
     documents = list(yaml.safe_load_all((ROOT / "docs/deploy/kubernetes.yaml").read_text()))
-    (workload,) = [one for one in documents if one["kind"] in ("Deployment", "StatefulSet")]
+    (workload,) = [document for document in documents if document["kind"] in ("Deployment", "StatefulSet")]
     pod = workload["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    (port,) = [one["containerPort"] for one in container["ports"] if one["name"] == "http"]
+    (port,) = [port["containerPort"] for port in container["ports"] if port["name"] == "http"]
     arguments = container["args"]
     assert arguments[:1] == ["run"]
     _check_options(arguments[1:])
@@ -294,6 +294,6 @@ def test_the_systemd_unit_names_what_there_is() -> None:
 
 def _check_options(arguments: list[str]) -> None:
     known = {option for parameter in run_command.params for option in parameter.opts}
-    named = [one.split("=")[0] for one in arguments if one.startswith("-")]
+    named = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
     assert named
     assert set(named) <= known

@@ -1,4 +1,4 @@
-"""The dashboard, the alert rules and the page of metrics say what the service has."""
+"""The dashboard, the alert rules and the page of metrics match the service's metrics."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_expression_is_promql_and_its_metrics_exist(expression: str) -> None:
     assert named <= scraped()
 
 
-def test_an_expression_that_is_none_is_noticed() -> None:
+def test_an_invalid_expression_is_noticed() -> None:
     with pytest.raises(ValueError, match=r"unclosed|invalid|unexpected|expected"):
         promql_parser.parse("rate(eskernel_commands_total[5m]")
 
@@ -78,4 +78,6 @@ def test_there_are_thirty_metrics_and_each_says_what_it_is() -> None:
     found = list(METRICS.declared())
     assert len(found) >= 30
     assert all(len(metric._documentation) > 10 for metric in found)
-    assert not {"id", "aggregate_id", "command_id", "subject"} & {label for one in found for label in one._labelnames}
+    assert not {"id", "aggregate_id", "command_id", "subject"} & {
+        label for metric in found for label in metric._labelnames
+    }

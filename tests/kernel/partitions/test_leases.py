@@ -1,4 +1,4 @@
-"""Leases on a real server: who holds what, who gets what, and what time does to it."""
+"""Leases on a real server: holders, shares, renewal and expiry."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def test_the_first_worker_takes_everything(connection: NatsConnection, app
     async with worker(connection, app_name, "a") as a:
         assert sorted(await acquire(a)) == list(range(PARTITIONS))
         assert a.held == frozenset(range(PARTITIONS))
-        assert all(a.holds(one) for one in range(PARTITIONS))
+        assert all(a.holds(partition) for partition in range(PARTITIONS))
         assert not a.holds(PARTITIONS)
 
 
@@ -63,8 +63,8 @@ async def test_shares_are_even_and_surplus_is_given_back(connection: NatsConnect
         async with worker(connection, app_name, "b") as b, worker(connection, app_name, "c") as c:
             members = await a.members()
             assert members.workers == ("a", "b", "c")
-            assert sum(one.share(members) for one in (a, b, c)) == PARTITIONS
-            assert {one.share(members) for one in (a, b, c)} == {2, 3}
+            assert sum(leases.share(members) for leases in (a, b, c)) == PARTITIONS
+            assert {leases.share(members) for leases in (a, b, c)} == {2, 3}
             assert await acquire(b) == []
             await a.release(a.surplus(members))
             assert len(await acquire(b)) + len(await acquire(c)) == PARTITIONS - len(a.held)
@@ -81,7 +81,7 @@ async def test_a_lease_that_is_renewed_stays_and_one_that_is_not_runs_out(
             assert await a.renew() == []
             assert await b.acquire(Members(("b",), frozenset())) == []
             await asyncio.sleep(0.1)
-        # now a is silent, as if frozen
+        # from now on a is silent, as if it were frozen
         got: list[int] = []
 
         async def taken() -> bool:
@@ -103,7 +103,7 @@ async def test_the_deadline_counts_from_before_the_request(
 
         async def slow(key: str, expected: int) -> int:
             revision = await put(key, expected)
-            await asyncio.sleep(1.0)  # the answer takes its time: the bucket has been counting meanwhile
+            await asyncio.sleep(1.0)  # the answer is late: the bucket has counted from the request
             return revision
 
         monkeypatch.setattr(a, "_put", slow)
@@ -113,7 +113,7 @@ async def test_the_deadline_counts_from_before_the_request(
         assert all(lease.deadline <= asked + 2.0 for lease in a._held.values())
 
 
-async def test_what_somebody_else_has_taken_is_not_released(
+async def test_a_lease_that_another_worker_has_taken_is_not_released(
     connection: NatsConnection, app_name: str, wait_until: Wait
 ) -> None:
     async with worker(connection, app_name, "a", ttl=0.5) as a, worker(connection, app_name, "b", ttl=0.5) as b:
@@ -144,7 +144,7 @@ async def test_a_bucket_that_is_gone_is_made_again_without_a_rush(connection: Na
         await call_api(connection, f"STREAM.DELETE.KV_{app_name}-leases", None)
         await a.members()
         assert sorted(await a.renew()) == [0, 1, 2, 3]
-        # b has not said yet that it is still there: its share is not for a
+        # b has not registered again yet, but a must not take its share
         assert len(await acquire(a)) == PARTITIONS // 2
 
 
@@ -156,14 +156,14 @@ async def test_the_dead_lose_everything_at_once_and_the_living_nothing(
         await b.acquire(Members(("b",), a.held))
         theirs = a.held
         async with b.alone("living"):
-            await a._put("l.start", 0)  # as if it had died while it held it
+            await a._put("l.start", 0)  # as if it had died while it held the lease
             await connection.publish(f"$KV.{app_name}-leases.p.by-hand", b"not ours")
             await b.bury(["a", "never-there"])
             left = await b.members()
             assert left.workers == ("b",)
             assert left.held == b.held
             assert len(b.held) == PARTITIONS - len(theirs)
-            assert set(await b._keys()) == {"w.b", "l.living", "p.by-hand"} | {f"p.{one}" for one in b.held}
+            assert set(await b._keys()) == {"w.b", "l.living", "p.by-hand"} | {f"p.{partition}" for partition in b.held}
         assert await b.renew() == []
         assert len(await b.acquire(left)) == len(theirs)
         async with b.alone("start"):
@@ -179,7 +179,7 @@ async def test_one_at_a_time_is_alone(connection: NatsConnection, app_name: str)
             async with leases.alone("start"):
                 inside.append(leases.worker)
                 assert len(inside) == 1
-                await asyncio.sleep(0.8)  # longer than a lease lasts
+                await asyncio.sleep(0.8)  # longer than the duration of a lease
                 inside.remove(leases.worker)
 
         await asyncio.gather(work(a), work(b))
@@ -196,7 +196,7 @@ async def test_a_lease_that_ran_out_while_it_was_needed_is_taken_again(
         async with a.alone("start"):
             last = await a._last(f"$KV.{app_name}-leases.l.start")
             assert last is not None
-            # as the bucket does when the loop was held up for longer than a lease
+            # as the bucket does when the event loop was held up for longer than a lease
             await call_api(
                 connection, f"STREAM.MSG.DELETE.KV_{app_name}-leases", {"seq": last.sequence, "no_erase": True}
             )

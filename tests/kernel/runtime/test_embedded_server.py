@@ -1,4 +1,4 @@
-"""The embedded server: it starts anywhere, ends with its owner, and says why when it can't."""
+"""The embedded server starts in any environment, ends with its owner, and says why when it can't start."""
 
 from __future__ import annotations
 
@@ -80,9 +80,13 @@ async def test_two_servers_run_side_by_side(server: EmbeddedServer, tmp_path: Pa
 
 async def test_it_listens_to_this_machine_only(server: EmbeddedServer) -> None:
     await server.start()
-    listening = [one for one in psutil.Process(server.pid).net_connections() if one.status == psutil.CONN_LISTEN]
+    listening = [
+        connection
+        for connection in psutil.Process(server.pid).net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
     assert listening
-    assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
+    assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
 
 
 async def test_it_stops_and_leaves_no_process(server: EmbeddedServer) -> None:
@@ -157,7 +161,7 @@ async def test_it_ends_with_an_owner_that_was_killed(owner: Any, wait_until: Wai
 
 
 def leave_behind(directory: Path) -> subprocess.Popen[bytes]:
-    """Start a server on this directory that ends with nobody, as there is where a parent's death goes unnoticed."""
+    """Start a server on this directory that does not end with its owner, as on systems without that feature."""
     command = [find_binary(), "-c", str(directory / "nats.conf")]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, start_new_session=True
@@ -168,7 +172,7 @@ def leave_behind(directory: Path) -> subprocess.Popen[bytes]:
 async def test_a_server_that_was_left_behind_is_stopped_by_the_next_start(
     server: EmbeddedServer, wait_until: Wait, monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", columns)  # the terminal's width, to which some programs cut their lists
+    monkeypatch.setenv("COLUMNS", columns)  # some programs cut their lists to the terminal's width
     await server.start()
     await server.stop()
     left = leave_behind(server.directory)
@@ -201,7 +205,7 @@ async def test_a_directory_of_a_killed_owner_is_taken_over(owner: Any, server: E
 
 @pytest.fixture
 def reading(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has the server's configuration on its command line, and is no server."""
+    """A process that has the server's configuration on its command line but is not a server."""
     config = str(tmp_path / "nats" / "nats.conf")
     process = subprocess.Popen([sys.executable, "-c", "input()", config], stdin=subprocess.PIPE)
     yield process

@@ -1,4 +1,4 @@
-"""The servers of tests do what they are for: they let in whom they should, and nobody else."""
+"""The test servers work: each lets in the clients that it should, and no others."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 
 @asynccontextmanager
 async def connected(url: str, errors: list[str] | None = None, **options: Any) -> AsyncIterator[Client]:
-    """A client that gives up at once; what it was told goes to `errors`."""
+    """A client that does not retry; the errors that it gets go to `errors`."""
 
     async def error(problem: Exception) -> None:
         if errors is not None:
             errors.append(str(problem))
 
-    # one that is refused is not closed: nats-py would wait for ever on a connection whose TLS handshake failed
+    # a refused client is not closed: nats-py's close never returns after a failed TLS handshake
     client = await nats.connect(
         url, allow_reconnect=False, max_reconnect_attempts=1, reconnect_time_wait=0, error_cb=error, **options
     )
@@ -75,13 +75,13 @@ async def connected(url: str, errors: list[str] | None = None, **options: Any) -
 
 
 async def taken(url: str, **options: Any) -> None:
-    """A client is let in and can use JetStream."""
+    """Check that a client is let in and can use JetStream."""
     async with connected(url, **options) as client:
         await client.jetstream().add_stream(StreamConfig(name="taken", subjects=["taken"]))
 
 
 async def refused(reason: str, url: str, **options: Any) -> None:
-    """A client is not let in, for this reason."""
+    """Check that a client is not let in, for this reason."""
     errors: list[str] = []
     with pytest.raises((nats.errors.Error, OSError)):
         async with connected(url, errors, **options):
@@ -99,11 +99,11 @@ def trusting(ca: Path, cert: Path | None = None, key: Path | None = None) -> ssl
 # servers
 
 
-async def test_it_runs_the_version_asked_for_and_tells_about_its_connections(tmp_path: Path, binary: str) -> None:
+async def test_it_runs_the_version_asked_for_and_lists_its_connections(tmp_path: Path, binary: str) -> None:
     async with server(tmp_path, binary=binary) as running:
         async with connected(running.url, name="me"):
             connections = (await running.monitored("connz"))["connections"]
-            assert [one["name"] for one in connections] == ["me"]
+            assert [connection["name"] for connection in connections] == ["me"]
         version = (await running.monitored("varz"))["version"]
         assert version.startswith("2.10." if binary == str(OLD_SERVER) else "2.15.")
 
@@ -145,7 +145,7 @@ async def test_it_ends_with_a_test_run_that_is_killed(tmp_path: Path, wait_until
     await wait_until(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE)
 
 
-async def test_why_it_does_not_start_is_told(tmp_path: Path, binary: str) -> None:
+async def test_a_server_that_does_not_start_says_why(tmp_path: Path, binary: str) -> None:
     made = Server(tmp_path, "nonsense: {", binary=binary)
     with pytest.raises(RuntimeError, match="did not start.*Parse error"):
         await made.start()
@@ -158,7 +158,7 @@ async def test_a_cluster_has_replicated_streams_that_survive_a_server(tmp_path: 
             made = await client.jetstream().add_stream(StreamConfig(name="s", subjects=["s"], num_replicas=3))
         assert made.cluster is not None
         assert made.cluster.leader is not None
-        followers = [one.name for one in made.cluster.replicas or []]
+        followers = [replica.name for replica in made.cluster.replicas or []]
         assert {made.cluster.leader, *followers} == {"n0", "n1", "n2"}
         leader, follower = (members[int(str(name)[1:])] for name in (made.cluster.leader, followers[0]))
         await follower.kill()
@@ -253,7 +253,7 @@ async def test_credentials_of_the_trusted_operator_let_in(tmp_path: Path, binary
             await refused("Authorization Violation", running.url, **options)
 
 
-# what users may
+# permissions
 
 
 async def test_a_user_may_be_kept_from_jetstream(tmp_path: Path, binary: str) -> None:
@@ -268,7 +268,7 @@ async def test_a_user_may_be_kept_from_jetstream(tmp_path: Path, binary: str) ->
 
 
 async def in_excess(url: str, **options: Any) -> None:
-    """A second stream is refused, for its size or its number."""
+    """Check that a second stream is refused, for its size or the number of streams."""
     async with connected(url, **options) as client:
         streams = client.jetstream()
         with pytest.raises(APIError, match="insufficient storage"):

@@ -1,4 +1,4 @@
-"""Log lines of a service, as it is run: what is in them, and in which form."""
+"""The log lines of a running service: their content and their form."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Run:
-    """`eskernel run` in a process of its own, its standard error in a file."""
+    """`eskernel run` in a separate process, with its standard error in a file."""
 
     def __init__(self, directory: Path, nats: str, app: str, *arguments: str) -> None:
         self.out, self.errors = directory / "out", directory / "errors"
@@ -58,9 +58,9 @@ class Run:
         return self.process.wait(30)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every line of standard error; each must be one JSON object."""
+        """Return every line of standard error; each must be one JSON object."""
         found = [json.loads(line) for line in self.errors.read_text().splitlines()]
-        assert all(isinstance(one, dict) for one in found)
+        assert all(isinstance(entry, dict) for entry in found)
         return found
 
 
@@ -158,7 +158,7 @@ async def test_text_is_for_people_without_colours_in_a_file(
         await fail_a_command_and_a_projection(app_name, nats_url, wait_until, service)
         text = service.errors.read_text()
     assert "\x1b[" not in text
-    (line,) = [one for one in text.splitlines() if "Explode failed" in one]
+    (line,) = [line for line in text.splitlines() if "Explode failed" in line]
     assert "warning" in line
     assert "Notebook n1: Explode failed: ZeroDivisionError: boom" in line
     for field in ("aggregate_id=n1", "command_id=c1", "correlation_id='order 7'"):
@@ -188,12 +188,12 @@ def test_colours_are_for_terminals(terminal: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     target = slave if terminal else writer
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=target, check=True)
-    said = os.read(master if terminal else reader, 10_000).decode()
+    output = os.read(master if terminal else reader, 10_000).decode()
     for descriptor in (master, slave, reader, writer):
         os.close(descriptor)
-    assert "hot" in said
-    assert ("\x1b[" in said) == terminal
-    assert "more" not in said
+    assert "hot" in output
+    assert ("\x1b[" in output) == terminal
+    assert "more" not in output
 
 
 def test_an_uncaught_error_is_one_line_too() -> None:

@@ -1,4 +1,4 @@
-"""Traces: from the sender's span over the command and its append to the projection; nothing where nobody asks."""
+"""Traces lead from the sender's span over the command and its append to the projection; there are none by default."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NO_TRACEPARENTS = [
 
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[TracerProvider]:
-    """A tracer provider for this test only: OpenTelemetry itself lets one be set once in a process."""
+    """A tracer provider for this test only: OpenTelemetry allows only one global provider per process."""
     made = TracerProvider()
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", made)
     yield made
@@ -149,16 +149,16 @@ async def test_commands_that_share_a_commit_keep_their_traces_apart(
         )
         assert (await stored(service, "n1"))[-1] is None
     assert len(set(traces)) == 30
-    for one in traces:
-        (command,) = named(exporter, "command", one)
+    for trace_id in traces:
+        (command,) = named(exporter, "command", trace_id)
         for below in ("append", "project"):
-            (span,) = named(exporter, below, one)
+            (span,) = named(exporter, below, trace_id)
             assert span.parent is not None
             assert span.parent.span_id == command.context.span_id
     assert len(exporter.get_finished_spans()) == 4 * 30
 
 
-async def test_a_span_tells_what_became_of_the_command(
+async def test_a_span_has_the_outcome_of_its_command(
     nats_url: str, app_name: str, tmp_path: Path, exporter: InMemorySpanExporter
 ) -> None:
     async with running(app_name, tmp_path, nats_url) as (_, client):
@@ -202,10 +202,10 @@ async def test_a_batch_that_was_not_written_shows_as_an_error_before_the_one_tha
     assert (written.attributes or {})["eskernel.outcome"] == "ok"
 
 
-async def test_what_is_not_sampled_makes_no_spans_and_flows_on(
+async def test_unsampled_traces_make_no_spans_and_are_passed_on(
     nats_url: str, app_name: str, tmp_path: Path, provider: TracerProvider, exporter: InMemorySpanExporter
 ) -> None:
-    provider.sampler = ALWAYS_ON  # it would ask nobody
+    provider.sampler = ALWAYS_ON  # it samples every trace without asking the parent
     outside = NonRecordingSpan(SpanContext(int(TRACE, 16), int(SPAN, 16), False, TraceFlags(0)))
     async with running(app_name, tmp_path, nats_url) as (service, client):
         await client.execute(Notebook, "n1", Note("a"), traceparent=UNSAMPLED)
@@ -227,7 +227,7 @@ async def test_a_sampler_of_the_apps_own_has_the_last_word(
     assert exporter.get_finished_spans() == ()
 
 
-async def test_a_traceparent_that_is_none_is_passed_over(
+async def test_an_invalid_traceparent_is_ignored(
     nats_url: str, app_name: str, tmp_path: Path, exporter: InMemorySpanExporter
 ) -> None:
     async with running(app_name, tmp_path, nats_url) as (service, client):

@@ -1,4 +1,4 @@
-"""Several workers: partitions are shared and move; whoever is frozen, killed or replaced can do no damage."""
+"""Several workers share the partitions; a frozen, killed or replaced worker can do no damage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def workers(
         for service in services:
             await service.start()
         share = 64 // count
-        await wait_until(lambda: all(abs(len(one.status()["partitions"]) - share) <= 1 for one in services))
+        await wait_until(lambda: all(abs(len(service.status()["partitions"]) - share) <= 1 for service in services))
         yield services
     finally:
         for service in services:
@@ -44,12 +44,12 @@ async def workers(
 
 def owner(services: list[Service], aggregate_id: str) -> Service:
     partition = services[0].parts.log.subjects.partition("Notebook", aggregate_id)
-    (one,) = [service for service in services if partition in service.status()["partitions"]]
-    return one
+    (holder,) = [service for service in services if partition in service.status()["partitions"]]
+    return holder
 
 
 async def freeze(service: Service) -> None:
-    """As SIGSTOP does, seen from outside: it renews nothing, and hears of nothing."""
+    """Have the same effect as SIGSTOP, seen from outside: the service renews no lease and notices no change."""
     service.scheduler.stop()
     ownership = service.parts.ownership
     ownership._leaving = True
@@ -90,7 +90,7 @@ async def test_partitions_move_under_load_without_a_command_lost_or_refused(
     wait_until: Wait,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # a command that got lost on the way would now fail, rather than be sent again
+    # a command that is lost on the way now fails, because the client does not send it again
     monkeypatch.setattr("kernel.client.RESEND_S", 600.0)
     async with workers(1, tmp_path, nats_url, database_url, app_name, wait_until) as services:
         stop = asyncio.Event()
@@ -142,12 +142,16 @@ async def test_a_killed_worker_that_is_started_again_takes_over_from_itself_at_o
     await supervisor.start()
     try:
         workers = supervisor.workers
-        await wait_until(lambda: all(len(one.heartbeat.get("partitions", ())) == 32 for one in workers), timeout=30)
+        await wait_until(
+            lambda: all(len(worker.heartbeat.get("partitions", ())) == 32 for worker in workers), timeout=30
+        )
         before, process = workers[1].heartbeat["worker"], workers[1].process
         assert process is not None
         process.kill()
         await wait_until(lambda: workers[1].heartbeat.get("worker", before) != before, timeout=30)
-        await wait_until(lambda: all(len(one.heartbeat.get("partitions", ())) == 32 for one in workers), timeout=30)
+        await wait_until(
+            lambda: all(len(worker.heartbeat.get("partitions", ())) == 32 for worker in workers), timeout=30
+        )
         async with await Client.connect(bank, data=tmp_path) as client:
             await asyncio.gather(*(client.execute(Account, f"a{n}", Deposit(1)) for n in range(100)))
     finally:
@@ -172,7 +176,7 @@ async def test_a_thawed_worker_refuses_commands_and_can_write_nothing(
             address = client.log.subjects.address("Notebook", aggregate)
             answers: list[bytes] = []
             monkeypatch.setattr(frozen.parts.outbox, "publish", lambda _subject, payload: answers.append(payload))
-            # a command that it had in its hands, and would decide on a state that somebody else has since changed
+            # a command that it had received before, to be decided on a state that another worker has changed since
             receipts = [await client.execute(Notebook, aggregate, Note("after"), timeout=10)]
             assert receipts[0].version == 2
             frozen.parts.admission.assign(frozenset({address.partition}))
@@ -182,7 +186,7 @@ async def test_a_thawed_worker_refuses_commands_and_can_write_nothing(
             assert b'"unavailable"' in answers[0]
             stored = await client.log.read_subject(address.subject)
             assert len(stored) == 2
-            # and a commit on a stale state meets the log's own check
+            # the log itself refuses a commit on a stale state
             with pytest.raises(Conflict):
                 await frozen.parts.log.append(address.subject, stored[0].sequence, b"[stale]")
             rows = await client.query("select notes from pages where notebook = :n", {"n": aggregate}, after=receipts)
@@ -241,7 +245,7 @@ async def test_workers_that_start_at_once_build_the_tables_once(
     await asyncio.gather(*(service.start() for service in services))
     async with await Client.connect(services[0].app, nats=nats_url, database=database_url) as client:
         built = await client.query("select name, generation, state from eskernel_projection order by name")
-        assert [(one["name"], one["generation"], one["state"]) for one in built] == [
+        assert [(generation["name"], generation["generation"], generation["state"]) for generation in built] == [
             (name, 1, "live") for name in ("Lines", "Pages", "Words")
         ]
     for service in services:
