@@ -19,13 +19,13 @@ _COMMANDS: Final = {
     "check": ("run", "Check an app's declarations and list them."),
     "config": ("config", "Show the settings, or check them against the running servers."),
     "send": ("send", "Send a command to one aggregate."),
-    "query": ("query", "Ask the projection database."),
-    "show": ("query", "Print an aggregate's state and events, also as of then."),
-    "rebuild": ("rebuild", "Build a projection's tables anew from the log."),
-    "dead-letters": ("dead_letters", "List, show, retry, skip, export events that a projection could not fold."),
+    "query": ("query", "Query the projection database."),
+    "show": ("query", "Print an aggregate's state and events, now or at an earlier time."),
+    "rebuild": ("rebuild", "Rebuild a projection's tables from the log."),
+    "dead-letters": ("dead_letters", "List, show, retry, skip or export events that a projection could not fold."),
     "limits": ("limits", "Show rates and limits, or change them while the service runs."),
     "backlog": ("backlog", "Print how far the projections are behind, and the pressure on publishing."),
-    "jobs": ("jobs", "Print what the workers do regularly, and how it went."),
+    "jobs": ("jobs", "Print the regular jobs of the workers, and their last runs."),
     "status": ("status", "Print health, positions, lag, jobs."),
 }
 

@@ -76,6 +76,7 @@ def _print(built: Rebuilt) -> None:
         f"{built.projection}: generation {built.generation} is live, {built.events:,} events in {built.seconds:.1f} s "
         f"({built.events / max(built.seconds, 1e-9):,.0f} events/s), up to sequence {built.sequence}",
         highlight=False,
+        soft_wrap=True,
     )
     if built.parked:
         console.print(

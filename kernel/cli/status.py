@@ -121,7 +121,7 @@ def _print_worker(worker: dict[str, Any]) -> None:
     for job in worker["jobs"]:
         failed = f", failing: {job['error']}" if job["error"] else ""
         _line(
-            f"  job {job['name']:<16}every {job['interval']:.3g} s, {job['runs']} runs, last took "
+            f"  job {job['name']:<20}every {job['interval']:.3g} s, {job['runs']} runs, last took "
             f"{job['duration'] * 1000:.1f} ms{failed}"
         )
 
