@@ -132,7 +132,11 @@ async def show(
     for parked, found in shown:
         since = f"{parked.projection}: {parked.events} events wait since {parked.since}"
         console.print(since, style="bold", highlight=False)
-        console.print(f"  failed {parked.attempts} time{'s' * (parked.attempts != 1)}: {parked.error}", markup=False, highlight=False)
+        console.print(
+            f"  failed {parked.attempts} time{'s' * (parked.attempts != 1)}: {parked.error}",
+            markup=False,
+            highlight=False,
+        )
         for letter in found:
             event = letter.event or {}
             console.print(
