@@ -1,7 +1,7 @@
-"""Folding events into rows, tallies and statements: the part of the read side that runs once per event.
+"""Folds events into rows, tallies and calls of `Sql` handlers: the part of the read side that runs once per event.
 
-A `Plan` is compiled at start. For each event type it holds the steps to run, so that an event costs one dictionary
-look-up, one decode, and one call per handler.
+A `Plan` is compiled at start. It contains the steps of each event type, so that an event costs one dictionary look-up,
+one decode, and one call per handler.
 """
 
 from __future__ import annotations
@@ -18,15 +18,23 @@ from projections.errors import HandlerFailed
 from projections.projection import DROP, Meta, Recorded, Tally
 
 TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
-"""Exceptions of handlers that time may mend: the event is folded again by and by. A fold is otherwise a pure function,
-and would only fail again."""
+"""Exceptions of handlers that may be temporary: the event is retried automatically. Apart from them a fold is a pure
+function, and a retry would fail in the same way."""
 EVERY = -1
-"""In a `HandlerFailed`: the event itself is to blame, so every projection of its aggregate parks it."""
+"""Projection index in a `HandlerFailed` that the event itself causes: every projection of its aggregate parks it."""
+Key = tuple[str, str]
+"""Aggregate type and id."""
 Step = Callable[[list[Any], str, Any, Envelope, int, "Folded"], None]
 
 
 class Parked(NamedTuple):
-    """Since which event an aggregate waits, and why."""
+    """The state of a parked aggregate for one projection.
+
+    Attributes:
+        since: sequence of the first waiting event.
+        error: error of this event.
+        transient: this event is retried automatically.
+    """
 
     since: int
     error: str
@@ -34,30 +42,66 @@ class Parked(NamedTuple):
 
 
 class Letter(NamedTuple):
-    """One event on its way to the dead letters: of which projection, aggregate (type, id), where, and why.
+    """An event that becomes a dead letter.
 
     Attributes:
-        transient: it is to be folded again by and by; never so for those that only wait behind it.
+        projection: index of the projection in its plan.
+        aggregate: aggregate type and id.
+        sequence: the event's place in its aggregate.
+        stream_sequence: the event's place in the stream.
+        error: error of the event, or of the event that it waits behind.
+        transient: the event is retried automatically; False for an event that waits behind another one.
     """
 
     projection: int
-    aggregate: tuple[str, str]
+    aggregate: Key
     sequence: int
     stream_sequence: int
     error: str
     transient: bool = False
 
 
+class ParkedAggregates(dict[Key, dict[int, Parked]]):
+    """The aggregates that wait behind a dead letter, by aggregate and projection index."""
+
+    def add(self, aggregate: Key, index: int, parked: Parked) -> None:
+        """Park an aggregate for one projection, unless it is parked from an earlier event on already."""
+        waiting = self.setdefault(aggregate, {})
+        if index not in waiting or parked.since < waiting[index].since:
+            waiting[index] = parked
+
+    def divide(
+        self, key: Key, envelope: Envelope, stream_sequence: int, projections: Sequence[int], letters: list[Letter]
+    ) -> list[int]:
+        """Add an event to the dead letters of those projections that its aggregate is parked for.
+
+        Returns:
+            the other projections, which fold the event.
+        """
+        waiting = self[key]
+        folding = []
+        for index in projections:
+            parked = waiting.get(index)
+            if parked is None or envelope.sequence < parked.since:
+                folding.append(index)
+            else:
+                head = envelope.sequence == parked.since
+                letters.append(
+                    Letter(index, key, envelope.sequence, stream_sequence, parked.error, head and parked.transient)
+                )
+        return folding
+
+
 class Folded:
-    """What a batch of events amounts to, per projection of the plan; still in memory.
+    """The result of folding a batch of events, in memory, by projection of the plan.
 
     Attributes:
-        rows: by projection, then by aggregate id: the record, or None where it was dropped.
-        tallies: by projection: increments by key.
-        events: by projection and handler: what `Sql` handlers will receive.
-        kept: by projection, then by aggregate id: the last event folded, where no row keeps it.
-        letters: events that could not be folded, with those behind them.
-        count: events folded.
+        rows: changed records by projection and aggregate id; None for a dropped row.
+        tallies: increments by projection and key.
+        events: events for `Sql` handlers, by projection and handler.
+        kept: sequence of the last folded event by projection and aggregate id, for aggregates without a row.
+        letters: events that become dead letters.
+        count: number of folded events.
     """
 
     __slots__ = ("count", "events", "kept", "letters", "rows", "tallies")
@@ -71,7 +115,7 @@ class Folded:
         self.count = 0
 
     def written(self) -> dict[int, int]:
-        """Return how many rows and tallies it amounts to, by projection."""
+        """Return the number of changed rows and tallies, by projection."""
         return {
             index: len(rows) + len(self.tallies[index])
             for index, rows in enumerate(self.rows)
@@ -83,13 +127,15 @@ class Plan:
     """All projections of an app, compiled for folding.
 
     Args:
-        transient: exceptions of handlers after which trying again by itself may help.
+        transient: exceptions of handlers that may be temporary.
 
     Attributes:
-        projections: in the order that indexes everything in `Folded`.
-        makers: how a record is made, by projection.
-        keepers: by aggregate type, the projection that keeps the sequence of the last event: its first `Rows`, if any.
-        parked: by projection and aggregate (type, id): the sequence from which on events wait behind a dead letter.
+        projections: the projections, in the order of all indexes in `Folded`.
+        makers: functions that make a record, by projection.
+        row_indexes: the `Rows` projections of each aggregate type.
+        keepers: for each aggregate type, the projection that stores the sequence of an aggregate's last event: its
+            first `Rows`, or else its first projection.
+        parked: the parked aggregates. They are state, and the only part of the plan that changes.
     """
 
     def __init__(
@@ -104,7 +150,10 @@ class Plan:
         self.makers: list[Callable[..., Any]] = [
             p.columns.factory(numeric=p.kind == "tallies") if p.columns else _no_record for p in projections
         ]
-        self.parked: dict[tuple[str, str], dict[int, Parked]] = {}
+        self.parked = ParkedAggregates()
+        self._indexes = {
+            declared.name: [i for i, p in enumerate(projections) if p.aggregate == declared.name] for declared in types
+        }
         self.row_indexes = {
             declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
             for declared in types
@@ -128,7 +177,7 @@ class Plan:
                 for place, handler in enumerate(projection.handlers):
                     if event_type.cls in handler.events:
                         steps.append((index, self._step(index, place, handler)))
-            # most events have the present version: their decoder is called without a detour
+            # most events have the current version: their decoder is called directly
             decode: Callable[..., Any] | None = msgspec.json.Decoder(event_type.cls).decode if steps else None
             compiled[name] = (event_type.version, event_type.decode, decode, tuple(steps))
         return compiled
@@ -180,47 +229,41 @@ class Plan:
         """Fold one aggregate's commits.
 
         Args:
-            rows: the aggregate's records by projection, None where there is no row yet; updated in place.
-            commits: (stream sequence, envelopes) in stream order.
-            last: the sequence folded before, or None if it isn't known but from the rows.
+            rows: the aggregate's records by projection, None where there is no row; updated in place.
+            commits: stream sequence and events of each commit, in stream order.
+            folded: the batch's result, to which the result is added.
+            last: sequence of the last event folded before, or None if only the rows and `kept` know it.
             skip: projections that have folded these commits already.
-            kept: the sequence folded before, as the database keeps it where the keeper has no row.
+            kept: sequence of the last event folded before, if the keeper has no row that stores it.
 
         Returns:
-            the sequence of the last event.
+            sequence of the last event.
 
         Raises:
-            HandlerFailed: park the aggregate and fold the whole batch again, from stored rows.
+            HandlerFailed: park the aggregate, and fold the whole batch again from the stored rows.
         """
         keeper = self.keepers.get(aggregate)
         if keeper is None:
             return commits[-1][1][-1].sequence
+        if skip or (self.parked and (aggregate, aggregate_id) in self.parked):
+            return self._fold_partly(keeper, (aggregate, aggregate_id), rows, commits, folded, last, skip, kept)
         steps_by_type = self._steps[aggregate]
-        key = (aggregate, aggregate_id)
-        parked = self.parked.get(key) if self.parked else None
-        odd = bool(skip or parked)
         indexes = self.row_indexes[aggregate]
         if last is None:
             for index in indexes:
-                if rows[index] is not None and index not in skip and not (parked and index in parked):
+                if rows[index] is not None:
                     last = max(last or 0, rows[index].eskernel_sequence)
-            if last is None and keeper not in skip and not (parked and keeper in parked):
+            if last is None:
                 last = kept
         for stream_sequence, envelopes in commits:
             for envelope in envelopes:
                 sequence = envelope.sequence
-                if parked and self._wait(key, parked, envelope, stream_sequence, skip, folded):
-                    last = sequence
-                    continue
                 if last is not None and sequence != last + 1:
-                    why = f"SequenceError: event {sequence} after {last}"
-                    raise HandlerFailed(EVERY, key, sequence, why, "sequence")
+                    raise _out_of_sequence((aggregate, aggregate_id), sequence, last)
                 last = sequence
                 entry = steps_by_type.get(envelope.type)
                 if entry is None:
-                    raise HandlerFailed(
-                        EVERY, key, sequence, f"InvalidMessage: no event named {envelope.type!r}", "event"
-                    )
+                    raise _unknown_event((aggregate, aggregate_id), envelope)
                 version, decode_any, decode, steps = entry
                 if decode is None:
                     continue
@@ -231,75 +274,132 @@ class Plan:
                         else decode_any(envelope.data, envelope.dataversion)
                     )
                 except Exception as error:
-                    why = f"{type(error).__name__}: stored {envelope.type}: {error}"
-                    raise HandlerFailed(EVERY, key, sequence, why, "event") from error
+                    raise _unreadable_event((aggregate, aggregate_id), envelope, error) from error
                 index = EVERY
                 try:
-                    for index, step in steps:
-                        if odd and (index in skip or (parked and index in parked and sequence >= parked[index].since)):
-                            continue
+                    for index, step in steps:  # noqa: B007 - the error names the step that failed
                         step(rows, aggregate_id, event, envelope, stream_sequence, folded)
                 except Exception as error:
-                    why = f"{type(error).__name__}: {error}"
-                    transient = isinstance(error, self.transient)
-                    raise HandlerFailed(index, key, sequence, why, "handler", transient) from error
+                    raise self._failed_handler(index, (aggregate, aggregate_id), sequence, error) from error
+            folded.count += len(envelopes)
+        if not last:
+            return 0
+        for index in indexes:
+            row = rows[index]
+            if row is not None:
+                row.eskernel_sequence = last  # once for all events
+                folded.rows[index][aggregate_id] = row
+        if not indexes or rows[keeper] is None:
+            folded.kept[keeper][aggregate_id] = last
+        return last
+
+    def _fold_partly(
+        self,
+        keeper: int,
+        key: Key,
+        rows: list[Any],
+        commits: Sequence[tuple[int, Sequence[Envelope]]],
+        folded: Folded,
+        last: int | None,
+        skip: frozenset[int],
+        kept: int | None,
+    ) -> int:
+        """Fold commits of a parked aggregate, or commits that some projections have folded already."""
+        waiting = self.parked.get(key)
+        projections = [index for index in self._indexes[key[0]] if index not in skip]
+        indexes = [index for index in self.row_indexes[key[0]] if index not in skip]
+        if last is None:
+            for index in indexes:
+                if rows[index] is not None and not (waiting and index in waiting):
+                    last = max(last or 0, rows[index].eskernel_sequence)
+            if last is None and keeper not in skip and not (waiting and keeper in waiting):
+                last = kept
+        for stream_sequence, envelopes in commits:
+            for envelope in envelopes:
+                sequence = envelope.sequence
+                folding = projections
+                if waiting:
+                    folding = self.parked.divide(key, envelope, stream_sequence, projections, folded.letters)
+                    if not folding:
+                        last = sequence
+                        continue
+                if last is not None and sequence != last + 1:
+                    raise _out_of_sequence(key, sequence, last)
+                last = sequence
+                self._fold_event(key, rows, envelope, stream_sequence, folded, folding)
             folded.count += len(envelopes)
         for index in indexes:
-            # once for all its events
             row = rows[index]
-            if row is None or index in skip:
-                continue
-            if parked and index in parked:
-                since = parked[index].since
-                done = [one.sequence for _, envelopes in commits for one in envelopes if one.sequence < since]
-                row.eskernel_sequence = max([*done, row.eskernel_sequence])
-            elif last:
-                row.eskernel_sequence = last
-            folded.rows[index][aggregate_id] = row
-        if (self.row_indexes[aggregate] and rows[keeper] is not None) or keeper in skip:
+            if row is not None:
+                if waiting and index in waiting:
+                    row.eskernel_sequence = max(_last_before(waiting[index], commits), row.eskernel_sequence)
+                elif last:
+                    row.eskernel_sequence = last
+                folded.rows[index][key[1]] = row
+        if keeper in skip or (self.row_indexes[key[0]] and rows[keeper] is not None):
             return last or 0
-        if parked and keeper in parked:
-            since = parked[keeper].since
-            done = [one.sequence for _, envelopes in commits for one in envelopes if one.sequence < since]
-            last_kept = max(done, default=0)
-        else:
-            last_kept = last or 0
+        last_kept = _last_before(waiting[keeper], commits) if waiting and keeper in waiting else last
         if last_kept:
-            folded.kept[keeper][aggregate_id] = last_kept
+            folded.kept[keeper][key[1]] = last_kept
         return last or 0
 
-    def _wait(
+    def _fold_event(
         self,
-        key: tuple[str, str],
-        parked: dict[int, Parked],
+        key: Key,
+        rows: list[Any],
         envelope: Envelope,
         stream_sequence: int,
-        skip: frozenset[int],
         folded: Folded,
-    ) -> bool:
-        """Put an event behind the dead letters of its aggregate; say whether no projection is left to fold it."""
-        left = False
-        for index, projection in enumerate(self.projections):
-            if projection.aggregate != key[0] or index in skip:
-                continue
-            since = parked.get(index)
-            if since is None or envelope.sequence < since.since:
-                left = True
-            else:
-                head = envelope.sequence == since.since
-                folded.letters.append(
-                    Letter(index, key, envelope.sequence, stream_sequence, since.error, head and since.transient)
-                )
-        return not left
+        projections: Sequence[int],
+    ) -> None:
+        """Fold one event into some projections."""
+        entry = self._steps[key[0]].get(envelope.type)
+        if entry is None:
+            raise _unknown_event(key, envelope)
+        version, decode_any, decode, steps = entry
+        if decode is None:
+            return
+        try:
+            current = envelope.dataversion == version
+            event = decode(envelope.data) if current else decode_any(envelope.data, envelope.dataversion)
+        except Exception as error:
+            raise _unreadable_event(key, envelope, error) from error
+        for index, step in steps:
+            if index in projections:
+                try:
+                    step(rows, key[1], event, envelope, stream_sequence, folded)
+                except Exception as error:
+                    raise self._failed_handler(index, key, envelope.sequence, error) from error
+
+    def _failed_handler(self, index: int, key: Key, sequence: int, error: Exception) -> HandlerFailed:
+        why, transient = f"{type(error).__name__}: {error}", isinstance(error, self.transient)
+        return HandlerFailed(index, key, sequence, why, "handler", transient)
 
     def park(self, failure: HandlerFailed) -> None:
-        """Let this aggregate's events wait, for this projection, from the failed one on."""
-        waiting = self.parked.setdefault(failure.aggregate, {})
-        for index, projection in enumerate(self.projections):
-            if projection.aggregate == failure.aggregate[0] and failure.projection in (EVERY, index):
-                known = waiting.get(index)
-                if known is None or known.since > failure.sequence:
-                    waiting[index] = Parked(failure.sequence, failure.error, failure.transient)
+        """Park an aggregate, from the failed event on, for the projection that failed or for `EVERY`."""
+        for index in self._indexes[failure.aggregate[0]]:
+            if failure.projection in (EVERY, index):
+                self.parked.add(failure.aggregate, index, Parked(failure.sequence, failure.error, failure.transient))
+
+
+def _out_of_sequence(key: Key, sequence: int, last: int) -> HandlerFailed:
+    return HandlerFailed(EVERY, key, sequence, f"SequenceError: event {sequence} after {last}", "sequence")
+
+
+def _unknown_event(key: Key, envelope: Envelope) -> HandlerFailed:
+    why = f"InvalidMessage: no event named {envelope.type!r}"
+    return HandlerFailed(EVERY, key, envelope.sequence, why, "event")
+
+
+def _unreadable_event(key: Key, envelope: Envelope, error: Exception) -> HandlerFailed:
+    why = f"{type(error).__name__}: stored {envelope.type}: {error}"
+    return HandlerFailed(EVERY, key, envelope.sequence, why, "event")
+
+
+def _last_before(parked: Parked, commits: Sequence[tuple[int, Sequence[Envelope]]]) -> int:
+    """Return the sequence of the last event that comes before the waiting ones, 0 if there is none."""
+    sequences = (envelope.sequence for _, envelopes in commits for envelope in envelopes)
+    return max((sequence for sequence in sequences if sequence < parked.since), default=0)
 
 
 def _no_record(*_values: Any) -> Any:

@@ -330,14 +330,11 @@ class Writer:
         return {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
 
     def load_parked(self, connection: Connection) -> None:
-        """Fill the plan with the aggregates that wait behind dead letters."""
+        """Replace the plan's parked aggregates by those that wait behind the stored dead letters."""
         index_of = {(g.name, g.number): index for index, g in enumerate(self.generations)}
         self.plan.parked.clear()
-        rows = connection.execute(select(dead_letter).order_by(dead_letter.c.id.desc()))
-        for row in rows:
+        for row in connection.execute(select(dead_letter).order_by(dead_letter.c.id)):
             index = index_of.get((row.projection, row.generation))
             if index is not None and row.sequence > 0:
-                waiting = self.plan.parked.setdefault((row.aggregate, row.aggregate_id), {})
-                if index not in waiting or row.sequence <= waiting[index].since:
-                    # later events wait behind it; the stored letter itself has the time of the next attempt
-                    waiting[index] = Parked(row.sequence, row.error)
+                # not transient: the stored letter itself has the time of the next attempt
+                self.plan.parked.add((row.aggregate, row.aggregate_id), index, Parked(row.sequence, row.error))

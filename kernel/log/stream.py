@@ -244,7 +244,7 @@ def treatment_of(difference: Difference, stream: Stream, state: dict[str, Any]) 
     if stream.existing == "create":
         return "it stays as it is: stream.existing = 'update' changes it", False
     if _stored_beyond(difference.field, difference.wanted, state):
-        return "the service does not start: the stream contains more already", True
+        return "the service does not start: the stream holds more already", True
     return "the service changes it: stream.existing = 'update'", False
 
 

@@ -142,7 +142,7 @@ def _context(security: Security) -> ssl.SSLContext:
         _read("client_certificate", security.client_certificate)
         _read("client_key", security.client_key)
         try:
-            # without the empty password OpenSSL would prompt for one in the terminal
+            # without the empty password OpenSSL would ask for a password in the terminal
             context.load_cert_chain(security.client_certificate, security.client_key, "")
         except (ssl.SSLError, OSError) as error:
             raise BadCredentials(

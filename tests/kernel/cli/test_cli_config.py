@@ -110,7 +110,7 @@ async def test_check_makes_no_stream_and_no_table(
     config: Run, nats_url: str, app_name: str, fresh_postgres: str
 ) -> None:
     found = check(config, "--nats", nats_url, "--database", fresh_postgres)
-    assert reports(found, "ok", "database", "tables are made at start")
+    assert reports(found, "ok", "database", "creates its tables at start")
     assert reports(found, "ok", "database", "writable")
     async with api(nats_url) as call:
         assert app_name not in ((await call("STREAM.NAMES"))["streams"] or [])
