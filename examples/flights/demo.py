@@ -15,12 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Engine, create_engine, make_url
 
 from examples.flights import app
 from examples.flights.compare import Comparison, compare
@@ -113,9 +112,6 @@ async def _send(client: Client, found: list[Step]) -> None:
 
 
 async def _rebuild(database: str | None) -> None:
-    engine = _engine(database)
-    if engine.dialect.name == "sqlite":
-        _write_in_transactions(engine)
     async with await Client.connect(app, data=DATA, database=database) as client:
         with _bar() as bar:
             task = bar.add_task("   events", total=None, rate="")
@@ -124,26 +120,16 @@ async def _rebuild(database: str | None) -> None:
                 rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
                 bar.update(task, completed=step.done, total=step.total, rate=rate)
 
-            await Rebuild(app, client.log, engine, app.projections, show).run()
-    engine.dispose()
+            await Rebuild(app, client.log, _url(database), app.projections, show).run()
+
+
+def _url(database: str | None) -> str:
+    return database or f"sqlite:///{DATA / app.name / 'projections.db'}"
 
 
 def _engine(database: str | None) -> Engine:
-    if database is None:
-        return create_engine(f"sqlite:///{DATA / app.name / 'projections.db'}", connect_args={"timeout": 30})
-    return create_engine(make_url(database).set(drivername="postgresql+psycopg"))
-
-
-def _write_in_transactions(engine: Engine) -> None:
-    """Let a transaction on SQLite begin with the write lock and include DDL: a rebuild writes beside the service."""
-
-    @event.listens_for(engine, "connect")
-    def _connected(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    url = make_url(_url(database))
+    return create_engine(url if database is None else url.set(drivername="postgresql+psycopg"))
 
 
 def _report_comparisons(live: list[Comparison], rebuilt: list[Comparison]) -> int:

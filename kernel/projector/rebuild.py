@@ -29,7 +29,7 @@ from kernel.projector.parking import log_parked
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
-from projections.database import is_infrastructure, reads
+from projections.database import is_infrastructure, open_database, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.fold import Letter, Plan
@@ -79,10 +79,17 @@ class Rebuilt:
 
 
 class Rebuild:
-    """One rebuild of some projections of an app.
+    """One rebuild of some projections of an app, beside the service that may run meanwhile.
+
+    Example:
+        >>> async with await Client.connect(app) as client:
+        ...     await Rebuild(app, client.log, "postgresql://user@host/name", [app.projection("Balances")]).run()
 
     Args:
-        progress: told after every window.
+        log: the app's log, such as `Client.log`.
+        database: URL of the projection database, or an engine that the kernel has opened.
+        projections: the projections to build, of `App.projections`.
+        progress: called after each window that was folded.
         pace: how fast the log may be read; as fast as it goes without one.
     """
 
@@ -90,13 +97,15 @@ class Rebuild:
         self,
         app: App,
         log: EventLog,
-        engine: Engine,
+        database: Engine | str,
         projections: Sequence[DeclaredProjection],
         progress: Callable[[RebuildProgress], None] = lambda _: None,
         pace: Pace | None = None,
     ) -> None:
         self._pace = pace or unpaced()
-        self._app, self._log, self._engine, self._projections, self._progress = app, log, engine, projections, progress
+        self._app, self._log, self._projections, self._progress = app, log, projections, progress
+        self._engine = open_database(database) if isinstance(database, str) else database
+        self._opened = isinstance(database, str)
         self._plan = Plan(list(app.types.values()), projections, app.transient)
         self._wanted = {declared.aggregate for declared in projections}
         self._pool = ThreadPoolExecutor(1, "eskernel-rebuild")
@@ -127,6 +136,8 @@ class Rebuild:
                     break
         finally:
             self._pool.shutdown()
+            if self._opened:
+                self._engine.dispose()
         seconds = time.perf_counter() - started
         return [
             Rebuilt(
