@@ -239,6 +239,7 @@ def _assemble(
     gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, tracing)
     closing.callback(gateway.close)
     admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)
+    closing.callback(admission.close)
     projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing)
     closing.push_async_callback(projector.close)
     ownership = Ownership(connection, log.subjects, leases, admission, projector)
@@ -251,7 +252,7 @@ def _assemble(
         projector.progress,
         lambda: leases.held,
         log.appender,
-        lambda: (gateway.pending.total, signals.slowest_append),
+        gateway.measure_load,
         base.alerts,
     )
     database_check = DatabaseCheck(engine, projector, base.worker)

@@ -79,7 +79,9 @@ def encode_receipt(receipt: Receipt) -> bytes:
 def encode_error(type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None) -> bytes:
     """Return the answer to a command that did not."""
     # an answer larger than the server takes would cost the whole connection
-    error: dict[str, object] = {"type": type, "message": message[:MAX_MESSAGE]}
+    # and a text that is no Unicode, such as a file's name with foreign bytes, the answer
+    text = message[:MAX_MESSAGE].encode(errors="replace").decode()
+    error: dict[str, object] = {"type": type, "message": text}
     if command_id:
         error["command_id"] = command_id[:MAX_COMMAND_ID]
     if retry_after is not None:

@@ -238,9 +238,11 @@ class Service:
         deadline = time.monotonic() + self.settings.drain
         self.stopped.set()
         self.health.components["commands"].stop()
-        if self._parts is not None and not self._closed:
-            await self._drain(self._parts, deadline)
-        await self._close()
+        try:
+            if self._parts is not None and not self._closed:
+                await self._drain(self._parts, deadline)
+        finally:
+            await self._close()
 
     async def _drain(self, parts: Parts, deadline: float) -> None:
         pending = parts.gateway.pending

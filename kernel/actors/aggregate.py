@@ -126,10 +126,15 @@ class AggregateActor(Actor):  # type: ignore[misc]
             elif kind is DropRows:
                 self.rows = self.sequence = None
             elif kind is Passivate:
-                self.address, self.stash, self.singly = NOWHERE, (), False
-                self.cell = self.rows = self.sequence = None
+                self._reset()
         except Exception as error:
             self.gateway.report_bug(f"{self.address.subject}: {type(error).__name__}: {error}")
+
+    def _reset(self) -> None:
+        self.address, self.phase = NOWHERE, Phase.READY
+        self.cell = self.rows = self.sequence = None
+        self.stash = self.verdicts = ()
+        self.stale = self.singly = False
 
     # events
 
@@ -280,6 +285,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
 
     def _appended(self, result: int | Exception) -> None:
         verdicts, self.verdicts = self.verdicts, ()
+        # now, so that an answer that fails does not leave the aggregate waiting
+        self.phase = Phase.READY
         if isinstance(result, int) and self.cell is not None:
             self.cell.position = result
             self.singly = False

@@ -231,3 +231,7 @@ class Admission:
         """Take no more commands at all; return whether those under way were answered within `timeout` seconds."""
         self._stopping = True
         return await self._pending.drained(timeout)
+
+    def close(self) -> None:
+        """Refuse what still comes: the actors are about to end."""
+        self._stopping = True

@@ -60,7 +60,7 @@ class CommandGateway:
         self.pending = PendingCommands(log.subjects.partitions)
         self.answers = Answers(outbox, self.pending)
         self.appended = self.unappended = 0
-        self.slowest_append = 0.0
+        self.slowest_append = self._longest_append = 0.0
         self._histories = Histories(log, self._send)
         self._names = {
             declared.name: {event.cls: (event.name, event.version) for event in declared.events.values()}
@@ -105,6 +105,7 @@ class CommandGateway:
                 if not self._queued:
                     APPEND_SECONDS.observe(took := time.perf_counter() - started)
                     self.slowest_append = max(self.slowest_append, took)
+                    self._longest_append = max(self._longest_append, took)
                 self.appended += 1
                 for span in spans:
                     span.end("ok", stream_sequence=future.result())
@@ -188,8 +189,15 @@ class CommandGateway:
         if not self._closed:
             self.actors.send(queued)
 
+    def measure_load(self) -> tuple[int, float]:
+        """Return the commands under way, and the seconds of the slowest append since the last call."""
+        longest, self._longest_append = self._longest_append, 0.0
+        return self.pending.total, longest
+
     def forget(self, partitions: Collection[int]) -> None:
         """Forget the states of these partitions' aggregates: other workers may change them."""
+        if self._closed:
+            return
         leave = Leave()
         self.actors.send(
             [(resident.actor, leave) for resident in self.residents.all() if resident.address.partition in partitions]

@@ -23,7 +23,7 @@ from aggregates.context import uuid7
 from kernel.errors import Conflict, LogError, PayloadTooLarge, Replaced, Unavailable
 from kernel.log.base import Stored
 from kernel.log.bursts import BurstMeter
-from kernel.log.settling import Append, Settler, closed
+from kernel.log.settling import LONGEST_PAUSE_S, Append, Settler, closed
 from kernel.settings.jetstream import GroupCommit
 from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
@@ -60,7 +60,7 @@ _decode_ack = msgspec.json.Decoder(_Ack).decode
 Verify = Callable[[], Coroutine[Any, Any, object]]
 
 
-async def _trust() -> None:
+async def trust() -> None:
     """Take the stream for the same after a reconnect."""
 
 
@@ -86,7 +86,7 @@ class Appender:
         connection: NatsConnection,
         last: Callable[[str], Coroutine[Any, Any, Stored | None]],
         *,
-        verify: Verify = _trust,
+        verify: Verify = trust,
         atomic: bool = False,
         group_commit: GroupCommit = "auto",
         timeout: float = 5.0,
@@ -109,6 +109,7 @@ class Appender:
         self.highest = 0
         self._verified = True
         self._reconnects = 0
+        self._verifying: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -117,12 +118,12 @@ class Appender:
         self._loop = asyncio.get_running_loop()
         self._stop_listening = await self._connection.listen(f"{self._inbox.decode()}.*", self._acknowledged)
         self._connection.reconnections.append(self._lost_connection)
-        self._spawn(self._expire())
+        self._spawn(self._expire(), self._tasks)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
         task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     def append(self, subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
         """See `EventLog.append`."""
@@ -306,20 +307,24 @@ class Appender:
         for group in groups:
             self._settler.settle(group, "the connection was lost")
         self._reconnects += 1
-        if self._verified:
-            self._verified = False
-            self._spawn(self._verify_log())
+        self._verified = False
+        if not self._verifying:
+            self._spawn(self._verify_log(), self._verifying)
 
     async def _verify_log(self) -> None:
         """Make sure that this is still the same log; until then nothing is appended."""
+        pause = VERIFY_AGAIN_S
         while not self._verified:
             reconnects = self._reconnects
             try:
                 await self._verify()
             except Replaced:
                 return  # another log: nothing may be appended to it
-            except LogError:
-                await asyncio.sleep(VERIFY_AGAIN_S)
+            except Exception as error:
+                if not isinstance(error, LogError):
+                    logger.exception("the log could not be verified after a reconnect; trying again")
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 # an answer from before another reconnect says nothing of the server behind it
                 self._verified = reconnects == self._reconnects
@@ -345,7 +350,7 @@ class Appender:
         if self._closed:
             return
         self._closed = True
-        for task in list(self._tasks):
+        for task in [*self._tasks, *self._verifying]:
             task.cancel()
         self._settler.close()
         self._connection.reconnections.remove(self._lost_connection)

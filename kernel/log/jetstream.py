@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from kernel.errors import Replaced, StreamMismatch, Unavailable
-from kernel.log.appender import Appender
+from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
 from kernel.log.reader import JetStreamReader
 from kernel.log.subjects import Subjects
@@ -33,7 +33,8 @@ class JetStreamLog:
     Args:
         stream: what the server says about the stream: its configuration, and when it was created.
         worker: for the names of consumers.
-        on_replaced: called with the reason where the stream turns out to be another one.
+        on_replaced: called with the reason where the stream turns out to be another one. Without it the log is for
+            reading, and is not compared after a reconnect.
 
     Attributes:
         created: when the stream was created, as it was when the log was opened.
@@ -46,7 +47,7 @@ class JetStreamLog:
         stream: dict[str, Any],
         settings: Settings,
         worker: str = "",
-        on_replaced: Callable[[str], None] = lambda _: None,
+        on_replaced: Callable[[str], None] | None = None,
     ) -> None:
         config = stream["config"]
         self.subjects = subjects
@@ -69,7 +70,7 @@ class JetStreamLog:
         self.appender = Appender(
             connection,
             self.last,
-            verify=self.verify,
+            verify=self.verify if on_replaced is not None else trust,
             atomic=bool(config.get("allow_atomic")) and server_version(connection) >= (2, 12),
             group_commit=jetstream.group_commit,
             timeout=jetstream.publish_timeout,
@@ -232,7 +233,8 @@ class JetStreamLog:
                     "an older backup"
                 )
         except Replaced as error:
-            self._on_replaced(f"{error}; restore it, or start with an empty database and data directory")
+            if self._on_replaced is not None:
+                self._on_replaced(f"{error}; restore it, or start with an empty database and data directory")
             raise
         return info
 

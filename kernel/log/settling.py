@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Protocol
 
 from kernel.errors import Conflict, LogError, UnknownOutcome
 from kernel.log.base import Stored
+
+logger = logging.getLogger("eskernel.log")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_OFFLINE_PAUSE_S = 0.02, 1.0, 0.5
 
@@ -108,6 +111,9 @@ class Settler:
             last = await self._last(append.subject)
         except LogError as error:
             return str(error)
+        except Exception as error:
+            logger.exception("the log could not be read back; trying again")
+            return f"{type(error).__name__}: {error}"
         found = last.sequence if last is not None else 0
         if append.future.done():
             return None

@@ -101,7 +101,7 @@ async def open_log(
     *,
     create: bool = True,
     worker: str = "",
-    on_replaced: Callable[[str], None] = lambda _: None,
+    on_replaced: Callable[[str], None] | None = None,
 ) -> JetStreamLog:
     """Return the app's log, and create or change its stream according to `settings.stream.existing`.
 
@@ -169,7 +169,7 @@ async def find_log(
     answer = await find_config(connection, name)
     if answer is None:
         raise Unavailable(f"there is no stream {name!r} on this server; has the service been started?")
-    return await _start(connection, app, answer, settings, worker, lambda _: None)
+    return await _start(connection, app, answer, settings, worker, None)
 
 
 async def _start(
@@ -178,7 +178,7 @@ async def _start(
     stream: dict[str, Any],
     settings: Settings,
     worker: str,
-    on_replaced: Callable[[str], None],
+    on_replaced: Callable[[str], None] | None,
 ) -> JetStreamLog:
     subjects = Subjects(settings.stream.subject_prefix or app, partitions_of(stream["config"]))
     log = JetStreamLog(connection, subjects, stream, settings, worker, on_replaced)

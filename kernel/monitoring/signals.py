@@ -19,9 +19,6 @@ class SignalCollector:
     Args:
         loop_lag: how late the event loop is.
         backlog: level of the projections' backlog: 0 none, 1 warning, 2 critical.
-
-    Attributes:
-        slowest_append: seconds, between the last two calls of `collect`.
     """
 
     def __init__(
@@ -35,7 +32,6 @@ class SignalCollector:
         self._gateway, self._appender, self._projector, self._backlog = gateway, appender, projector, backlog
         self._lag = loop_lag
         self._appends = self._batches = (0, 0)
-        self.slowest_append = 0.0
 
     def collect(self) -> Signals:
         """Return how it was since the last call."""
@@ -54,7 +50,6 @@ class SignalCollector:
             backlog=self._backlog(),
             projecting=projector.state == "running",
         )
-        self.slowest_append = gateway.slowest_append
         gateway.slowest_append = projector.committer.slowest = 0.0
         self._appends, self._batches = appends, batches
         return signals

@@ -339,13 +339,15 @@ class Leases:
         self._started = False
         if self._reconnected in self._connection.reconnections:
             self._connection.reconnections.remove(self._reconnected)
-        if self._connection.is_connected:
-            await self.release(list(self._held))
-            if self._me is not None:
-                await self._delete(self._me)
-        self._me, self._joined = None, False
-        self._held.clear()
-        await self._appender.close()
+        try:
+            if self._connection.is_connected:
+                await self.release(list(self._held))
+                if self._me is not None:
+                    await self._delete(self._me)
+        finally:
+            self._me, self._joined = None, False
+            self._held.clear()
+            await self._appender.close()
 
     async def _put(self, key: str, expected: int) -> int:
         self._renewals += 1

@@ -164,6 +164,7 @@ class Session:
                     last_quiet = time.monotonic()
             await self._settle()
             await self._advance_quiet()
+            reader.acknowledge(progress.projected)
         finally:
             await reader.close()
 

@@ -252,20 +252,31 @@ async def connect(
     refused = asyncio.ensure_future(final.wait())
     # one attempt at each server
     patience = settings["connect_timeout"] * len(servers)
-    await asyncio.wait({connecting, refused}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        await asyncio.wait({connecting, refused}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    except BaseException:
+        refused.cancel()
+        await _end(connecting)
+        await connection.close()
+        raise
     refused.cancel()
     if connecting.done() and connecting.exception() is None:
         connection.options["allow_reconnect"] = reconnects
         return connection
-    if not connecting.done():
-        connecting.cancel()
-        await asyncio.wait({connecting})
+    await _end(connecting)
     failure = "no answer" if connecting.cancelled() else connecting.exception()
     await connection.close()
     # a server's refusal says more than the end of the connection that follows it
     reasons = list(filter(_is_final, causes)) or causes or [str(failure)]
     hint = _hint(reasons[-1], security, any("@" in server for server in servers))
     raise ConnectionFailed(f"can't connect to NATS at {shown(','.join(servers))}: {reasons[-1]}; {hint}")
+
+
+async def _end(task: asyncio.Future[None]) -> None:
+    """Cancel a task until it has ended: before Python 3.12 `wait_for` may swallow a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
 
 
 def _is_final(cause: str) -> bool:

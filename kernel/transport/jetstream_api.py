@@ -40,6 +40,8 @@ async def call_api(
         ApiError: the API answered with an error.
         Unavailable: the API did not answer.
     """
+    task = asyncio.current_task()
+    cancelled = task.cancelling() if task is not None else 0
     try:
         message = await connection.request(
             f"{connection.api}.{subject}",
@@ -53,8 +55,7 @@ async def call_api(
         raise Unavailable(f"JetStream is not enabled on this server{where}, or not ready yet") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    if task is not None and task.cancelling() > cancelled:
         # before Python 3.12 wait_for swallows a cancellation that arrives together with the answer
         raise asyncio.CancelledError
     answer: dict[str, Any] = orjson.loads(message.data)

@@ -88,7 +88,8 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
     beats.start()
     starting = asyncio.ensure_future(service.start())
     waiting = [asyncio.ensure_future(event.wait()) for event in (stop, service.stopped)]
-    await asyncio.wait([starting, *waiting], return_when=asyncio.FIRST_COMPLETED)
+    # a start that fails sets `stopped` before it has closed what it had opened: its own end says why
+    await asyncio.wait([starting, waiting[0]], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
         await asyncio.wait({starting})

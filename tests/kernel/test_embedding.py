@@ -8,13 +8,15 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kernel import Client, Service
-from kernel.assembly import build
+from kernel import Client, Service, assembly
 from kernel.errors import AlreadyRunning
+from kernel.transport.dial import dial
 from projections import SchemaError
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for
@@ -96,10 +98,80 @@ async def test_a_start_that_fails_at_any_step_closes_what_it_had_opened(
             def fail(*_given: object, **_options: object) -> None:
                 raise SchemaError("on purpose")
 
-            patched.setattr(f"{build.__module__}.{step}", fail)
+            patched.setattr(assembly, step, fail)
             with pytest.raises(SchemaError, match="on purpose"):
                 await Service(notebooks(app_name), settings).start()
     async with Service(notebooks(app_name), settings) as service:
         with pytest.raises(AlreadyRunning):
             await Service(notebooks(app_name), settings).start()
         assert len(service.partitions) == 64
+
+
+async def test_a_block_that_is_cancelled_is_closed_whole(app_name: str, tmp_path: Path) -> None:
+    """As Ctrl-C does under `asyncio.run`: the stop runs in a task that is being cancelled."""
+    settings = settings_for(tmp_path)
+    tasks, running = asyncio.all_tasks(), asyncio.Event()
+
+    async def serve() -> None:
+        async with Service(notebooks(app_name), settings):
+            running.set()
+            await asyncio.Event().wait()
+
+    serving = asyncio.create_task(serve())
+    await running.wait()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    async with asyncio.timeout(10):
+        while asyncio.all_tasks() - tasks:
+            await asyncio.sleep(0)
+    async with Service(notebooks(app_name), settings) as again:
+        assert len(again.partitions) == 64
+
+
+async def test_a_start_that_is_cancelled_behind_any_step_leaves_nothing_running(
+    app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path)
+    tasks = asyncio.all_tasks()
+    for step in ("_find_server", "_connect", "open_log", "_join_leases", "_prepare_database"):
+        work = getattr(assembly, step)
+
+        async def cancel(
+            *given: object, work: Callable[..., Coroutine[Any, Any, object]] = work, **options: object
+        ) -> object:
+            result = await work(*given, **options)
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(assembly, step, cancel)
+            starting = asyncio.create_task(Service(notebooks(app_name), settings).start())
+            await asyncio.wait({starting})
+            assert starting.cancelled(), step
+        async with asyncio.timeout(10):
+            while left := asyncio.all_tasks() - tasks:
+                await asyncio.wait(left, timeout=0.1)
+    async with Service(notebooks(app_name), settings) as service:
+        assert len(service.partitions) == 64
+
+
+async def test_a_connection_that_is_given_up_while_it_is_made_is_closed(tmp_path: Path) -> None:
+    async def accept(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        accepted.set()  # and says nothing, as no NATS server does
+
+    accepted = asyncio.Event()
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    tasks = asyncio.all_tasks()
+    dialling = asyncio.create_task(dial(settings_for(tmp_path, nats=url), name="test"))
+    await accepted.wait()
+    dialling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await dialling
+    async with asyncio.timeout(10):
+        while left := asyncio.all_tasks() - tasks:
+            await asyncio.wait(left, timeout=0.1)
+    server.close()

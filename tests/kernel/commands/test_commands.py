@@ -17,6 +17,7 @@ from aggregates.context import uuid7
 from examples.bank import Account, Deposit
 from kernel import App, Client, Service
 from kernel.errors import CommandError, Overloaded, Unavailable
+from kernel.protocol import decode_answer, encode_error
 from tests.apps import Explode, Note, Notebook, Noted, NoteTwice, Weigh, bank, notebooks
 from tests.conftest import settings_for
 
@@ -299,3 +300,9 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
     await service.stop()
     assert failed
     assert all(b'"unavailable"' in answer for answer in answers), answers
+
+
+def test_an_error_whose_message_is_no_unicode_is_sent_all_the_same() -> None:
+    """As a file's name with foreign bytes has: Python keeps them as lone surrogates."""
+    with pytest.raises(Rejected, match="file"):
+        decode_answer(encode_error("rejected", "the file \udcff is missing"))

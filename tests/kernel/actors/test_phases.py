@@ -1,0 +1,191 @@
+"""The phases of an aggregate's actor, without an actor system: what it waits for, and that it never waits for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aggregates.cell import Cell
+from aggregates.declaration import declare
+from kernel.actors.aggregate import AggregateActor, Phase
+from kernel.actors.mailbox import Appended, Decide, Leave, Loaded, Passivate, Request, Searched
+from kernel.errors import Conflict, PayloadTooLarge, Unavailable
+from kernel.log.subjects import Address
+from kernel.protocol import CommandRequest
+from tests.apps import Note, Notebook
+
+ALICE = Address("books.evt.1.Notebook.alice", 1, "Notebook", "alice")
+BOB = Address("books.evt.1.Notebook.bob", 1, "Notebook", "bob")
+DECLARED = declare(Notebook)
+
+
+class Desk:
+    """The asyncio side, which only notes what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.answers: list[tuple[str, str]] = []
+        self.bugs: list[str] = []
+        self.fails = self.lost = False
+
+    def holds(self, _partition: int) -> bool:
+        return not self.lost
+
+    def load(self, address: Address) -> None:
+        self.asked.append(("load", address.id))
+
+    def search(self, address: Address, _request: Request) -> None:
+        self.asked.append(("search", address.id))
+
+    def append(self, address: Address, _cell: Cell[Any], _version: int, decisions: list[Any]) -> None:
+        self.asked.append((f"append {len(decisions)}", address.id))
+
+    def succeed(self, _address: Address, request: Request, version: int, _sequence: int, _duplicate: bool) -> None:
+        self.answer(request, f"version {version}")
+
+    def fail(self, _address: Address, request: Request, type: str, _message: str) -> None:
+        self.answer(request, type)
+
+    def answer(self, request: Request, outcome: str) -> None:
+        if self.fails:
+            raise RuntimeError("an answer that can't be sent")
+        self.answers.append((request.sent.command_id, outcome))
+
+    def report_bug(self, problem: str) -> None:
+        self.bugs.append(problem)
+
+
+class Stage:
+    def __init__(self) -> None:
+        self.desk = Desk()
+        self.actor = type("Actor", (AggregateActor,), {"gateway": self.desk})()
+
+    def send(self, message: Any) -> None:
+        self.actor.receiveMessage(message, None)
+
+    def decide(self, *command_ids: str, address: Address = ALICE) -> None:
+        requests = [
+            Request(CommandRequest("Notebook", address.id, "Note", {}, command_id), Note("a"), b"reply")
+            for command_id in command_ids
+        ]
+        self.send(Decide(address, requests))
+
+    def load(self, address: Address = ALICE) -> None:
+        self.send(Loaded(Cell(DECLARED, address.id)))
+
+
+def loaded() -> Stage:
+    stage = Stage()
+    stage.decide("first")
+    stage.load()
+    stage.send(Appended(1))
+    assert stage.desk.answers == [("first", "version 1")]
+    assert stage.actor.phase is Phase.READY
+    stage.desk.asked.clear()
+    stage.desk.answers.clear()
+    return stage
+
+
+def test_commands_wait_while_the_state_is_loaded_and_are_then_decided_together() -> None:
+    stage = Stage()
+    stage.decide("a")
+    assert stage.actor.phase is Phase.LOADING
+    stage.decide("b", "c")
+    stage.load()
+    assert stage.actor.phase is Phase.APPENDING
+    assert stage.desk.asked == [("load", "alice"), ("append 3", "alice")]
+    assert stage.desk.answers == []
+    stage.send(Appended(7))
+    assert stage.actor.phase is Phase.READY
+    assert stage.desk.answers == [("a", "version 1"), ("b", "version 2"), ("c", "version 3")]
+
+
+def test_a_state_that_became_stale_while_a_commit_was_appended_is_loaded_again() -> None:
+    stage = loaded()
+    stage.decide("a")
+    stage.send(Leave())
+    assert stage.actor.phase is Phase.APPENDING
+    stage.send(Appended(8))
+    assert stage.desk.answers == [("a", "version 2")]
+    assert stage.actor.cell is None
+    stage.decide("b")
+    assert stage.desk.asked[-1] == ("load", "alice")
+
+
+def test_a_state_that_became_stale_while_it_was_loaded_is_loaded_once_more() -> None:
+    stage = Stage()
+    stage.decide("a")
+    stage.send(Leave())
+    assert stage.desk.answers == [("a", "unavailable")]
+    stage.decide("b")
+    stage.load()
+    assert stage.desk.asked == [("load", "alice"), ("load", "alice")]
+
+
+def test_nothing_is_decided_for_a_partition_that_is_lost() -> None:
+    stage = loaded()
+    stage.desk.lost = True
+    stage.decide("a")
+    assert stage.desk.answers == [("a", "unavailable")]
+    assert (stage.actor.phase, stage.actor.cell) == (Phase.READY, None)
+
+
+def test_after_a_conflict_everything_is_decided_again_on_the_new_state() -> None:
+    stage = loaded()
+    stage.decide("a")
+    stage.decide("b")
+    stage.send(Appended(Conflict(ALICE.subject, 1, 2)))
+    assert stage.actor.phase is Phase.LOADING
+    stage.load()
+    assert stage.desk.asked[-1] == ("append 2", "alice")
+
+
+def test_commands_whose_commit_is_too_large_are_decided_one_by_one() -> None:
+    stage = loaded()
+    stage.decide("a", "b")
+    stage.send(Appended(PayloadTooLarge("too large")))
+    stage.load()
+    assert stage.desk.asked[-1] == ("append 1", "alice")
+    stage.send(Appended(PayloadTooLarge("too large")))
+    assert stage.desk.answers == [("a", "too-large")]
+
+
+def test_a_command_id_that_may_be_in_the_history_is_searched_before_anything_is_decided() -> None:
+    stage = loaded()
+    for number in range(20):
+        stage.decide(f"c{number}")
+        stage.send(Appended(number + 2))
+    stage.desk.answers.clear()
+    stage.decide("first", "new")
+    assert stage.actor.phase is Phase.SEARCHING
+    stage.send(Searched(stage_request("first"), (1, 1)))
+    assert stage.desk.answers == [("first", "version 1")]
+    assert stage.actor.phase is Phase.APPENDING
+
+
+def stage_request(command_id: str) -> Request:
+    return Request(CommandRequest("Notebook", "alice", "Note", {}, command_id), Note("a"), b"reply")
+
+
+def test_an_answer_that_fails_does_not_leave_the_aggregate_waiting() -> None:
+    for result in (9, Unavailable("away")):
+        stage = loaded()
+        stage.decide("a")
+        stage.desk.fails = True
+        stage.send(Appended(result))
+        assert len(stage.desk.bugs) == 1
+        stage.desk.fails = False
+        stage.decide("b")
+        assert stage.desk.asked[-1] in (("append 1", "alice"), ("load", "alice"))
+
+
+def test_a_shell_carries_nothing_from_one_aggregate_to_the_next() -> None:
+    stage = loaded()
+    stage.decide("a", "b")
+    stage.send(Appended(PayloadTooLarge("too large")))
+    stage.desk.fails = True
+    stage.send(Passivate())
+    stage.desk.fails = False
+    fresh = AggregateActor()
+    assert vars(stage.actor) == vars(fresh)
+    stage.decide("c", address=BOB)
+    assert stage.desk.asked[-1] == ("load", "bob")
