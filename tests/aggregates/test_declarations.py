@@ -638,7 +638,7 @@ def _absent_aggregate() -> Any:
         (_wide_key, ["P", "primary key of Daily", "aggregate's id alone"]),
         (_column_without_start, ["Unset.owner", "default=", "nullable"]),
         (_binary_column, ["Blob.picture", "binary", "Sql"]),
-        (_wordy_tally, ["Worded.word", "numbers"]),
+        (_wordy_tally, ["Worded.word", "numeric"]),
         (_async_row_handler, ["P.deposited", "async"]),
         (_no_aggregate, ["P", "of=SomeAggregate"]),
         (_absent_aggregate, ["P", "Elsewhere", "not among the app's aggregates"]),

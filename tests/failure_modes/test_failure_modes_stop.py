@@ -72,7 +72,7 @@ async def test_a_stop_answers_pending_commands_and_tells_other_senders_when_to_r
         proxy.delay = 0.3
         under_way = asyncio.create_task(here.note(10))
         gateway = here.service.parts.gateway
-        await wait_until(lambda: gateway.pending)
+        await wait_until(lambda: gateway.pending.total)
         stopping = asyncio.create_task(here.service.stop())
         connection = await connect(nats_url, name="late")
         request = orjson.dumps({"aggregate": "Notebook", "id": "late", "command": "Note", "data": {"text": "a"}})

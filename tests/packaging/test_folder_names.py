@@ -70,7 +70,7 @@ def test_each_folder_alone_is_harmless_also_where_pythonpath_leads_to_it(
     make_folder(project, name, TRAP)
     environment = {"PYTHONPATH": str(project)} if name != "kernel" else {}
     check = installed.run("eskernel", "check", "bank:app", folder=project, environment=environment)
-    assert "the declarations are fine" in check.stdout
+    assert "the declarations have no problems" in check.stdout
     config = installed.run("eskernel", "config", "check", "bank:app", folder=project, environment=environment)
     assert "error" not in config.stdout
 

@@ -81,7 +81,7 @@ def test_a_stranger_runs_the_readmes_bank(
     def eskernel(*arguments: str) -> str:
         return installed.run("eskernel", *arguments, folder=project).stdout
 
-    assert "bank: the declarations are fine" in eskernel("check", "bank:app")
+    assert "bank: the declarations have no problems" in eskernel("check", "bank:app")
     service = run_service("eskernel", "run", "bank:app")
     receipt = json.loads(eskernel("send", "Account", "alice", "Deposit", "cents=500", "--json"))
     assert receipt["version"] == 1

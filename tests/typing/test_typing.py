@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("right.py", "wrong.py")
@@ -43,7 +44,7 @@ def install(environment: Path) -> Path:
     site = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     data = setuptools.get("package-data", {})
-    for package in setuptools["packages"]:
+    for package in find_packages(str(ROOT), include=setuptools["packages"]["find"]["include"]):
         folder = package.replace(".", "/")
         # setuptools takes py.typed along unasked
         for pattern in ("*.py", "py.typed", *data.get("*", ()), *data.get(package, ())):

@@ -246,7 +246,7 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
 ) -> None:
     service = Service(notebooks(app_name), settings_for(tmp_path, nats=nats_url, max_actors=1, idle=0.001))
     await service.start()
-    gate, written = asyncio.Event(), asyncio.Event()
+    gate, writing, written = asyncio.Event(), asyncio.Event(), asyncio.Event()
     read, write = service.parts.log.read_subject, service.parts.projector.committer.write
 
     async def slow_read(subject: str, after: int = 0) -> Any:
@@ -254,6 +254,7 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
         return await read(subject, after)
 
     async def slow_write(writer: Any, batch: Any) -> None:
+        writing.set()
         await written.wait()
         await write(writer, batch)
 
@@ -274,7 +275,7 @@ async def test_nothing_goes_while_it_is_loaded_waits_in_line_is_being_appended_o
         gate.set()
         receipts = [*await asyncio.gather(*sending), await poisoned]
         # folded, one aggregate parked, and not yet written
-        await wait_until(lambda: service.parts.projector.committer.lasting)
+        await writing.wait()
         for _ in range(3):
             await service.parts.gateway.residents.passivate()
         assert "busy" in live()
