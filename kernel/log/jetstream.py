@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import re
 import secrets
@@ -20,7 +19,7 @@ from kernel.log.reader import JetStreamReader
 from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
 from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
-from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api, server_version
+from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message, server_version
 
 logger = logging.getLogger("eskernel.log")
 FORMAT = 1
@@ -95,14 +94,8 @@ class JetStreamLog:
         return self.appender.append(subject, expected, payload)
 
     async def last(self, subject: str) -> Stored | None:
-        try:
-            answer = await self._call(f"STREAM.MSG.GET.{self.stream}", {"last_by_subj": subject})
-        except ApiError as error:
-            if error.code == NO_MESSAGE:
-                return None
-            raise
-        message = answer["message"]
-        return Stored(message["seq"], message["subject"], base64.b64decode(message.get("data", "")))
+        found = await last_message(self._connection, self.stream, subject)
+        return None if found is None else Stored(*found)
 
     async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
         if not self._batch_get:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Literal
 
+from kernel.log.base import Stored
+from kernel.log.subjects import Subjects
 from kernel.projector.grouping import Commits
 from kernel.telemetry.logging import about
 from projections.declaration import DeclaredProjection
 from projections.errors import HandlerFailed
+from projections.fold import Letter
 
 logger = logging.getLogger("eskernel.projector")
 
@@ -41,3 +46,13 @@ def log_parked(
     # of the app's own code the traceback helps; of the database's it is long, and holds what was written
     cause = failure.__cause__ if failure.kind == "handler" else None
     logger.error("parked %s %s: %s", when, name, failure, exc_info=cause, extra=fields)
+
+
+def stored_commit(letter: Letter, commits: Sequence[Stored], subjects: Subjects) -> tuple[int, bytes]:
+    """Return the partition and the bytes of the commit that a dead letter is from.
+
+    Args:
+        commits: among which it is, in stream order.
+    """
+    place = bisect_left(commits, letter.stream_sequence, key=attrgetter("sequence"))
+    return subjects.address(*letter.aggregate).partition, commits[place].payload

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -25,7 +23,7 @@ from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
-from kernel.projector.parking import log_parked
+from kernel.projector.parking import log_parked, stored_commit
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -285,8 +283,7 @@ class Rebuild:
         return write
 
     def _letter(self, letter: Letter) -> tuple[int, bytes]:
-        place = bisect_left(self._window_commits, letter.stream_sequence, key=attrgetter("sequence"))
-        return self._log.subjects.address(*letter.aggregate).partition, self._window_commits[place].payload
+        return stored_commit(letter, self._window_commits, self._log.subjects)
 
     async def _cut_over(self, reader: LogReader, made: list[generations.Generation]) -> None:
         """In one transaction: stop the live generations, fold what they had beyond ours, and show ours instead."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, Self, TypeVar
 
 from sqlalchemy import Engine
@@ -26,7 +24,7 @@ from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address
 from kernel.projector.committer import Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
-from kernel.projector.parking import log_parked
+from kernel.projector.parking import log_parked, stored_commit
 from kernel.projector.progress import Hand, ReadProgress
 from kernel.projector.reading import read_batch
 from kernel.settings import Settings
@@ -295,9 +293,7 @@ class Session:
             resident.has_rows = False
 
     def _letter(self, letter: Letter) -> tuple[int, bytes]:
-        partition = self._context.log.subjects.address(*letter.aggregate).partition
-        place = bisect_left(self._batch, letter.stream_sequence, key=attrgetter("sequence"))
-        return partition, self._batch[place].payload
+        return stored_commit(letter, self._batch, self._context.log.subjects)
 
     def _quarantine(self, sequence: int, subject: str, partition: int, payload: bytes, why: str) -> None:
         """Keep bytes that are no commit of this app; they concern no projection in particular."""
