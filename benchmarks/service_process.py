@@ -9,6 +9,7 @@ from pathlib import Path
 from kernel import Service
 from kernel.app import load_app
 from kernel.assembly import Parts
+from kernel.runtime.memory import settle_memory
 from kernel.settings.sources import settings_of
 
 
@@ -32,6 +33,7 @@ class _Nowhere(list[float]):
 async def _main(spec: str, data: str, sync: bool, bare: bool) -> None:
     service = (Bare if bare else Service)(load_app(spec), settings_of({"data": Path(data), "stream.sync": sync}), spec)
     await service.start()
+    settle_memory()  # as `eskernel run` does
     try:
         print(f"READY {service.durability}", flush=True)
         await asyncio.to_thread(sys.stdin.read)
