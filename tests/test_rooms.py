@@ -64,7 +64,7 @@ PACKAGES: dict[str, set[str]] = {
     "apscheduler": {"kernel.runtime.scheduler"},
     "click": {"settings", "cli"},
     "msgspec": {
-        *("aggregates", "projections", "protocol", "log", "runtime", "governance", "commands", "reactions"),
+        *("aggregates", "projections", "protocol", "log", "runtime", "governance", "actors", "commands", "reactions"),
         *("client", "web", "cli"),
     },
     "nats": {"transport"},

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from thespian.actors import Actor, ActorAddress
 
 from aggregates import Context, Rejected
@@ -54,7 +55,11 @@ class Phase(Enum):
     """The outcome of a commit."""
 
 
-class Verdict(NamedTuple):
+# once: looking up a member of an enum at each message would cost more than the message
+_READY, _LOADING, _SEARCHING, _APPENDING = Phase
+
+
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """What a command led to, while its answer waits for an append.
 
     Attributes:
@@ -103,7 +108,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         self.sequence: int | None = None
         self.stash: Sequence[Request] = ()
         self.verdicts: Sequence[Verdict] = ()
-        self.phase = Phase.READY
+        self.phase = _READY
         self.stale = False
         self.singly = False
 
@@ -131,7 +136,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             self.gateway.report_bug(f"{self.address.subject}: {type(error).__name__}: {error}")
 
     def _reset(self) -> None:
-        self.address, self.phase = NOWHERE, Phase.READY
+        self.address, self.phase = NOWHERE, _READY
         self.cell = self.rows = self.sequence = None
         self.stash = self.verdicts = ()
         self.stale = self.singly = False
@@ -165,12 +170,12 @@ class AggregateActor(Actor):  # type: ignore[misc]
 
     def _forget(self) -> None:
         """Load the state again before the next decision; what is under way is concluded with the state that it has."""
-        self.stale = self.phase is not Phase.READY
+        self.stale = self.phase is not _READY
         if not self.stale:
             self.cell = None
 
     def _end_phase(self) -> None:
-        self.phase = Phase.READY
+        self.phase = _READY
         if self.stale:
             self._forget()
 
@@ -179,7 +184,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
     def _take(self, decide: Decide) -> None:
         self.address = decide.address
         self.stash = [*self.stash, *decide.requests] if self.stash else decide.requests
-        if self.phase is Phase.READY:
+        if self.phase is _READY:
             self._go_on()
 
     def _go_on(self) -> None:
@@ -187,7 +192,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         if not self.stash:
             return
         if self.cell is None:
-            self.phase = Phase.LOADING
+            self.phase = _LOADING
             self.gateway.load(self.address)
         else:
             self._decide(self.cell)
@@ -229,8 +234,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         verdicts: list[Verdict] = []
         for place, request in enumerate(requests):
             sent = request.sent
-            repeated = any(verdict.request.sent.command_id == sent.command_id for verdict in verdicts)
-            if repeated or len(decisions) == limit:
+            if verdicts and (len(decisions) == limit or _holds(verdicts, sent.command_id)):
                 self.stash = requests[place:]
                 break
             known = cell.commands.get(sent.command_id)
@@ -242,7 +246,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
                     self.stash = requests[place:]
                     break
                 # nothing is decided until it is known: what happens meanwhile could push it out of memory
-                self.phase = Phase.SEARCHING
+                self.phase = _SEARCHING
                 self.stash = requests[place + 1 :]
                 self.gateway.search(self.address, request)
                 return
@@ -278,7 +282,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             )
             verdicts.append(Verdict(request, cell.version, True))
         if decisions:
-            self.phase, self.verdicts = Phase.APPENDING, verdicts
+            self.phase, self.verdicts = _APPENDING, verdicts
             self.gateway.append(self.address, cell, before, decisions)
         else:
             self._go_on()
@@ -286,7 +290,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
     def _appended(self, result: int | Exception) -> None:
         verdicts, self.verdicts = self.verdicts, ()
         # now, so that an answer that fails does not leave the aggregate waiting
-        self.phase = Phase.READY
+        self.phase = _READY
         if isinstance(result, int) and self.cell is not None:
             self.cell.position = result
             self.singly = False
@@ -333,6 +337,10 @@ class AggregateActor(Actor):  # type: ignore[misc]
 
 # Thespian inspects the constructor at every creation: half of its cost, unless the signature is there already
 AggregateActor.__init__.__signature__ = inspect.signature(AggregateActor.__init__)  # type: ignore[attr-defined]
+
+
+def _holds(verdicts: Sequence[Verdict], command_id: str) -> bool:
+    return any(verdict.request.sent.command_id == command_id for verdict in verdicts)
 
 
 def _error_type(error: int | Exception) -> ErrorType:

@@ -157,7 +157,7 @@ class Admission:
         self, reply: bytes, type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None
     ) -> None:
         """Refuse a request that was not admitted."""
-        self._answers.count(type)
+        self._answers.count_refused(type)
         self._answers.send_error(reply, type, message, command_id, retry_after)
 
     # limits

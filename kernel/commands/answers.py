@@ -85,14 +85,20 @@ class Answers:
         if reply:
             self._outbox.publish(reply, encode_error(type, message, command_id, retry_after))
 
-    def count(self, outcome: str, aggregate: str = "", command: str = "") -> None:
-        """Count an answer; aggregate and command stay empty for a request that was refused before it was admitted."""
-        answer = aggregate, command, outcome
+    def count_refused(self, outcome: str) -> None:
+        """Count a request that was refused before it was admitted."""
+        answer = "", "", outcome
         self._outcomes[answer] = self._outcomes.get(answer, 0) + 1
 
-    def observe(self, arrived: float) -> None:
-        """Note how long a command took, which arrived at that time by the performance counter."""
+    def count_answered(self, aggregate: str, command: str, outcome: str, arrived: float) -> None:
+        """Count the answer to a command that was admitted, and note how long it took.
+
+        Args:
+            arrived: when it arrived, by the performance counter.
+        """
         self._times.append(time.perf_counter() - arrived)
+        answer = aggregate, command, outcome
+        self._outcomes[answer] = self._outcomes.get(answer, 0) + 1
 
     def publish_metrics(self) -> None:
         """Bring the counters up to date; a job does it, so that a command pays nothing for them."""

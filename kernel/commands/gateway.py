@@ -155,8 +155,7 @@ class CommandGateway:
         logger.error("bug in the kernel: %s", problem)
 
     def _end(self, address: Address, request: Request, outcome: str) -> None:
-        self.answers.count(outcome, address.aggregate, request.sent.command)
-        self.answers.observe(request.arrived)
+        self.answers.count_answered(address.aggregate, request.sent.command, outcome, request.arrived)
         resident = self.residents.find(address.subject)
         if resident is not None:
             resident.busy -= 1

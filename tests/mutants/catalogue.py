@@ -155,12 +155,12 @@ MUTANTS = [
         "ack-before-commit",
         "a receipt means that the commit is in the log",
         "kernel/actors/aggregate.py",
-        """            self.phase, self.verdicts = Phase.APPENDING, verdicts
+        """            self.phase, self.verdicts = _APPENDING, verdicts
             self.gateway.append(""",
         """            for verdict in verdicts:
                 cell.remember(verdict.request.sent.command_id, verdict.version, cell.position + 1)
                 self._answer(verdict, cell.position + 1)
-            self.phase, self.verdicts = Phase.APPENDING, ()
+            self.phase, self.verdicts = _APPENDING, ()
             self.gateway.append(""",
         (f"{OWN}::test_a_command_is_answered_when_its_append_is_acknowledged_and_not_before",),
     ),
@@ -234,8 +234,8 @@ MUTANTS = [
         "dedupe-not-within-a-commit",
         "a command that comes twice at once takes effect once",
         "kernel/actors/aggregate.py",
-        "if repeated or len",
-        "if len",
+        " or _holds(verdicts, sent.command_id)",
+        "",
         (f"{COMMANDS}::test_a_command_that_arrives_twice_at_once_takes_effect_once",),
     ),
     Mutant(
