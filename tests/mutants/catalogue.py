@@ -200,8 +200,8 @@ MUTANTS = [
         "other-log-appended-to",
         "nothing is acknowledged on a log that was replaced",
         "kernel/log/appender.py",
-        "            self._verified = False\n",
-        "            pass\n",
+        "        self._verified = False\n",
+        "",
         (
             "tests/failure_modes/test_failure_modes_log.py::"
             "test_a_stream_restored_from_an_older_backup_stops_the_service_before_it_acknowledges_anything",
