@@ -77,6 +77,14 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "eskernel"))
 
 
+LONG = ("tests/packaging/", "tests/typing/", "tests/kernel/test_crash.py", "tests/test_faults_short.py", "tests/docs/")
+"""Files that take minutes. They begin first, so that neither of the two processes works on one of them alone at last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in this thread on a loop of its own, leaving pytest-asyncio's loop alone.
 
