@@ -78,7 +78,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "eskernel"))
 
 
 LONG = ("tests/packaging/", "tests/typing/", "tests/kernel/test_crash.py", "tests/test_faults_short.py", "tests/docs/")
-"""Files that take minutes. They begin first, so that neither of the two processes works on one of them alone at last."""
+"""Files that take minutes. They begin first, so that at the end neither of two processes works alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
