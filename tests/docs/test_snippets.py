@@ -28,7 +28,7 @@ PORT = "127.0.0.1:9100"
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Warm]:
     """A Python that executes what pages type."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ESKERNEL_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ESKERNEL_", "PYTEST_"))}
     started = Warm({**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "160"})
     yield started
     started.close()
