@@ -13,7 +13,7 @@ import pytest
 from examples.bank import Account, Deposit
 from examples.bank import app as bank
 from kernel import Client, Service
-from kernel.errors import CommandError, Conflict
+from kernel.errors import CommandError, Conflict, WorkersFailed
 from kernel.transport.dial import connect
 from kernel.workers.supervisor import Supervisor
 from tests.apps import Note, Notebook, notebooks
@@ -265,3 +265,18 @@ async def test_a_stopping_worker_says_when_to_try_again(
             assert refused.value.type == "overloaded"
             assert refused.value.retry_after
             assert "stopping" in refused.value.message
+
+
+async def test_a_worker_that_cannot_start_gives_its_reason_and_is_not_started_again(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    """Its start sets `stopped` before it has closed what it had opened, which must not hide the reason."""
+    settings = settings_for(
+        tmp_path, nats=nats_url, database=f"sqlite:///{tmp_path / 'p.db'}", workers=2,
+        stream__existing="validate", stream__name=app_name,
+    )  # fmt: skip
+    supervisor = Supervisor("bank", "examples.bank:app", settings)
+    async with asyncio.timeout(60):
+        with pytest.raises(WorkersFailed, match="never creates it"):
+            await supervisor.start()
+    assert {worker.restarts for worker in supervisor.workers} == {0}
