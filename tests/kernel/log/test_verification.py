@@ -121,3 +121,20 @@ async def test_leases_whose_give_back_fails_leave_nothing_running(
     async with asyncio.timeout(10):
         while left := asyncio.all_tasks() - tasks:
             await asyncio.wait(left, timeout=0.1)
+
+
+async def test_a_request_of_a_task_that_is_being_cancelled_is_answered(connection: NatsConnection) -> None:
+    """A stop that Ctrl-C has begun still gives the leases back: the cancellation came long before the request."""
+    waiting = asyncio.Event()
+
+    async def stop_late() -> Any:
+        try:
+            waiting.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return await call_api(connection, "INFO", None)
+
+    stopping = asyncio.create_task(stop_late())
+    await waiting.wait()
+    stopping.cancel()
+    assert "limits" in await stopping
