@@ -2,7 +2,15 @@
 
 from aggregates.aggregate import Aggregate, applies, handles
 from aggregates.context import Context
-from aggregates.errors import DeclarationError, EskernelError, InvalidId, InvalidMessage, Rejected, SequenceError
+from aggregates.errors import (
+    DeclarationError,
+    EskernelError,
+    InvalidEvent,
+    InvalidId,
+    InvalidMessage,
+    Rejected,
+    SequenceError,
+)
 from aggregates.messages import command, event
 from aggregates.scenario import Scenario, scenario
 from aggregates.upcasting import upcasts
@@ -12,6 +20,7 @@ __all__ = [
     "Context",
     "DeclarationError",
     "EskernelError",
+    "InvalidEvent",
     "InvalidId",
     "InvalidMessage",
     "Rejected",

@@ -9,6 +9,7 @@ from aggregates.aggregate import Aggregate
 from aggregates.commit import Envelope
 from aggregates.context import Context
 from aggregates.declaration import AggregateType
+from aggregates.encoding import EncodedEvent
 from aggregates.errors import InvalidMessage, SequenceError
 from aggregates.seen import Seen
 
@@ -38,11 +39,12 @@ class Cell(Generic[A]):
         self.commands: dict[str, tuple[int, int]] = {}
         self.seen = Seen()
 
-    def decide(self, command: Any, context: Context) -> list[Any]:
-        """Return the events that the command leads to, without applying them.
+    def decide(self, command: Any, context: Context) -> list[EncodedEvent]:
+        """Return the events that the command leads to, as they will be stored, without applying them.
 
         Raises:
             Rejected: the aggregate refuses the command.
+            InvalidEvent: an event can't be stored, or not be read back as the same value.
             InvalidMessage: no handler for this command, or the handler returned an object that is not an event.
         """
         handler = self.declared.handlers.get(type(command))
@@ -54,22 +56,29 @@ class Cell(Generic[A]):
             result = handler.function(self.state, command)
         if result is None:
             return []
-        if type(result) in self.declared.appliers:
-            return [result]
-        events = list(result) if isinstance(result, Iterable) else [result]
-        for event in events:
-            if type(event) not in self.declared.appliers:
+        types = self.declared.event_types
+        event_type = types.get(type(result))
+        if event_type is not None:
+            return [event_type.encode(result)]
+        encoded = []
+        for event in result if isinstance(result, Iterable) else (result,):
+            event_type = types.get(type(event))
+            if event_type is None:
                 raise InvalidMessage(
                     f"{self.declared.name}.{handler.function.__name__} returned {event!r}, "
                     f"which is not an event that {self.declared.name} applies"
                 )
-        return events
+            encoded.append(event_type.encode(event))
+        return encoded
 
-    def evolve(self, events: Iterable[Any]) -> None:
-        """Fold events into the state and count them."""
+    def evolve(self, events: Iterable[EncodedEvent]) -> None:
+        """Fold events into the state, as they are read back from what is stored, and count them."""
         for event in events:
-            self.declared.appliers[type(event)](self.state, event)
-            self.version += 1
+            self._apply(event.event)
+
+    def _apply(self, event: Any) -> None:
+        self.declared.appliers[type(event)](self.state, event)
+        self.version += 1
 
     def replay(self, envelopes: Iterable[Envelope], position: int) -> None:
         """Fold one stored commit.
@@ -86,7 +95,7 @@ class Cell(Generic[A]):
             known = self.declared.events.get(envelope.type)
             if known is None:
                 raise InvalidMessage(f"{self.declared.name} has no event named {envelope.type!r}")
-            self.evolve((known.decode(envelope.data, envelope.dataversion),))
+            self._apply(known.decode(envelope.data, envelope.dataversion))
             if envelope.commandid:
                 self.remember(envelope.commandid, self.version, position)
         self.position = position

@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
+import orjson
 
 from aggregates.context import uuid7
+from aggregates.encoding import EncodedEvent
 from aggregates.errors import InvalidMessage
-from aggregates.messages import check_storable, dumps
+from aggregates.messages import dumps
 
 
 class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", "correlation_id": "correlationid"}):
@@ -47,7 +49,7 @@ class Decision(msgspec.Struct, gc=False):
     """The events that one command led to, with the command's correlation, causation and trace ids."""
 
     command_id: str
-    events: Sequence[Any]
+    events: Sequence[EncodedEvent]
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
@@ -64,7 +66,6 @@ def timestamp() -> str:
 def encode(
     source: str,
     aggregate_id: str,
-    names: dict[type, tuple[str, int]],
     decisions: Sequence[Decision],
     sequence: int,
     time: str,
@@ -73,30 +74,24 @@ def encode(
 
     Args:
         source: CloudEvents source, such as `/bank/Account`.
-        names: wire name and schema version by event class.
         sequence: the aggregate's version before this commit.
         time: moment of the decision, as `timestamp()` returns it.
-
-    Raises:
-        InvalidMessage, TypeError: an event can't be stored.
     """
     batch: list[dict[str, Any]] = []
     for decision in decisions:
         for event in decision.events:
             sequence += 1
-            name, version = names[type(event)]
-            check_storable(event)
             item = {
                 "specversion": "1.0",
                 "id": uuid7(),
                 "source": source,
-                "type": name,
+                "type": event.name,
                 "subject": aggregate_id,
                 "time": time,
                 "sequence": sequence,
-                "dataversion": version,
+                "dataversion": event.version,
                 "commandid": decision.command_id,
-                "data": event,
+                "data": orjson.Fragment(event.data),
             }
             if decision.correlation_id is not None:
                 item["correlationid"] = decision.correlation_id

@@ -13,6 +13,7 @@ import msgspec
 
 from aggregates.aggregate import Aggregate, role_of
 from aggregates.context import Context
+from aggregates.encoding import EncodedEvent, encode_event
 from aggregates.errors import DeclarationError, InvalidMessage
 from aggregates.messages import Kind, spec_of, wire_problems
 from aggregates.upcasting import Fields, upcast_of
@@ -33,6 +34,14 @@ class EventType:
 
     def __post_init__(self) -> None:
         self._decode = msgspec.json.Decoder(self.cls).decode
+
+    def encode(self, event: Any) -> EncodedEvent:
+        """Return the event as it is stored, and as it is read back.
+
+        Raises:
+            InvalidEvent: it can't be stored, or not be read back as the same value; the message names the field.
+        """
+        return encode_event(event, self.name, self.version, self._decode)  # type: ignore[arg-type]
 
     def decode(self, data: msgspec.Raw, version: int) -> Any:
         """Return the event from its stored fields.
@@ -79,6 +88,7 @@ class AggregateType(Generic[A]):
         handlers: by command class.
         commands: command classes by wire name.
         events: by wire name.
+        event_types: by event class.
         appliers: by event class.
     """
 
@@ -87,6 +97,7 @@ class AggregateType(Generic[A]):
     handlers: dict[type, Handler] = field(default_factory=dict)
     commands: dict[str, type] = field(default_factory=dict)
     events: dict[str, EventType] = field(default_factory=dict)
+    event_types: dict[type, EventType] = field(default_factory=dict)
     appliers: dict[type, Method] = field(default_factory=dict)
 
 
@@ -223,7 +234,8 @@ def _add_applier(declared: AggregateType[Any], where: str, member: Method, probl
             problems.extend(bad)
         else:
             declared.appliers[event_class] = member
-            declared.events[spec.name] = EventType(event_class, spec.name, spec.version)
+            event_type = EventType(event_class, spec.name, spec.version)
+            declared.events[spec.name] = declared.event_types[event_class] = event_type
 
 
 def _is_union(annotation: Any) -> bool:

@@ -31,6 +31,10 @@ class InvalidMessage(EskernelError, ValueError):
     """A command or an event that does not have the declared form; the message says which field and why."""
 
 
+class InvalidEvent(InvalidMessage):
+    """A handler returned an event that can't be stored, or not be read back as the same value; the message names it."""
+
+
 class InvalidId(EskernelError, ValueError):
     """An aggregate id that can't be addressed: it is empty, too long, or contains control characters."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
@@ -113,40 +112,6 @@ def _types_within(info: Any, seen: frozenset[type] = frozenset()) -> Iterator[ms
             within = seen if cls is None else seen | {cls}
             for name in info.__struct_fields__:
                 yield from _types_within(getattr(info, name), within)
-
-
-_floats: dict[type, bool] = {}
-
-
-def _has_floats(cls: type) -> bool:
-    known = _floats.get(cls)
-    if known is None:
-        kinds = (msgspec.inspect.FloatType, msgspec.inspect.AnyType)
-        known = any(isinstance(inner, kinds) for inner in _types_within(msgspec.inspect.type_info(cls)))
-        _floats[cls] = known
-    return known
-
-
-def check_storable(event: Any) -> None:
-    """Refuse numbers that JSON would silently turn into null.
-
-    Raises:
-        InvalidMessage: the event contains NaN or infinity, or its values are nested too deeply to check.
-    """
-    try:
-        refused = _has_floats(type(event)) and _has_nonfinite(msgspec.to_builtins(event))
-    except RecursionError:
-        raise InvalidMessage(f"{type(event).__name__} contains values that are nested too deeply") from None
-    if refused:
-        raise InvalidMessage(f"{event!r} contains NaN or infinity, which JSON cannot represent")
-
-
-def _has_nonfinite(value: Any) -> bool:
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    if isinstance(value, dict):
-        return any(map(_has_nonfinite, value.values()))
-    return isinstance(value, list | tuple) and any(map(_has_nonfinite, value))
 
 
 @cache

@@ -13,6 +13,7 @@ from nats.aio.msg import Msg
 
 from aggregates.commit import Decision, encode, timestamp
 from aggregates.context import uuid7
+from aggregates.declaration import EventType
 from examples.bank import Deposited
 from kernel.log import JetStreamLog
 
@@ -33,9 +34,15 @@ class Task:
 
 def payloads(count: int) -> list[bytes]:
     """Return commits of one event, no two alike."""
-    names = {Deposited: ("Deposited", 1)}
+    deposited = EventType(Deposited, "Deposited", 1)
     return [
-        encode("/bench/Account", f"account-{number}", names, [Decision(uuid7(), [Deposited(number)])], 1, timestamp())
+        encode(
+            "/bench/Account",
+            f"account-{number}",
+            [Decision(uuid7(), [deposited.encode(Deposited(number))])],
+            1,
+            timestamp(),
+        )
         for number in range(count)
     ]
 

@@ -35,7 +35,6 @@ def deposits(accounts: int, each: int) -> Iterator[tuple[str, Any]]:
 async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]]) -> int:
     """Append one commit for each command, as a service would; return how many."""
     (declared,) = app.types.values()
-    names = {event.cls: (event.name, event.version) for event in declared.events.values()}
     cells: dict[str, Cell[Any]] = {}
     # the only writer knows the sequences beforehand; the server still checks each
     sequence = (await log.info()).last
@@ -49,7 +48,7 @@ async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]])
         command_id = uuid7()
         events = cell.decide(command, Context(command_id))
         payload = encode(
-            f"/{app.name}/{declared.name}", name, names, [Decision(command_id, events)], cell.version, timestamp()
+            f"/{app.name}/{declared.name}", name, [Decision(command_id, events)], cell.version, timestamp()
         )
         cell.evolve(events)
         futures.append(log.append(log.subjects.address(declared.name, name).subject, cell.position, payload))

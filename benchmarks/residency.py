@@ -16,6 +16,7 @@ import psutil
 from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope, decode, encode, timestamp
 from aggregates.context import uuid7
+from aggregates.declaration import EventType
 from benchmarks.our_projection import Discard
 from benchmarks.rounds import percentiles
 from examples.bank import Account, Deposited, app
@@ -43,8 +44,8 @@ class Worker:
         gateway.report_bug = self.bugs.append  # type: ignore[method-assign]
         self.actors, self.residents = gateway.actors, gateway.residents
         self.plan = app.plan()
-        names = {Deposited: ("Deposited", 1)}
-        payload = encode("/bank/Account", "a", names, [Decision(uuid7(), [Deposited(1)])], 0, timestamp())
+        deposited = EventType(Deposited, "Deposited", 1).encode(Deposited(1))
+        payload = encode("/bank/Account", "a", [Decision(uuid7(), [deposited])], 0, timestamp())
         self.commits: list[tuple[int, list[Envelope]]] = [(1, decode(payload))]
         self._number = 0
 

@@ -3,6 +3,7 @@
     EskernelError
     ├── aggregates.Rejected             the aggregate refused the command
     ├── aggregates.InvalidMessage       a command or an event has not the declared form (also a ValueError)
+    │   └── aggregates.InvalidEvent     an event cannot be stored, or not be read back as the same value
     ├── aggregates.InvalidId            an aggregate id cannot be addressed (also a ValueError)
     ├── aggregates.DeclarationError     the declarations of an app cannot work
     ├── aggregates.SequenceError        an aggregate's events do not follow each other 1, 2, 3, ...

@@ -17,6 +17,7 @@ ErrorType = Literal[
     "invalid-id",
     "rejected",  # the aggregate refused; the message is its own
     "failed",  # the user's code raised something else
+    "invalid-event",  # a handler returned an event that can't be stored, or not be read back as the same value
     "too-large",
     "conflict",  # others kept appending to the aggregate
     "overloaded",  # try again after `retry_after` seconds

@@ -91,13 +91,14 @@ class ProjectionScenario:
             made = create(connection, declared, [0])
             show(connection, made)
         writer = Writer(engine, plan, [made], epoch=0)
-        names = {kind.cls: (kind.name, kind.version) for kind in declared_aggregate.events.values()}
+        types = declared_aggregate.event_types
         folded = Folded(plan)
         rows: dict[str, list[Any]] = {}
         versions: dict[str, int] = {}
         for place, (aggregate_id, events) in enumerate(self.history, 1):
             version = versions.get(aggregate_id, 0)
-            stored = encode("/scenario", aggregate_id, names, [Decision("", events)], version, self.time)
+            encoded = [types[type(event)].encode(event) for event in events]
+            stored = encode("/scenario", aggregate_id, [Decision("", encoded)], version, self.time)
             commits = [(place, decode(stored))]
             known = rows.setdefault(aggregate_id, [None])
             versions[aggregate_id] = plan.fold(

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 import kernel.log
 import migrations
 from aggregates import Aggregate
-from aggregates.commit import Decision, Envelope, decode, encode
+from aggregates.commit import Decision, Envelope, decode
 from aggregates.declaration import declare
 from kernel import App
 from kernel.log import JetStreamLog
@@ -37,6 +37,7 @@ from projections.errors import HandlerFailed
 from projections.fold import Folded
 from projections.generations import create, show
 from projections.unit_of_work import Write, Writer
+from tests.histories import encode
 
 T = TypeVar("T")
 _SHORT = {

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from aggregates.commit import Decision, encode
+from aggregates.commit import Decision
 from examples.bank import Account, Deposit, Deposited, Withdraw
 from kernel import App, Client, Service
 from kernel.errors import Conflict, Unavailable
@@ -28,6 +28,7 @@ from projections.database import open_database
 from projections.unit_of_work import Write, Writer
 from tests.apps import Note, Notebook, Noted, Page, notebooks
 from tests.conftest import ReadSide, envelopes, open_log, settings_for
+from tests.histories import encode
 
 
 @pytest.fixture

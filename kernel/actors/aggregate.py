@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 from thespian.actors import Actor, ActorAddress
 
-from aggregates import Context, Rejected
+from aggregates import Context, InvalidEvent, Rejected
 from aggregates.cell import Cell
 from aggregates.commit import Decision
+from aggregates.encoding import EncodedEvent
 from kernel.actors.mailbox import (
     Appended,
     Decide,
@@ -251,11 +252,13 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 self.gateway.search(self.address, request)
                 return
             error: tuple[ErrorType, str] | None = None
-            events: list[Any] = []
+            events: list[EncodedEvent] = []
             try:
                 events = cell.decide(request.command, Context(sent.command_id))
             except Rejected as rejection:
                 error = "rejected", str(rejection)
+            except InvalidEvent as problem:
+                error, request.error = ("invalid-event", str(problem)), problem
             except Exception as problem:
                 error, request.error = ("failed", f"{type(problem).__name__}: {problem}"), problem
             if not events:

@@ -62,10 +62,6 @@ class CommandGateway:
         self.appended = self.unappended = 0
         self.slowest_append = self._longest_append = 0.0
         self._histories = Histories(log, self._send)
-        self._names = {
-            declared.name: {event.cls: (event.name, event.version) for event in declared.events.values()}
-            for declared in app.types.values()
-        }
         self._loop = asyncio.get_running_loop()
         self._queued: list[tuple[Any, Any]] = []
         self._counted = 0
@@ -86,7 +82,6 @@ class CommandGateway:
             payload = encode(
                 f"/{self._app.name}/{address.aggregate}",
                 address.id,
-                self._names[address.aggregate],
                 decisions,
                 version,
                 self._now(),
@@ -145,7 +140,7 @@ class CommandGateway:
         self._end(address, request, type)
         if request.span is not None:
             request.span.end(type, message)
-        if type in ("failed", "conflict"):
+        if type in ("failed", "invalid-event", "conflict"):
             self._log_failure(address, request, type, message)
         retry_after = RETRY_AFTER_S if type in ("unavailable", "overloaded") else None
         self.answers.send_error(request.reply, type, message, request.sent.command_id, retry_after)

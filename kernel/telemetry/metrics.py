@@ -94,6 +94,7 @@ _KIND_OF = {
     "invalid-id": "invalid",
     "too-large": "invalid",
     "failed": "handler",
+    "invalid-event": "handler",
     "conflict": "conflict",
     "unknown-outcome": "timeout",
     "unavailable": "connection",

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregates import Aggregate, DeclarationError, InvalidMessage, applies, command, event
-from aggregates.commit import Decision, Envelope, decode, encode, timestamp
+from aggregates.commit import Decision, Envelope, decode, timestamp
 from aggregates.context import uuid7
 from aggregates.declaration import declare
 from aggregates.messages import dumps, parse
+from tests.histories import encode
 
 
 class Colour(enum.Enum):

@@ -25,9 +25,10 @@ from aggregates import (
     upcasts,
 )
 from aggregates.cell import REMEMBERED_COMMANDS, Cell
-from aggregates.commit import Decision, decode, encode
+from aggregates.commit import Decision, decode
 from aggregates.declaration import declare
 from examples.bank import Account, Deposit, Deposited, Withdraw, Withdrawn
+from tests.histories import encode
 
 TIME = "2013-01-01T12:00:00Z"
 

@@ -207,6 +207,34 @@ MUTANTS = [
             "test_a_stream_restored_from_an_older_backup_stops_the_service_before_it_acknowledges_anything",
         ),
     ),
+    # what is folded is what is stored
+    Mutant(
+        "folded-as-decided",
+        "what is folded is what is stored",
+        "aggregates/encoding.py",
+        "return EncodedEvent(name, version, data, read)",
+        "return EncodedEvent(name, version, data, event)",
+        ("tests/aggregates/test_encoding.py",),
+    ),
+    Mutant(
+        "encoded-after-fold",
+        "an applier changes nothing of what is stored",
+        "aggregates/commit.py",
+        "orjson.Fragment(event.data)",
+        "event.event",
+        (
+            "tests/aggregates/test_encoding.py::"
+            "test_an_applier_that_keeps_an_events_list_changes_nothing_of_what_is_stored",
+        ),
+    ),
+    Mutant(
+        "not-read-back",
+        "an event that would come back as another value is refused",
+        "aggregates/encoding.py",
+        "if read != event and (problem := difference(event, read, name)):",
+        'if problem := "":',
+        ("tests/aggregates/test_encoding.py",),
+    ),
     # commands
     Mutant(
         "dedupe-removed",

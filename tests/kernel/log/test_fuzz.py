@@ -23,7 +23,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from aggregates import Aggregate, InvalidMessage, applies, command, event, handles
-from aggregates.commit import Decision, Envelope, decode, encode
+from aggregates.commit import Decision, Envelope, decode
 from examples.bank import Account, Balances
 from kernel import App, Client, Service
 from kernel.protocol import ErrorType
@@ -33,6 +33,7 @@ from projections.database import open_database
 from projections.tables import dead_letter
 from tests.apps import Lines, Note, Notebook, Noted, Pages, Words
 from tests.conftest import settings_for
+from tests.histories import encode
 
 COUNT = 100_000
 WINDOW = 1_000

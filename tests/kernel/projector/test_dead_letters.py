@@ -11,12 +11,13 @@ from sqlalchemy import Engine, insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from aggregates import Aggregate, applies, event
-from aggregates.commit import Decision, encode
+from aggregates.commit import Decision
 from aggregates.declaration import declare
 from kernel import App
 from projections import DROP, Drop, Fenced, NoSuchLetter, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
 from projections.fold import Folded
 from tests.conftest import Commit, ReadSide, envelopes
+from tests.histories import encode
 
 BROKEN: set[str] = set()
 """Texts that handlers fail on at the moment."""

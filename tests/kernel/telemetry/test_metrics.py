@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aggregates import Rejected
-from aggregates.commit import Decision, encode
+from aggregates.commit import Decision
 from kernel import Client
 from kernel.errors import CommandError
 from kernel.runtime.directory import find_running
@@ -27,6 +27,7 @@ from kernel.runtime.nats_server import end_with_parent
 from kernel.transport.connection import publish_frame
 from tests.apps import Explode, Note, Notebook, Noted, NoteTwice
 from tests.failing import ROOT, Wait
+from tests.histories import encode
 from tests.metrics_app import NAME_VARIABLE
 from tests.pages import load_page
 from tests.servers import Server, server
