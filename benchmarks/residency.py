@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 import psutil
+from sqlalchemy.dialects import sqlite
 
 from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope, decode, encode, timestamp
@@ -43,7 +44,7 @@ class Worker:
         self.bugs: list[str] = []
         gateway.report_bug = self.bugs.append  # type: ignore[method-assign]
         self.actors, self.residents = gateway.actors, gateway.residents
-        self.plan = app.plan()
+        self.plan = app.plan(sqlite.dialect())
         deposited = EventType(Deposited, "Deposited", 1).encode(Deposited(1))
         payload = encode("/bank/Account", "a", [Decision(uuid7(), [deposited])], 0, timestamp())
         self.commits: list[tuple[int, list[Envelope]]] = [(1, decode(payload))]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.engine import Dialect
+
 from aggregates import Aggregate, DeclarationError
 from aggregates.declaration import AggregateType, declare
 from kernel.errors import AppNotFound, NotDeclared
@@ -120,9 +122,13 @@ class App:
             f"{self.name} has no projection {name!r}; it has {', '.join(p.name for p in self.projections) or 'none'}"
         )
 
-    def plan(self) -> Plan:
-        """Compile all projections for folding."""
-        return Plan(list(self.types.values()), self.projections, self.transient)
+    def plan(self, dialect: Dialect) -> Plan:
+        """Compile all projections for folding into a database.
+
+        Raises:
+            SchemaError: the database can't carry a column.
+        """
+        return Plan(list(self.types.values()), self.projections, dialect, self.transient)
 
 
 def load_app(spec: str) -> App:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,13 +10,17 @@ from sqlalchemy import Connection
 
 from aggregates.commit import Envelope
 from projections.database import reads
+from projections.errors import HandlerFailed
 from projections.fold import Folded, Plan
-from projections.unit_of_work import Writer
+from projections.parked import Key
+from projections.unit_of_work import Unreadable, Writer
 
 MAX_CACHED = 500_000
 """Most aggregates whose rows are kept in memory between windows. Beyond it, rows are read back from the table."""
+MAX_CACHED_BYTES = 512_000_000
+"""Most bytes of commits whose content may be in the rows in memory."""
 
-Commits = Sequence[tuple[int, Sequence[Envelope]]]
+Groups = Mapping[Key, Sequence[tuple[int, Sequence[Envelope]]]]
 
 
 class Build:
@@ -31,8 +35,10 @@ class Build:
         self.plan, self.writer = plan, writer
         self._cache: dict[tuple[str, str], tuple[list[Any], int, int | None]] = {}
         self._complete = True
+        self._size = 0
+        self.unreadable: list[Unreadable] = []
 
-    def missing(self, keys: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    def missing(self, keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the aggregates whose stored rows must be loaded before `fold`."""
         if self._complete:
             return []
@@ -51,20 +57,29 @@ class Build:
             return
         with nullcontext(connection) if connection else reads(self.writer.engine).connect() as reading:
             for aggregate, ids in by_aggregate.items():
-                loaded = self.writer.load_rows(reading, aggregate, ids)
+                loaded, unreadable = self.writer.load_rows(reading, aggregate, ids)
                 kept = self.writer.load_kept(reading, aggregate, loaded)
+                self.unreadable += unreadable
                 for aggregate_id, rows in loaded.items():
                     self._cache[aggregate, aggregate_id] = (rows, -1, kept.get(aggregate_id))
 
-    def fold(self, groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]]) -> Folded:
-        """Fold a window, sorted by aggregate.
+    def fold(self, groups: Groups, size: int = 0) -> Folded:
+        """Fold a window, sorted by aggregate. Aggregates that fail are parked in the plan, and folded no further.
 
-        Raises:
-            HandlerFailed: the cached rows are no longer right: park the aggregate, `forget`, `load`, and fold again.
+        Args:
+            size: bytes of the window's commits: the records may hold as much of them.
         """
+        self._size += size
         plan, cache = self.plan, self._cache
         folded = Folded(plan)
         width = len(plan.projections)
+        unreadable, self.unreadable = self.unreadable, []
+        for row in unreadable:
+            if row.aggregate in groups:
+                first = groups[row.aggregate][0][1][0]
+                failure = HandlerFailed(row.index, row.aggregate, first.sequence, row.error)
+                plan.park(failure)
+                folded.failures.append(failure)
         for key, commits in groups.items():
             known = cache.get(key)
             rows, last, kept = known if known is not None else ([None] * width, -1, None)
@@ -74,10 +89,15 @@ class Build:
 
     def trim(self) -> None:
         """Keep memory bounded. Call it only when all folded rows are written."""
-        if len(self._cache) > MAX_CACHED:
+        if len(self._cache) > MAX_CACHED or self._size > MAX_CACHED_BYTES:
             self.forget()
 
-    def forget(self) -> None:
-        """Forget the cached rows. From now on rows are read back from the table."""
-        self._cache.clear()
+    def forget(self, keys: Iterable[Key] | None = None) -> None:
+        """Forget the cached rows of these aggregates, or of all. From now on they are read back from the table."""
+        if keys is None:
+            self._cache.clear()
+            self._size = 0
+        else:
+            for key in keys:
+                self._cache.pop(key, None)
         self._complete = False

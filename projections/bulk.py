@@ -3,126 +3,177 @@ loop's thread keeps running while the database works."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
-from sqlalchemy import Column, Numeric, String, Table, Text, text
+from sqlalchemy import Column, Index, Numeric, Table, UniqueConstraint, text, types
+from sqlalchemy.dialects.postgresql import ExcludeConstraint
 from sqlalchemy.engine import Connection, Dialect
 
-from aggregates.messages import plain
-from projections.records import Columns
+from projections.codec import Refused
+from projections.row_codec import RowCodec
 
 CHUNK = 5_000
 """Rows per statement. It limits one JSON parameter to about a megabyte."""
+CHUNK_BYTES = 16_000_000
+"""Bytes of texts per statement."""
+
+Row = Sequence[Any]
+"""What carries a record to the database, by column."""
+Parameters = dict[str, str]
 
 
 class Bulk:
     """The statements for one physical table.
 
     Args:
-        columns: the model's columns, which are also the table's.
+        codec: the model's columns, which are also the table's.
         table: the physical table of one generation.
+
+    Attributes:
+        codec: the codec of the table's records.
+        delete: deletes rows by `key_parameters`.
+        upsert: writes rows that are there or not. If the table `replaces`, they must have been deleted.
+        add: adds to the counters of rows, or writes them.
+        replaces: rows have to be deleted before any of them is written: a value that must be unique may have been
+            handed on from one of them to another.
     """
 
-    def __init__(self, columns: Columns, table: Table, dialect: Dialect) -> None:
-        quote = dialect.identifier_preparer.quote
-        names = [quote(column.name) for column in columns.columns]
-        target, keys = quote(table.name), columns.keys
-        self._values = columns.values(dialect)
-        self._keys = columns.keys
+    def __init__(self, codec: RowCodec, table: Table, dialect: Dialect) -> None:
+        preparer, columns, keys = dialect.identifier_preparer, codec.columns, codec.columns.keys
+        # a colon in a name would begin a parameter
+        names = [preparer.quote(column.name).replace(":", r"\:") for column in columns.columns]
+        target = preparer.format_table(table).replace(":", r"\:")
+        self.codec, self.keys = codec, keys
         self._columnwise = dialect.name == "postgresql"
-        source = _recordset(columns.columns, dialect)
+        self._texts = [place for place, column in enumerate(codec.codecs) if column.cast in ("text", "json", "jsonb")]
+        self.replaces = not codec.counting and _has_other_unique(table)
+        source = self._source(dialect)
         insert = f"INSERT INTO {target} ({', '.join(names)}) {source}"
         conflict = f"ON CONFLICT ({', '.join(names[:keys])}) DO"
-        rest = names[keys:]
+        rest = list(zip(names, columns.columns, strict=True))[keys:]
         if rest:
-            replaced = ", ".join(f"{name} = excluded.{name}" for name in rest)
-            added = ", ".join(f"{name} = {target}.{name} + excluded.{name}" for name in rest)
+            replaced = ", ".join(f"{name} = excluded.{name}" for name, _ in rest)
+            added = ", ".join(f"{name} = {_sum(dialect, target, name, column)}" for name, column in rest)
             self.upsert = text(f"{insert} {conflict} UPDATE SET {replaced}")
             self.add = text(f"{insert} {conflict} UPDATE SET {added}")
         else:
             self.upsert = self.add = text(f"{insert} {conflict} NOTHING")
+        if self.replaces:
+            self.upsert = text(insert)
         wanted = f"{names[0]} IN (SELECT value FROM json_each(:keys))"
         if self._columnwise:
-            cast = _cast(columns.columns[0], dialect)
+            cast = codec.codecs[0].cast
             wanted = f"{names[0]} IN (SELECT CAST(value AS {cast}) FROM json_array_elements_text(CAST(:keys AS json)))"
         self.delete = text(f"DELETE FROM {target} WHERE {wanted}")
         self.select = text(f"SELECT {', '.join(names)} FROM {target} WHERE {wanted}").columns(
             *(Column(column.name, column.type) for column in columns.columns)
         )
+        self.sequence = text(
+            f"UPDATE {target} SET eskernel_sequence = :sequence WHERE {wanted} AND eskernel_sequence < :sequence"
+        )
 
-    def parameters(self, records: Iterable[Any]) -> list[dict[str, str]]:
-        """Freeze records into the parameters of `upsert` or `add`. The records must not change during the call.
+    def _source(self, dialect: Dialect) -> str:
+        count = len(self.codec.codecs)
+        if dialect.name != "postgresql":
+            picked = ", ".join(f"value->>{index}" for index in range(count))
+            # WHERE true: otherwise SQLite reads ON CONFLICT as a join condition
+            return f"SELECT {picked} FROM json_each(:rows) WHERE true"
+        picked = ", ".join(f"CAST(v{index} AS {codec.cast})" for index, codec in enumerate(self.codec.codecs))
+        arrays = ", ".join(f"json_array_elements_text(CAST(:c{index} AS json))" for index in range(count))
+        names = ", ".join(f"v{index}" for index in range(count))
+        return f"SELECT {picked} FROM ROWS FROM ({arrays}) AS given ({names})"
 
-        Raises:
-            TypeError, ValueError: a record contains a value that can't be sent to the database.
-        """
-        values = list(map(self._values, records))
-        chunks = [values[start : start + CHUNK] for start in range(0, len(values), CHUNK)]
+    def carry(self, records: Iterable[Any]) -> tuple[list[Row], dict[int, str]]:
+        """Return the rows that carry records, and by place the records that are refused, and why."""
+        columns, refused = self.codec.carry(records)
+        return list(zip(*columns, strict=True)), refused
+
+    def carry_sums(self, records: Iterable[Any]) -> tuple[list[Row], dict[int, str]]:
+        """Return the rows that carry increments, one for each key of the table, and the records that are refused."""
+        listed = list(records)
+        rows, refused = self.carry(listed)
+        if len({row[: self.keys] for row in rows}) == len(rows):
+            return rows, refused
+        by_key: dict[Row, list[Any]] = {}
+        kept = (record for place, record in enumerate(listed) if place not in refused)
+        for row, record in zip(rows, kept, strict=True):
+            by_key.setdefault(row[: self.keys], []).append(record)
+        rows, more = self.carry(map(self.codec.total, by_key.values()))
+        return rows, refused or more
+
+    def parameters(self, rows: Sequence[Row]) -> list[Parameters]:
+        """Return the parameters of `upsert` or `add`."""
+        if not rows:
+            return []
+        texts = sum(len(row[place] or "") for place in self._texts for row in rows)
+        size = min(CHUNK, max(1, len(rows) * CHUNK_BYTES // (texts + 1)))
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         if not self._columnwise:
             return [{"rows": _json(chunk)} for chunk in chunks]
-        return [{f"c{index}": _json(list(column)) for index, column in enumerate(zip(*c, strict=True))} for c in chunks]
+        return [{f"c{index}": _json(column) for index, column in enumerate(zip(*c, strict=True))} for c in chunks]
 
-    def key(self, record: Any) -> str | None:
-        """Return a record's key as JSON, or None if the record can't be sent to the database at all."""
+    def key_parameters(self, keys: Iterable[str]) -> Parameters:
+        """Return the parameters of `delete` and `select`. An id that can't be a key is left out: it has no row."""
+        return {"keys": _json(list(self._wires(keys)))}
+
+    def _wires(self, ids: Iterable[str]) -> dict[Any, str]:
+        wires = {}
+        for aggregate_id in ids:
+            try:
+                wires[self.codec.key_wire(aggregate_id)] = aggregate_id
+            except Refused:
+                pass
+        return wires
+
+    def load(self, connection: Connection, ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, Exception]]:
+        """Return the stored rows of aggregates as records, by id; and the rows that can't be read, and why.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: the database failed.
+        """
+        found: dict[str, Any] = {}
+        failed: dict[str, Exception] = {}
+        for start in range(0, len(ids), CHUNK):
+            self._load(connection, ids[start : start + CHUNK], found, failed)
+        return found, failed
+
+    def _load(
+        self, connection: Connection, ids: Sequence[str], found: dict[str, Any], failed: dict[str, Exception]
+    ) -> None:
+        result = connection.execute(self.select, self.key_parameters(ids))
         try:
-            self.parameters([record])
-            return _json(list(self._values(record)[: self._keys]))
-        except Exception:
-            return None
-
-    def one_by_one(self, parameters: Sequence[dict[str, str]]) -> Iterator[tuple[list[Any], dict[str, str]]]:
-        """Yield, for each row, its key columns and the parameters that contain this row only."""
-        for chunk in parameters:
-            columns = [orjson.loads(values) for values in chunk.values()]
-            rows = zip(*columns, strict=True) if self._columnwise else columns[0]
-            for row in rows:
-                by_column = {f"c{place}": _json([value]) for place, value in enumerate(row)}
-                yield list(row[: self._keys]), by_column if self._columnwise else {"rows": _json([row])}
-
-    def load(self, connection: Connection, keys: Sequence[str], make: Callable[..., Any]) -> dict[Any, Any]:
-        """Return the stored rows with these keys as records."""
-        found: dict[Any, Any] = {}
-        for start in range(0, len(keys), CHUNK):
-            for row in connection.execute(self.select, {"keys": _json(keys[start : start + CHUNK])}):
-                found[row[0]] = make(*row)
-        return found
-
-
-def key_parameters(keys: Sequence[str]) -> dict[str, str]:
-    """Return the parameters of `Bulk.delete`."""
-    return {"keys": _json(keys)}
+            records = [self.codec.stored(row) for row in result]
+        except Exception as error:  # of a type's own code, at a value that it did not write
+            if len(ids) == 1:
+                failed[ids[0]] = error
+                return
+            half = len(ids) // 2
+            self._load(connection, ids[:half], found, failed)
+            self._load(connection, ids[half:], found, failed)
+            return
+        for record in records:
+            found[self.codec.id_of(record)] = record
 
 
 def _json(value: Any) -> str:
-    text_ = orjson.dumps(value, default=plain).decode()
-    if "\\u0000" in text_ and _has_zero(value):
-        raise ValueError("a text contains a zero character: PostgreSQL can't store it, and SQLite would cut it there")
-    return text_
+    return orjson.dumps(value).decode()
 
 
-def _has_zero(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_has_zero, value))
-    return isinstance(value, str) and "\0" in value
+def _has_other_unique(table: Table) -> bool:
+    return any(isinstance(constraint, UniqueConstraint | ExcludeConstraint) for constraint in table.constraints) or any(
+        isinstance(index, Index) and index.unique for index in table.indexes
+    )
 
 
-def _recordset(columns: Sequence[Column[Any]], dialect: Dialect) -> str:
-    if dialect.name != "postgresql":
-        picked = ", ".join(f"value->>{index}" for index in range(len(columns)))
-        # WHERE true: otherwise SQLite reads ON CONFLICT as a join condition
-        return f"SELECT {picked} FROM json_each(:rows) WHERE true"
-    picked = ", ".join(f"CAST(v{index} AS {_cast(column, dialect)})" for index, column in enumerate(columns))
-    arrays = ", ".join(f"json_array_elements_text(CAST(:c{index} AS json))" for index in range(len(columns)))
-    names = ", ".join(f"v{index}" for index in range(len(columns)))
-    return f"SELECT {picked} FROM ROWS FROM ({arrays}) AS given ({names})"
-
-
-def _cast(column: Column[Any], dialect: Dialect) -> str:
-    # a cast to varchar(n) cuts the text silently, and a cast to numeric(p, s) rounds: let the insert check the value
-    if isinstance(column.type, String | Text):
-        return "text"
-    if isinstance(column.type, Numeric):
-        return "numeric" if column.type.asdecimal else "double precision"
-    return column.type.compile(dialect=dialect)
+def _sum(dialect: Dialect, target: str, name: str, column: Column[Any]) -> str:
+    """Return the sum of what is there and what is added, which must be exact or fail."""
+    total = f"{target}.{name} + excluded.{name}"
+    if dialect.name == "postgresql":
+        return total
+    overflow = "abs(-9223372036854775807 - 1)"  # SQLite's only function that fails at an integer that is too large
+    if not isinstance(column.type, Numeric) or isinstance(column.type, types.Integer):
+        return f"CASE typeof({total}) WHEN 'real' THEN {overflow} ELSE {total} END"
+    scale = column.type._effective_decimal_return_scale  # the digits that a SELECT gives
+    return f"CASE WHEN abs({total}) >= 1e{15 - scale} THEN {overflow} ELSE round({total}, {scale}) END"

@@ -13,17 +13,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, update
 
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope, decode
 from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
-from projections.errors import HandlerFailed, NoSuchLetter
-from projections.fold import Folded, Plan
+from projections.errors import NoSuchLetter
+from projections.fold import Folded, Plan, reason
 from projections.generations import FENCE, Generation, live_generation
-from projections.records import SEQUENCE
 from projections.tables import checkpoint, dead_letter, projection, skipped_letter
 from projections.unit_of_work import Writer, one_line
 
@@ -194,27 +192,35 @@ def _fold(connection: Connection, writer: Writer, rows: Sequence[Row[Any]]) -> t
     """Fold and write letter by letter. Return how many were written, and the error that stopped it, if any."""
     plan, (made,) = writer.plan, writer.generations
     aggregate, aggregate_id = rows[0].aggregate, rows[0].aggregate_id
-    records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
+    loaded, unreadable = writer.load_rows(connection, aggregate, [aggregate_id])
+    if unreadable:
+        return 0, unreadable[0].error, False
+    records = loaded[aggregate_id]
     last = _last_skipped(connection, made, aggregate, aggregate_id)
-    kept = writer.load_kept(connection, aggregate, {aggregate_id: records}).get(aggregate_id)
+    kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id)
     if last is not None:
         last = max(last, records[0].eskernel_sequence if records[0] is not None else 0, kept or 0)
+    key = aggregate, aggregate_id
     for done, row in enumerate(rows):
         folded = Folded(plan)
         try:
             commits = [(row.stream_sequence, [_envelope(row)])]
             last = plan.fold(aggregate, aggregate_id, records, commits, folded, last, kept=kept)
-            write = writer.freeze(folded, [], lambda _: (0, b""))
-            with connection.begin_nested():
-                writer.apply(connection, write)
-        except HandlerFailed as failure:
-            return done, failure.error, failure.transient
+            write = writer.freeze(folded, [], lambda _: (0, b""), [(key, commits, frozenset())])
+            failures = folded.failures
+            if not failures:
+                with connection.begin_nested() as savepoint:
+                    failures = writer.apply(connection, write)
+                    if failures:
+                        savepoint.rollback()
+            if failures:
+                return done, failures[0].error, failures[0].transient
         except InvalidMessage as error:
             return done, f"{type(error).__name__}: {error}", False
-        except DBAPIError as error:
+        except Exception as error:
             if is_infrastructure(error):
                 raise
-            return done, str(error.orig), False
+            return done, reason(error), isinstance(error, plan.transient)
     return len(rows), "", False
 
 
@@ -358,19 +364,12 @@ def _last_skipped(connection: Connection, made: Generation, aggregate: str, aggr
 
 def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, aggregate_id: str, sequence: int) -> None:
     """Record a skipped event as folded, so that the next event follows it without a gap."""
-    (made,) = writer.generations
-    records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
-    if records[0] is None:
+    loaded, _ = writer.load_rows(connection, aggregate, [aggregate_id])
+    if loaded[aggregate_id][0] is None:
         writer.keep(connection, 0, {aggregate_id: sequence})
         return
-    quote = connection.dialect.identifier_preparer.quote
-    columns = made.projection.columns
-    assert columns is not None
-    table, key = quote(next(iter(made.tables.values())).name), quote(columns.columns[0].name)
-    connection.execute(
-        text(f"UPDATE {table} SET {SEQUENCE} = :sequence WHERE {key} = :id AND {SEQUENCE} < :sequence"),
-        {"sequence": sequence, "id": aggregate_id},
-    )
+    bulk = writer.bulk(0)
+    connection.execute(bulk.sequence, {**bulk.key_parameters([aggregate_id]), "sequence": sequence})
 
 
 def _envelope(row: Row[Any]) -> Envelope:
@@ -399,4 +398,4 @@ def _now() -> str:
 def plan_of(plan: Plan, name: str) -> Plan:
     """Return a plan with only the projection of this name."""
     chosen = [projection for projection in plan.projections if projection.name == name]
-    return Plan(list(plan.types.values()), chosen, plan.transient)
+    return Plan(list(plan.types.values()), chosen, plan.dialect, plan.transient)

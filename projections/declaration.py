@@ -11,14 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase
 
 from aggregates.aggregate import role_of
 from aggregates.declaration import AggregateType, annotated, message_classes
 from aggregates.errors import DeclarationError
 from aggregates.messages import spec_of
+from projections.codec import Unsupported
+from projections.errors import SchemaError
 from projections.projection import Meta, Projection, Rows, Sql, Tallies, Transaction
 from projections.records import Columns
+from projections.row_codec import RowCodec
 
 ProjectionKind = Literal["rows", "tallies", "sql"]
 
@@ -49,6 +53,19 @@ class DeclaredProjection:
     models: tuple[type, ...]
     columns: Columns | None
     handlers: list[EventHandler] = field(default_factory=list)
+
+    def codec(self, dialect: Dialect) -> RowCodec | None:
+        """Return how the records of `Rows` and `Tallies` are carried into a database's table; None for `Sql`.
+
+        Raises:
+            SchemaError: the database can't carry a column.
+        """
+        if self.columns is None:
+            return None
+        try:
+            return RowCodec(self.columns, self.models[0].__name__, dialect, counting=self.kind == "tallies")
+        except Unsupported as problem:
+            raise SchemaError(str(problem)) from None
 
     @property
     def tables(self) -> set[str]:

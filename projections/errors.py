@@ -17,8 +17,6 @@ FailureKind = Literal[
     "event",  # this program can't read the event
     "refused",  # the database refuses the row
 ]
-UNKNOWN = 0
-"""Sequence in a `HandlerFailed` whose event isn't known. The aggregate is parked from its first event of the batch."""
 
 
 class HandlerFailed(EskernelError):
@@ -49,18 +47,6 @@ class HandlerFailed(EskernelError):
         self.error = error
         self.kind = kind
         self.transient = transient
-
-
-class KeyRefused(HandlerFailed):
-    """The database refuses a tally's entry. `Writer.blame` finds the aggregate that has to be parked.
-
-    Attributes:
-        key: the entry's key as JSON, or None if the key can't be written as JSON.
-    """
-
-    def __init__(self, projection: int, aggregate: str, key: str | None, error: str) -> None:
-        super().__init__(projection, (aggregate, ""), UNKNOWN, error)
-        self.key = key
 
 
 class SchemaError(EskernelError):

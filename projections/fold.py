@@ -6,90 +6,31 @@ one decode, and one call per handler.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DBAPIError
 
 from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType
+from projections.codec import Refused
 from projections.declaration import DeclaredProjection, EventHandler
-from projections.errors import HandlerFailed
+from projections.errors import FailureKind, HandlerFailed
+from projections.parked import EVERY, Key, Letter, Parked, ParkedAggregates
 from projections.projection import DROP, Meta, Recorded, Tally
+from projections.row_codec import RowCodec
 
 TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
 """Exceptions of handlers that may be temporary: the event is retried automatically. Apart from them a fold is a pure
 function, and a retry would fail in the same way."""
-EVERY = -1
-"""Projection index in a `HandlerFailed` that the event itself causes: every projection of its aggregate parks it."""
-Key = tuple[str, str]
-"""Aggregate type and id."""
+Commits = Sequence[tuple[int, Sequence[Envelope]]]
+"""Stream sequence and events of each commit of one aggregate, in stream order."""
+Call = tuple[int, int, int, Recorded[Any]]
+"""An event for an `Sql` handler: stream sequence, sequence in the aggregate, the handler's place, the event."""
 Step = Callable[[list[Any], str, Any, Envelope, int, "Folded"], None]
-
-
-class Parked(NamedTuple):
-    """The state of a parked aggregate for one projection.
-
-    Attributes:
-        since: sequence of the first waiting event.
-        error: error of this event.
-        transient: this event is retried automatically.
-    """
-
-    since: int
-    error: str
-    transient: bool = False
-
-
-class Letter(NamedTuple):
-    """An event that becomes a dead letter.
-
-    Attributes:
-        projection: index of the projection in its plan.
-        aggregate: aggregate type and id.
-        sequence: the event's place in its aggregate.
-        stream_sequence: the event's place in the stream.
-        error: error of the event, or of the event that it waits behind.
-        transient: the event is retried automatically; False for an event that waits behind another one.
-    """
-
-    projection: int
-    aggregate: Key
-    sequence: int
-    stream_sequence: int
-    error: str
-    transient: bool = False
-
-
-class ParkedAggregates(dict[Key, dict[int, Parked]]):
-    """The aggregates that wait behind a dead letter, by aggregate and projection index."""
-
-    def add(self, aggregate: Key, index: int, parked: Parked) -> None:
-        """Park an aggregate for one projection, unless it is parked from an earlier event on already."""
-        waiting = self.setdefault(aggregate, {})
-        if index not in waiting or parked.since < waiting[index].since:
-            waiting[index] = parked
-
-    def divide(
-        self, key: Key, envelope: Envelope, stream_sequence: int, projections: Sequence[int], letters: list[Letter]
-    ) -> list[int]:
-        """Add an event to the dead letters of those projections that its aggregate is parked for.
-
-        Returns:
-            the other projections, which fold the event.
-        """
-        waiting = self[key]
-        folding = []
-        for index in projections:
-            parked = waiting.get(index)
-            if parked is None or envelope.sequence < parked.since:
-                folding.append(index)
-            else:
-                head = envelope.sequence == parked.since
-                letters.append(
-                    Letter(index, key, envelope.sequence, stream_sequence, parked.error, head and parked.transient)
-                )
-        return folding
 
 
 class Folded:
@@ -98,20 +39,27 @@ class Folded:
     Attributes:
         rows: changed records by projection and aggregate id; None for a dropped row.
         tallies: increments by projection and key.
-        events: events for `Sql` handlers, by projection and handler.
+        calls: events for `Sql` handlers, by projection.
         kept: sequence of the last folded event by projection and aggregate id, for aggregates without a row.
         letters: events that become dead letters.
+        failures: why aggregates were parked while folding.
+        undone: rows that a handler left half changed, by projection and aggregate id, with the first event that is not
+            in them. They are made again from what is stored.
+        recounted: `Tallies` to which a handler has added a part only.
         count: number of folded events.
     """
 
-    __slots__ = ("count", "events", "kept", "letters", "rows", "tallies")
+    __slots__ = ("calls", "count", "failures", "kept", "letters", "recounted", "rows", "tallies", "undone")
 
     def __init__(self, plan: Plan) -> None:
         self.rows: list[dict[str, Any]] = [{} for _ in plan.projections]
         self.tallies: list[Tally[Any]] = [Tally(make) for make in plan.makers]
-        self.events: list[list[list[Recorded[Any]]]] = [[[] for _ in p.handlers] for p in plan.projections]
+        self.calls: list[list[Call]] = [[] for _ in plan.projections]
         self.kept: list[dict[str, int]] = [{} for _ in plan.projections]
         self.letters: list[Letter] = []
+        self.failures: list[HandlerFailed] = []
+        self.undone: list[dict[str, int]] = [{} for _ in plan.projections]
+        self.recounted: set[int] = set()
         self.count = 0
 
     def written(self) -> dict[int, int]:
@@ -126,12 +74,17 @@ class Folded:
 class Plan:
     """All projections of an app, compiled for folding.
 
+    A fold never stops at a failure. It parks the aggregate, for the projection that failed, and goes on.
+
     Args:
+        dialect: the database whose columns the records are carried into.
         transient: exceptions of handlers that may be temporary.
 
     Attributes:
+        dialect: as given.
         projections: the projections, in the order of all indexes in `Folded`.
-        makers: functions that make a record, by projection.
+        codecs: how the records of each projection are carried; None for `Sql`.
+        makers: functions that make a new record, by projection.
         row_indexes: the `Rows` projections of each aggregate type.
         keepers: for each aggregate type, the projection that stores the sequence of an aggregate's last event: its
             first `Rows`, or else its first projection.
@@ -142,13 +95,16 @@ class Plan:
         self,
         types: Sequence[AggregateType[Any]],
         projections: Sequence[DeclaredProjection],
+        dialect: Dialect,
         transient: tuple[type[Exception], ...] = TRANSIENT,
     ) -> None:
         self.transient = transient
+        self.dialect = dialect
         self.projections = list(projections)
         self.types = {declared.name: declared for declared in types}
+        self.codecs: list[RowCodec | None] = [declared.codec(dialect) for declared in projections]
         self.makers: list[Callable[..., Any]] = [
-            p.columns.factory(numeric=p.kind == "tallies") if p.columns else _no_record for p in projections
+            _no_record if codec is None else codec.new if codec.counting else codec.new_for for codec in self.codecs
         ]
         self.parked = ParkedAggregates()
         self._indexes = {
@@ -187,6 +143,9 @@ class Plan:
         function, instance, make = handler.function, projection.instance, self.makers[index]
         wants_meta = handler.wants_meta
 
+        codec = self.codecs[index]
+        settle = codec.settle if codec is not None else None
+
         def fold_row(
             rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
         ) -> None:
@@ -199,6 +158,8 @@ class Plan:
                 result = function(instance, row, event)
             if result is DROP:
                 rows[index] = folded.rows[index][aggregate_id] = None
+            elif settle is not None:
+                settle(row)
 
         def fold_tally(
             _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
@@ -211,7 +172,8 @@ class Plan:
         def collect(
             _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
         ) -> None:
-            folded.events[index][place].append(Recorded(event, envelope, aggregate_id, stream_sequence))
+            recorded = Recorded(event, envelope, aggregate_id, stream_sequence)
+            folded.calls[index].append((stream_sequence, envelope.sequence, place, recorded))
 
         return {"rows": fold_row, "tallies": fold_tally, "sql": collect}[projection.kind]
 
@@ -220,7 +182,7 @@ class Plan:
         aggregate: str,
         aggregate_id: str,
         rows: list[Any],
-        commits: Sequence[tuple[int, Sequence[Envelope]]],
+        commits: Commits,
         folded: Folded,
         last: int | None,
         skip: frozenset[int] = frozenset(),
@@ -238,52 +200,48 @@ class Plan:
 
         Returns:
             sequence of the last event.
-
-        Raises:
-            HandlerFailed: park the aggregate, and fold the whole batch again from the stored rows.
         """
         keeper = self.keepers.get(aggregate)
         if keeper is None:
             return commits[-1][1][-1].sequence
-        if skip or (self.parked and (aggregate, aggregate_id) in self.parked):
-            return self._fold_partly(keeper, (aggregate, aggregate_id), rows, commits, folded, last, skip, kept)
-        steps_by_type = self._steps[aggregate]
+        key = aggregate, aggregate_id
+        waiting = self.parked.get(key, {}) if self.parked else {}
         indexes = self.row_indexes[aggregate]
         if last is None:
             for index in indexes:
-                if rows[index] is not None:
+                if rows[index] is not None and index not in skip and index not in waiting:
                     last = max(last or 0, rows[index].eskernel_sequence)
-            if last is None:
+            if last is None and keeper not in skip and keeper not in waiting:
                 last = kept
-        for stream_sequence, envelopes in commits:
-            for envelope in envelopes:
-                sequence = envelope.sequence
-                if last is not None and sequence != last + 1:
-                    raise _out_of_sequence((aggregate, aggregate_id), sequence, last)
-                last = sequence
-                entry = steps_by_type.get(envelope.type)
-                if entry is None:
-                    raise _unknown_event((aggregate, aggregate_id), envelope)
-                version, decode_any, decode, steps = entry
-                if decode is None:
-                    continue
-                try:
+        if skip or waiting:
+            self._fold_slowly(key, rows, commits, folded, last, skip)
+            return self._finish(keeper, key, rows, commits, folded, skip)
+        steps_by_type = self._steps[aggregate]
+        index = EVERY
+        envelope = commits[0][1][0]
+        try:
+            for stream_sequence, envelopes in commits:
+                for envelope in envelopes:
+                    sequence = envelope.sequence
+                    if last is not None and sequence != last + 1:
+                        raise _OutOfSequence(f"event {sequence} after {last}")
+                    last = sequence
+                    version, decode_any, decode, steps = steps_by_type[envelope.type]
+                    if decode is None:
+                        continue
                     event = (
                         decode(envelope.data)
                         if envelope.dataversion == version
                         else decode_any(envelope.data, envelope.dataversion)
                     )
-                except Exception as error:
-                    raise _unreadable_event((aggregate, aggregate_id), envelope, error) from error
-                index = EVERY
-                try:
-                    for index, step in steps:  # noqa: B007 - the error names the step that failed
+                    for index, step in steps:  # noqa: B007 - it is what failed
                         step(rows, aggregate_id, event, envelope, stream_sequence, folded)
-                except Exception as error:
-                    raise self._failed_handler(index, (aggregate, aggregate_id), sequence, error) from error
-            folded.count += len(envelopes)
-        if not last:
-            return 0
+                    index = EVERY
+                folded.count += len(envelopes)
+        except Exception as error:
+            self._go_on(key, rows, commits, folded, (envelope, index, error))
+            return self._finish(keeper, key, rows, commits, folded, skip)
+        assert last is not None, "a batch has an event of every aggregate in it"
         for index in indexes:
             row = rows[index]
             if row is not None:
@@ -293,87 +251,151 @@ class Plan:
             folded.kept[keeper][aggregate_id] = last
         return last
 
-    def _fold_partly(
+    def _finish(
+        self, keeper: int, key: Key, rows: list[Any], commits: Commits, folded: Folded, skip: frozenset[int]
+    ) -> int:
+        """Note the rows that events were folded into, up to where the aggregate is parked."""
+        waiting = self.parked.get(key, {})
+        first, last = commits[0][1][0].sequence, commits[-1][1][-1].sequence
+
+        def folded_to(index: int) -> int:
+            return min(last, waiting[index].since - 1) if index in waiting else last
+
+        for index in self.row_indexes[key[0]]:
+            row = rows[index]
+            if row is not None and index not in skip and (until := folded_to(index)) >= first:
+                row.eskernel_sequence = until
+                folded.rows[index][key[1]] = row
+        bare = not self.row_indexes[key[0]] or rows[keeper] is None
+        if bare and keeper not in skip and (until := folded_to(keeper)) >= first:
+            folded.kept[keeper][key[1]] = until
+        return last
+
+    def _go_on(
         self,
-        keeper: int,
         key: Key,
         rows: list[Any],
-        commits: Sequence[tuple[int, Sequence[Envelope]]],
+        commits: Commits,
         folded: Folded,
-        last: int | None,
-        skip: frozenset[int],
-        kept: int | None,
-    ) -> int:
+        failed: tuple[Envelope, int, Exception],
+    ) -> None:
+        """Park the aggregate at the event that failed, and fold the rest of its events for the other projections."""
+        envelope, index, error = failed
+        place, number = next(
+            (place, number)
+            for place, (_, envelopes) in enumerate(commits)
+            for number, found in enumerate(envelopes)
+            if found is envelope
+        )
+        stream_sequence, envelopes = commits[place]
+        last = envelope.sequence
+        if index == EVERY:
+            last -= 1
+            self._park_event(key, envelope, self._indexes[key[0]], folded, error)
+        else:
+            self._fail_step(index, key, rows, envelope, stream_sequence, folded, error)
+            event = self._decode(key[0], envelope)
+            steps = [step for step in self._steps[key[0]][envelope.type][3] if step[0] > index]
+            self._run(steps, key, rows, (event, envelope, stream_sequence), folded)
+            number += 1
+        folded.count += number
+        rest = [(stream_sequence, envelopes[number:]), *commits[place + 1 :]]
+        self._fold_slowly(key, rows, [commit for commit in rest if commit[1]], folded, last, frozenset())
+
+    def _fold_slowly(
+        self, key: Key, rows: list[Any], commits: Commits, folded: Folded, last: int | None, skip: frozenset[int]
+    ) -> None:
         """Fold commits of a parked aggregate, or commits that some projections have folded already."""
-        waiting = self.parked.get(key)
         projections = [index for index in self._indexes[key[0]] if index not in skip]
-        indexes = [index for index in self.row_indexes[key[0]] if index not in skip]
-        if last is None:
-            for index in indexes:
-                if rows[index] is not None and not (waiting and index in waiting):
-                    last = max(last or 0, rows[index].eskernel_sequence)
-            if last is None and keeper not in skip and not (waiting and keeper in waiting):
-                last = kept
         for stream_sequence, envelopes in commits:
             for envelope in envelopes:
-                sequence = envelope.sequence
-                folding = projections
-                if waiting:
+                folding: Sequence[int] = projections
+                if key in self.parked:
                     folding = self.parked.divide(key, envelope, stream_sequence, projections, folded.letters)
-                    if not folding:
-                        last = sequence
-                        continue
-                if last is not None and sequence != last + 1:
-                    raise _out_of_sequence(key, sequence, last)
-                last = sequence
-                self._fold_event(key, rows, envelope, stream_sequence, folded, folding)
+                if folding:
+                    try:
+                        if last is not None and envelope.sequence != last + 1:
+                            raise _OutOfSequence(f"event {envelope.sequence} after {last}")
+                        event = self._decode(key[0], envelope)
+                    except Exception as error:
+                        self._park_event(key, envelope, folding, folded, error)
+                        self.parked.divide(key, envelope, stream_sequence, folding, folded.letters)
+                    else:
+                        steps = [step for step in self._steps[key[0]][envelope.type][3] if step[0] in folding]
+                        self._run(steps, key, rows, (event, envelope, stream_sequence), folded)
+                last = envelope.sequence
             folded.count += len(envelopes)
-        for index in indexes:
-            row = rows[index]
-            if row is not None:
-                if waiting and index in waiting:
-                    row.eskernel_sequence = max(_last_before(waiting[index], commits), row.eskernel_sequence)
-                elif last:
-                    row.eskernel_sequence = last
-                folded.rows[index][key[1]] = row
-        if keeper in skip or (self.row_indexes[key[0]] and rows[keeper] is not None):
-            return last or 0
-        last_kept = _last_before(waiting[keeper], commits) if waiting and keeper in waiting else last
-        if last_kept:
-            folded.kept[keeper][key[1]] = last_kept
-        return last or 0
 
-    def _fold_event(
+    def _decode(self, aggregate: str, envelope: Envelope) -> Any:
+        version, decode_any, decode, _ = self._steps[aggregate][envelope.type]
+        if decode is None:
+            return None
+        current = envelope.dataversion == version
+        return decode(envelope.data) if current else decode_any(envelope.data, envelope.dataversion)
+
+    def _run(
         self,
+        steps: Sequence[tuple[int, Step]],
+        key: Key,
+        rows: list[Any],
+        decoded: tuple[Any, Envelope, int],
+        folded: Folded,
+    ) -> None:
+        """Fold one event into some projections."""
+        event, envelope, stream_sequence = decoded
+        for index, step in steps:
+            try:
+                step(rows, key[1], event, envelope, stream_sequence, folded)
+            except Exception as error:
+                self._fail_step(index, key, rows, envelope, stream_sequence, folded, error)
+
+    def _fail_step(
+        self,
+        index: int,
         key: Key,
         rows: list[Any],
         envelope: Envelope,
         stream_sequence: int,
         folded: Folded,
-        projections: Sequence[int],
+        error: Exception,
     ) -> None:
-        """Fold one event into some projections."""
-        entry = self._steps[key[0]].get(envelope.type)
-        if entry is None:
-            raise _unknown_event(key, envelope)
-        version, decode_any, decode, steps = entry
-        if decode is None:
-            return
-        try:
-            current = envelope.dataversion == version
-            event = decode(envelope.data) if current else decode_any(envelope.data, envelope.dataversion)
-        except Exception as error:
-            raise _unreadable_event(key, envelope, error) from error
-        for index, step in steps:
-            if index in projections:
-                try:
-                    step(rows, key[1], event, envelope, stream_sequence, folded)
-                except Exception as error:
-                    raise self._failed_handler(index, key, envelope.sequence, error) from error
+        """Park an aggregate for one projection, whose handler failed or made a row that can't be carried."""
+        transient = isinstance(error, self.transient)
+        failure = HandlerFailed(
+            index,
+            key,
+            envelope.sequence,
+            reason(error),
+            "refused" if isinstance(error, Refused) else "handler",
+            transient,
+        )
+        failure.__cause__ = error
+        folded.failures.append(failure)
+        self.parked.add(key, index, Parked(envelope.sequence, failure.error, transient))
+        folded.letters.append(Letter(index, key, envelope.sequence, stream_sequence, failure.error, transient))
+        if self.projections[index].kind == "rows":
+            rows[index] = None
+            folded.rows[index].pop(key[1], None)
+            folded.undone[index][key[1]] = envelope.sequence
+        else:
+            folded.recounted.add(index)
 
-    def _failed_handler(self, index: int, key: Key, sequence: int, error: Exception) -> HandlerFailed:
-        why, transient = f"{type(error).__name__}: {error}", isinstance(error, self.transient)
-        return HandlerFailed(index, key, sequence, why, "handler", transient)
+    def _park_event(
+        self, key: Key, envelope: Envelope, projections: Sequence[int], folded: Folded, error: Exception
+    ) -> None:
+        """Park an aggregate at an event that can't be read, or that does not follow the one before."""
+        kind: FailureKind = "event"
+        if isinstance(error, _OutOfSequence):
+            why, kind = f"SequenceError: {error}", "sequence"
+        elif envelope.type not in self._steps[key[0]]:
+            why = f"InvalidMessage: no event named {envelope.type!r}"
+        else:
+            why = f"{type(error).__name__}: stored {envelope.type}: {error}"
+        failure = HandlerFailed(EVERY, key, envelope.sequence, why, kind)
+        failure.__cause__ = error
+        folded.failures.append(failure)
+        for index in projections:
+            self.parked.add(key, index, Parked(envelope.sequence, why))
 
     def park(self, failure: HandlerFailed) -> None:
         """Park an aggregate, from the failed event on, for the projection that failed or for `EVERY`."""
@@ -381,25 +403,24 @@ class Plan:
             if failure.projection in (EVERY, index):
                 self.parked.add(failure.aggregate, index, Parked(failure.sequence, failure.error, failure.transient))
 
-
-def _out_of_sequence(key: Key, sequence: int, last: int) -> HandlerFailed:
-    return HandlerFailed(EVERY, key, sequence, f"SequenceError: event {sequence} after {last}", "sequence")
-
-
-def _unknown_event(key: Key, envelope: Envelope) -> HandlerFailed:
-    why = f"InvalidMessage: no event named {envelope.type!r}"
-    return HandlerFailed(EVERY, key, envelope.sequence, why, "event")
+    def apart(self) -> Plan:
+        """Return the same plan with no aggregate parked, to fold something again."""
+        plan = copy.copy(self)
+        plan.parked = ParkedAggregates()
+        return plan
 
 
-def _unreadable_event(key: Key, envelope: Envelope, error: Exception) -> HandlerFailed:
-    why = f"{type(error).__name__}: stored {envelope.type}: {error}"
-    return HandlerFailed(EVERY, key, envelope.sequence, why, "event")
+class _OutOfSequence(Exception):
+    """An event is missing, or is there twice."""
 
 
-def _last_before(parked: Parked, commits: Sequence[tuple[int, Sequence[Envelope]]]) -> int:
-    """Return the sequence of the last event that comes before the waiting ones, 0 if there is none."""
-    sequences = (envelope.sequence for _, envelopes in commits for envelope in envelopes)
-    return max((sequence for sequence in sequences if sequence < parked.since), default=0)
+def reason(error: BaseException) -> str:
+    """Return why something failed, for people."""
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, DBAPIError):
+        return str(error.orig)
+    return f"{type(error).__name__}: {error}"
 
 
 def _no_record(*_values: Any) -> Any:

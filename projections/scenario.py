@@ -15,7 +15,7 @@ from sqlalchemy import inspect as inspect_model
 from sqlalchemy.orm import Mapper
 from sqlalchemy.pool import StaticPool
 
-from aggregates.commit import Decision, decode, encode
+from aggregates.commit import Decision, Envelope, decode, encode
 from aggregates.declaration import declare
 from projections.declaration import declare_projection
 from projections.errors import HandlerFailed
@@ -81,10 +81,10 @@ class ProjectionScenario:
         """
         declared_aggregate = declare(self.projection.of)
         declared = declare_projection(self.projection, declared_aggregate)
-        plan = Plan([declared_aggregate], [declared])
         engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
         event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        plan = Plan([declared_aggregate], [declared], engine.dialect)
         metadata.create_all(engine)
         with engine.begin() as connection:
             connection.execute(insert(stream).values(app="scenario", created="", partitions=1, epoch=0))
@@ -95,16 +95,20 @@ class ProjectionScenario:
         folded = Folded(plan)
         rows: dict[str, list[Any]] = {}
         versions: dict[str, int] = {}
+        batch: list[tuple[tuple[str, str], list[tuple[int, list[Envelope]]], frozenset[int]]] = []
         for place, (aggregate_id, events) in enumerate(self.history, 1):
             version = versions.get(aggregate_id, 0)
             encoded = [types[type(event)].encode(event) for event in events]
             stored = encode("/scenario", aggregate_id, [Decision("", encoded)], version, self.time)
             commits = [(place, decode(stored))]
+            batch.append(((declared_aggregate.name, aggregate_id), commits, frozenset()))
             known = rows.setdefault(aggregate_id, [None])
             versions[aggregate_id] = plan.fold(
                 declared_aggregate.name, aggregate_id, known, commits, folded, version or None
             )
-        writer.commit(writer.freeze(folded, [], lambda _: (0, b"")))
+        failures = folded.failures + writer.commit(writer.freeze(folded, [], lambda _: (0, b""), batch))
+        if failures:
+            raise failures[0] from failures[0].__cause__
         found: list[tuple[type, dict[str, Any]]] = []
         with engine.connect() as connection:
             for model in declared.models:

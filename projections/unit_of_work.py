@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, TextClause, insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, Engine, insert, select, text
 
-from aggregates.commit import Envelope
-from projections.bulk import Bulk, key_parameters
+from projections import blame
+from projections.blame import Suspect
+from projections.bulk import Bulk, Row
 from projections.database import is_infrastructure
-from projections.errors import UNKNOWN, Fenced, HandlerFailed, KeyRefused
-from projections.fold import Folded, Letter, Parked, Plan
+from projections.errors import Fenced, HandlerFailed
+from projections.fold import Call, Commits, Folded, Plan, reason
 from projections.generations import Generation
-from projections.projection import Recorded, Transaction
+from projections.parked import Key, Letter, Parked
+from projections.projection import Transaction
 from projections.tables import dead_letter
 
-Groups = Sequence[tuple[tuple[str, str], Sequence[tuple[int, Sequence[Envelope]]]]]
+logger = logging.getLogger("eskernel.projections")
+
+Batch = Sequence[tuple[Key, Commits, frozenset[int]]]
+"""The commits of each aggregate in a batch, and the projections that have folded them already."""
+StoredCommit = Callable[[Letter], tuple[int, bytes]]
+"""Returns the partition and the stored bytes of a dead letter's commit."""
 _ADVANCE = {
     "sqlite": """
         UPDATE eskernel_checkpoint SET sequence = given.value->>4
@@ -64,15 +73,43 @@ class Write:
 
     Attributes:
         moves: checkpoints to advance: projection, generation, partition, sequence before, sequence after.
-        statements: statements to execute, in order: projection's index, statement, list of parameters.
-        sql: `Sql` handlers to call: projection's index, handler's function, events.
+        batch: what was folded.
+        letter: returns where a dead letter of the batch is from.
+        ids, rows: changed rows and the ids of their aggregates, by projection.
+        dropped: ids of the aggregates whose rows are deleted, by projection.
+        tallies: increments, by projection.
+        calls: events for `Sql` handlers in stream order, by projection.
+        kept: sequences of aggregates without a row, by projection.
+        suspects: rows to be made again.
+        careful: projections whose rows are known to contain some that are refused.
         letters: rows for the dead letter table.
+        waiting_from: sequence of the first of them, by projection and aggregate.
+        lettered: number of dead letters that were written.
     """
 
     moves: list[tuple[str, int, int, int, int]]
-    statements: list[tuple[int, TextClause, list[dict[str, Any]]]] = field(default_factory=list)
-    sql: list[tuple[int, Callable[..., Any], list[Recorded[Any]]]] = field(default_factory=list)
+    batch: Batch = ()
+    letter: StoredCommit = lambda _: (0, b"")
+    ids: dict[int, list[str]] = field(default_factory=dict)
+    rows: dict[int, list[Row]] = field(default_factory=dict)
+    dropped: dict[int, list[str]] = field(default_factory=dict)
+    tallies: dict[int, list[Row]] = field(default_factory=dict)
+    calls: dict[int, list[Call]] = field(default_factory=dict)
+    kept: dict[int, dict[str, int]] = field(default_factory=dict)
+    suspects: list[Suspect] = field(default_factory=list)
+    careful: set[int] = field(default_factory=set)
     letters: list[dict[str, Any]] = field(default_factory=list)
+    waiting_from: dict[tuple[int, Key], int] = field(default_factory=dict)
+    lettered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A stored row that can't be read: its aggregate has to be parked for the projection."""
+
+    index: int
+    aggregate: Key
+    error: str
 
 
 def one_line(error: str) -> str:
@@ -100,99 +137,73 @@ class Writer:
         self._advance = text(_ADVANCE[engine.dialect.name])
         self._keep = text(_KEEP[engine.dialect.name])
         self._kept = text(_KEPT[engine.dialect.name])
-        self._bulk = [
-            Bulk(p.columns, next(iter(g.tables.values())), engine.dialect) if p.columns is not None else None
-            for p, g in zip(plan.projections, generations, strict=True)
+        self.bulks = [
+            Bulk(codec, next(iter(g.tables.values())), engine.dialect) if codec is not None else None
+            for codec, g in zip(plan.codecs, generations, strict=True)
         ]
 
+    def bulk(self, index: int) -> Bulk:
+        """Return the statements of a projection of rows or tallies."""
+        bulk = self.bulks[index]
+        assert bulk is not None, "an Sql projection writes its tables itself"
+        return bulk
+
     def freeze(
-        self,
-        folded: Folded,
-        moves: list[tuple[str, int, int, int, int]],
-        letter: Callable[[Letter], tuple[int, bytes]],
+        self, folded: Folded, moves: list[tuple[str, int, int, int, int]], letter: StoredCommit, batch: Batch
     ) -> Write:
-        """Turn a folded batch into statements and parameters.
+        """Turn a folded batch into what is sent to the database.
+
+        A row with a value that can't be sent becomes a suspect, and its aggregate is parked at once: nothing is folded
+        into it any more.
 
         Args:
-            letter: returns the partition and the stored bytes of a dead letter.
-
-        Raises:
-            HandlerFailed: a row has a value that can't be sent to the database; its event isn't known (`UNKNOWN`).
+            batch: what was folded.
         """
-        write = Write(moves)
-        for index, bulk in enumerate(self._bulk):
+        write = Write(moves, batch, letter)
+        for index, bulk in enumerate(self.bulks):
             if kept := folded.kept[index]:
-                write.statements.append((index, self._keep, [self.keeping(index, kept)]))
+                write.kept[index] = dict(kept)
             if bulk is None:
-                for handler, events in zip(self.plan.projections[index].handlers, folded.events[index], strict=True):
-                    if events:
-                        write.sql.append((index, handler.function, events))
-                continue
-            if rows := folded.rows[index]:
-                kept = {key: row for key, row in rows.items() if row is not None}
-                if kept:
-                    write.statements.append((index, bulk.upsert, self._parameters(index, bulk, kept)))
-                if len(kept) < len(rows):
-                    dropped = [key for key, row in rows.items() if row is None]
-                    write.statements.append((index, bulk.delete, [key_parameters(dropped)]))
-            if increments := folded.tallies[index]:
-                try:
-                    write.statements.append((index, bulk.add, bulk.parameters(increments.values())))
-                except Exception as error:
-                    why = f"{type(error).__name__}: {error}"
-                    raise KeyRefused(index, self.plan.projections[index].aggregate, None, why) from error
-        if folded.letters:
-            write.letters = [self._letter_row(waiting, *letter(waiting)) for waiting in folded.letters]
+                if calls := folded.calls[index]:
+                    write.calls[index] = sorted(calls, key=itemgetter(0, 1, 2))
+            elif bulk.codec.counting:
+                increments = folded.tallies[index]
+                if index in folded.recounted:
+                    increments = blame.recount(self.plan, index, batch)
+                if increments:
+                    write.tallies[index], refused = bulk.carry_sums(increments.values())
+                    if refused:
+                        write.careful.add(index)
+            elif folded.rows[index] or folded.undone[index]:
+                self._freeze_rows(index, bulk, folded, write)
+        for made in reversed(folded.letters):
+            write.waiting_from[made.projection, made.aggregate] = made.sequence
+        write.letters = [self.letter_row(made, *letter(made)) for made in folded.letters]
         return write
 
-    def keeping(self, index: int, kept: dict[str, int]) -> dict[str, Any]:
-        """Return the parameters of the statement that stores the sequences of aggregates without a row."""
-        made = self.generations[index]
-        return {"projection": made.name, "generation": made.number, "kept": orjson.dumps(list(kept.items())).decode()}
+    def _freeze_rows(self, index: int, bulk: Bulk, folded: Folded, write: Write) -> None:
+        changed = folded.rows[index]
+        dropped = [key for key, row in changed.items() if row is None]
+        if dropped:
+            write.dropped[index] = dropped
+            changed = {key: row for key, row in changed.items() if row is not None}
+        ids = list(changed)
+        rows, refused = bulk.carry(changed.values())
+        if refused:
+            aggregate = self.plan.projections[index].aggregate
+            starts = {key: commits[0][1][0].sequence for key, commits, _ in reversed(write.batch)}
+            for place, why in refused.items():
+                key = aggregate, ids[place]
+                write.suspects.append(Suspect(index, ids[place], why))
+                self.plan.parked.add(key, index, Parked(starts[key], why))
+            ids = [key for place, key in enumerate(ids) if place not in refused]
+        if rows:
+            write.ids[index], write.rows[index] = ids, rows
+        for aggregate_id, since in folded.undone[index].items():
+            write.suspects.append(Suspect(index, aggregate_id, "", since))
 
-    def keep(self, connection: Connection, index: int, kept: dict[str, int]) -> None:
-        """Store the sequences of aggregates without a row."""
-        connection.execute(self._keep, self.keeping(index, kept))
-
-    def _parameters(self, index: int, bulk: Bulk, rows: dict[str, Any]) -> list[dict[str, str]]:
-        try:
-            return bulk.parameters(rows.values())
-        except Exception:
-            for key, row in rows.items():
-                try:
-                    bulk.parameters([row])
-                except Exception as error:
-                    why = f"{type(error).__name__}: {error}"
-                    raise HandlerFailed(index, (self.plan.projections[index].aggregate, key), UNKNOWN, why) from error
-            raise
-
-    def blame(self, failure: HandlerFailed, groups: Groups) -> HandlerFailed:
-        """Complete a failure with the aggregate to park and the event to park it from.
-
-        For a refused tally entry it is the last aggregate of the batch that added to the entry. If the event isn't
-        known, it is the aggregate's first event of the batch.
-
-        Args:
-            groups: the batch: the commits of each aggregate (type, id).
-        """
-        if isinstance(failure, KeyRefused):
-            bulk = self._bulk[failure.projection]
-            assert bulk is not None
-            others = frozenset(range(len(self.plan.projections))) - {failure.projection}
-            rows: list[Any] = [None] * len(self.plan.projections)
-            for aggregate, commits in reversed(groups):
-                if aggregate[0] == failure.aggregate[0]:
-                    alone = Folded(self.plan)
-                    self.plan.fold(*aggregate, rows, commits, alone, None, others)
-                    if any(bulk.key(entry) == failure.key for entry in alone.tallies[failure.projection].values()):
-                        failure.aggregate = aggregate
-                        break
-        if failure.sequence == UNKNOWN:
-            commits = next(commits for aggregate, commits in groups if aggregate == failure.aggregate)
-            failure.sequence = commits[0][1][0].sequence
-        return failure
-
-    def _letter_row(self, letter: Letter, partition: int, payload: bytes) -> dict[str, Any]:
+    def letter_row(self, letter: Letter, partition: int, payload: bytes) -> dict[str, Any]:
+        """Return the row of the dead letter table for an event."""
         made = self.generations[letter.projection]
         return {
             "projection": made.name,
@@ -205,7 +216,7 @@ class Writer:
             "payload": payload,
             "error": one_line(letter.error),
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
-            "attempts": 1,
+            "attempts": 0 if letter.waits else 1,
             "next_attempt": time.time() + self.retry_after if letter.transient and self.retry_after else None,
         }
 
@@ -226,44 +237,49 @@ class Writer:
             "next_attempt": None,
         }
 
-    def commit(self, write: Write) -> None:
-        """Write the batch in its own transaction: completely or not at all.
+    def commit(self, write: Write) -> list[HandlerFailed]:
+        """Write the batch in its own transaction.
+
+        What the database refuses is not written. The aggregates to blame are parked in the same transaction, each from
+        the first event that can't be written on.
+
+        Returns:
+            the aggregates that were parked. The caller must park them in its plan, and forget their records.
 
         Raises:
-            Fenced: a checkpoint has changed since this writer's last write.
-            HandlerFailed: an `Sql` handler raised, or the database refuses a row that a handler made.
-            sqlalchemy.exc.DBAPIError: the database failed; the same write can be tried again.
+            Fenced: a checkpoint has changed since this writer's last write. Nothing was written.
+            sqlalchemy.exc.DBAPIError: the database failed, and nothing was written; the same write can be tried again.
         """
         try:
             with self.engine.begin() as connection:
-                self.apply(connection, write)
-        except DBAPIError as error:
-            if not is_infrastructure(error):
-                self.find_refused(write, error)
-            raise
+                return self.apply(connection, write)
+        except Exception as error:
+            if isinstance(error, Fenced) or is_infrastructure(error):
+                raise
+            logger.debug("the batch is written with care: %s", reason(error))
+        with self.engine.begin() as connection:
+            return self.apply(connection, write, careful=True)
 
-    def find_refused(self, write: Write, error: DBAPIError) -> None:
-        """Raise `HandlerFailed` for the row that the database refuses. The search writes rows, and rolls them back."""
-        with self.engine.connect() as connection:
-            for index, statement, parameters in write.statements:
-                bulk, aggregate = self._bulk[index], self.plan.projections[index].aggregate
-                if bulk is None or statement is bulk.delete or statement is self._keep:
-                    continue
-                for key, parameter in bulk.one_by_one(parameters):
-                    try:
-                        with connection.begin_nested():
-                            connection.execute(statement, parameter)
-                    except DBAPIError as refused:
-                        if is_infrastructure(refused):
-                            raise
-                        if statement is bulk.add:
-                            text_ = orjson.dumps(key).decode()
-                            raise KeyRefused(index, aggregate, text_, str(refused.orig)) from error
-                        raise HandlerFailed(index, (aggregate, key[0]), UNKNOWN, str(refused.orig)) from error
-            connection.rollback()
+    def attempt(self, connection: Connection, write: Write) -> list[HandlerFailed]:
+        """Write the batch as `commit` does, but in a transaction that the caller commits."""
+        try:
+            with connection.begin_nested():
+                return self.apply(connection, write)
+        except Exception as error:
+            if isinstance(error, Fenced) or is_infrastructure(error):
+                raise
+        with connection.begin_nested():
+            return self.apply(connection, write, careful=True)
 
-    def apply(self, connection: Connection, write: Write) -> None:
-        """Write the batch in a transaction that the caller commits. It raises the errors of `commit`."""
+    def apply(self, connection: Connection, write: Write, careful: bool = False) -> list[HandlerFailed]:
+        """Write the batch in a transaction that the caller commits.
+
+        Args:
+            careful: find out what the database refuses, as `commit` does. Otherwise the transaction fails at it.
+
+        Returns:
+            the aggregates that were parked.
+        """
         if write.moves:
             moved = connection.execute(
                 self._advance, {"moves": orjson.dumps(write.moves).decode(), "epoch": self.epoch}
@@ -273,45 +289,93 @@ class Writer:
                     f"{len(write.moves) - moved} of {len(write.moves)} checkpoints have changed since the last write "
                     f"of epoch {self.epoch}"
                 )
-        for _, statement, parameters in write.statements:
-            for parameter in parameters:
-                connection.execute(statement, parameter)
-        for index, function, events in write.sql:
-            self._call(connection, index, function, events)
-        if write.letters:
-            connection.execute(insert(dead_letter), write.letters)
+        care = blame.Care(self, connection, write)
+        if careful:
+            care.check_at_once()
+        for index in range(len(self.bulks)):
+            if careful or index in write.careful:
+                care.write(index)
+            else:
+                self._write(connection, write, index)
+        care.make_again(write.suspects)
+        for index, kept in care.kept.items():
+            if kept:
+                self.keep(connection, index, kept)
+        letters = write.letters + [self.letter_row(letter, *write.letter(letter)) for letter in care.letters]
+        if letters:
+            connection.execute(insert(dead_letter), letters)
+        write.lettered = len(letters)
+        return care.failures
 
-    def _call(
-        self, connection: Connection, index: int, function: Callable[..., Any], events: list[Recorded[Any]]
-    ) -> None:
+    def _write(self, connection: Connection, write: Write, index: int) -> None:
+        if dropped := write.dropped.get(index):
+            self.delete(connection, index, dropped)
+        if rows := write.rows.get(index):
+            self.put(connection, index, rows, write.ids[index])
+        if tallies := write.tallies.get(index):
+            self.add(connection, index, tallies)
+        if calls := write.calls.get(index):
+            self.call(connection, index, calls)
+
+    def delete(self, connection: Connection, index: int, ids: Sequence[str]) -> None:
+        """Delete the rows of aggregates."""
+        bulk = self.bulk(index)
+        connection.execute(bulk.delete, bulk.key_parameters(ids))
+
+    def put(self, connection: Connection, index: int, rows: Sequence[Row], ids: Sequence[str]) -> None:
+        """Write the rows of aggregates."""
+        if self.bulk(index).replaces:
+            self.delete(connection, index, ids)
+        self.insert(connection, index, rows)
+
+    def insert(self, connection: Connection, index: int, rows: Sequence[Row]) -> None:
+        """Write rows. If the table `replaces`, none of them may be there."""
+        bulk = self.bulk(index)
+        for parameters in bulk.parameters(rows):
+            connection.execute(bulk.upsert, parameters)
+
+    def add(self, connection: Connection, index: int, rows: Sequence[Row]) -> None:
+        """Add increments to counters."""
+        bulk = self.bulk(index)
+        for parameters in bulk.parameters(rows):
+            connection.execute(bulk.add, parameters)
+
+    def call(self, connection: Connection, index: int, calls: Sequence[Call]) -> None:
+        """Call `Sql` handlers with events in stream order: one call for all successive events of a handler."""
         tx = Transaction(connection, self.generations[index].tables)
-        instance, aggregate = self.plan.projections[index].instance, self.plan.projections[index].aggregate
-        try:
-            with connection.begin_nested():
-                function(instance, tx, events)
-            return
-        except Exception as error:
-            if is_infrastructure(error):
-                raise
-        # call the handler with one event at a time, to find the event that it fails at
-        for recorded in events:
-            try:
-                with connection.begin_nested():
-                    function(instance, tx, [recorded])
-            except Exception as error:
-                why = f"{type(error).__name__}: {error}"
-                key, transient = (aggregate, recorded.meta.aggregate_id), isinstance(error, self.plan.transient)
-                raise HandlerFailed(index, key, recorded.meta.sequence, why, "handler", transient) from error
+        declared = self.plan.projections[index]
+        for place, run in groupby(calls, itemgetter(2)):
+            declared.handlers[place].function(declared.instance, tx, [call[3] for call in run])
 
-    def load_rows(self, connection: Connection, aggregate: str, ids: Sequence[str]) -> dict[str, list[Any]]:
-        """Return the stored records of these aggregates, by id and then by projection; None where there is no row."""
-        loaded: dict[str, list[Any]] = {aggregate_id: [None] * len(self._bulk) for aggregate_id in ids}
+    def keep(self, connection: Connection, index: int, kept: dict[str, int]) -> None:
+        """Store the sequences of aggregates without a row."""
+        made = self.generations[index]
+        parameters = {
+            "projection": made.name,
+            "generation": made.number,
+            "kept": orjson.dumps(list(kept.items())).decode(),
+        }
+        connection.execute(self._keep, parameters)
+
+    def load_rows(
+        self, connection: Connection, aggregate: str, ids: Sequence[str]
+    ) -> tuple[dict[str, list[Any]], list[Unreadable]]:
+        """Return the stored records of these aggregates, by id and then by projection; None where there is no row.
+
+        Returns:
+            the records, and the rows that can't be read, which are None among the records.
+        """
+        loaded: dict[str, list[Any]] = {aggregate_id: [None] * len(self.bulks) for aggregate_id in ids}
+        unreadable: list[Unreadable] = []
         for index in self.plan.row_indexes[aggregate]:
-            bulk = self._bulk[index]
-            assert bulk is not None
-            for key, row in bulk.load(connection, ids, self.plan.makers[index]).items():
-                loaded[key][index] = row
-        return loaded
+            found, failed = self.bulk(index).load(connection, ids)
+            for aggregate_id, row in found.items():
+                loaded[aggregate_id][index] = row
+            unreadable += [
+                Unreadable(index, (aggregate, aggregate_id), f"its stored row can't be read: {reason(error)}")
+                for aggregate_id, error in failed.items()
+            ]
+        return loaded, unreadable
 
     def load_kept(self, connection: Connection, aggregate: str, rows: dict[str, list[Any]]) -> dict[str, int]:
         """Return the stored sequences of these aggregates, if their keeper has no row.

@@ -36,7 +36,7 @@ from projections.database import open_database
 from projections.errors import HandlerFailed
 from projections.fold import Folded
 from projections.generations import create, show
-from projections.unit_of_work import Write, Writer
+from projections.unit_of_work import Batch, Write, Writer
 from tests.histories import encode
 
 T = TypeVar("T")
@@ -201,6 +201,14 @@ def envelopes(cls: type[Aggregate], events: Sequence[Any], after: int = 0, time:
     return decode(encode("/test", "id", names, [Decision("command", list(events))], after, time))
 
 
+def batch_of(commits: Sequence[Commit]) -> Batch:
+    """Return commits in stream order by aggregate, as a batch is written."""
+    groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]] = {}
+    for sequence, aggregate, aggregate_id, events in commits:
+        groups.setdefault((aggregate, aggregate_id), []).append((sequence, events))
+    return [(key, own, frozenset()) for key, own in groups.items()]
+
+
 class ReadSide:
     """The read side of an app on an empty database, driven by hand: batches go in, rows come out.
 
@@ -223,29 +231,27 @@ class ReadSide:
         owned = claim(self.engine, self.app.name, self.app.projections, range(self.partitions))
         self.epoch = owned.epoch
         self.generations, self.position = owned.generations, owned.position
-        self.plan = self.app.plan()
+        self.plan = self.app.plan(self.engine.dialect)
         self.writer = Writer(self.engine, self.plan, self.generations, self.epoch)
         with self.engine.connect() as connection:
             self.writer.load_parked(connection)
 
     def fold(self, commits: Sequence[Commit]) -> Folded:
         """Fold commits in stream order, starting from the stored rows."""
-        groups: dict[tuple[str, str], list[tuple[int, list[Envelope]]]] = {}
-        for sequence, aggregate, aggregate_id, events in commits:
-            groups.setdefault((aggregate, aggregate_id), []).append((sequence, events))
         folded = Folded(self.plan)
-        with self.engine.connect() as connection:
-            stored = {
-                aggregate: self.writer.load_rows(
-                    connection, aggregate, [key[1] for key in groups if key[0] == aggregate]
-                )
-                for aggregate in self.app.types
-            }
-            kept = {aggregate: self.writer.load_kept(connection, aggregate, rows) for aggregate, rows in stored.items()}
-        for (aggregate, aggregate_id), own in groups.items():
-            rows = stored[aggregate][aggregate_id]
-            before = kept[aggregate].get(aggregate_id)
-            self.plan.fold(aggregate, aggregate_id, rows, own, folded, None, kept=before)
+        batch = batch_of(commits)
+        for aggregate in self.app.types:
+            ids = [key[1] for key, _, _ in batch if key[0] == aggregate]
+            with self.engine.connect() as connection:
+                stored, unreadable = self.writer.load_rows(connection, aggregate, ids)
+                kept = self.writer.load_kept(connection, aggregate, stored)
+            for row in unreadable:
+                first = next(own[0][1][0] for key, own, _ in batch if key == row.aggregate)
+                folded.failures.append(HandlerFailed(row.index, row.aggregate, first.sequence, row.error))
+                self.plan.park(folded.failures[-1])
+            for key, own, _ in batch:
+                if key[0] == aggregate:
+                    self.plan.fold(*key, stored[key[1]], own, folded, None, kept=kept.get(key[1]))
         return folded
 
     def freeze(self, commits: Sequence[Commit], folded: Folded) -> Write:
@@ -254,23 +260,21 @@ class ReadSide:
             self.position.touch(self.subjects.partition(aggregate, aggregate_id))
         moves = self.position.moves(self.generations, commits[-1][0])
         return self.writer.freeze(
-            folded, moves, lambda letter: (self.subjects.partition(*letter.aggregate), b"%d" % letter.stream_sequence)
+            folded,
+            moves,
+            lambda letter: (self.subjects.partition(*letter.aggregate), b"%d" % letter.stream_sequence),
+            batch_of(commits),
         )
 
     def project(self, commits: Sequence[Commit]) -> list[HandlerFailed]:
-        """Fold and write a batch; park aggregates that fail, and fold again. Return the failures."""
-        failures = []
-        while True:
-            try:
-                write = self.freeze(commits, self.fold(commits))
-                self.writer.commit(write)
-            except HandlerFailed as failure:
-                assert len(failures) < 10
-                failures.append(failure)
-                self.plan.park(failure)
-                continue
-            self.position.advance(write.moves, self.generations)
-            return failures
+        """Fold and write a batch. Return the aggregates that were parked."""
+        folded = self.fold(commits)
+        write = self.freeze(commits, folded)
+        refused = self.writer.commit(write)
+        for failure in refused:
+            self.plan.park(failure)
+        self.position.advance(write.moves, self.generations)
+        return folded.failures + refused
 
     def rows(self, model: Any) -> list[Any]:
         """Return the model's rows as a user's query returns them, sorted by key."""

@@ -34,7 +34,6 @@ from kernel.actors.mailbox import (
 from kernel.errors import Conflict, LogError, PayloadTooLarge, UnknownOutcome
 from kernel.log.subjects import NOWHERE
 from kernel.protocol import ErrorType
-from projections.errors import HandlerFailed
 
 MAX_DECISIONS = 100
 """Commands decided together in one commit."""
@@ -146,18 +145,13 @@ class AggregateActor(Actor):  # type: ignore[misc]
 
     def _fold(self, fold: Fold) -> None:
         turn = fold.turn
-        if turn.failure is not None:
-            return  # the batch will be folded again
         if fold.rows is not None:
             self.rows, self.sequence = fold.rows, None
         self.address = address = fold.address
-        try:
-            rows = self.rows or []
-            self.sequence = turn.plan.fold(
-                address.aggregate, address.id, rows, fold.commits, turn.folded, self.sequence, fold.skip, fold.kept
-            )
-        except HandlerFailed as failure:
-            turn.failure = failure
+        rows = self.rows or []
+        self.sequence = turn.plan.fold(
+            address.aggregate, address.id, rows, fold.commits, turn.folded, self.sequence, fold.skip, fold.kept
+        )
         if self.cell is not None and self.sequence is not None and self.sequence > self.cell.version:
             self._forget()  # another writer has appended
 

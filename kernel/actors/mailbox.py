@@ -10,7 +10,6 @@ from aggregates.commit import Decision, Envelope
 from kernel.log.subjects import Address
 from kernel.protocol import CommandRequest, ErrorType
 from kernel.telemetry.tracing import Span
-from projections.errors import HandlerFailed
 from projections.fold import Folded, Plan
 
 
@@ -66,14 +65,13 @@ class Unstorable(Exception):
 
 
 class Turn:
-    """What the actors of one batch share: the plan, where results go, and the first failure."""
+    """What the actors of one batch share: the plan, and where results go."""
 
-    __slots__ = ("failure", "folded", "plan")
+    __slots__ = ("folded", "plan")
 
     def __init__(self, plan: Plan, folded: Folded) -> None:
         self.plan = plan
         self.folded = folded
-        self.failure: HandlerFailed | None = None
 
 
 class Fold:

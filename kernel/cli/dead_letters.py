@@ -183,7 +183,7 @@ async def retry(
         chosen = await _chosen(engine, projection, aggregate, aggregate_id)
     else:
         chosen = await asyncio.to_thread(letters.waiting, engine, projection)
-    plan = loaded.plan()
+    plan = loaded.plan(engine.dialect)
     known = {declared.name for declared in loaded.projections}
     work = [parked for parked in chosen if parked.projection in known]
     done = []
@@ -247,7 +247,7 @@ async def skip(
         names = ", ".join(parked.projection for parked in chosen)
         fail(f"{aggregate} {aggregate_id} is parked for {names}; choose one with --projection", USAGE)
     (parked,) = chosen
-    plan = letters.plan_of(loaded.plan(), loaded.projection(parked.projection).name)
+    plan = letters.plan_of(loaded.plan(engine.dialect), loaded.projection(parked.projection).name)
     letter = await asyncio.to_thread(letters.skip, engine, plan, aggregate, aggregate_id, who, reason)
     console.print(f"skipped event {letter.sequence}; {parked.events - 1} still wait", highlight=False)
     if parked.events > 1:

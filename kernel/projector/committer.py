@@ -42,26 +42,30 @@ class Committer:
         """Seconds that the database has been at the present batch."""
         return time.perf_counter() - self._began if self._began else 0.0
 
-    async def write(self, writer: Writer, write: Write) -> None:
+    async def write(self, writer: Writer, write: Write) -> list[HandlerFailed]:
         """Write a batch.
 
+        Returns:
+            the aggregates that were parked because the database refuses what was folded.
+
         Raises:
-            Fenced, HandlerFailed, sqlalchemy.exc.DBAPIError: trying again would not help, or is not wanted any more.
+            Fenced, sqlalchemy.exc.DBAPIError: trying again would not help, or is not wanted any more.
         """
-        DEAD_LETTERS.inc(len(write.letters))
         failures = 0
         try:
-            while not await self._attempt(writer, write):
+            while (parked := await self._attempt(writer, write)) is None:
                 failures += 1
                 await self.rest(failures)
         finally:
             self._began = 0.0
+        DEAD_LETTERS.inc(write.lettered)
+        return parked
 
-    async def _attempt(self, writer: Writer, write: Write) -> bool:
+    async def _attempt(self, writer: Writer, write: Write) -> list[HandlerFailed] | None:
         started = self._began = time.perf_counter()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._pool, writer.commit, write)
-        except (Fenced, HandlerFailed):
+            parked = await asyncio.get_running_loop().run_in_executor(self._pool, writer.commit, write)
+        except Fenced:
             raise
         except Exception as error:
             BATCHES.labels(outcome="failed").inc()
@@ -71,13 +75,13 @@ class Committer:
                 raise
             self._set_state(AWAY)
             logger.warning("database: %s; trying again", str(error).splitlines()[0])
-            return False
+            return None
         BATCHES.labels(outcome="ok").inc()
         self.batches = self.batches[0] + 1, self.batches[1]
         BATCH_SECONDS.observe(took := time.perf_counter() - started)
         self.slowest = max(self.slowest, took)
         self._set_state("running")
-        return True
+        return parked
 
     async def rest(self, failures: int) -> None:
         """Wait after so many failures, but not past an interruption."""

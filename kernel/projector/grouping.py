@@ -11,6 +11,7 @@ from aggregates.commit import Envelope, decode
 from kernel.log.base import Stored
 from kernel.log.subjects import Address, Subjects
 from projections.checkpoints import Position
+from projections.unit_of_work import Batch
 
 Commits = list[tuple[int, list[Envelope]]]
 Garbage = Callable[[int, str, int, bytes, str], None]
@@ -31,6 +32,11 @@ class Group:
     skip: frozenset[int]
     done: bool
     commits: Commits
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Type and id of the aggregate."""
+        return self.address.aggregate, self.address.id
 
 
 class Sorter:
@@ -97,6 +103,6 @@ class Sorter:
             self._garbage(sequence, subject, partition, payload, why)
 
 
-def batch_of(groups: list[Group]) -> list[tuple[tuple[str, str], Commits]]:
-    """Return the commits of a batch with the type and id of their aggregate."""
-    return [((group.address.aggregate, group.address.id), group.commits) for group in groups]
+def batch_of(groups: list[Group]) -> Batch:
+    """Return the batch as the writer knows it."""
+    return [(group.key, group.commits, group.skip) for group in groups]

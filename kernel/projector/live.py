@@ -26,7 +26,7 @@ from kernel.settings import Settings
 from kernel.telemetry.metrics import FENCED
 from kernel.telemetry.tracing import NO_TRACING, Tracer
 from projections.database import is_infrastructure
-from projections.errors import Fenced, HandlerFailed
+from projections.errors import Fenced
 
 logger = logging.getLogger("eskernel.projector")
 
@@ -80,7 +80,7 @@ class Projector:
             log=log,
             engine=engine,
             residents=residents,
-            plan=app.plan(),
+            plan=app.plan(engine.dialect),
             settings=settings,
             pace=pace or unpaced(),
             tracing=tracing,
@@ -88,7 +88,6 @@ class Projector:
             progress=self.progress,
             readers=ThreadPoolExecutor(1, "eskernel-read"),
             interrupted=self._interrupted,
-            failures=[],
             running=lambda: self._set_state(RUNNING),
         )
 
@@ -134,8 +133,6 @@ class Projector:
             began_at = self.position
             try:
                 await self._project()
-            except HandlerFailed as error:
-                logger.info("projection goes on from its checkpoints: %s", error)
             except Fenced as error:
                 logger.info("projection goes on from its checkpoints (a rebuild, or another worker): %s", error)
                 FENCED.inc()

@@ -14,7 +14,7 @@ from kernel.projector.grouping import Commits
 from kernel.telemetry.logging import about
 from projections.declaration import DeclaredProjection
 from projections.errors import HandlerFailed
-from projections.fold import Letter
+from projections.parked import Letter
 
 logger = logging.getLogger("eskernel.projector")
 

@@ -16,7 +16,6 @@ from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
 from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
@@ -27,17 +26,20 @@ from kernel.projector.parking import log_parked, stored_commit
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
-from projections.database import is_infrastructure, open_database, reads
+from projections.database import open_database, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, HandlerFailed, SchemaError
-from projections.fold import Letter, Plan
-from projections.unit_of_work import Write, Writer
+from projections.fold import Plan
+from projections.parked import Letter
+from projections.unit_of_work import Batch, Write, Writer
 
 T = TypeVar("T")
 Commits = list[tuple[int, list[Envelope]]]
 Groups = dict[tuple[str, str], Commits]
 WINDOW = 40_000
 """Commits folded before they are written: most rows of a window are written once for many events."""
+WINDOW_BYTES = 64_000_000
+"""Bytes of commits that are folded before they are written."""
 READ = 8_000
 
 
@@ -104,12 +106,13 @@ class Rebuild:
         self._app, self._log, self._projections, self._progress = app, log, projections, progress
         self._engine = open_database(database) if isinstance(database, str) else database
         self._opened = isinstance(database, str)
-        self._plan = Plan(list(app.types.values()), projections, app.transient)
+        self._plan = Plan(list(app.types.values()), projections, self._engine.dialect, app.transient)
         self._wanted = {declared.aggregate for declared in projections}
         self._pool = ThreadPoolExecutor(1, "eskernel-rebuild")
         self._events = 0
         self._done = 0
         self._at = 0
+        self._folded = 0
 
     async def run(self) -> list[Rebuilt]:
         """Build, catch up, cut over: all of the projections in the same transaction.
@@ -120,18 +123,10 @@ class Rebuild:
         """
         started = time.perf_counter()
         try:
-            while True:
-                try:
-                    made = await self._attempt(started)
-                except Fenced:
-                    names = ", ".join(declared.name for declared in self._projections)
-                    raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
-                except HandlerFailed as failure:
-                    # noticed too late to fold the window again: start from the beginning, with the aggregate parked
-                    log_parked("while building", failure, self._projections, self._written.items())
-                    self._plan.park(self._writer.blame(failure, list(self._written.items())))
-                else:
-                    break
+            made = await self._build_generations(started)
+        except Fenced:
+            names = ", ".join(declared.name for declared in self._projections)
+            raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
         finally:
             self._pool.shutdown()
             if self._opened:
@@ -153,10 +148,8 @@ class Rebuild:
     def _parked(self, index: int) -> int:
         return sum(index in waiting for waiting in self._plan.parked.values())
 
-    async def _attempt(self, started: float) -> list[generations.Generation]:
+    async def _build_generations(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()
-        self._events = self._done = self._at = 0
-        self._written: Groups = {}
         made = await self._in(partial(self._prepare, info.partitions))
         self._writer = Writer(self._engine, self._plan, made, epoch=0)
         self._build = Build(self._plan, self._writer)
@@ -189,45 +182,58 @@ class Rebuild:
 
     async def _fill(self, reader: LogReader, total: int, last: int, started: float) -> None:
         """Replay up to where the log ended at the start, writing one window while the next is folded."""
-        writing: asyncio.Future[None] | None = None
+        writing: asyncio.Future[list[HandlerFailed]] | None = None
+        written: Groups = {}
         try:
             while self._at < last:
                 window = await self._window(reader, last, self._pace)
                 if not window:
                     continue
-                self._window_commits = window
                 groups = await self._group(window)
-                if missing := self._build.missing(list(groups)):
-                    if writing is not None:
-                        await writing
-                    await self._in(partial(self._build.load, missing))
-                try:
-                    write = self._ready(groups, window[-1].sequence)
-                except HandlerFailed as failure:
-                    if writing is not None:
-                        await writing
-                    write = await self._fold_again(failure, groups, window[-1].sequence)
-                if writing is not None:
-                    await writing
+                if self._build.missing(groups):
+                    await self._conclude(writing, written)
+                    writing = None
+                write = await self._fold(groups, window)
+                parked = await self._conclude(writing, written)
+                writing = None
+                if parked and self._build.missing(groups):
+                    # some were folded from records that are not in the database
+                    self._build.forget(groups)
+                    write = await self._fold(groups, window)
                 self._build.trim()
-                self._written = groups
-                writing = asyncio.ensure_future(self._in(partial(self._writer.commit, write)))
+                written, writing = groups, asyncio.ensure_future(self._in(partial(self._writer.commit, write)))
+                self._advance(write, window)
                 self._done += len(window)
                 self._progress(
                     RebuildProgress(self._done, max(total, self._done), self._events, time.perf_counter() - started)
                 )
         finally:
-            if writing is not None:
-                await writing
+            await self._conclude(writing, written)
+
+    async def _conclude(self, writing: asyncio.Future[list[HandlerFailed]] | None, written: Groups) -> bool:
+        """Wait for a write, and park what it could not write. Return whether there was any."""
+        failures = await writing if writing is not None else []
+        self._park(failures, written)
+        return bool(failures)
+
+    def _park(self, failures: Sequence[HandlerFailed], groups: Groups) -> None:
+        """Park aggregates that could not be written, and forget their records."""
+        for failure in failures:
+            log_parked("while building", failure, self._projections, groups.items())
+            self._plan.park(failure)
+        if failures:
+            self._build.forget(failure.aggregate for failure in failures)
 
     async def _window(self, reader: LogReader, last: int, pace: Pace) -> list[Stored]:
         window: list[Stored] = []
-        while len(window) < WINDOW and (not window or window[-1].sequence < last):
+        size = 0
+        while len(window) < WINDOW and size < WINDOW_BYTES and (not window or window[-1].sequence < last):
             if not (room := await pace.room(min(READ, WINDOW - len(window)))):
                 continue
             batch = await reader.next(room, timeout=1.0)
             pace.spend(len(batch.commits))
             window += batch.commits
+            size += sum(len(commit.payload) for commit in batch.commits)
             # what the pace gives in a second is written each second: it would take too long to fill a window
             if window and (not batch.commits or room < READ):
                 break
@@ -259,36 +265,34 @@ class Rebuild:
             return None
         return groups.setdefault((address.aggregate, address.id), []) if address.aggregate in self._wanted else None
 
-    async def _fold_again(self, failure: HandlerFailed, groups: Groups, to: int) -> Write:
-        """Park what failed, and fold the window again from stored rows."""
-        while True:
+    async def _fold(self, groups: Groups, window: list[Stored], connection: Connection | None = None) -> Write:
+        """Fold a window and make it ready to be written.
+
+        Args:
+            connection: read stored rows on this connection.
+        """
+        if missing := self._build.missing(groups):
+            await self._in(partial(self._build.load, missing, connection))
+        folded = self._build.fold(groups, sum(len(commit.payload) for commit in window))
+        for failure in folded.failures:
             log_parked("while building", failure, self._projections, groups.items())
-            self._plan.park(self._writer.blame(failure, list(groups.items())))
-            self._build.forget()
-            await self._in(partial(self._build.load, self._build.missing(list(groups))))
-            try:
-                return self._ready(groups, to)
-            except HandlerFailed as another:
-                failure = another
+        self._folded = folded.count
+        moves: list[Move] = self._position.quiet_moves(self._writer.generations, window[-1].sequence)
+        batch: Batch = [(key, commits, frozenset()) for key, commits in groups.items()]
+        return self._writer.freeze(folded, moves, partial(self._letter, window), batch)
 
-    def _ready(self, groups: Groups, to: int) -> Write:
-        """Fold a window and make it ready to be written."""
-        folded = self._build.fold(groups)
-        made = self._writer.generations
-        moves: list[Move] = self._position.quiet_moves(made, to)
-        write = self._writer.freeze(folded, moves, self._letter)
-        self._position.advance(moves, made)
-        self._events += folded.count
-        self._at = to
-        return write
+    def _advance(self, write: Write, window: list[Stored]) -> None:
+        """Count a window as folded, which is written or being written."""
+        self._position.advance(write.moves, self._writer.generations)
+        self._events += self._folded
+        self._at = window[-1].sequence
 
-    def _letter(self, letter: Letter) -> tuple[int, bytes]:
-        return stored_commit(letter, self._window_commits, self._log.subjects)
+    def _letter(self, window: list[Stored], letter: Letter) -> tuple[int, bytes]:
+        return stored_commit(letter, window, self._log.subjects)
 
     async def _cut_over(self, reader: LogReader, made: list[generations.Generation]) -> None:
         """In one transaction: stop the live generations, fold what they had beyond ours, and show ours instead."""
         connection: Connection = await self._in(self._engine.connect)
-        write: Write | None = None
         try:
             transaction = await self._in(connection.begin)
             if self._engine.dialect.name == "postgresql":
@@ -303,20 +307,13 @@ class Rebuild:
                 window = await self._window(reader, furthest, unpaced())
                 if not window:
                     continue
-                self._window_commits = window
                 groups = await self._group(window)
-                await self._in(partial(self._build.load, self._build.missing(list(groups)), connection))
-                self._written = groups
-                write = self._ready(groups, window[-1].sequence)
-                await self._in(partial(self._writer.apply, connection, write))
+                write = await self._fold(groups, window, connection)
+                self._park(await self._in(partial(self._writer.attempt, connection, write)), groups)
+                self._advance(write, window)
             for generation in made:
                 await self._in(partial(generations.show, connection, generation))
             await self._in(transaction.commit)
-        except DBAPIError as error:
-            await self._in(connection.close)
-            if write is not None and not is_infrastructure(error):
-                await self._in(partial(self._writer.find_refused, write, error))
-            raise
         finally:
             await self._in(connection.close)
 

@@ -56,7 +56,7 @@ class DeadLetterRetries:
             pause = None
             if letter.attempts < self._settings.retries:
                 pause = min(self._settings.retry_after * 2**letter.attempts, dead_letters.MAX_PAUSE_S)
-            plan = dead_letters.plan_of(self._app.plan(), letter.projection)
+            plan = dead_letters.plan_of(self._app.plan(self._engine.dialect), letter.projection)
             try:
                 done.append(
                     dead_letters.retry(

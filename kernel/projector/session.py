@@ -42,8 +42,9 @@ from kernel.telemetry.tracing import Tracer
 from projections.checkpoints import Claim, Move, claim
 from projections.database import reads
 from projections.errors import HandlerFailed
-from projections.fold import Folded, Letter, Plan
-from projections.unit_of_work import Write, Writer
+from projections.fold import Folded, Plan
+from projections.parked import Letter
+from projections.unit_of_work import Unreadable, Write, Writer
 
 logger = logging.getLogger("eskernel.projector")
 T = TypeVar("T")
@@ -62,7 +63,6 @@ class ProjectorContext:
         progress: what is read, in hand, and written.
         readers: the thread that reads from the database.
         interrupted: set while the session at work is to end.
-        failures: found when a batch was written, and not yet in the dead letters.
         running: called whenever the session has caught up.
     """
 
@@ -78,7 +78,6 @@ class ProjectorContext:
     progress: ReadProgress
     readers: ThreadPoolExecutor
     interrupted: asyncio.Event
-    failures: list[HandlerFailed]
     running: Callable[[], None]
 
     async def read(self, work: Callable[[], T]) -> T:
@@ -90,7 +89,7 @@ class ProjectorContext:
 class _UnderWay:
     """A write under way, and what it will have moved."""
 
-    task: asyncio.Future[None]
+    task: asyncio.Future[list[HandlerFailed]]
     residents: list[Resident]
     groups: list[Group]
     events: int
@@ -136,8 +135,6 @@ class Session:
                 writer.load_parked(connection)
 
         await context.read(load_parked)
-        for failure in context.failures:
-            context.plan.park(failure)
         context.progress.begin(claimed.position, partitions)
         return cls(context, partitions, claimed, writer)
 
@@ -213,13 +210,17 @@ class Session:
         for resident in residents:
             resident.busy += 1  # from here until it is written
         try:
-            folded, write = await self._fold_or_park(groups, residents, moves)
+            folded, write = await self._fold(groups, residents, moves)
             FOLD_SECONDS.observe(time.perf_counter() - arrived)
             for index, count in folded.written().items():
                 ROWS.labels(projection=self._name(index)).inc(count)
+            parked = {failure.aggregate for failure in await self._settle()}
+            if not parked.isdisjoint(key for key, _, _ in write.batch):
+                # they were folded from records that are not in the database
+                self._drop_rows(residents)
+                folded, write = await self._fold(groups, residents, moves)
             write.letters += self._garbage
             self._garbage = []
-            await self._settle()
         except BaseException:
             for resident in residents:
                 resident.busy -= 1
@@ -230,28 +231,16 @@ class Session:
         task = asyncio.ensure_future(self._context.tracing.projecting(writing, groups, began))
         self._under_way = _UnderWay(task, residents, groups, folded.count, self._read_to, hand)
 
-    async def _fold_or_park(
-        self, groups: list[Group], residents: list[Resident], moves: list[Move]
-    ) -> tuple[Folded, Write]:
-        """Fold the batch; when a handler fails, park its aggregate and fold all of it again from stored rows."""
-        while True:
-            turn = await self._fold(groups, residents)
-            failure = turn.failure
-            if failure is None:
-                try:
-                    return turn.folded, self._writer.freeze(turn.folded, moves, self._letter)
-                except HandlerFailed as refused:
-                    failure = self._writer.blame(refused, batch_of(groups))
-            self._note_parked(failure, groups)
-            await self._settle()
-            self._plan.park(failure)
-            self._drop_rows(residents)
-
-    async def _fold(self, groups: list[Group], residents: list[Resident]) -> Turn:
+    async def _fold(self, groups: list[Group], residents: list[Resident], moves: list[Move]) -> tuple[Folded, Write]:
         """Have the actors fold their commits; give the loop a turn between slices."""
         turn = Turn(self._plan, Folded(self._plan))
         asleep = [resident.address for resident in residents if not resident.has_rows]
-        stored = await self._load_rows(asleep)
+        stored, unreadable = await self._load_rows(asleep)
+        first = {group.key: group.commits[0][1][0] for group in reversed(groups)}
+        for row in unreadable:
+            failure = HandlerFailed(row.index, row.aggregate, first[row.aggregate].sequence, row.error)
+            self._plan.park(failure)
+            turn.folded.failures.append(failure)
         for start in range(0, len(groups), SLICE):
             messages = []
             for group, resident in zip(groups[start : start + SLICE], residents[start : start + SLICE], strict=True):
@@ -263,9 +252,13 @@ class Session:
             self._context.residents.actors.send(messages)
             if start:
                 await asyncio.sleep(0)
-        return turn
+        for failure in turn.folded.failures:
+            self._note_parked(failure, groups)
+        return turn.folded, self._writer.freeze(turn.folded, moves, self._letter, batch_of(groups))
 
-    async def _load_rows(self, addresses: list[Address]) -> dict[str, tuple[list[Any], int | None]]:
+    async def _load_rows(
+        self, addresses: list[Address]
+    ) -> tuple[dict[str, tuple[list[Any], int | None]], list[Unreadable]]:
         """Load the stored rows of aggregates that wake up, one SELECT for all of them and each projection.
 
         Where there are none, the sequence of the last event is kept beside them.
@@ -274,15 +267,17 @@ class Session:
         for address in addresses:
             by_aggregate.setdefault(address.aggregate, {})[address.id] = address.subject
 
-        def load() -> dict[str, tuple[list[Any], int | None]]:
+        def load() -> tuple[dict[str, tuple[list[Any], int | None]], list[Unreadable]]:
             found: dict[str, tuple[list[Any], int | None]] = {}
+            unreadable: list[Unreadable] = []
             with reads(self._context.engine).connect() as connection:
                 for aggregate, subjects in by_aggregate.items():
-                    rows = self._writer.load_rows(connection, aggregate, list(subjects))
+                    rows, odd = self._writer.load_rows(connection, aggregate, list(subjects))
+                    unreadable += odd
                     kept = self._writer.load_kept(connection, aggregate, rows)
                     for aggregate_id, records in rows.items():
                         found[subjects[aggregate_id]] = records, kept.get(aggregate_id)
-            return found
+            return found, unreadable
 
         return await self._context.read(load)
 
@@ -300,26 +295,29 @@ class Session:
         logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
         self._garbage.append(self._writer.garbage(sequence, subject, partition, payload, why))
 
-    async def _settle(self) -> None:
-        """Wait for the write under way."""
+    async def _settle(self) -> list[HandlerFailed]:
+        """Wait for the write under way. Return the aggregates that it parked."""
         under_way, self._under_way = self._under_way, None
         if under_way is None:
-            return
+            return []
         try:
-            await under_way.task
-        except HandlerFailed as failure:
-            self._note_parked(failure, under_way.groups)
-            self._context.failures.append(self._writer.blame(failure, batch_of(under_way.groups)))
-            raise
+            parked = await under_way.task
         finally:
             for resident in under_way.residents:
                 resident.busy -= 1
-        self._context.failures.clear()
+        for failure in parked:
+            self._plan.park(failure)
+            self._note_parked(failure, under_way.groups)
+        if parked:
+            keys = {failure.aggregate for failure in parked}
+            named = zip(under_way.residents, under_way.groups, strict=True)
+            self._drop_rows([resident for resident, group in named if group.key in keys])
         self._progress.projected = under_way.position
         self._progress.written(under_way.hand)
         EVENTS.inc(under_way.events)
         BATCH_EVENTS.observe(under_way.events)
         POSITION.set(self._progress.projected)
+        return parked
 
     async def _advance_quiet(self) -> None:
         """Move up the checkpoints of partitions without news, so that the next start need not read that far back."""
@@ -334,6 +332,7 @@ class Session:
         return self._context.app.projections[index].name if index >= 0 else "every projection"
 
     def _note_parked(self, failure: HandlerFailed, groups: list[Group]) -> None:
-        log_parked("for", failure, self._context.app.projections, batch_of(groups))
+        batch = ((group.key, group.commits) for group in groups)
+        log_parked("for", failure, self._context.app.projections, batch)
         PARKINGS.labels(reason=failure.kind).inc()
         ERRORS.labels(kind="handler").inc()

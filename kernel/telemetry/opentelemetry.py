@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -18,6 +18,7 @@ from kernel.log.subjects import Address
 from kernel.protocol import CommandRequest
 from kernel.telemetry.tracing import CommitGroup
 
+T = TypeVar("T")
 TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 """W3C Trace Context, version 00."""
 EXPECTED = {"ok", "duplicate", "rejected"}
@@ -128,14 +129,15 @@ class OpenTelemetry:
                 spans.append(_Span(self._tracer.start_span("append", parent, SpanKind.PRODUCER, attributes)))
         return spans
 
-    async def projecting(self, write: Coroutine[Any, Any, None], groups: Sequence[CommitGroup], began: int) -> None:
+    async def projecting(self, write: Coroutine[Any, Any, T], groups: Sequence[CommitGroup], began: int) -> T:
         try:
-            await write
+            result = await write
         except Exception as error:
             # after its first line, a database error contains the values that were written
             await self._project(groups, began, type(error).__name__, str(error).split("\n", 1)[0])
             raise
         await self._project(groups, began, "ok", "")
+        return result
 
     async def _project(self, groups: Sequence[CommitGroup], began: int, outcome: str, problem: str) -> None:
         """Create a span for each traceparent of each commit."""

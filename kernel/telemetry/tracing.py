@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aggregates.commit import Decision, Envelope
 from kernel.app import App
 from kernel.log.subjects import Address
 from kernel.protocol import CommandRequest
 
+T = TypeVar("T")
 logger = logging.getLogger("eskernel.telemetry")
 
 
@@ -51,8 +52,8 @@ class Tracer(Protocol):
         """Begin a span for each command whose events are in a commit."""
 
     def projecting(
-        self, write: Coroutine[Any, Any, None], groups: Sequence[CommitGroup], began: int
-    ) -> Coroutine[Any, Any, None]:
+        self, write: Coroutine[Any, Any, T], groups: Sequence[CommitGroup], began: int
+    ) -> Coroutine[Any, Any, T]:
         """Return a coroutine that writes a batch and then creates the spans of its commits.
 
         Args:
@@ -71,10 +72,10 @@ class NoTracing:
 
     def projecting(
         self,
-        write: Coroutine[Any, Any, None],
+        write: Coroutine[Any, Any, T],
         groups: Sequence[CommitGroup],  # noqa: ARG002
         began: int,  # noqa: ARG002
-    ) -> Coroutine[Any, Any, None]:
+    ) -> Coroutine[Any, Any, T]:
         return write
 
 

@@ -21,6 +21,8 @@ from kernel import App
 from projections import DROP, Drop, Meta, Recorded, Rows, Sql, Tallies, Tally, Transaction
 from tests.conftest import Commit, ReadSide, envelopes
 
+HALF = Decimal("0.5")
+
 
 @event
 class Opened:
@@ -92,7 +94,7 @@ class DayTotal(Base):
     day: Mapped[date] = mapped_column(primary_key=True)
     payments: Mapped[int]
     cents: Mapped[int] = mapped_column(BigInteger)
-    weight: Mapped[float]
+    weight: Mapped[Decimal]
 
 
 class Entry(Base):
@@ -135,7 +137,7 @@ class DayTotals(Tallies[DayTotal], of=Ledger):
         entry = tally[meta.aggregate_id.split("/")[0], event.at.date()]
         entry.payments += 1
         entry.cents += event.cents
-        entry.weight += 0.5
+        entry.weight += HALF
 
 
 class Entries(Sql, of=Ledger):
@@ -202,7 +204,7 @@ class Plain:
 
 def folded_plainly(history: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, Plain], dict[Any, Any]]:
     sheets: dict[str, Plain] = {}
-    days: dict[Any, Any] = defaultdict(lambda: (0, 0, 0.0))
+    days: dict[Any, Any] = defaultdict(lambda: (0, 0, Decimal(0)))
     for ledger, events in history:
         for fact in events:
             sheet = sheets.get(ledger, Plain())
@@ -217,7 +219,7 @@ def folded_plainly(history: Sequence[tuple[str, list[Any]]]) -> tuple[dict[str, 
                 case Paid():
                     sheet = replace(sheet, cents=sheet.cents + fact.cents, rate=fact.rate, paid=fact.at)
                     payments, cents, weight = days[ledger.split("/")[0], fact.at.date()]
-                    days[ledger.split("/")[0], fact.at.date()] = (payments + 1, cents + fact.cents, weight + 0.5)
+                    days[ledger.split("/")[0], fact.at.date()] = (payments + 1, cents + fact.cents, weight + HALF)
                 case Flagged():
                     sheet = replace(sheet, flag=fact.flag, note=fact.note, ratio=fact.ratio)
                 case Renamed():

@@ -20,7 +20,7 @@ from projections import DROP, Drop, Fenced, HandlerFailed, Recorded, Rows, Sql, 
 from projections.checkpoints import claim
 from projections.fold import Folded
 from projections.tables import checkpoint, dead_letter
-from tests.conftest import Commit, ReadSide, envelopes
+from tests.conftest import Commit, ReadSide, batch_of, envelopes
 
 
 @event
@@ -131,32 +131,21 @@ class Owner(ReadSide):
         self.kept: dict[tuple[str, str], tuple[list[Any], int]] = {}
 
     def fold(self, commits: Sequence[Commit]) -> Folded:
-        groups: dict[tuple[str, str], list[tuple[int, Any]]] = {}
-        for sequence, aggregate, aggregate_id, events in commits:
-            groups.setdefault((aggregate, aggregate_id), []).append((sequence, events))
         folded = Folded(self.plan)
-        for key, own in groups.items():
+        for key, own, _ in batch_of(commits):
             if key not in self.kept:
                 with self.engine.connect() as connection:
-                    self.kept[key] = (self.writer.load_rows(connection, key[0], [key[1]])[key[1]], -1)
+                    stored, _ = self.writer.load_rows(connection, key[0], [key[1]])
+                self.kept[key] = (stored[key[1]], -1)
             rows, last = self.kept[key]
             self.kept[key] = (rows, self.plan.fold(*key, rows, own, folded, None if last < 0 else last))
         return folded
 
     def project(self, commits: Sequence[Commit]) -> list[HandlerFailed]:
-        failures: list[HandlerFailed] = []
-        while True:
-            try:
-                write = self.freeze(commits, self.fold(commits))
-                self.writer.commit(write)
-            except HandlerFailed as failure:
-                assert len(failures) < 100
-                failures.append(failure)
-                self.plan.park(failure)
-                self.kept.clear()
-                continue
-            self.position.advance(write.moves, self.generations)
-            return failures
+        failures = super().project(commits)
+        for failure in failures:
+            self.kept.pop(failure.aggregate, None)
+        return failures
 
     def unseen(self, commits: Sequence[Commit]) -> list[Commit]:
         """Return the commits not folded yet, as the projector does after reading from the lowest checkpoint."""
@@ -263,14 +252,11 @@ def die(owner: Owner, batch: Sequence[Commit], death: str) -> None:
     if death == "after the write":
         owner.project(batch)
     elif death != "none":
-        try:
-            write = owner.freeze(batch, owner.fold(batch))
-            if death != "before the write":
-                with owner.engine.connect() as connection:
-                    owner.writer.apply(connection, write)
-                    connection.rollback()
-        except HandlerFailed:
-            pass
+        write = owner.freeze(batch, owner.fold(batch))
+        if death != "before the write":
+            with owner.engine.connect() as connection:
+                owner.writer.attempt(connection, write)
+                connection.rollback()
     if death != "none":
         owner.claim()
     if death == "twice":

@@ -150,9 +150,10 @@ async def test_a_rebuild_parks_what_the_live_projection_parked(
     engine = open_database(database_url)
     async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
         await fill(client, 60)
-        poison = [await client.execute(Notebook, "n3", Note(f"poison {kind}")) for kind in ("row", "tally", "sql")]
-        await fill(client, 60)
-        before = {name: await client.query(sql, after=poison) for name, sql in TABLES.items()}
+        for kind in ("row", "tally", "sql"):
+            await client.execute(Notebook, "n3", Note(f"poison {kind}"))
+        last = await fill(client, 60)
+        before = {name: await client.query(sql, after=last) for name, sql in TABLES.items()}
         for declared in service.app.projections:
             (built,) = await Rebuild(service.app, client.log, engine, [declared]).run()
             assert built.parked == 1

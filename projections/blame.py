@@ -1,0 +1,434 @@
+"""Finds out which aggregates are to blame when a batch can't be written, and writes all the others.
+
+The database is asked, with savepoints, about ever smaller parts of what it refused: the cost grows with the number of
+bad rows, and only with the logarithm of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from aggregates.commit import Envelope
+from projections.bulk import Bulk, Row
+from projections.codec import Refused
+from projections.database import is_infrastructure
+from projections.errors import FailureKind, HandlerFailed
+from projections.fold import Call, Folded, Plan, reason
+from projections.parked import Key, Letter, Parked
+from projections.projection import Tally
+
+if TYPE_CHECKING:
+    from projections.unit_of_work import Batch, Write, Writer
+
+T = TypeVar("T")
+BLOCK = 128
+"""Rows of the first parts. It is best where about one row of a hundred is bad."""
+_SCHEMA = {"42P01", "42703", "3F000", "42P10"}
+"""SQLSTATE of a table, a column, a schema or a key that isn't there."""
+_UNIQUE, _FOREIGN_KEY = "23505", "23503"
+_SQLITE_UNIQUE, _SQLITE_FOREIGN_KEY = {1555, 2067}, {787}
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A row that can't be written as it was folded: its aggregate is parked from an event of the batch on.
+
+    Attributes:
+        since: sequence of that event, 0 if it is still to be found.
+    """
+
+    index: int
+    aggregate_id: str
+    error: str
+    since: int = 0
+
+
+class Added(NamedTuple):
+    """What one event adds to one entry of a tally.
+
+    Attributes:
+        sequence: the event's place in its aggregate.
+        record: the entry's increments.
+    """
+
+    sequence: int
+    aggregate: Key
+    record: Any
+
+
+def events_of(plan: Plan, index: int, batch: Batch) -> Iterator[tuple[Key, int, Envelope]]:
+    """Yield the events of a batch that a projection folds, by aggregate: those before the aggregate was parked."""
+    name = plan.projections[index].aggregate
+    for key, commits, skip in batch:
+        if key[0] != name or index in skip:
+            continue
+        parked = plan.parked.get(key, {}).get(index)
+        for stream_sequence, envelopes in commits:
+            for envelope in envelopes:
+                if parked is None or envelope.sequence < parked.since:
+                    yield key, stream_sequence, envelope
+
+
+def recount(plan: Plan, index: int, batch: Batch) -> Tally[Any]:
+    """Return the increments of a batch without the events at which aggregates are parked, or later ones."""
+    apart, others = plan.apart(), _others(plan, index)
+    folded = Folded(apart)
+    rows: list[Any] = [None] * len(plan.projections)
+    for key, stream_sequence, envelope in events_of(plan, index, batch):
+        apart.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
+    return folded.tallies[index]
+
+
+def _others(plan: Plan, index: int) -> frozenset[int]:
+    return frozenset(range(len(plan.projections))) - {index}
+
+
+class Care:
+    """Writes one batch with care, in one transaction.
+
+    Attributes:
+        failures: the aggregates that were parked.
+        letters: their events of the batch.
+        kept: sequences of aggregates without a row, to be stored.
+    """
+
+    def __init__(self, writer: Writer, connection: Connection, write: Write) -> None:
+        self._writer, self._connection, self._batch = writer, connection, write.batch
+        self._write, self._plan = write, writer.plan
+        self.failures: list[HandlerFailed] = []
+        self.letters: list[Letter] = []
+        self._by_key: dict[int, dict[Key, list[tuple[int, Envelope]]]] = {}
+        self.kept = {index: dict(kept) for index, kept in write.kept.items()}
+
+    def check_at_once(self) -> None:
+        """Have constraints checked with each statement, which otherwise are checked at the commit."""
+        if self._connection.dialect.name == "postgresql":
+            self._connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
+
+    def write(self, index: int) -> None:
+        """Write what one projection has folded, as far as the database takes it."""
+        kind = self._plan.projections[index].kind
+        if kind == "rows":
+            self._write_rows(index)
+        elif kind == "tallies":
+            self._write_tallies(index)
+        elif calls := self._write.calls.get(index):
+            self._call(index, calls, set())
+
+    # rows
+
+    def _write_rows(self, index: int) -> None:
+        dropped, ids = self._write.dropped.get(index, []), self._write.ids.get(index, [])
+        rows = self._write.rows.get(index, [])
+        refused = self._refused(dropped, lambda keys: self._writer.delete(self._connection, index, keys))
+        suspects = {dropped[place]: reason(error) for place, error in refused.items()}
+        causes = {dropped[place]: error for place, error in refused.items()}
+        pairs = list(zip(ids, rows, strict=True))
+
+        def insert(part: Sequence[tuple[str, Row]]) -> None:
+            self._writer.insert(self._connection, index, [row for _, row in part])
+
+        while pairs:
+            # where rows are deleted before they are written, those that are refused have to stay as they were
+            savepoint = self._connection.begin_nested()
+            if self._writer.bulk(index).replaces:
+                self._writer.delete(self._connection, index, [key for key, _ in pairs])
+            refused = self._refused(pairs, insert)
+            for place, error in refused.items():
+                suspects[pairs[place][0]] = reason(error)
+                causes[pairs[place][0]] = error
+            if not refused or not self._writer.bulk(index).replaces:
+                savepoint.commit()
+                break
+            savepoint.rollback()
+            pairs = [pair for place, pair in enumerate(pairs) if place not in refused]
+        self.make_again([Suspect(index, key, why) for key, why in suspects.items()], causes)
+
+    def make_again(self, suspects: Sequence[Suspect], causes: dict[str, Exception] | None = None) -> None:
+        """Write the rows of some aggregates up to the event that can't be written, and park them from there on.
+
+        Args:
+            causes: what the database said, by aggregate id.
+        """
+        by_index: dict[int, list[Suspect]] = {}
+        for suspect in suspects:
+            by_index.setdefault(suspect.index, []).append(suspect)
+        for index, own in by_index.items():
+            stored, _ = self._writer.bulk(index).load(self._connection, [suspect.aggregate_id for suspect in own])
+            commits = self._events(index)
+            for suspect in own:
+                key = self._plan.projections[index].aggregate, suspect.aggregate_id
+                cause = (causes or {}).get(suspect.aggregate_id)
+                self._make_one(suspect, key, stored.get(suspect.aggregate_id), commits[key], cause)
+
+    def _make_one(
+        self, suspect: Suspect, key: Key, stored: Any, commits: list[tuple[int, Envelope]], cause: Exception | None
+    ) -> None:
+        index = suspect.index
+        states = self._states(index, key, stored, commits, suspect.since)
+        last = len(states) - 1
+        good, error = last, cause
+        if suspect.since and last:
+            error = self._why_refused(index, key[1], states[last])
+        if not suspect.since or error is not None:
+            good = self._last_good(index, key[1], states)
+            why = suspect.error or reason(error or ValueError("refused"))
+            failure = HandlerFailed(index, key, commits[good][1].sequence, why, "refused", _may_pass(error))
+            failure.__cause__ = error
+            self._park(failure)
+        if good:
+            self._put(index, key[1], states[good])
+
+    def _states(
+        self, index: int, key: Key, stored: Any, commits: list[tuple[int, Envelope]], until: int
+    ) -> list[Row | str | None]:
+        """Return the row after each event, from what is stored: None where there is none, a text if it is refused."""
+        apart, others, bulk = self._plan.apart(), _others(self._plan, index), self._writer.bulk(index)
+        rows: list[Any] = [None] * len(self._plan.projections)
+        rows[index] = stored
+        states: list[Row | str | None] = [None]
+        for stream_sequence, envelope in commits:
+            if until and envelope.sequence >= until:
+                break
+            apart.fold(*key, rows, [(stream_sequence, [envelope])], Folded(apart), None, others)
+            if rows[index] is None:
+                states.append(apart.parked[key][index].error if key in apart.parked else None)
+                continue
+            carried, refused = bulk.carry([rows[index]])
+            states.append(refused[0] if refused else carried[0])
+        return states
+
+    def _last_good(self, index: int, aggregate_id: str, states: Sequence[Row | str | None]) -> int:
+        """Return after how many events the row can still be written. After all of them it can't."""
+        good, bad = 0, len(states) - 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if self._why_refused(index, aggregate_id, states[middle]) is None:
+                good = middle
+            else:
+                bad = middle
+        return good
+
+    def _why_refused(self, index: int, aggregate_id: str, state: Row | str | None) -> Exception | None:
+        """Try to write a row. Return why that isn't possible, or None."""
+        if isinstance(state, str):
+            return Refused(state)
+        return self._attempt(partial(self._put, index, aggregate_id, state), keep=False)
+
+    def _put(self, index: int, aggregate_id: str, state: Any) -> None:
+        if state is None:
+            self._writer.delete(self._connection, index, [aggregate_id])
+        else:
+            self._writer.put(self._connection, index, [state], [aggregate_id])
+
+    # tallies
+
+    def _write_tallies(self, index: int) -> None:
+        bulk = self._writer.bulk(index)
+        if not self._write.tallies.get(index) and index not in self._write.careful:
+            return
+        added = list(self._added(index))
+        while True:
+            entries = self._entries(bulk, added)
+            rows, refused = bulk.carry_sums(record for own in entries.values() for record in [_sum(bulk, own)])
+            wrong = {list(entries)[place]: Exception(why) for place, why in refused.items()}
+            keys = [key for key in entries if key not in wrong]
+            savepoint = self._connection.begin_nested()
+            wrong |= {
+                keys[place]: error
+                for place, error in self._refused(
+                    rows, lambda part: self._writer.add(self._connection, index, part)
+                ).items()
+            }
+            if not wrong:
+                savepoint.commit()
+                return
+            savepoint.rollback()
+            for key, error in wrong.items():
+                found = self._first_bad(index, bulk, entries[key])
+                transient = _may_pass(error)
+                self._park(HandlerFailed(index, found.aggregate, found.sequence, reason(error), "refused", transient))
+            since = {key: waiting[index].since for key, waiting in self._parked_here(index).items()}
+            added = [one for one in added if one.sequence < since.get(one.aggregate, one.sequence + 1)]
+
+    def _parked_here(self, index: int) -> dict[Key, dict[int, Parked]]:
+        found: dict[Key, dict[int, Parked]] = {}
+        for failure in self.failures:
+            if failure.projection == index:
+                found[failure.aggregate] = {index: Parked(failure.sequence, failure.error)}
+        return found
+
+    def _added(self, index: int) -> Iterator[Added]:
+        """Yield what each event adds, in stream order. Park the aggregates of events that add what can't be carried."""
+        plan, others, bulk = self._plan.apart(), _others(self._plan, index), self._writer.bulk(index)
+        rows: list[Any] = [None] * len(plan.projections)
+        parked: set[Key] = set()
+        events = sorted(events_of(self._plan, index, self._batch), key=lambda event: (event[1], event[2].sequence))
+        for key, stream_sequence, envelope in events:
+            if key in parked:
+                continue
+            folded = Folded(plan)
+            plan.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
+            records = list(folded.tallies[index].values())
+            _, refused = bulk.carry(records)
+            if refused:
+                parked.add(key)
+                self._park(HandlerFailed(index, key, envelope.sequence, next(iter(refused.values()))))
+                continue
+            for record in records:
+                yield Added(envelope.sequence, key, record)
+
+    def _entries(self, bulk: Bulk, added: Sequence[Added]) -> dict[Row, list[Added]]:
+        entries: dict[Row, list[Added]] = {}
+        for one in added:
+            rows, _ = bulk.carry([one.record])
+            entries.setdefault(tuple(rows[0][: bulk.keys]), []).append(one)
+        return entries
+
+    def _first_bad(self, index: int, bulk: Bulk, added: Sequence[Added]) -> Added:
+        """Return the first event after which an entry can't be written. After all of them it can't."""
+        good, bad = 0, len(added)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            rows, refused = bulk.carry([_sum(bulk, added[:middle])])
+            if refused or self._attempt(partial(self._writer.add, self._connection, index, rows), keep=False):
+                bad = middle
+            else:
+                good = middle
+        return added[bad - 1]
+
+    # handlers of Sql projections
+
+    def _call(self, index: int, calls: Sequence[Call], parked: set[str], block: int = BLOCK) -> None:
+        """Call handlers with as many events at once as go through. Park the aggregates of those that do not."""
+        calls = [call for call in calls if call[3].meta.aggregate_id not in parked]
+        if not calls:
+            return
+        error = self._attempt(partial(self._writer.call, self._connection, index, calls), of_kernel=False)
+        if error is None:
+            return
+        if len(calls) == 1:
+            (_, sequence, _, recorded) = calls[0]
+            key = self._plan.projections[index].aggregate, recorded.meta.aggregate_id
+            transient = isinstance(error, self._plan.transient) or _may_pass(error)
+            kind: FailureKind = "refused" if isinstance(error, DBAPIError) else "handler"
+            failure = HandlerFailed(index, key, sequence, f"{type(error).__name__}: {_said(error)}", kind, transient)
+            failure.__cause__ = error
+            parked.add(key[1])
+            self._park(failure)
+            return
+        size = block if len(calls) > block else (len(calls) + 1) // 2
+        for start in range(0, len(calls), size):
+            self._call(index, calls[start : start + size], parked, block)
+
+    # all kinds
+
+    def _refused(self, items: Sequence[T], execute: Callable[[Sequence[T]], object]) -> dict[int, Exception]:
+        """Execute for all items but those that the database refuses, and return these by place."""
+        if not items:
+            return {}
+        refused = self._bisect(items, list(range(len(items))), execute, len(items))
+        while again := [place for place, error in refused.items() if _is(error, _FOREIGN_KEY, _SQLITE_FOREIGN_KEY)]:
+            # what they refer to may have been written after them
+            still = self._bisect(items, again, execute, len(again))
+            refused = {place: error for place, error in refused.items() if place not in set(again)} | still
+            if len(still) == len(again):
+                break
+        return refused
+
+    def _bisect(
+        self, items: Sequence[T], places: Sequence[int], execute: Callable[[Sequence[T]], object], block: int
+    ) -> dict[int, Exception]:
+        refused: dict[int, Exception] = {}
+        for start in range(0, len(places), block):
+            part = places[start : start + block]
+            chosen = [items[place] for place in part]
+            error = self._attempt(partial(execute, chosen))
+            if error is None:
+                continue
+            if len(part) == 1:
+                refused[part[0]] = error
+            else:
+                refused |= self._bisect(items, part, execute, BLOCK if len(part) > BLOCK else (len(part) + 1) // 2)
+        return refused
+
+    def _attempt(self, work: Callable[[], object], *, keep: bool = True, of_kernel: bool = True) -> Exception | None:
+        """Do some work. Return why it failed, if the data is to blame; then nothing is left of it.
+
+        Args:
+            keep: whether anything is left of it if it succeeds.
+            of_kernel: the statements are the kernel's: if a table is gone, no data is to blame.
+        """
+        savepoint = self._connection.begin_nested()
+        try:
+            work()
+        except Exception as error:
+            if is_infrastructure(error) or (of_kernel and _is_about_schema(error)):
+                raise
+            savepoint.rollback()
+            return error
+        if keep:
+            savepoint.commit()
+        else:
+            savepoint.rollback()
+        return None
+
+    def _events(self, index: int) -> dict[Key, list[tuple[int, Envelope]]]:
+        """Return the events of each aggregate that a projection has not folded before, in order."""
+        if index not in self._by_key:
+            found = self._by_key[index] = {}
+            for key, commits, skip in self._batch:
+                if index not in skip:
+                    found.setdefault(key, []).extend(
+                        (stream_sequence, envelope) for stream_sequence, envelopes in commits for envelope in envelopes
+                    )
+        return self._by_key[index]
+
+    def _park(self, failure: HandlerFailed) -> None:
+        """Make dead letters of the aggregate's events from the failed one on, unless they are."""
+        index, key, since = failure.projection, failure.aggregate, failure.sequence
+        before = self._write.waiting_from.get((index, key), 0)
+        self.failures.append(failure)
+        events = self._events(index)[key]
+        for stream_sequence, envelope in events:
+            sequence = envelope.sequence
+            if since <= sequence and (not before or sequence < before):
+                transient = failure.transient and sequence == since
+                self.letters.append(Letter(index, key, sequence, stream_sequence, failure.error, transient))
+        kept = self.kept.get(index, {})
+        if key[1] in kept:
+            kept[key[1]] = since - 1
+            if since <= events[0][1].sequence:
+                del kept[key[1]]
+
+
+def _sum(bulk: Bulk, added: Sequence[Added]) -> Any:
+    return bulk.codec.total([one.record for one in added])
+
+
+def _said(error: Exception) -> object:
+    return error.orig if isinstance(error, DBAPIError) else error
+
+
+def _is_about_schema(error: BaseException) -> bool:
+    if not isinstance(error, DBAPIError):
+        return False
+    return getattr(error.orig, "sqlstate", None) in _SCHEMA or str(error.orig).startswith("no such ")
+
+
+def _is(error: BaseException | None, state: str, codes: set[int]) -> bool:
+    if not isinstance(error, DBAPIError):
+        return False
+    found = getattr(error.orig, "sqlstate", None), getattr(error.orig, "sqlite_errorcode", None)
+    return found[0] == state or found[1] in codes
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Return whether a value is another row's at present, which may give it up when its own events are folded."""
+    return _is(error, _UNIQUE, _SQLITE_UNIQUE)

@@ -1,0 +1,273 @@
+"""The codecs of a model's columns on one database: records are made with them, and written with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Column, types
+from sqlalchemy.engine import Dialect
+
+from projections.codec import Codec, Refused, Unsupported
+from projections.codecs import codec_of
+from projections.records import Columns, default_maker
+
+_NONE = type(None)
+
+
+class RowCodec:
+    """How the records of one model are carried into a table, and come back.
+
+    Args:
+        columns: the model's columns.
+        model: its name, for messages.
+        counting: the columns beside the key are counters, which begin at 0.
+
+    Attributes:
+        codecs: by column, in the order of `columns`.
+        settle: brings a record to its normal form after an event, or None if an event can't take it from there. It
+            raises `Refused`.
+
+    Raises:
+        Unsupported: a column can't be carried; the message names it.
+    """
+
+    def __init__(self, columns: Columns, model: str, dialect: Dialect, counting: bool) -> None:
+        self.columns, self.model, self.counting = columns, model, counting
+        self.dialect = dialect
+        problems = row_problems(columns, model, dialect, counting)
+        if problems:
+            raise Unsupported("; ".join(problems))
+        self.codecs = [codec_of(column.type, dialect) for column in columns.columns]
+        self._nullable = [bool(column.nullable) and not counting for column in columns.columns]
+        self.settle = self._settler()
+        self._get = attrgetter(*columns.names)
+        self._from_id, self._to_id = _id_conversion(columns.columns[0])
+        self.record: type = type(f"{columns.table.name}_record", (), {"__slots__": tuple(columns.names)})
+        self.new: Callable[..., Any] = self._maker()
+
+    def _settler(self) -> Callable[[Any], None] | None:
+        lossy = [
+            (name, codec.plain, codec.nulls, codec.normalise)
+            for name, codec in zip(self.columns.names, self.codecs, strict=True)
+            if not codec.lossless
+        ]
+        if not lossy:
+            return None
+        model = self.model
+
+        def settle(record: Any) -> None:
+            for name, plain, nulls, normalise in lossy:
+                value = getattr(record, name)
+                if type(value) in plain or (value is None and not nulls):
+                    continue
+                try:
+                    normal = normalise(value)
+                except Refused as refused:
+                    raise Refused(f"{model}.{name} {refused}") from None
+                if normal is not value:
+                    setattr(record, name, normal)
+
+        return settle
+
+    def _maker(self) -> Callable[..., Any]:
+        names, keys, record, model = tuple(self.columns.names), self.columns.keys, self.record, self.model
+        rest = names[keys:]
+        makers = [self._first_value(place) for place in range(keys, len(names))]
+        new: Callable[[type], Any] = object.__new__
+
+        def make(*key: Any) -> Any:
+            if len(key) != keys:
+                raise TypeError(f"the key of {model} is ({', '.join(names[:keys])}), and {key!r} is not")
+            made = new(record)
+            for name, value in zip(names, key, strict=False):
+                setattr(made, name, value)
+            for name, first in zip(rest, makers, strict=True):
+                setattr(made, name, first())
+            return made
+
+        return make
+
+    def _first_value(self, place: int) -> Callable[[], Any]:
+        if self.counting:
+            return int
+        first, normalise = default_maker(self.columns.columns[place]), self.codecs[place].normalise
+        value = first()
+        if value is None:
+            return lambda: None
+        if value.__hash__ is not None:
+            try:
+                normal = normalise(value)
+            except Refused:
+                return first  # it is refused with the row, unless a handler sets another value
+            return lambda: normal
+        return first
+
+    def stored(self, values: Sequence[Any]) -> Any:
+        """Return the record of a stored row, from what a SELECT gave."""
+        made: Any = object.__new__(self.record)
+        for name, codec, value in zip(self.columns.names, self.codecs, values, strict=True):
+            setattr(made, name, value if codec.loaded is None else codec.loaded(value))
+        return made
+
+    def new_for(self, aggregate_id: str) -> Any:
+        """Return the new record of an aggregate.
+
+        Raises:
+            Refused: the aggregate's id can't be the key of the table.
+        """
+        return self.new(aggregate_id if self._from_id is None else self._from_id(aggregate_id))
+
+    def key_wire(self, aggregate_id: str) -> Any:
+        """Return what carries an aggregate's key to the database. It raises `Refused`."""
+        key = aggregate_id if self._from_id is None else self._from_id(aggregate_id)
+        codec = self.codecs[0]
+        normal = codec.normalise(key)
+        return normal if codec.wire is None else codec.wire(normal)
+
+    def id_of(self, record: Any) -> str:
+        """Return the id of the aggregate that a stored record is of."""
+        return self._to_id(getattr(record, self.columns.names[0]))
+
+    def total(self, records: Sequence[Any]) -> Any:
+        """Return a new record with the first one's key, and the sums of the counters."""
+        names, keys = self.columns.names, self.columns.keys
+        made = self.new(*(getattr(records[0], name) for name in names[:keys]))
+        for name in names[keys:]:
+            setattr(made, name, sum(getattr(record, name) for record in records))
+        return made
+
+    def carry(self, records: Iterable[Any]) -> tuple[list[list[Any]], dict[int, str]]:
+        """Bring records to their normal forms and return what carries them to the database.
+
+        Returns:
+            the values by column; and by place the records that are refused, and why. Those are not among the values.
+        """
+        listed = list(records)
+        refused: dict[int, str] = {}
+        columns: list[list[Any]] = []
+        if not listed:
+            return [[] for _ in self.codecs], refused
+        try:
+            by_column: list[Any] = (
+                list(zip(*map(self._get, listed), strict=True))
+                if len(self.codecs) > 1
+                else [list(map(self._get, listed))]
+            )
+        except AttributeError:  # a handler has deleted an attribute
+            return self._carry_singly(listed)
+        for place, (codec, values) in enumerate(zip(self.codecs, by_column, strict=True)):
+            if self._fits(codec, values, self._nullable[place]):
+                columns.append(list(values) if codec.wire is None else list(map(codec.wire, values)))
+            else:
+                columns.append(self._normalised(place, codec, values, listed, refused))
+        if refused:
+            columns = [[value for row, value in enumerate(column) if row not in refused] for column in columns]
+        return columns, refused
+
+    def _carry_singly(self, listed: list[Any]) -> tuple[list[list[Any]], dict[int, str]]:
+        refused = {}
+        for row, record in enumerate(listed):
+            for name in self.columns.names:
+                if not hasattr(record, name):
+                    refused[row] = f"{self.model}.{name} was deleted; set it to None instead"
+        kept = [record for row, record in enumerate(listed) if row not in refused]
+        places = [row for row in range(len(listed)) if row not in refused]
+        columns, more = self.carry(kept)
+        return columns, {**refused, **{places[row]: why for row, why in more.items()}}
+
+    def _fits(self, codec: Codec, values: Sequence[Any], nullable: bool) -> bool:
+        kinds = set(map(type, values))
+        if _NONE in kinds:
+            if not nullable or codec.nulls:
+                return False
+            kinds.discard(_NONE)
+            values = [value for value in values if value is not None]
+        if not kinds <= codec.plain:
+            return False
+        if kinds == {str} and not _is_storable("".join(values)):
+            return False
+        return not values or codec.fits is None or codec.fits(values)
+
+    def _normalised(
+        self, place: int, codec: Codec, values: Sequence[Any], records: list[Any], refused: dict[int, str]
+    ) -> list[Any]:
+        name, nullable, wire = self.columns.names[place], self._nullable[place], codec.wire
+        carried = []
+        for row, value in enumerate(values):
+            normal = value
+            try:
+                if value is not None or codec.nulls:
+                    normal = codec.normalise(value)
+                    if codec.fits is not None and type(normal) in codec.plain and not codec.fits((normal,)):
+                        raise Refused(f"is {normal!r}, which the column can't hold")
+                if normal is None and not nullable and (wire is None or wire(None) is None):
+                    raise Refused("is None, and the column is not nullable")
+                if normal is not value:
+                    setattr(records[row], name, normal)
+                carried.append(normal if wire is None else wire(normal))
+            except Refused as why:
+                refused[row] = f"{self.model}.{name} {why}"
+                carried.append(None)
+        return carried
+
+
+def _is_storable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def row_problems(columns: Columns, model: str, dialect: Dialect, counting: bool) -> list[str]:
+    """Return one sentence for each column that can't be carried to a database."""
+    found = []
+    for place, (name, column) in enumerate(zip(columns.names, columns.columns, strict=True)):
+        where = f"{model}.{name} ({type(column.type).__name__})"
+        try:
+            codec = codec_of(column.type, dialect)
+        except Unsupported as why:
+            found.append(f"{where}: {why}")
+            continue
+        if place >= columns.keys:
+            continue
+        if not codec.hashable:
+            found.append(f"{where}: a value of several parts can't be a key")
+        elif codec.blind:
+            found.append(f"{where}: its collation takes different keys for the same; leave it away for a key")
+        elif not counting and not _can_be_id(column, codec):
+            found.append(
+                f"{where}: the key of Rows is the aggregate's id, a text; give it the type String or Text, or Integer "
+                "or Uuid if all ids are such"
+            )
+    return found
+
+
+def _can_be_id(column: Column[Any], codec: Codec) -> bool:
+    kind = column.type
+    if isinstance(kind, types.Enum | types.TypeDecorator):
+        return False
+    return codec.lossless and isinstance(kind, types.String | types.Integer | types.Uuid)
+
+
+def _id_conversion(column: Column[Any]) -> tuple[Callable[[str], Any] | None, Callable[[Any], str]]:
+    if isinstance(column.type, types.Integer):
+        kind: type = int
+    elif isinstance(column.type, types.Uuid):
+        kind = UUID
+    else:
+        return None, str
+
+    def from_id(aggregate_id: str) -> Any:
+        try:
+            key = kind(aggregate_id)
+        except ValueError:
+            key = None
+        if str(key) != aggregate_id:
+            raise Refused(f"{column.name} can't be {aggregate_id!r}: that is no {kind.__name__} in its usual form")
+        return key
+
+    return from_id, str
