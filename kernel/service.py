@@ -192,8 +192,16 @@ class Service:
         return {"worker": self.worker, "workers": list(self.parts.ownership.members.workers)}
 
     def _answer_status(self, _subject: bytes, reply: bytes, _payload: bytes, _headers: bytes | None) -> None:
-        if reply:
-            self.parts.outbox.publish(reply, orjson.dumps(self.status()))
+        if not reply:
+            return
+        status = self.status()
+        if not self.parts.outbox.publish(reply, orjson.dumps(status)):
+            # what is long, and not needed to see whether the service works
+            status["jobs"] = []
+            for projection in status["backlog"]["projections"]:
+                projection["partitions"] = []
+            if not self.parts.outbox.publish(reply, orjson.dumps(status)):
+                logger.warning("the status of this worker is larger than the server takes (max_payload)")
 
     def status(self) -> dict[str, Any]:
         """Return what `eskernel status` shows, as JSON data."""

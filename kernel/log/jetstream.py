@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from kernel.errors import Replaced, StreamMismatch, Unavailable
+from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
 from kernel.log.reader import JetStreamReader
@@ -37,6 +37,7 @@ class JetStreamLog:
 
     Attributes:
         created: when the stream was created, as it was when the log was opened.
+        obstacle: why the stream can take no commits, as it was when last asked about; empty if it can.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class JetStreamLog:
         self.created = str(stream["created"])
         self._on_replaced = on_replaced
         self._acknowledged = 0
+        self.obstacle = ""
         self._connection = connection
         self._live = settings.consumer
         # a rebuild acknowledges nothing, and reads as fast as it can
@@ -188,6 +190,7 @@ class JetStreamLog:
                 raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
+        self.obstacle = find_obstacle(config, state, self.subjects.events())
         first, last, commits = (int(state[name]) for name in ("first_seq", "last_seq", "messages"))
         if self._checked:
             check_keeps_everything(config, self._may_lose)
@@ -203,6 +206,40 @@ class JetStreamLog:
             commits=commits,
             durability=_durability(config),
         )
+
+    @property
+    def consumers(self) -> int:
+        """How many consumers the present readers have created."""
+        return sum(reader.consumers for reader in self._readers)
+
+    async def explain_silence(self) -> str:
+        """Return why the readers get nothing, as far as the server says it; empty if it does not."""
+        for reader in list(self._readers):
+            if reader.trouble:
+                return f"the server ends the consumer: {reader.trouble}"
+            if not reader.consumer:
+                continue
+            try:
+                found = await self._call(f"CONSUMER.INFO.{self.stream}.{reader.consumer}", None)
+            except LogError as error:
+                return f"the consumer {reader.consumer}: {error}"
+            if found.get("paused"):
+                until = found["config"].get("pause_until", "")
+                return f"the consumer {reader.consumer} is paused until {until}; resume it (nats consumer resume)"
+        return ""
+
+    async def explain_refusal(self) -> str:
+        """Return why the server takes no commits, as far as stream and account say it; empty if they do not."""
+        if self.obstacle:
+            return self.obstacle
+        try:
+            account = await self._call("INFO", None)
+        except LogError:
+            return ""
+        most, used = account.get("limits", {}).get("max_storage", -1), account.get("storage", 0)
+        if most >= 0 and used + OVERHEAD > most:
+            return f"the account's storage is full: {used} of {most} bytes"
+        return ""
 
     def _note_acknowledged(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
@@ -236,6 +273,44 @@ class JetStreamLog:
         for reader in list(self._readers):
             await reader.close()
         await self._stop_listening()
+
+
+OVERHEAD = 512
+"""Bytes of the smallest commit, as a server counts them, roughly: less room than that is none."""
+
+
+def find_obstacle(config: dict[str, Any], state: dict[str, Any], events: str) -> str:
+    """Return why a stream can take no commits, in a sentence, or nothing.
+
+    Args:
+        events: the subject filter of the app's events.
+    """
+    name = config["name"]
+    if config.get("sealed"):
+        return f"stream {name!r} is sealed: it takes no commits any more"
+    subjects = config.get("subjects") or []
+    if not any(_covers(subject, events) for subject in subjects):
+        return f"stream {name!r} has the subjects {subjects}, and does not take {events}; set them back"
+    if config.get("no_ack"):
+        return f"stream {name!r} has no_ack: it acknowledges no commit; set it back"
+    if config.get("discard") == "new":
+        most_bytes, most = config.get("max_bytes", -1), config.get("max_msgs", -1)
+        if 0 < most_bytes < state["bytes"] + OVERHEAD:
+            return f"stream {name!r} is full: {state['bytes']} of {most_bytes} bytes; raise stream.max_bytes"
+        if 0 < most <= state["messages"]:
+            return f"stream {name!r} is full: {most} messages; raise stream.max_messages"
+    return ""
+
+
+def _covers(filter: str, subject: str) -> bool:
+    """Return whether a subject filter takes everything that another one takes."""
+    mine, others = filter.split("."), subject.split(".")
+    for place, word in enumerate(mine):
+        if word == ">":
+            return len(others) > place
+        if place == len(others) or others[place] == ">" or word not in ("*", others[place]):
+            return False
+    return len(mine) == len(others)
 
 
 _LOSING = ("max_age",)
