@@ -191,6 +191,7 @@ class Client:
         deadline = self._loop.time() + timeout
         attempt = 1
         pause = 0.05
+        refused = ""
         while True:
             if len(payload) > CERTAIN and not self._connection.fits(subject, payload):
                 raise self._too_large(request["command"], len(payload))
@@ -204,7 +205,7 @@ class Client:
                         raise
                     raise CommandTimeout(
                         f"no answer to {request['command']} for {request['aggregate']} {request['id']} within "
-                        f"{timeout:g} s ({attempt} attempts); its id is {request['command_id']}"
+                        f"{timeout:g} s ({attempt} attempts); its id is {request['command_id']}{refused}"
                     ) from None
                 if not isinstance(error, TimeoutError):
                     await asyncio.sleep(pause)
@@ -213,6 +214,7 @@ class Client:
                 passes = error.type in ("unavailable", "unknown-outcome") and not isinstance(error, _Denied)
                 if not passes or self._loop.time() + pause >= deadline:
                     raise
+                refused = f"; an attempt before the last one was refused: {error}"
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, 1.0)
             attempt += 1

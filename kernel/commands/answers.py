@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Collection
 
+from kernel.log.repeats import Repeats
 from kernel.protocol import ErrorType, Receipt, encode_error, encode_receipt
 from kernel.telemetry.metrics import COMMAND_SECONDS, COMMANDS, COMMANDS_PENDING, count_error_of, observe_all
 from kernel.transport.outbox import Outbox
-from kernel.transport.repeats import Repeats
 
 logger = logging.getLogger("eskernel.commands")
 SHORTER = (1_000, 200, 50)

@@ -24,10 +24,10 @@ from aggregates.context import uuid7
 from kernel.errors import Conflict, LogError, PayloadTooLarge, Replaced, Unavailable, UnknownOutcome
 from kernel.log.base import Stored
 from kernel.log.bursts import BurstMeter
+from kernel.log.repeats import Repeats
 from kernel.log.settling import Append, Settler, closed
 from kernel.settings.jetstream import GroupCommit
 from kernel.transport.connection import NatsConnection, publish_frame, status_of
-from kernel.transport.repeats import Repeats
 
 logger = logging.getLogger("eskernel.log")
 

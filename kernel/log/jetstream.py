@@ -26,6 +26,10 @@ FORMAT = 1
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
 
 
+class _Lost(Exception):
+    """The connection was lost before a request was answered."""
+
+
 class JetStreamLog:
     """One app's stream. Made by `open_log` (which looks after the stream) or `find_log` (which does not).
 
@@ -37,6 +41,7 @@ class JetStreamLog:
 
     Attributes:
         created: when the stream was created, as it was when the log was opened.
+        consumers: how many consumers its readers have created.
         obstacle: why the stream can take no commits, as it was when last asked about; empty if it can.
     """
 
@@ -56,6 +61,7 @@ class JetStreamLog:
         self._on_replaced = on_replaced
         self._acknowledged = 0
         self.obstacle = ""
+        self.consumers = 0
         self._connection = connection
         self._live = settings.consumer
         # a rebuild acknowledges nothing, and reads as fast as it can
@@ -87,6 +93,7 @@ class JetStreamLog:
         await self.appender.start()
         self._inbox = self._connection.new_inbox()
         self._stop_listening = await self._connection.listen(f"{self._inbox}.*", self._got)
+        self._connection.reconnections.append(self._lost_connection)
 
     @property
     def max_payload(self) -> int:
@@ -110,7 +117,8 @@ class JetStreamLog:
 
     async def _get_batch(self, subject: str, after: int, into: list[Stored]) -> int:
         """Fetch up to 1,000 commits in one round trip; return how many are still there behind them."""
-        for _attempt in range(2):
+        attempts = 0
+        while attempts < 2:
             self._get_token += 1
             token = b"%d" % self._get_token
             before = len(into)
@@ -128,10 +136,19 @@ class JetStreamLog:
                 async with asyncio.timeout(self._connection.request_timeout):
                     return await future
             except TimeoutError:
+                attempts += 1
+                del into[before:]
+            except _Lost:
                 del into[before:]
             finally:
                 self._gets.pop(token, None)
         raise Unavailable(f"reading {subject}: no answer from the stream")
+
+    def _lost_connection(self) -> None:
+        """After a reconnect: answers to what was asked before will not come."""
+        for _, future in self._gets.values():
+            if not future.done():
+                future.set_exception(_Lost())
 
     def _got(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
         entry = self._gets.get(subject[subject.rfind(b".") + 1 :])
@@ -174,8 +191,9 @@ class JetStreamLog:
 
     async def _reader(self, after: int, subject: str | None, settings: Consumer) -> JetStreamReader:
         reader = JetStreamReader(
-            self._connection, self._call, self.stream, after, subject, settings, self._worker, self._note_acknowledged
-        )
+            self._connection, self._call, self.stream, after, subject, settings, self._worker, self._note_acknowledged,
+            self._note_consumer,
+        )  # fmt: skip
         self._readers.add(reader)
         return reader
 
@@ -207,10 +225,8 @@ class JetStreamLog:
             durability=_durability(config),
         )
 
-    @property
-    def consumers(self) -> int:
-        """How many consumers the present readers have created."""
-        return sum(reader.consumers for reader in self._readers)
+    def _note_consumer(self) -> None:
+        self.consumers += 1
 
     async def explain_silence(self) -> str:
         """Return why the readers get nothing, as far as the server says it; empty if it does not."""
@@ -272,6 +288,8 @@ class JetStreamLog:
         await self.appender.close()
         for reader in list(self._readers):
             await reader.close()
+        if self._lost_connection in self._connection.reconnections:
+            self._connection.reconnections.remove(self._lost_connection)
         await self._stop_listening()
 
 

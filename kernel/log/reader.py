@@ -42,10 +42,10 @@ class JetStreamReader:
         subject: subject filter, or None to read the whole stream, which is fastest.
         worker: name of the worker, for the consumer's name.
         on_acknowledge: called with each sequence that is acknowledged.
+        on_consumer: called whenever a consumer was created.
 
     Attributes:
         consumer: the name of the consumer; empty if there is none.
-        consumers: how many consumers were created.
         trouble: why the server has ended the last consumer, empty if it has not.
     """
 
@@ -59,8 +59,9 @@ class JetStreamReader:
         settings: Consumer,
         worker: str,
         on_acknowledge: Callable[[int], None],
+        on_consumer: Callable[[], None],
     ) -> None:
-        self._on_acknowledge = on_acknowledge
+        self._on_acknowledge, self._on_consumer = on_acknowledge, on_consumer
         self._connection, self._api, self._stream = connection, api, stream
         self._after, self._subject = after, subject
         self._settings, self._worker = settings, worker
@@ -73,7 +74,6 @@ class JetStreamReader:
         self._arrived = asyncio.Event()
         self._broken = True
         self.consumer = self.trouble = ""
-        self.consumers = 0
         self._fruitless = 0
         self._not_before = 0.0
         self._stop_listening: Callable[[], Any] | None = None
@@ -115,7 +115,7 @@ class JetStreamReader:
         self._requested = self._delivered = 0
         self._broken = False
         self._heard = time.monotonic()
-        self.consumers += 1
+        self._on_consumer()
         # until it brings something
         self._fruitless += 1
         if self._fruitless > 1:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kernel.errors import Conflict, LogError, Unavailable, UnknownOutcome
 from kernel.log.base import Stored
-from kernel.transport.repeats import Repeats
+from kernel.log.repeats import Repeats
 
 logger = logging.getLogger("eskernel.log")
 

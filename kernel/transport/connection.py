@@ -28,7 +28,7 @@ Listener = Callable[[bytes, bytes, bytes, bytes | None], None]
 """Called with subject, reply subject, payload, and the header bytes or None. It must not raise or block."""
 
 logger = logging.getLogger("eskernel.transport")
-_M, _H = b"MH"
+_M, _H, _MINUS = b"MH-"
 PAYLOAD, CONTROL_LINE = "payload", "control line"
 CLOSE_S = 2.0
 MAX_CONTROL_LINE = 4096
@@ -87,6 +87,9 @@ class _FrameParser(Parser):
                 head = int(parts[-2])
                 reply = parts[2] if len(parts) == 5 else b""
             else:
+                if first == _MINUS:
+                    # nats-py passes it on in lower case, and subjects are not
+                    self.nc.error_line = buffer[position:line_end].decode(errors="replace")
                 self.buf = bytearray(buffer[position : line_end + 2])
                 await super().parse()
                 if self.resets != resets:
@@ -135,7 +138,7 @@ class NatsConnection(Client):
         self.max_control_line = MAX_CONTROL_LINE
         self.denials: list[Callable[[str], None]] = []
         self.measure: Callable[[str, int], Awaitable[None]] | None = None
-        self.violation = ""
+        self.violation = self.error_line = ""
         self._hidden_limit = 0
         self._violations: list[float] = []
         self._largest_sent = self._proven = 0
@@ -217,7 +220,7 @@ class NatsConnection(Client):
 
     async def _process_err(self, err_msg: str) -> None:
         low = err_msg.lower()
-        if denied := _DENIED.search(err_msg):
+        if denied := _DENIED.search(self.error_line or err_msg):
             for callback in self.denials:
                 callback(denied[1])
         self.violation = next((kind for text, kind in _VIOLATIONS.items() if text in low), self.violation)
