@@ -25,17 +25,20 @@ class Stall:
 
     def __init__(self) -> None:
         self._done: object = None
-        self._since = 0.0
+        self._since: float | None = None
 
     def update(self, waiting: bool, done: object, now: float) -> float:
-        """Add an observation, and return the seconds.
+        """Add an observation, and return the seconds since the first of those that were all alike.
 
         Args:
             waiting: whether work waits.
             done: changes whenever some of it gets done.
             now: seconds of a monotonic clock.
         """
-        if not waiting or done != self._done:
+        if not waiting:
+            self._since = None
+            return 0.0
+        if self._since is None or done != self._done:
             self._done, self._since = done, now
         return now - self._since
 
@@ -46,6 +49,7 @@ class AppendCheck:
     def __init__(self, log: JetStreamLog, detector: Detector) -> None:
         self._log, self._detector = log, detector
         self._stall = Stall()
+        self._explained = False
 
     async def check(self) -> str:
         """Raise `NotWorking` if commits are refused, or if some wait and none is acknowledged."""
@@ -55,7 +59,10 @@ class AppendCheck:
         stalled = min(waiting, self._stall.update(waiting > 0, appender.settled, now))
         if appender.refusal:
             cause = await self._log.explain_refusal()
-            if cause or waiting or now - appender.refused_at < QUIET_S:
+            explained, self._explained = self._explained, bool(cause)
+            # what was in the way is gone, or nobody has asked for long: only a commit can tell
+            over = not cause and not waiting and (explained or now - appender.refused_at > QUIET_S)
+            if not over:
                 raise NotWorking(f"{appender.refusal}; {cause}" if cause else appender.refusal)
             appender.take_back_refusal()
         elif self._log.obstacle:
