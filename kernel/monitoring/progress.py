@@ -56,7 +56,7 @@ class AppendCheck:
         appender = self._log.appender
         now = time.perf_counter()
         waiting = appender.waiting_for
-        stalled = min(waiting, self._stall.update(waiting > 0, appender.settled, now))
+        stalled = self._stall.update(waiting > 0, appender.settled, now)
         if appender.refusal:
             cause = await self._log.explain_refusal()
             explained, self._explained = self._explained, bool(cause)
@@ -67,7 +67,7 @@ class AppendCheck:
             appender.take_back_refusal()
         elif self._log.obstacle:
             raise NotWorking(self._log.obstacle)
-        if stalled > STALLED_S:
+        if min(waiting, stalled) > STALLED_S:
             cause = await self._log.explain_refusal() or "the log does not answer them"
             raise NotWorking(f"commits wait for {waiting:.0f} s and none was acknowledged for {stalled:.0f} s: {cause}")
         return f"taken; pressure {self._detector.pressure.level.name.lower()}"
