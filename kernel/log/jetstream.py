@@ -42,7 +42,6 @@ class JetStreamLog:
     Attributes:
         created: when the stream was created, as it was when the log was opened.
         consumers: how many consumers its readers have created.
-        obstacle: why the stream can take no commits, as it was when last asked about; empty if it can.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class JetStreamLog:
         self.created = str(stream["created"])
         self._on_replaced = on_replaced
         self._acknowledged = 0
-        self.obstacle = ""
+        self._obstacle = ("", 0)
         self.consumers = 0
         self._connection = connection
         self._live = settings.consumer
@@ -208,7 +207,7 @@ class JetStreamLog:
                 raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
-        self.obstacle = find_obstacle(config, state, self.subjects.events())
+        self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.settled
         first, last, commits = (int(state[name]) for name in ("first_seq", "last_seq", "messages"))
         if self._checked:
             check_keeps_everything(config, self._may_lose)
@@ -228,6 +227,12 @@ class JetStreamLog:
     def _note_consumer(self) -> None:
         self.consumers += 1
 
+    @property
+    def obstacle(self) -> str:
+        """Why the stream can take no commits, as it was when last asked about; empty if it can, or has since."""
+        found, settled = self._obstacle
+        return found if self.appender.settled == settled else ""
+
     async def explain_silence(self) -> str:
         """Return why the readers get nothing, as far as the server says it; empty if it does not."""
         for reader in list(self._readers):
@@ -242,7 +247,7 @@ class JetStreamLog:
             if found.get("paused"):
                 until = found["config"].get("pause_until", "")
                 return f"the consumer {reader.consumer} is paused until {until}; resume it (nats consumer resume)"
-        return ""
+        return f"the last error of the connection: {self._connection.trouble}" if self._connection.trouble else ""
 
     async def explain_refusal(self) -> str:
         """Return why the server takes no commits, as far as stream and account say it; empty if they do not."""

@@ -51,7 +51,8 @@ _DENIED = re.compile(r'permissions violation for publish to "([^"]*)"', re.IGNOR
 PATIENCE_S = 60.0
 """Violations within this time of each other make the pause before a reconnect longer."""
 LONGEST_PAUSE_S = 5.0
-LEARN_S = 10.0
+LEARN_S, GUESS_S = 10.0, 1.0
+"""Seconds for measuring a limit: after a server has named it, and where it is only a guess."""
 SUSPECT = 4_096
 """A connection that is lost after more bytes than this were sent at once was perhaps closed for their size."""
 
@@ -237,12 +238,15 @@ class NatsConnection(Client):
         for waiting in list(self._resp_map.values()):
             if not waiting.done():  # the answer can't arrive any more
                 waiting.set_exception(NatsError("nats: the connection was lost"))
-        await self._learn()
         await super()._attempt_reconnect()
 
-    async def _learn(self) -> None:
-        """Find out what the server takes, if that may be why it has closed the connection, before sending again."""
+    async def learn(self) -> None:
+        """Find out what the server takes, if that may be why it has closed the connection, before sending again.
+
+        To be awaited in nats-py's callback for a lost connection: it reconnects after that.
+        """
         violation, self.violation = self.violation, ""
+        patience = LEARN_S
         if violation:
             now = time.monotonic()
             self._violations = [at for at in self._violations if now - at < PATIENCE_S] + [now]
@@ -250,9 +254,10 @@ class NatsConnection(Client):
                 await asyncio.sleep(min(0.05 * 2.0**count, LONGEST_PAUSE_S))
         elif self._largest_sent > max(self._proven, SUSPECT):
             violation = PAYLOAD  # the server's reason is often lost, because the client was still sending
+            patience = GUESS_S
         if violation and self.measure is not None:
             try:
-                async with asyncio.timeout(LEARN_S):
+                async with asyncio.timeout(patience):
                     await self.measure(violation, min(self._largest_sent, self.max_payload))
             except (OSError, NatsError, TimeoutError) as error:
                 logger.info("what the server takes (%s) could not be measured: %s", violation, error)

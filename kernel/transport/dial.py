@@ -226,6 +226,8 @@ async def connect(
     async def disconnected() -> None:
         if on_event is not None:
             on_event("disconnected")
+        if connection.is_reconnecting:
+            await connection.learn()
 
     async def reconnected() -> None:
         if on_event is not None:
