@@ -257,6 +257,8 @@ def _assemble(
     )
     database_check = DatabaseCheck(engine, projector, base.worker)
     closing.callback(database_check.close)
+    appends = AppendCheck(log, detector)
+    projection = ProjectionCheck(projector, log, detector, lambda: leases.held, governor.live)
     watchdog = Watchdog(app, base.loop_lag)
     closing.callback(watchdog.stop)
     watchdog.start()
@@ -264,13 +266,14 @@ def _assemble(
         base.health,
         {
             "log": partial(check_log, connection, log, projector.progress),
-            "appends": AppendCheck(log, detector).check,
+            "appends": appends.check,
             "database": database_check.check,
             "leases": partial(check_leases, ownership),
-            "projection": ProjectionCheck(projector, log, detector, lambda: leases.held, governor.live).check,
+            "projection": projection.check,
             "commands": check_commands,
             "loop": partial(check_loop, base.loop_lag, watchdog),
         },
+        {"appends": appends.observe, "projection": projection.observe},
     )
     closing.callback(probes.close)
     return Parts(

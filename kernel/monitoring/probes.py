@@ -13,6 +13,7 @@ from sqlalchemy import Engine, insert
 from kernel.errors import LogError, Replaced, Unavailable
 from kernel.log import JetStreamLog
 from kernel.monitoring.health import Health, NotWorking
+from kernel.monitoring.progress import overdue
 from kernel.monitoring.watchdog import Watchdog
 from kernel.partitions.ownership import Ownership
 from kernel.projector.live import RUNNING, Projector
@@ -37,10 +38,13 @@ class Probes:
 
     Args:
         checks: by the name of the component.
+        observed: functions that return for how many seconds work has been standing still, by component.
     """
 
-    def __init__(self, health: Health, checks: dict[str, Check]) -> None:
-        self._health, self.checks = health, checks
+    def __init__(
+        self, health: Health, checks: dict[str, Check], observed: dict[str, Callable[[], float]] | None = None
+    ) -> None:
+        self._health, self.checks, self._observed = health, checks, observed or {}
         self._under_way: dict[str, tuple[float, asyncio.Future[str]]] = {}
 
     async def probe(self) -> None:
@@ -48,9 +52,10 @@ class Probes:
         await asyncio.gather(*(self._probe(name, check) for name, check in self.checks.items()))
 
     async def recheck(self) -> None:
-        """Check again what does not work and is quick to check, so that a recovery shows at once."""
-        failing = [name for name in QUICK if name in self.checks and not self._health.components[name].ok]
-        await asyncio.gather(*(self._probe(name, self.checks[name]) for name in failing))
+        """Check again what is quick to check and does not work, or stands still: a change shows within a second."""
+        changing = [name for name in QUICK if name in self.checks and not self._health.components[name].ok]
+        changing += [name for name, observe in self._observed.items() if overdue(observe()) and name not in changing]
+        await asyncio.gather(*(self._probe(name, self.checks[name]) for name in changing))
 
     async def _probe(self, name: str, check: Check) -> None:
         began, probing = self._under_way.get(name, (0.0, None))

@@ -43,6 +43,11 @@ class Stall:
         return now - self._since
 
 
+def overdue(stalled: float) -> bool:
+    """Return whether work has been standing still for too long."""
+    return stalled >= STALLED_S
+
+
 class AppendCheck:
     """Says whether the log takes commits."""
 
@@ -51,12 +56,17 @@ class AppendCheck:
         self._stall = Stall()
         self._explained = False
 
+    def observe(self) -> float:
+        """Return for how many seconds commits have been waiting while none was settled. Costs next to nothing."""
+        appender = self._log.appender
+        waiting = appender.waiting_for
+        return min(waiting, self._stall.update(waiting > 0, appender.settled, time.monotonic()))
+
     async def check(self) -> str:
         """Raise `NotWorking` if commits are refused, or if some wait and none is acknowledged."""
         appender = self._log.appender
         now = time.perf_counter()
-        waiting = appender.waiting_for
-        stalled = self._stall.update(waiting > 0, appender.settled, now)
+        waiting, stalled = appender.waiting_for, self.observe()
         if appender.refusal:
             cause = await self._log.explain_refusal()
             explained, self._explained = self._explained, bool(cause)
@@ -67,7 +77,7 @@ class AppendCheck:
             appender.take_back_refusal()
         elif self._log.obstacle:
             raise NotWorking(self._log.obstacle)
-        if min(waiting, stalled) > STALLED_S:
+        if overdue(stalled):
             cause = await self._log.explain_refusal() or "the log does not answer them"
             raise NotWorking(f"commits wait for {waiting:.0f} s and none was acknowledged for {stalled:.0f} s: {cause}")
         return f"taken; pressure {self._detector.pressure.level.name.lower()}"
@@ -93,22 +103,29 @@ class ProjectionCheck:
         self._held, self._pace = held, pace
         self._stall = Stall()
 
+    def observe(self) -> float:
+        """Return for how many seconds commits have been waiting while none was written. Costs next to nothing."""
+        progress, now = self._projector.progress, time.monotonic()
+        begun = self._projector.state not in (STARTING, NO_PARTITIONS)
+        waiting = bool(self._held()) and (not begun or (progress.behind > 0 and not self._slowed(now)))
+        return self._stall.update(waiting, (progress.done, progress.projected), now)
+
+    def _slowed(self, now: float) -> bool:
+        return self._pace.bucket.wait(1.0, now) > 0
+
     async def check(self) -> str:
         """Raise `NotWorking` if they wait for something, or if commits wait and nothing is written."""
-        projector, progress = self._projector, self._projector.progress
+        projector = self._projector
         if not self._detector.backlog.projections:
             return "none"
-        state, now = projector.state, time.monotonic()
-        behind = progress.behind if self._held() else 0
-        slowed = self._pace.bucket.wait(1.0, now) > 0
-        begun = state not in (STARTING, NO_PARTITIONS)
-        waiting = bool(self._held()) and (not begun or (behind > 0 and not slowed))
-        stalled = self._stall.update(waiting, (progress.done, progress.projected), now)
+        state, stalled = projector.state, self.observe()
+        behind = projector.progress.behind if self._held() else 0
         if (writing := projector.committer.lasting) > WRITE_S:
             raise NotWorking(f"writing a batch for {writing:.0f} s; {behind} commits wait")
         if state not in (RUNNING, STARTING, NO_PARTITIONS):
             raise NotWorking(state)
         if stalled > STALLED_S:
+            begun = state == RUNNING
             what = f"{behind} commits wait" if begun else f"{state}: the checkpoints are not read"
             raise NotWorking(f"{what}, and nothing was written for {stalled:.0f} s: {await self._explain()}")
         critical = [
@@ -116,7 +133,7 @@ class ProjectionCheck:
             for projection in self._detector.backlog.projections.values()
             if projection.level == Level.CRITICAL
         ]
-        return "; ".join(["slowed by its limit" if slowed and behind else state, *critical])
+        return "; ".join(["slowed by its limit" if behind and self._slowed(time.monotonic()) else state, *critical])
 
     async def _explain(self) -> str:
         projector = self._projector
