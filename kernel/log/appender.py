@@ -78,7 +78,7 @@ class Appender:
         grouping: whether commits go out in atomic batches at present.
         refusal: why the log takes nothing at the moment, or nothing.
         refused_at: when an append was last refused for that, by the performance counter.
-        settled: appends that were acknowledged, found in the log, or met another commit: that the log works.
+        acknowledged: messages that the log has acknowledged.
         highest: highest stream sequence acknowledged.
 
     Args:
@@ -116,7 +116,7 @@ class Appender:
         self._closed = False
         self.refusal = ""
         self.refused_at = self._unheard_since = 0.0
-        self.settled = 0
+        self.acknowledged = self._met = 0
         self.highest = 0
         self._repeats = Repeats()
         self._note_limits()
@@ -198,6 +198,11 @@ class Appender:
             self._settler.oldest,
         )
         return max(0.0, time.perf_counter() - oldest)
+
+    @property
+    def settled(self) -> int:
+        """Appends that were acknowledged, found in the log, or met another commit: it changes while the log works."""
+        return self.acknowledged + self._met
 
     @property
     def read_backs(self) -> int:
@@ -299,7 +304,7 @@ class Appender:
             return
         if self.refusal:
             self.take_back_refusal()
-        self.settled += 1
+        self.acknowledged += 1
         self.highest = max(self.highest, ack.seq)
         if self._bursts.left:
             self._bursts.acknowledge()
@@ -343,7 +348,7 @@ class Appender:
         if error.err_code == _IN_FLIGHT_CONFLICT or (error.err_code == _WRONG_LAST_SEQUENCE and append.attempts > 1):
             self._settler.settle(group, error.description)
         elif error.err_code == _WRONG_LAST_SEQUENCE:
-            self.settled += 1
+            self._met += 1
             tail = error.description.rsplit(":", 1)[-1].strip()
             append.fail(Conflict(append.subject, append.expected, int(tail) if tail.isdigit() else None))
         elif error.err_code in _TOO_LARGE:
@@ -375,7 +380,7 @@ class Appender:
 
     def note_settled(self, sequence: int) -> None:
         """Note that a commit was found in the log, or another one in its place."""
-        self.settled += 1
+        self._met += 1
         self.highest = max(self.highest, sequence)
 
     # time-outs and reconnects

@@ -207,7 +207,7 @@ class JetStreamLog:
                 raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
-        self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.settled
+        self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.acknowledged
         first, last, commits = (int(state[name]) for name in ("first_seq", "last_seq", "messages"))
         if self._checked:
             check_keeps_everything(config, self._may_lose)
@@ -230,8 +230,8 @@ class JetStreamLog:
     @property
     def obstacle(self) -> str:
         """Why the stream can take no commits, as it was when last asked about; empty if it can, or has since."""
-        found, settled = self._obstacle
-        return found if self.appender.settled == settled else ""
+        found, acknowledged = self._obstacle
+        return found if self.appender.acknowledged == acknowledged else ""
 
     async def explain_silence(self) -> str:
         """Return why the readers get nothing, as far as the server says it; empty if it does not."""

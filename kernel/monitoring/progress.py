@@ -69,13 +69,14 @@ class AppendCheck:
         waiting, stalled = appender.waiting_for, self.observe()
         if appender.refusal:
             cause = await self._log.explain_refusal()
-            explained, self._explained = self._explained, bool(cause)
+            self._explained = self._explained or bool(cause)
             # what was in the way is gone, or nobody has asked for long: only a commit can tell
-            over = not cause and not waiting and (explained or now - appender.refused_at > QUIET_S)
+            over = not cause and not waiting and (self._explained or now - appender.refused_at > QUIET_S)
             if not over:
                 raise NotWorking(f"{appender.refusal}; {cause}" if cause else appender.refusal)
             appender.take_back_refusal()
-        elif self._log.obstacle:
+        self._explained = False
+        if self._log.obstacle:
             raise NotWorking(self._log.obstacle)
         if overdue(stalled):
             cause = await self._log.explain_refusal() or "the log does not answer them"
