@@ -62,7 +62,7 @@ WIRE: Final = {
     "rejected": "the aggregate refused: tell the user its message",
     "failed": "code of the app raised, or the stored history cannot be read: the service's log has the traceback",
     "invalid-event": "a handler returned a value that its field cannot hold: correct the handler; nothing was appended",
-    "too-large": "make the events of one command smaller or fewer, or raise `max_payload` of the server",
+    "too-large": "make the command or its events smaller, or raise `max_payload` of the server",
     "conflict": "others kept appending to the aggregate: send the command again with the same id",
     "overloaded": "wait `retry_after` seconds and send the command again with the same id",
     "unavailable": "nothing was appended: send the command again; if it lasts, look at the NATS server",

@@ -26,14 +26,14 @@ from kernel.monitoring.health import Health
 from kernel.monitoring.probes import (
     DatabaseCheck,
     Probes,
-    check_appends,
     check_commands,
     check_leases,
     check_log,
     check_loop,
-    check_projection,
 )
+from kernel.monitoring.progress import AppendCheck, ProjectionCheck
 from kernel.monitoring.signals import SignalCollector
+from kernel.monitoring.watchdog import Watchdog
 from kernel.partitions.leases import Leases
 from kernel.partitions.ownership import Ownership
 from kernel.projector.live import Projector
@@ -257,17 +257,23 @@ def _assemble(
     )
     database_check = DatabaseCheck(engine, projector, base.worker)
     closing.callback(database_check.close)
+    appends = AppendCheck(log, detector)
+    projection = ProjectionCheck(projector, log, detector, lambda: leases.held, governor.live)
+    watchdog = Watchdog(app, base.loop_lag)
+    closing.callback(watchdog.stop)
+    watchdog.start()
     probes = Probes(
         base.health,
         {
             "log": partial(check_log, connection, log, projector.progress),
-            "appends": partial(check_appends, log.appender, detector),
+            "appends": appends.check,
             "database": database_check.check,
             "leases": partial(check_leases, ownership),
-            "projection": partial(check_projection, projector, detector),
+            "projection": projection.check,
             "commands": check_commands,
-            "loop": partial(check_loop, base.loop_lag),
+            "loop": partial(check_loop, base.loop_lag, watchdog),
         },
+        {"appends": appends.observe, "projection": projection.observe},
     )
     closing.callback(probes.close)
     return Parts(

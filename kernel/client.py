@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import orjson
@@ -27,7 +27,7 @@ from kernel.settings.sources import changed
 from kernel.telemetry.tracing import sender_context
 from kernel.transport.connection import NatsConnection, status_of
 from kernel.transport.dial import dial
-from kernel.transport.outbox import Outbox
+from kernel.transport.outbox import CERTAIN, Outbox
 from projections.checkpoints import reached
 from projections.database import open_database
 
@@ -35,6 +35,17 @@ RESEND_S = 2.0
 """Without an answer for so long a command is sent again, with the same id."""
 JITTER = 0.25
 """Share of the time to retry after that is added to it at random: clients refused together must not return together."""
+
+
+class _Waiting(NamedTuple):
+    """A request that has no answer yet."""
+
+    future: asyncio.Future[Receipt]
+    subject: bytes
+
+
+class _Denied(CommandError):
+    """The server does not let the client's user publish: to try again would not help."""
 
 
 class Client:
@@ -49,7 +60,7 @@ class Client:
         self.app, self.log = app, log
         self._context = sender_context(tracing)
         self._connection, self._engine = connection, engine
-        self._waiting: dict[bytes, asyncio.Future[Receipt]] = {}
+        self._waiting: dict[bytes, _Waiting] = {}
         self._token = 0
         self._inbox = connection.new_inbox().encode()
         self._outbox = Outbox(connection)
@@ -99,6 +110,8 @@ class Client:
         engine = open_database(database, read_only=True, **settings.database.options()) if database else None
         client = cls(app, connection, log, engine, tracing=settings.tracing.enabled)
         await connection.listen(f"{client._inbox.decode()}.*", client._answered)
+        connection.reconnections.append(client._lost_connection)
+        connection.denials.append(client._denied)
         return client
 
     async def __aenter__(self) -> Self:
@@ -146,7 +159,7 @@ class Client:
         Raises:
             aggregates.Rejected: the aggregate refused.
             aggregates.InvalidId: the id can't be addressed.
-            CommandError: anything else, with its type.
+            CommandError: anything else, with its type; `too-large` before anything is sent.
             CommandTimeout: no answer; the command may or may not have taken effect (send it again with its id).
         """
         spec = spec_of(type(command))
@@ -167,14 +180,21 @@ class Client:
         )
 
     async def send(self, request: dict[str, Any], timeout: float = 15.0) -> Receipt:
-        """Send a request in its wire form; see `execute`."""
+        """Send a request in its wire form; see `execute`.
+
+        A request that is larger than the server takes is refused here, before each attempt: the server would close the
+        connection, and lose what others have under way on it.
+        """
         address = self.log.subjects.address(request["aggregate"], request["id"])
         subject = self.log.subjects.commands(address.partition).encode()
         payload = orjson.dumps(request, default=plain)
         deadline = self._loop.time() + timeout
         attempt = 1
         pause = 0.05
+        refused = ""
         while True:
+            if len(payload) > CERTAIN and not self._connection.fits(subject, payload):
+                raise self._too_large(request["command"], len(payload))
             try:
                 return await self._request(subject, payload, min(RESEND_S, deadline - self._loop.time()))
             except (TimeoutError, ConnectionError, Overloaded) as error:
@@ -185,23 +205,43 @@ class Client:
                         raise
                     raise CommandTimeout(
                         f"no answer to {request['command']} for {request['aggregate']} {request['id']} within "
-                        f"{timeout:g} s ({attempt} attempts); its id is {request['command_id']}"
+                        f"{timeout:g} s ({attempt} attempts); its id is {request['command_id']}{refused}"
                     ) from None
                 if not isinstance(error, TimeoutError):
                     await asyncio.sleep(pause)
                     pause = min(pause * 1.5, 1.0)
             except CommandError as error:
-                if error.type not in ("unavailable", "unknown-outcome") or self._loop.time() + pause >= deadline:
+                passes = error.type in ("unavailable", "unknown-outcome") and not isinstance(error, _Denied)
+                if not passes or self._loop.time() + pause >= deadline:
                     raise
+                refused = f"; an attempt before the last one was refused: {error}"
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, 1.0)
             attempt += 1
+
+    def _too_large(self, command: str, size: int) -> CommandError:
+        most = self._connection.max_payload
+        return CommandError(
+            "too-large", f"the request {command} has {size} bytes; the server takes {most} (max_payload)"
+        )
+
+    def _lost_connection(self) -> None:
+        """After a reconnect: what was under way is sent again, unless this server takes less and refuses it."""
+        for waiting in self._waiting.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(ConnectionError("the connection was lost"))
+
+    def _denied(self, subject: str) -> None:
+        for waiting in self._waiting.values():
+            if waiting.subject.decode() == subject and not waiting.future.done():
+                why = f"the user of this connection may not publish to {subject}: see its permissions"
+                waiting.future.set_exception(_Denied("unavailable", why))
 
     async def _request(self, subject: bytes, payload: bytes, timeout: float) -> Receipt:
         self._token += 1
         token = b"%d" % self._token
         future: asyncio.Future[Receipt] = self._loop.create_future()
-        self._waiting[token] = future
+        self._waiting[token] = _Waiting(future, subject)
         self._outbox.publish(subject, payload, reply=b"%b.%b" % (self._inbox, token))
         # cheaper than a time-out context: most commands are answered long before
         handle = self._loop.call_later(max(timeout, 0.001), self._expire, token)
@@ -212,14 +252,15 @@ class Client:
             self._waiting.pop(token, None)
 
     def _expire(self, token: bytes) -> None:
-        future = self._waiting.get(token)
-        if future is not None and not future.done():
-            future.set_exception(TimeoutError())
+        waiting = self._waiting.get(token)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_exception(TimeoutError())
 
     def _answered(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        future = self._waiting.get(subject[subject.rfind(b".") + 1 :])
-        if future is None or future.done():
+        waiting = self._waiting.get(subject[subject.rfind(b".") + 1 :])
+        if waiting is None or waiting.future.done():
             return
+        future = waiting.future
         if status_of(headers) == 503:
             future.set_exception(ConnectionError("no worker accepts commands for this app at the moment"))
             return

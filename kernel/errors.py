@@ -22,7 +22,7 @@
     │   └── BadCredentials              a file or an option of `security` cannot be used
     ├── LogError                        the log could not do what was asked
     │   ├── Conflict                    something else was appended first
-    │   ├── PayloadTooLarge             a commit is larger than the log takes
+    │   ├── PayloadTooLarge             a commit or a request is larger than the server takes
     │   ├── StreamMismatch              the stream is not what the app needs
     │   ├── Replaced                    the stream is not the one that the service works on
     │   └── Unavailable                 the log cannot be reached, or is full
@@ -142,7 +142,7 @@ class Conflict(LogError):
 
 
 class PayloadTooLarge(LogError):
-    """A commit is larger than the log takes; the message has both sizes."""
+    """A commit or a request is larger than the server takes; the message has both sizes."""
 
 
 class StreamMismatch(LogError):

@@ -18,12 +18,12 @@ from kernel.governance.sharing import share_limits
 from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.health import Health
 from kernel.monitoring.http import HttpServer
-from kernel.monitoring.probes import PROBE_S
+from kernel.monitoring.probes import PROBE_S, RECHECK_S
 from kernel.runtime.directory import DataDirectory, running_as, worker_name
 from kernel.runtime.scheduler import Scheduler
 from kernel.settings import Settings
 from kernel.telemetry.loop_lag import LoopLag
-from kernel.telemetry.metrics import APPENDS_IN_FLIGHT, APPENDS_QUEUED, READ_BACKS, SHELLS
+from kernel.telemetry.metrics import APPENDS_IN_FLIGHT, APPENDS_QUEUED, CONSUMERS, READ_BACKS, SHELLS
 
 logger = logging.getLogger("eskernel.service")
 
@@ -66,7 +66,7 @@ class Service:
         self._spec = spec
         self._loop_lag = LoopLag()
         self._parts: Parts | None = None
-        self._read_backs = 0
+        self._read_backs = self._consumers = 0
         self._closed = False
         self._closing = AsyncExitStack()
         self._subscriptions = AsyncExitStack()
@@ -146,6 +146,7 @@ class Service:
         every(1.0, self._govern)
         every(settings.backlog.interval, parts.detector.measure_pressure)
         every(settings.connection.health_check_interval, parts.probes.probe)
+        every(RECHECK_S, parts.probes.recheck)
         if self.app.projections:
             every(settings.backlog.interval, parts.detector.detect_backlog)
             every(min(1.0, settings.dead_letters.retry_after), parts.retries.retry_dead_letters)
@@ -157,6 +158,8 @@ class Service:
         appender = parts.log.appender
         READ_BACKS.inc(appender.read_backs - self._read_backs)
         self._read_backs = appender.read_backs
+        CONSUMERS.inc(parts.log.consumers - self._consumers)
+        self._consumers = parts.log.consumers
         SHELLS.set(len(parts.gateway.actors))
         queued, in_flight = appender.pressure
         APPENDS_QUEUED.set(queued)
@@ -192,8 +195,16 @@ class Service:
         return {"worker": self.worker, "workers": list(self.parts.ownership.members.workers)}
 
     def _answer_status(self, _subject: bytes, reply: bytes, _payload: bytes, _headers: bytes | None) -> None:
-        if reply:
-            self.parts.outbox.publish(reply, orjson.dumps(self.status()))
+        if not reply:
+            return
+        status = self.status()
+        if not self.parts.outbox.publish(reply, orjson.dumps(status)):
+            # what is long, and not needed to see whether the service works
+            status["jobs"] = []
+            for projection in status["backlog"]["projections"]:
+                projection["partitions"] = []
+            if not self.parts.outbox.publish(reply, orjson.dumps(status)):
+                logger.warning("the status of this worker is larger than the server takes (max_payload)")
 
     def status(self) -> dict[str, Any]:
         """Return what `eskernel status` shows, as JSON data."""

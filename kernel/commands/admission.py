@@ -149,7 +149,9 @@ class Admission:
         """Pass on a command for another worker's partition: its sender did not know whose, or it has just moved."""
         if subject == self._anywhere:
             # where no worker listens, the server answers the sender
-            self._outbox.publish(self._subjects.commands(partition).encode(), payload, reply=reply)
+            if not self._outbox.publish(self._subjects.commands(partition).encode(), payload, reply=reply):
+                why = f"the request has {len(payload)} bytes; the server does not let it pass on to its partition"
+                self._refuse(reply, "too-large", why, command_id)
         else:
             self._refuse(reply, "unavailable", f"partition {partition} is moving", command_id, MOVED_RETRY_S)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection
 
+from kernel.log.repeats import Repeats
 from kernel.protocol import ErrorType, Receipt, encode_error, encode_receipt
 from kernel.telemetry.metrics import COMMAND_SECONDS, COMMANDS, COMMANDS_PENDING, count_error_of, observe_all
 from kernel.transport.outbox import Outbox
 
+logger = logging.getLogger("eskernel.commands")
+SHORTER = (1_000, 200, 50)
+"""Characters of an error's message that are tried, one after the other, where the server does not take the message."""
 RETRY_AFTER_S = 0.2
 """When a sender may try again that was refused for a reason that passes."""
 
@@ -72,18 +77,28 @@ class Answers:
         # since the metrics were last brought up to date: answers by aggregate, command, outcome; and their times
         self._outcomes: dict[tuple[str, str, str], int] = {}
         self._times: list[float] = []
+        self._repeats = Repeats()
 
     def send_receipt(self, reply: bytes, receipt: Receipt) -> None:
         """Answer a command that took effect."""
-        if reply:
-            self._outbox.publish(reply, encode_receipt(receipt))
+        if reply and not self._outbox.publish(reply, encode_receipt(receipt)):
+            # the sender knows the id
+            short = Receipt(receipt.version, receipt.sequence, receipt.partition, "", receipt.duplicate)
+            self._publish_or_drop(reply, encode_receipt(short))
 
     def send_error(
         self, reply: bytes, type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None
     ) -> None:
-        """Answer a command that did not take effect."""
-        if reply:
-            self._outbox.publish(reply, encode_error(type, message, command_id, retry_after))
+        """Answer a command that did not take effect. The message is cut if the server does not take all of it."""
+        if reply and not self._outbox.publish(reply, encode_error(type, message, command_id, retry_after)):
+            for length in SHORTER:
+                if self._outbox.publish(reply, encode_error(type, message[:length], command_id, retry_after)):
+                    return
+            self._publish_or_drop(reply, encode_error(type, "", "", retry_after))
+
+    def _publish_or_drop(self, reply: bytes, answer: bytes) -> None:
+        if not self._outbox.publish(reply, answer) and (more := self._repeats.due("dropped")) is not None:
+            logger.warning("an answer is larger than the server takes; its sender gets none: %.80r%s", reply, more)
 
     def count_refused(self, outcome: str) -> None:
         """Count a request that was refused before it was admitted."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -20,10 +21,11 @@ from typing import Any
 import msgspec
 
 from aggregates.context import uuid7
-from kernel.errors import Conflict, LogError, PayloadTooLarge, Replaced, Unavailable
+from kernel.errors import Conflict, LogError, PayloadTooLarge, Replaced, Unavailable, UnknownOutcome
 from kernel.log.base import Stored
 from kernel.log.bursts import BurstMeter
-from kernel.log.settling import LONGEST_PAUSE_S, Append, Settler, closed
+from kernel.log.repeats import Repeats
+from kernel.log.settling import Append, Settler, closed
 from kernel.settings.jetstream import GroupCommit
 from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
@@ -38,9 +40,14 @@ MAX_GROUPS_IN_FLIGHT = 1
 """More groups would be smaller ones, and each costs the server milliseconds: with 2, 256 commands went slower."""
 HEADERS = 512
 """Bytes of a message that are kept free for its headers."""
-VERIFY_AGAIN_S = 0.1
+CONTROL_LINE = 128
+"""Bytes of a control line that are kept free for what is not the subject: the inbox, the sizes."""
+VERIFY_AGAIN_S, VERIFY_LATEST_S = 0.1, 1.0
+UNHEARD_S = 2.0
+"""Where no stream takes an append for so long it is refused. While a cluster elects a leader none does."""
 
-_WRONG_LAST_SEQUENCE, _IN_FLIGHT_CONFLICT, _MESSAGE_TOO_LARGE = 10071, 10164, 10054
+_WRONG_LAST_SEQUENCE, _IN_FLIGHT_CONFLICT = 10071, 10164
+_TOO_LARGE = {10054, 10097}
 _FULL = {10023, 10047, 10077, 10122}
 
 
@@ -70,6 +77,8 @@ class Appender:
     Attributes:
         grouping: whether commits go out in atomic batches at present.
         refusal: why the log takes nothing at the moment, or nothing.
+        refused_at: when an append was last refused for that, by the performance counter.
+        acknowledged: messages that the log has acknowledged.
         highest: highest stream sequence acknowledged.
 
     Args:
@@ -106,7 +115,11 @@ class Appender:
         self._flushing = False
         self._closed = False
         self.refusal = ""
+        self.refused_at = self._unheard_since = 0.0
+        self.acknowledged = self._met = 0
         self.highest = 0
+        self._repeats = Repeats()
+        self._note_limits()
         self._verified = True
         self._reconnects = 0
         self._verifying: set[asyncio.Task[None]] = set()
@@ -118,6 +131,7 @@ class Appender:
         self._loop = asyncio.get_running_loop()
         self._stop_listening = await self._connection.listen(f"{self._inbox.decode()}.*", self._acknowledged)
         self._connection.reconnections.append(self._lost_connection)
+        self._connection.denials.append(self._denied)
         self._spawn(self._expire(), self._tasks)
 
     def _spawn(self, work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
@@ -130,19 +144,39 @@ class Appender:
         future: asyncio.Future[int] = self._loop.create_future()
         if self._closed:
             future.set_exception(Unavailable("the log is closed"))
-        elif len(payload) > self.max_payload:
-            future.set_exception(
-                PayloadTooLarge(f"{subject}: a commit of {len(payload)} bytes; the server takes {self.max_payload}")
-            )
+        elif len(payload) > self._most or len(subject) > self._longest_subject:
+            future.set_exception(self._too_large(subject, payload))
         else:
             self._waiting.append(Append(subject, expected, payload, future))
             self._schedule_flush()
         return future
 
+    def _note_limits(self) -> None:
+        self._most = self._connection.max_payload - HEADERS
+        self._longest_subject = self._connection.max_control_line - CONTROL_LINE
+
+    def _fits(self, append: Append) -> bool:
+        """Return whether the server takes a commit, and end it if it does not: the server's limits can change."""
+        if len(append.payload) <= self._most and len(append.subject) <= self._longest_subject:
+            return True
+        append.fail(self._too_large(append.subject, append.payload))
+        return False
+
+    def _too_large(self, subject: str, payload: bytes) -> PayloadTooLarge:
+        if len(payload) > self._most:
+            return PayloadTooLarge(
+                f"{subject}: a commit of {len(payload)} bytes; the server takes {self._most} (max_payload less "
+                f"{HEADERS} for headers)"
+            )
+        return PayloadTooLarge(
+            f"{subject[:80]}...: a subject of {len(subject)} bytes; the server takes {self._longest_subject} "
+            f"(max_control_line less {CONTROL_LINE})"
+        )
+
     @property
     def max_payload(self) -> int:
         """Most bytes of a commit: the server's limit less room for the headers."""
-        return self._connection.max_payload - HEADERS
+        return self._most
 
     @property
     def is_open(self) -> bool:
@@ -158,8 +192,17 @@ class Appender:
     def waiting_for(self) -> float:
         """Seconds since the oldest append was asked for that has no answer."""
         first = next(iter(self._in_flight.values()), None)
-        oldest = first[0] if first else self._waiting[0] if self._waiting else None
-        return time.perf_counter() - oldest.started if oldest is not None else 0.0
+        oldest = min(
+            first[0].started if first else math.inf,
+            self._waiting[0].started if self._waiting else math.inf,
+            self._settler.oldest,
+        )
+        return max(0.0, time.perf_counter() - oldest)
+
+    @property
+    def settled(self) -> int:
+        """Appends that were acknowledged, found in the log, or met another commit: it changes while the log works."""
+        return self.acknowledged + self._met
 
     @property
     def read_backs(self) -> int:
@@ -195,6 +238,8 @@ class Appender:
 
     def send_again(self, append: Append) -> None:
         """Send a commit once more."""
+        if not self._fits(append):
+            return
         frames: list[bytes] = []
         self._send_one(append, time.perf_counter(), frames)
         self._connection.send(b"".join(frames))
@@ -251,15 +296,15 @@ class Appender:
         self._messages_in_flight -= len(group)
         self._schedule_flush()
         if headers is not None and status_of(headers):
-            self._settler.settle(group, "the stream does not answer")
+            self._unheard(group)
             return
         ack = _decode_ack(payload)
         if ack.error is not None:
             self._refused(group, ack.error)
             return
         if self.refusal:
-            logger.info("the log takes commits again")
-            self.refusal = ""
+            self.take_back_refusal()
+        self.acknowledged += 1
         self.highest = max(self.highest, ack.seq)
         if self._bursts.left:
             self._bursts.acknowledge()
@@ -269,32 +314,74 @@ class Appender:
             if not append.future.done():
                 append.future.set_result(first + offset)
 
+    def _unheard(self, group: list[Append]) -> None:
+        """Nothing has taken these commits: no stream has their subjects, or it has no leader at present."""
+        subject = group[0].subject
+        self._refuse(f"no stream takes {subject}: it is gone, its subjects were changed, or it has no leader")
+        self._unheard_since = self._unheard_since or self.refused_at
+        for append in group:
+            if append.uncertain:
+                self._settler.settle([append], self.refusal)
+            elif self.refused_at - self._unheard_since < UNHEARD_S:
+                self._settler.try_again(append)
+            else:
+                append.fail(Unavailable(self.refusal))
+
+    def _denied(self, subject: str) -> None:
+        """The server does not let this user publish to a subject; it does not answer such a message."""
+        for group in self._in_flight.values():
+            for append in group:
+                if append.subject == subject and not append.future.done():
+                    self._refuse(f"the user of this connection may not publish to {subject}: see its permissions")
+                    append.fail(UnknownOutcome(self.refusal) if append.uncertain else Unavailable(self.refusal))
+
     def _refused(self, group: list[Append], error: _ApiError) -> None:
         if len(group) > 1:
             # one conflict rejects the whole batch: its members are sent one by one
             frames: list[bytes] = []
             for append in group:
-                self._send_one(append, time.perf_counter(), frames)
+                if not append.future.done() and self._fits(append):
+                    self._send_one(append, time.perf_counter(), frames)
             self._connection.send(b"".join(frames))
             return
         append = group[0]
         if error.err_code == _IN_FLIGHT_CONFLICT or (error.err_code == _WRONG_LAST_SEQUENCE and append.attempts > 1):
             self._settler.settle(group, error.description)
         elif error.err_code == _WRONG_LAST_SEQUENCE:
+            self._met += 1
             tail = error.description.rsplit(":", 1)[-1].strip()
             append.fail(Conflict(append.subject, append.expected, int(tail) if tail.isdigit() else None))
-        elif error.err_code == _MESSAGE_TOO_LARGE:
-            append.fail(PayloadTooLarge(f"{append.subject}: {error.description}"))
-        elif error.err_code in _FULL or error.code in (429, 503):
-            self._note_refusal(f"the log is full or busy: {error.description}")
-            append.fail(Unavailable(self.refusal))
+        elif error.err_code in _TOO_LARGE:
+            append.fail(
+                PayloadTooLarge(f"{append.subject}: a commit of {len(append.payload)} bytes: {error.description}")
+            )
         else:
-            append.fail(LogError(f"{append.subject}: {error.description} ({error.err_code})"))
+            full = error.err_code in _FULL or error.code in (429, 503)
+            self._refuse(
+                f"the log is full or busy: {error.description}"
+                if full
+                else f"the log refuses commits: {error.description} ({error.err_code})"
+            )
+            append.fail(Unavailable(self.refusal))
 
-    def _note_refusal(self, why: str) -> None:
-        if not self.refusal:
-            logger.warning("%s; commands have to wait until the log takes commits", why)
+    def _refuse(self, why: str) -> None:
+        """Note that the log takes nothing, and why."""
+        self.refused_at = time.perf_counter()
+        if not self.refusal and (more := self._repeats.due("refused")) is not None:
+            logger.warning("%s; commands have to wait until the log takes commits%s", why, more)
         self.refusal = why
+
+    def take_back_refusal(self) -> None:
+        """Take the log for one that takes commits: it does, or it was not asked for a long time."""
+        if self._repeats.due("taken") is not None:
+            logger.info("the log takes commits again")
+        self.refusal = ""
+        self._unheard_since = 0.0
+
+    def note_settled(self, sequence: int) -> None:
+        """Note that a commit was found in the log, or another one in its place."""
+        self._met += 1
+        self.highest = max(self.highest, sequence)
 
     # time-outs and reconnects
 
@@ -304,6 +391,8 @@ class Appender:
         self._in_flight.clear()
         self._messages_in_flight = 0
         self._bursts.abort()
+        self._note_limits()
+        self._waiting = deque(append for append in self._waiting if self._fits(append))
         for group in groups:
             self._settler.settle(group, "the connection was lost")
         self._reconnects += 1
@@ -321,10 +410,10 @@ class Appender:
             except Replaced:
                 return  # another log: nothing may be appended to it
             except Exception as error:
-                if not isinstance(error, LogError):
-                    logger.exception("the log could not be verified after a reconnect; trying again")
+                if not isinstance(error, LogError) and (more := self._repeats.due("verify")) is not None:
+                    logger.exception("the log could not be verified after a reconnect; trying again%s", more)
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                pause = min(2 * pause, VERIFY_LATEST_S)
             else:
                 # an answer from before another reconnect says nothing of the server behind it
                 self._verified = reconnects == self._reconnects
@@ -337,7 +426,9 @@ class Appender:
             for token in [token for token, group in self._in_flight.items() if group[0].sent < overdue]:
                 group = self._in_flight.pop(token)
                 self._messages_in_flight -= len(group)
-                self._note_refusal(f"no acknowledgement for {self._timeout:g} s; is the server's disk full?")
+                if all(append.future.done() for append in group):
+                    continue
+                self._refuse(f"no acknowledgement for {self._timeout:g} s; is the server's disk full?")
                 self._settler.settle(group, "no acknowledgement")
             self._schedule_flush()
             lapsed = time.perf_counter() - self._deadline
@@ -354,6 +445,7 @@ class Appender:
             task.cancel()
         self._settler.close()
         self._connection.reconnections.remove(self._lost_connection)
+        self._connection.denials.remove(self._denied)
         for append in [*self._waiting, *(append for group in self._in_flight.values() for append in group)]:
             append.fail(closed())
         self._in_flight.clear()

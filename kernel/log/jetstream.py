@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from kernel.errors import Replaced, StreamMismatch, Unavailable
+from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
 from kernel.log.reader import JetStreamReader
@@ -26,6 +26,10 @@ FORMAT = 1
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
 
 
+class _Lost(Exception):
+    """The connection was lost before a request was answered."""
+
+
 class JetStreamLog:
     """One app's stream. Made by `open_log` (which looks after the stream) or `find_log` (which does not).
 
@@ -37,6 +41,7 @@ class JetStreamLog:
 
     Attributes:
         created: when the stream was created, as it was when the log was opened.
+        consumers: how many consumers its readers have created.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class JetStreamLog:
         self.created = str(stream["created"])
         self._on_replaced = on_replaced
         self._acknowledged = 0
+        self._obstacle = ("", 0)
+        self.consumers = 0
         self._connection = connection
         self._live = settings.consumer
         # a rebuild acknowledges nothing, and reads as fast as it can
@@ -85,6 +92,7 @@ class JetStreamLog:
         await self.appender.start()
         self._inbox = self._connection.new_inbox()
         self._stop_listening = await self._connection.listen(f"{self._inbox}.*", self._got)
+        self._connection.reconnections.append(self._lost_connection)
 
     @property
     def max_payload(self) -> int:
@@ -108,7 +116,8 @@ class JetStreamLog:
 
     async def _get_batch(self, subject: str, after: int, into: list[Stored]) -> int:
         """Fetch up to 1,000 commits in one round trip; return how many are still there behind them."""
-        for _attempt in range(2):
+        attempts = 0
+        while attempts < 2:
             self._get_token += 1
             token = b"%d" % self._get_token
             before = len(into)
@@ -126,10 +135,19 @@ class JetStreamLog:
                 async with asyncio.timeout(self._connection.request_timeout):
                     return await future
             except TimeoutError:
+                attempts += 1
+                del into[before:]
+            except _Lost:
                 del into[before:]
             finally:
                 self._gets.pop(token, None)
         raise Unavailable(f"reading {subject}: no answer from the stream")
+
+    def _lost_connection(self) -> None:
+        """After a reconnect: answers to what was asked before will not come."""
+        for _, future in self._gets.values():
+            if not future.done():
+                future.set_exception(_Lost())
 
     def _got(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
         entry = self._gets.get(subject[subject.rfind(b".") + 1 :])
@@ -172,8 +190,9 @@ class JetStreamLog:
 
     async def _reader(self, after: int, subject: str | None, settings: Consumer) -> JetStreamReader:
         reader = JetStreamReader(
-            self._connection, self._call, self.stream, after, subject, settings, self._worker, self._note_acknowledged
-        )
+            self._connection, self._call, self.stream, after, subject, settings, self._worker, self._note_acknowledged,
+            self._note_consumer,
+        )  # fmt: skip
         self._readers.add(reader)
         return reader
 
@@ -188,6 +207,7 @@ class JetStreamLog:
                 raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
+        self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.acknowledged
         first, last, commits = (int(state[name]) for name in ("first_seq", "last_seq", "messages"))
         if self._checked:
             check_keeps_everything(config, self._may_lose)
@@ -203,6 +223,44 @@ class JetStreamLog:
             commits=commits,
             durability=_durability(config),
         )
+
+    def _note_consumer(self) -> None:
+        self.consumers += 1
+
+    @property
+    def obstacle(self) -> str:
+        """Why the stream can take no commits, as it was when last asked about; empty if it can, or has since."""
+        found, acknowledged = self._obstacle
+        return found if self.appender.acknowledged == acknowledged else ""
+
+    async def explain_silence(self) -> str:
+        """Return why the readers get nothing, as far as the server says it; empty if it does not."""
+        for reader in list(self._readers):
+            if reader.trouble:
+                return f"the server ends the consumer: {reader.trouble}"
+            if not reader.consumer:
+                continue
+            try:
+                found = await self._call(f"CONSUMER.INFO.{self.stream}.{reader.consumer}", None)
+            except LogError as error:
+                return f"the consumer {reader.consumer}: {error}"
+            if found.get("paused"):
+                until = found["config"].get("pause_until", "")
+                return f"the consumer {reader.consumer} is paused until {until}; resume it (nats consumer resume)"
+        return f"the last error of the connection: {self._connection.trouble}" if self._connection.trouble else ""
+
+    async def explain_refusal(self) -> str:
+        """Return why the server takes no commits, as far as stream and account say it; empty if they do not."""
+        if self.obstacle:
+            return self.obstacle
+        try:
+            account = await self._call("INFO", None)
+        except LogError:
+            return ""
+        most, used = account.get("limits", {}).get("max_storage", -1), account.get("storage", 0)
+        if most >= 0 and used + OVERHEAD > most:
+            return f"the account's storage is full: {used} of {most} bytes"
+        return ""
 
     def _note_acknowledged(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
@@ -235,7 +293,47 @@ class JetStreamLog:
         await self.appender.close()
         for reader in list(self._readers):
             await reader.close()
+        if self._lost_connection in self._connection.reconnections:
+            self._connection.reconnections.remove(self._lost_connection)
         await self._stop_listening()
+
+
+OVERHEAD = 512
+"""Bytes of the smallest commit, as a server counts them, roughly: less room than that is none."""
+
+
+def find_obstacle(config: dict[str, Any], state: dict[str, Any], events: str) -> str:
+    """Return why a stream can take no commits, in a sentence, or nothing.
+
+    Args:
+        events: the subject filter of the app's events.
+    """
+    name = config["name"]
+    if config.get("sealed"):
+        return f"stream {name!r} is sealed: it takes no commits any more"
+    subjects = config.get("subjects") or []
+    if not any(_covers(subject, events) for subject in subjects):
+        return f"stream {name!r} has the subjects {subjects}, and does not take {events}; set them back"
+    if config.get("no_ack"):
+        return f"stream {name!r} has no_ack: it acknowledges no commit; set it back"
+    if config.get("discard") == "new":
+        most_bytes, most = config.get("max_bytes", -1), config.get("max_msgs", -1)
+        if 0 < most_bytes < state["bytes"] + OVERHEAD:
+            return f"stream {name!r} is full: {state['bytes']} of {most_bytes} bytes; raise stream.max_bytes"
+        if 0 < most <= state["messages"]:
+            return f"stream {name!r} is full: {most} messages; raise stream.max_messages"
+    return ""
+
+
+def _covers(filter: str, subject: str) -> bool:
+    """Return whether a subject filter takes everything that another one takes."""
+    mine, others = filter.split("."), subject.split(".")
+    for place, word in enumerate(mine):
+        if word == ">":
+            return len(others) > place
+        if place == len(others) or others[place] == ">" or word not in ("*", others[place]):
+            return False
+    return len(mine) == len(others)
 
 
 _LOSING = ("max_age",)

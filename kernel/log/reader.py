@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -27,6 +28,8 @@ MAX_SUBJECTS = 200_000
 
 READ_AHEAD = 128_000
 """Default for the commits that the server delivers ahead of acknowledgements: four full batches."""
+LONGEST_PAUSE_S = 5.0
+"""A consumer that brings nothing before the server ends it is not replaced sooner than after a growing pause."""
 _numbers = itertools.count(1)
 Api = Callable[..., Any]
 
@@ -39,6 +42,11 @@ class JetStreamReader:
         subject: subject filter, or None to read the whole stream, which is fastest.
         worker: name of the worker, for the consumer's name.
         on_acknowledge: called with each sequence that is acknowledged.
+        on_consumer: called whenever a consumer was created.
+
+    Attributes:
+        consumer: the name of the consumer; empty if there is none.
+        trouble: why the server has ended the last consumer, empty if it has not.
     """
 
     def __init__(
@@ -51,8 +59,9 @@ class JetStreamReader:
         settings: Consumer,
         worker: str,
         on_acknowledge: Callable[[int], None],
+        on_consumer: Callable[[], None],
     ) -> None:
-        self._on_acknowledge = on_acknowledge
+        self._on_acknowledge, self._on_consumer = on_acknowledge, on_consumer
         self._connection, self._api, self._stream = connection, api, stream
         self._after, self._subject = after, subject
         self._settings, self._worker = settings, worker
@@ -64,7 +73,9 @@ class JetStreamReader:
         self._subjects: dict[bytes, str] = {}
         self._arrived = asyncio.Event()
         self._broken = True
-        self._consumer = ""
+        self.consumer = self.trouble = ""
+        self._fruitless = 0
+        self._not_before = 0.0
         self._stop_listening: Callable[[], Any] | None = None
         self._requested = 0
         self._delivered = 0
@@ -98,16 +109,22 @@ class JetStreamReader:
             config["filter_subject"] = self._subject
         where = ".".join(filter(None, (f"CONSUMER.CREATE.{self._stream}.{config['name']}", self._subject)))
         answer = await self._api(where, {"stream_name": self._stream, "config": config})
-        self._consumer = answer["name"]
+        self.consumer = answer["name"]
         self._buffer.clear()
         self._handed.clear()
         self._requested = self._delivered = 0
         self._broken = False
         self._heard = time.monotonic()
+        self._on_consumer()
+        # until it brings something
+        self._fruitless += 1
+        if self._fruitless > 1:
+            pause = min(0.01 * 2.0 ** min(self._fruitless, 16), LONGEST_PAUSE_S)
+            self._not_before = self._heard + pause * random.uniform(0.5, 1.0)
         # a new inbox each time: late messages of the old consumer must not reach the new one
         self._inbox = self._connection.new_inbox()
         self._stop_listening = await self._connection.listen(self._inbox, self._receive)
-        self._next = f"{self._connection.api}.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}".encode()
+        self._next = f"{self._connection.api}.CONSUMER.MSG.NEXT.{self._stream}.{self.consumer}".encode()
         self._pull()
 
     def _receive(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
@@ -123,6 +140,7 @@ class JetStreamReader:
             self._requested -= int(left) if left else self._requested
             self._arrived.set()
         elif status != 100:
+            self.trouble = (headers or b"")[9:80].split(b"\r\n")[0].decode(errors="replace")
             self._break()
 
     def _pull(self) -> None:
@@ -146,6 +164,8 @@ class JetStreamReader:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._broken:
+                if not await self._rest(deadline):
+                    return CommitBatch([], 0)
                 await self._start()
             if self._buffer:
                 batch = self._take(limit)
@@ -164,6 +184,15 @@ class JetStreamReader:
                 if time.monotonic() - self._heard > 2.5 * self._heartbeat:
                     self._broken = True
 
+    async def _rest(self, deadline: float | None) -> bool:
+        """Pause before another consumer, where the last ones brought nothing; return False if the deadline is first."""
+        pause = self._not_before - time.monotonic()
+        if pause <= 0:
+            return True
+        left = pause if deadline is None else deadline - time.monotonic()
+        await asyncio.sleep(max(0.0, min(pause, left)))
+        return left >= pause
+
     def _take(self, limit: int) -> CommitBatch | None:
         taken = self._buffer[:limit]
         del self._buffer[:limit]
@@ -177,6 +206,7 @@ class JetStreamReader:
             self._broken = True
             return None
         self._delivered += len(taken)
+        self._fruitless, self.trouble = 0, ""
         if self._acknowledging:
             if any(reply.split(b".", offset)[offset - 1] != b"1" for _, reply, _ in taken):
                 self._broken = True  # a redelivered message comes out of order
@@ -209,8 +239,8 @@ class JetStreamReader:
         if self._stop_listening is not None:
             await self._stop_listening()
             self._stop_listening = None
-        if self._consumer:
-            consumer, self._consumer = self._consumer, ""
+        if self.consumer:
+            consumer, self.consumer = self.consumer, ""
             try:
                 await self._api(f"CONSUMER.DELETE.{self._stream}.{consumer}", {})
             except LogError:

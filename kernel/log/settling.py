@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Protocol
 
-from kernel.errors import Conflict, LogError, UnknownOutcome
+from kernel.errors import Conflict, LogError, Unavailable, UnknownOutcome
 from kernel.log.base import Stored
+from kernel.log.repeats import Repeats
 
 logger = logging.getLogger("eskernel.log")
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_OFFLINE_PAUSE_S = 0.02, 1.0, 0.5
+FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_OFFLINE_PAUSE_S = 0.02, 4.0, 0.5
+
+
+def pause_after(attempts: int) -> float:
+    """Return the pause in seconds after so many attempts in vain; at random, so that not all come back at once."""
+    longest = min(FIRST_PAUSE_S * 2.0 ** min(attempts, 16), LONGEST_PAUSE_S)
+    return longest * random.uniform(0.5, 1.0)
 
 
 class Append:
@@ -24,9 +32,10 @@ class Append:
         future: gets the commit's stream sequence, or why there is none.
         started, sent: when it was asked for, and when it last went out, by the performance counter.
         attempts: how often it went out.
+        uncertain: an attempt may have taken effect; otherwise every attempt was refused.
     """
 
-    __slots__ = ("attempts", "expected", "future", "payload", "sent", "started", "subject")
+    __slots__ = ("attempts", "expected", "future", "payload", "sent", "started", "subject", "uncertain")
 
     def __init__(self, subject: str, expected: int, payload: bytes, future: asyncio.Future[int]) -> None:
         self.subject = subject
@@ -36,6 +45,7 @@ class Append:
         self.started = time.perf_counter()
         self.sent = 0.0
         self.attempts = 0
+        self.uncertain = False
 
     def fail(self, error: Exception) -> None:
         """End with an error, unless it has ended."""
@@ -53,12 +63,16 @@ class Sender(Protocol):
     def send_again(self, append: Append) -> None:
         """Send a commit once more."""
 
+    def note_settled(self, sequence: int) -> None:
+        """Note that a commit was found in the log, or another one in its place."""
+
 
 class Settler:
     """Finds out what happened to appends whose answers were lost.
 
     Each is read back: it is in the log; or another commit is in its place; or neither, and then it is sent again,
-    which its expected sequence makes safe. An append that cannot be settled within the deadline ends as unknown.
+    which its expected sequence makes safe. The pauses grow with each attempt. An append that cannot be settled within
+    the deadline ends as unknown.
 
     Args:
         last: reads a subject's last commit from the leader.
@@ -73,7 +87,13 @@ class Settler:
     ) -> None:
         self._sender, self._last, self._deadline = sender, last, deadline
         self._under_way: dict[asyncio.Task[None], Append] = {}
+        self._repeats = Repeats()
         self.read_backs = 0
+
+    @property
+    def oldest(self) -> float:
+        """When the oldest of the appends that are being settled was asked for; infinite if there is none."""
+        return min((append.started for append in self._under_way.values()), default=float("inf"))
 
     def settle(self, appends: Iterable[Append], why: str) -> None:
         """Find out about these, in the background.
@@ -83,13 +103,32 @@ class Settler:
         """
         for append in appends:
             if not append.future.done():
+                append.uncertain = True
                 task = asyncio.get_running_loop().create_task(self._settle(append, why))
                 self._under_way[task] = append
                 task.add_done_callback(self._under_way.pop)
 
+    def try_again(self, append: Append) -> None:
+        """Send an append again that was refused for a reason that passes, after a pause, in the background."""
+        task = asyncio.get_running_loop().create_task(self._try_again(append))
+        self._under_way[task] = append
+        task.add_done_callback(self._under_way.pop)
+
+    async def _try_again(self, append: Append) -> None:
+        await asyncio.sleep(pause_after(append.attempts))
+        if append.future.done():
+            return
+        if self._sender.is_open:
+            self._sender.send_again(append)
+        else:
+            append.fail(Unavailable(f"{append.subject}: the log can't be reached"))
+
     async def _settle(self, append: Append, why: str) -> None:
-        pause = FIRST_PAUSE_S
         give_up = append.started + self._deadline
+        pause = FIRST_PAUSE_S
+        if append.attempts > 1:
+            # what it was sent again for has not passed
+            await asyncio.sleep(min(pause_after(append.attempts), max(0.0, give_up - time.perf_counter())))
         while not append.future.done():
             longest = LONGEST_PAUSE_S
             if not self._sender.is_open:
@@ -112,14 +151,17 @@ class Settler:
         except LogError as error:
             return str(error)
         except Exception as error:
-            logger.exception("the log could not be read back; trying again")
+            if (more := self._repeats.due(type(error).__name__)) is not None:
+                logger.exception("the log could not be read back; trying again%s", more)
             return f"{type(error).__name__}: {error}"
         found = last.sequence if last is not None else 0
         if append.future.done():
             return None
         if last is not None and last.payload == append.payload:
+            self._sender.note_settled(found)
             append.future.set_result(found)
         elif found != append.expected:
+            self._sender.note_settled(0)
             append.fail(Conflict(append.subject, append.expected, found, True))
         elif time.perf_counter() < give_up and self._sender.is_open:
             self._sender.send_again(append)

@@ -18,6 +18,8 @@ OLDEST = (2, 10)
 """Oldest supported version of nats-server; the tests run on it."""
 ATOMIC = (2, 12)
 """First version of nats-server with atomic batches."""
+LEAST_PAYLOAD = 1_024
+"""Smallest `max_payload` of a server with which an app can work: receipts and errors must fit."""
 _NEEDED = ("subjects", "retention", "storage", "allow_direct")
 """Fields that an event log depends on, and that can't be changed when the stream contains events."""
 _UNSET = {"max_age": 0, "max_bytes": -1, "max_msgs": -1, "compression": "none", "num_replicas": 1}
@@ -78,7 +80,12 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[Differenc
 
 
 def check_server(connection: NatsConnection) -> None:
-    """Raise `StreamMismatch` if the server is too old."""
+    """Raise `StreamMismatch` if the server is too old, or takes only the smallest messages."""
+    if (most := connection.max_payload) < LEAST_PAYLOAD:
+        raise StreamMismatch(
+            f"the server takes messages of at most {most} bytes; set its max_payload to {LEAST_PAYLOAD} or more (its "
+            "default is 1 MB)"
+        )
     if server_version(connection) < OLDEST:
         least = ".".join(map(str, OLDEST))
         raise StreamMismatch(f"nats-server {version_text(connection)} is too old; {least} or newer is needed")

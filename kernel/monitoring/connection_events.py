@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import re
 from collections.abc import Callable
 
+from kernel.log.repeats import Repeats
 from kernel.telemetry.metrics import CONNECTED, CONNECTION_EVENTS, RECONNECTS, count_connection_error
 
 logger = logging.getLogger("eskernel.monitoring")
-REPEAT_S = 10.0
-"""The same event is logged once in so many seconds: while a server is down it happens several times a second."""
+_QUOTED = re.compile(r'"[^"]*"')
+"""What differs between errors of the same kind: the subject of each message that may not be published, for instance."""
 
 
 class ConnectionEvents:
@@ -25,7 +26,8 @@ class ConnectionEvents:
     def __init__(self, stopped: asyncio.Event, on_closed: Callable[[str], None]) -> None:
         self._stopped, self._on_closed = stopped, on_closed
         self._established = False
-        self._logged = ("", 0.0)
+        # while a server is down the same error happens several times a second
+        self._repeats = Repeats()
 
     def establish(self) -> None:
         """Note that the connection was made."""
@@ -48,8 +50,7 @@ class ConnectionEvents:
         if event == "closed" and self._established:
             # nats-py gives up after some errors of the server; nothing would ever work again
             self._on_closed("the connection to NATS was closed for good; the lines before say why")
-        else:
-            now = time.monotonic()
-            if event != self._logged[0] or now - self._logged[1] > REPEAT_S:
-                self._logged = event, now
-                logger.warning("NATS: %s", event)
+        elif not event.startswith("error"):
+            logger.warning("NATS: %s", event)
+        elif (more := self._repeats.due(_QUOTED.sub("", event))) is not None:
+            logger.warning("NATS: %s%s", event, more)

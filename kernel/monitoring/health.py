@@ -22,6 +22,10 @@ PUBLISHING = ("log", "appends", "leases", "commands", "loop")
 PROJECTING = ("log", "database", "leases", "projection", "loop")
 
 
+class NotWorking(Exception):
+    """A component does not work; the message says why."""
+
+
 @dataclass(slots=True)
 class Component:
     """One part of the service.

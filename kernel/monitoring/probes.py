@@ -12,12 +12,11 @@ from sqlalchemy import Engine, insert
 
 from kernel.errors import LogError, Replaced, Unavailable
 from kernel.log import JetStreamLog
-from kernel.log.appender import Appender
-from kernel.monitoring.backlog import Level
-from kernel.monitoring.detector import Detector
-from kernel.monitoring.health import Health
+from kernel.monitoring.health import Health, NotWorking
+from kernel.monitoring.progress import overdue
+from kernel.monitoring.watchdog import Watchdog
 from kernel.partitions.ownership import Ownership
-from kernel.projector.live import NO_PARTITIONS, RUNNING, STARTING, Projector
+from kernel.projector.live import RUNNING, Projector
 from kernel.projector.progress import ReadProgress
 from kernel.telemetry.loop_lag import LoopLag
 from kernel.transport.connection import NatsConnection
@@ -25,16 +24,13 @@ from projections.tables import stream
 
 PROBE_S = 5.0
 """Longest time for one check."""
-WRITE_S = 10.0
-"""A batch that takes longer to write is reported as stuck."""
+QUICK = ("appends", "leases", "projection")
+"""Components whose checks ask no other process, or hardly: they are checked more often while they do not work."""
+RECHECK_S = 0.5
 LATE_S = 2.0
 """An event loop that is late by more is not responsive."""
 Check = Callable[[], Coroutine[Any, Any, str]]
 """Returns what is known of a component that works; raises if it does not."""
-
-
-class NotWorking(Exception):
-    """A component does not work; the message says why."""
 
 
 class Probes:
@@ -42,15 +38,24 @@ class Probes:
 
     Args:
         checks: by the name of the component.
+        observed: functions that return for how many seconds work has been standing still, by component.
     """
 
-    def __init__(self, health: Health, checks: dict[str, Check]) -> None:
-        self._health, self.checks = health, checks
+    def __init__(
+        self, health: Health, checks: dict[str, Check], observed: dict[str, Callable[[], float]] | None = None
+    ) -> None:
+        self._health, self.checks, self._observed = health, checks, observed or {}
         self._under_way: dict[str, tuple[float, asyncio.Future[str]]] = {}
 
     async def probe(self) -> None:
         """Check every component, all at the same time; one whose check does not answer in time does not work."""
         await asyncio.gather(*(self._probe(name, check) for name, check in self.checks.items()))
+
+    async def recheck(self) -> None:
+        """Check again what is quick to check and does not work, or stands still: a change shows within a second."""
+        changing = [name for name in QUICK if name in self.checks and not self._health.components[name].ok]
+        changing += [name for name, observe in self._observed.items() if overdue(observe()) and name not in changing]
+        await asyncio.gather(*(self._probe(name, self.checks[name]) for name in changing))
 
     async def _probe(self, name: str, check: Check) -> None:
         began, probing = self._under_way.get(name, (0.0, None))
@@ -101,13 +106,6 @@ async def check_log(connection: NatsConnection, log: JetStreamLog, progress: Rea
     return f"{info.commits} commits, the last is {info.last}"
 
 
-async def check_appends(appender: Appender, detector: Detector) -> str:
-    """Say whether the log takes commits."""
-    if appender.refusal:
-        raise NotWorking(appender.refusal)
-    return f"taken; pressure {detector.pressure.level.name.lower()}"
-
-
 async def check_leases(ownership: Ownership) -> str:
     """Say whether this worker holds partitions, where it should."""
     held, total, share = ownership.holdings
@@ -117,36 +115,18 @@ async def check_leases(ownership: Ownership) -> str:
     return detail
 
 
-async def check_projection(projector: Projector, detector: Detector) -> str:
-    """Say whether the projections go on."""
-    if not detector.backlog.projections:
-        return "none"
-    state = projector.state
-    if (writing := projector.committer.lasting) > WRITE_S:
-        raise NotWorking(f"writing a batch for {writing:.0f} s")
-    if state not in (RUNNING, STARTING, NO_PARTITIONS):
-        raise NotWorking(state)
-    critical = [
-        f"{projection.projection} is {round(projection.behind)} commits and {projection.age:.0f} s behind"
-        for projection in detector.backlog.projections.values()
-        if projection.level == Level.CRITICAL
-    ]
-    if critical:
-        raise NotWorking(f"{state}; {', '.join(critical)}")
-    return state
-
-
 async def check_commands() -> str:
     """Say that commands are taken: they are, from the start of the service to its stop."""
     return "taken"
 
 
-async def check_loop(loop_lag: LoopLag) -> str:
-    """Say how late the event loop was since the last check."""
-    lag = loop_lag.worst("health")
+async def check_loop(loop_lag: LoopLag, watchdog: Watchdog) -> str:
+    """Say how late the event loop was since the last check, and because of what."""
+    lag, blocked = loop_lag.worst("health"), watchdog.worst()
+    cause = f": {blocked}" if blocked is not None else ""
     if lag > LATE_S:
-        raise NotWorking(f"the event loop was late by {lag:.1f} s")
-    return f"late by {lag * 1000:.0f} ms at most"
+        raise NotWorking(f"the event loop was late by {lag:.1f} s{cause}")
+    return f"late by {lag * 1000:.0f} ms at most{cause}"
 
 
 class DatabaseCheck:

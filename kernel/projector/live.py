@@ -19,11 +19,12 @@ from kernel.app import App
 from kernel.errors import LogError
 from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog
+from kernel.log.repeats import Repeats
 from kernel.projector.committer import AWAY, Committer
 from kernel.projector.progress import ReadProgress
 from kernel.projector.session import ProjectorContext, Session
 from kernel.settings import Settings
-from kernel.telemetry.metrics import FENCED
+from kernel.telemetry.metrics import FENCED, SESSIONS_FAILED
 from kernel.telemetry.tracing import NO_TRACING, Tracer
 from projections.database import is_infrastructure
 from projections.errors import Fenced
@@ -31,6 +32,8 @@ from projections.errors import Fenced
 logger = logging.getLogger("eskernel.projector")
 
 Verify = Callable[[], Coroutine[Any, Any, None]]
+UNSURE = 4
+"""A worker whose leases are in doubt looks again after the pause that follows so many failures."""
 STARTING, RUNNING, NO_PARTITIONS = "starting", "running", "waiting for partitions"
 
 
@@ -46,6 +49,7 @@ class Projector:
 
     Attributes:
         state: what it does, or waits for; for people.
+        trouble: why the last session ended, until something is written again; empty otherwise.
         progress: what is read, in hand, and written.
         committer: writes the batches.
     """
@@ -73,6 +77,8 @@ class Projector:
         self._idle = asyncio.Event()
         self._idle.set()
         self.state = STARTING
+        self.trouble = ""
+        self._repeats = Repeats()
         self.progress = ReadProgress(log.subjects.partitions)
         self.committer = Committer(settings.consumer.backoff, self._interrupted, self._set_state)
         self._context = ProjectorContext(
@@ -93,6 +99,8 @@ class Projector:
 
     def _set_state(self, state: str) -> None:
         self.state = state
+        if state == RUNNING:
+            self.trouble = ""
 
     @property
     def position(self) -> int:
@@ -128,30 +136,43 @@ class Projector:
             self._idle.set()
             if not self._owned:
                 self.state = NO_PARTITIONS
-                await self._interrupted.wait()
+                if self._wanted:
+                    # a lease is in doubt: nobody says so when it is not any more
+                    await self.committer.rest(UNSURE)
+                else:
+                    await self._interrupted.wait()
                 continue
             began_at = self.position
             try:
                 await self._project()
             except Fenced as error:
-                logger.info("projection goes on from its checkpoints (a rebuild, or another worker): %s", error)
+                self._note("fenced", error, logging.INFO, "projection goes on (a rebuild, or another worker)")
                 FENCED.inc()
                 await verify()
             except LogError as error:
-                logger.warning("projection waits for the log: %s", error)
+                self._note("log", error, logging.WARNING, "projection waits for the log")
                 self.state = f"waiting for the log: {error}"
             except Exception as error:
                 if is_infrastructure(error):
-                    logger.warning("projection waits for the database: %s", str(error).splitlines()[0])
+                    self._note("database", error, logging.WARNING, "projection waits for the database")
                     self.state = AWAY
                 else:
-                    logger.exception("projection failed; it will be tried again")
-                    self.state = f"failing: {type(error).__name__}: {error}"
+                    self._note("other", error, logging.ERROR, "projection failed; it will be tried again")
+                    self.state = f"failing: {self.trouble}"
             if not self._interrupted.is_set():
                 failures = failures + 1 if self.position == began_at else 1
                 await self.committer.rest(failures)
         self._owned = frozenset()
         self._idle.set()
+
+    def _note(self, cause: str, error: Exception, level: int, what: str) -> None:
+        """Count a failure, and log it; one that comes back again and again only once in a while."""
+        SESSIONS_FAILED.labels(cause=cause).inc()
+        text = str(error).splitlines()[0] if str(error) else ""
+        unexpected = cause == "other"
+        self.trouble = f"{type(error).__name__}: {text}" if unexpected else text
+        if (more := self._repeats.due(f"{cause}: {self.trouble}")) is not None:
+            logger.log(level, "%s: %s%s", what, self.trouble, more, exc_info=error if unexpected else None)
 
     async def _project(self) -> None:
         """Claim the partitions and project them, until interrupted or until something fails."""

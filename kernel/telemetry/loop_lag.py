@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 TICK_S = 0.05
 
@@ -28,10 +29,14 @@ class LoopLag:
                 self._worst[reader] = late
         self.start()
 
+    @property
+    def overdue(self) -> float:
+        """Seconds for which a tick has been overdue, from any thread; 0 before the start and after the stop."""
+        return max(0.0, time.monotonic() - self._due) if self._handle is not None else 0.0
+
     def worst(self, reader: str) -> float:
         """Return the longest delay in seconds since this reader's last call, including a tick that is overdue now."""
-        overdue = max(0.0, asyncio.get_running_loop().time() - self._due) if self._handle is not None else 0.0
-        worst, self._worst[reader] = max(self._worst.get(reader, 0.0), overdue), 0.0
+        worst, self._worst[reader] = max(self._worst.get(reader, 0.0), self.overdue), 0.0
         return worst
 
     def stop(self) -> None:

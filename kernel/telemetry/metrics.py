@@ -43,6 +43,10 @@ BATCH_SECONDS = Histogram("eskernel_batch_write_seconds", "Time of a batch's dat
 BATCH_EVENTS = Histogram("eskernel_batch_events", "Events in a batch", buckets=_MANY)
 ROWS = Counter("eskernel_rows_written_total", "Rows and tallies written or deleted", ["projection"])
 FENCED = Counter("eskernel_fenced_batches_total", "Batches that the fence refused")
+SESSIONS_FAILED = Counter(
+    "eskernel_projection_failures_total", "Times that the live projection began again after a failure", ["cause"]
+)
+CONSUMERS = Counter("eskernel_consumers_created_total", "Consumers created to read the log")
 LAG = Gauge("eskernel_projection_lag_commits", "Commits behind in this worker's partitions, of the worst projection")
 POSITION = Gauge("eskernel_projection_position", "Stream sequence up to which everything is projected")
 # backlog and pressure

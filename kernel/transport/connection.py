@@ -11,7 +11,10 @@ test in `tests/kernel/transport` checks these names.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from nats.aio.client import Client
@@ -24,8 +27,13 @@ ConnectionTrouble = NatsError
 Listener = Callable[[bytes, bytes, bytes, bytes | None], None]
 """Called with subject, reply subject, payload, and the header bytes or None. It must not raise or block."""
 
-_M, _H = b"MH"
+logger = logging.getLogger("eskernel.transport")
+_M, _H, _MINUS = b"MH-"
+PAYLOAD, CONTROL_LINE = "payload", "control line"
 CLOSE_S = 2.0
+MAX_CONTROL_LINE = 4096
+CONTROL_LINE_REST = 32
+"""Bytes of a control line beside its subjects: the verb, the sizes and the spaces."""
 _TEMPORARY = (
     "authorization violation",
     "authentication expired",
@@ -37,6 +45,16 @@ _TEMPORARY = (
     "server shutdown",
 )
 """Reasons for which a server closes a connection, but after which it may accept a new one."""
+_VIOLATIONS = {"maximum payload violation": PAYLOAD, "maximum control line exceeded": CONTROL_LINE}
+"""Reasons for which a server closes a connection because of one message: it must not be sent again."""
+_DENIED = re.compile(r'permissions violation for publish to "([^"]*)"', re.IGNORECASE)
+PATIENCE_S = 60.0
+"""Violations within this time of each other make the pause before a reconnect longer."""
+LONGEST_PAUSE_S = 5.0
+LEARN_S, GUESS_S = 10.0, 1.0
+"""Seconds for measuring a limit: after a server has named it, and where it is only a guess."""
+SUSPECT = 4_096
+"""A connection that is lost after more bytes than this were sent at once was perhaps closed for their size."""
 
 
 class _FrameParser(Parser):
@@ -70,6 +88,9 @@ class _FrameParser(Parser):
                 head = int(parts[-2])
                 reply = parts[2] if len(parts) == 5 else b""
             else:
+                if first == _MINUS:
+                    # nats-py passes it on in lower case, and subjects are not
+                    self.nc.error_line = buffer[position:line_end].decode(errors="replace")
                 self.buf = bytearray(buffer[position : line_end + 2])
                 await super().parse()
                 if self.resets != resets:
@@ -100,6 +121,11 @@ class NatsConnection(Client):
         trouble: last error of the connection, empty while it works.
         api: prefix of JetStream's API.
         request_timeout: time limit in seconds for an answer of the API.
+        max_control_line: most bytes of the line that begins a message and has its subjects. No server announces it:
+            it is a server's default until one has refused a shorter line.
+        denials: functions that are called with a subject to which the server let this user not publish.
+        measure: called after a server has closed the connection, perhaps because of a message that is larger than it
+            takes: with which limit, and the size in question. It sets the limits that this server has.
     """
 
     def __init__(self) -> None:
@@ -110,6 +136,32 @@ class NatsConnection(Client):
         self.trouble = ""
         self.api = "$JS.API"
         self.request_timeout = 5.0
+        self.max_control_line = MAX_CONTROL_LINE
+        self.denials: list[Callable[[str], None]] = []
+        self.measure: Callable[[str, int], Awaitable[None]] | None = None
+        self.violation = self.error_line = ""
+        self._hidden_limit = 0
+        self._violations: list[float] = []
+        self._largest_sent = self._proven = 0
+
+    @property
+    def max_payload(self) -> int:
+        """Most bytes of a message, its headers included: what the server announces, or less where an account has less.
+
+        It changes when the connection is made again.
+        """
+        announced: int = self._max_payload
+        return min(announced, self._hidden_limit or announced)
+
+    def limit_payload(self, most: int) -> None:
+        """Note that the server takes less than it announces."""
+        self._hidden_limit = most
+
+    def fits(self, subject: bytes, payload: bytes, reply: bytes = b"", /) -> bool:
+        """Return whether the server takes a message without headers. A larger one would cost the connection."""
+        if len(payload) > self.max_payload:
+            return False
+        return len(subject) + len(reply) + CONTROL_LINE_REST <= self.max_control_line
 
     async def listen(self, subject: str, listener: Listener, queue: str = "", linger: float = 0.0) -> Callable[[], Any]:
         """Subscribe, and return a coroutine function that unsubscribes. The subscription survives reconnects.
@@ -152,6 +204,8 @@ class NatsConnection(Client):
             # any other exception would permanently end nats-py's attempts to reconnect
             raise NatsError(f"nats: the answer is not from a NATS server: {error}") from error
         self.trouble = ""
+        self._largest_sent = 0
+        self._drop_oversized()
         if self._reading_task is not None:
             self._reading_task.add_done_callback(self._read_loop_ended)
 
@@ -166,7 +220,12 @@ class NatsConnection(Client):
         await super()._process_info(info, initial_connection)
 
     async def _process_err(self, err_msg: str) -> None:
-        if any(known in err_msg.lower() for known in _TEMPORARY):
+        low = err_msg.lower()
+        if denied := _DENIED.search(self.error_line or err_msg):
+            for callback in self.denials:
+                callback(denied[1])
+        self.violation = next((kind for text, kind in _VIOLATIONS.items() if text in low), self.violation)
+        if self.violation or any(known in low for known in _TEMPORARY):
             # nats-py would close the connection permanently
             error = NatsError(f"nats: {err_msg}")
             await self._error_cb(error)
@@ -180,6 +239,54 @@ class NatsConnection(Client):
             if not waiting.done():  # the answer can't arrive any more
                 waiting.set_exception(NatsError("nats: the connection was lost"))
         await super()._attempt_reconnect()
+
+    async def learn(self) -> None:
+        """Find out what the server takes, if that may be why it has closed the connection, before sending again.
+
+        To be awaited in nats-py's callback for a lost connection: it reconnects after that.
+        """
+        violation, self.violation = self.violation, ""
+        patience = LEARN_S
+        if violation:
+            now = time.monotonic()
+            self._violations = [at for at in self._violations if now - at < PATIENCE_S] + [now]
+            if (count := len(self._violations)) > 1:
+                await asyncio.sleep(min(0.05 * 2.0**count, LONGEST_PAUSE_S))
+        elif self._largest_sent > max(self._proven, SUSPECT):
+            violation = PAYLOAD  # the server's reason is often lost, because the client was still sending
+            patience = GUESS_S
+        if violation and self.measure is not None:
+            try:
+                async with asyncio.timeout(patience):
+                    await self.measure(violation, min(self._largest_sent, self.max_payload))
+            except (OSError, NatsError, TimeoutError) as error:
+                logger.info("what the server takes (%s) could not be measured: %s", violation, error)
+            else:
+                self._proven = max(self._proven, self._largest_sent)
+
+    def _drop_oversized(self) -> None:
+        """Drop what waits to be sent and is larger than this server takes: it would close the connection again.
+
+        The senders learn of it as they learn of any lost message, or from the new limits.
+        """
+        kept = [left for frames in self._pending if (left := self._within_limits(bytes(frames)))]
+        self._pending, self._pending_data_size = kept, sum(map(len, kept))
+
+    def _within_limits(self, frames: bytes) -> bytes:
+        kept: list[bytes] = []
+        position = 0
+        while position < len(frames):
+            line_end = frames.find(b"\r\n", position)
+            end = line_end + 2 if line_end >= 0 else len(frames)
+            fits = True
+            if frames.startswith((b"PUB ", b"HPUB "), position) and line_end >= 0:
+                size = int(frames[position:line_end].rsplit(b" ", 1)[1])
+                end += size + 2
+                fits = size <= self.max_payload and line_end - position <= self.max_control_line
+            if fits:
+                kept.append(frames[position:end])
+            position = end
+        return frames if sum(map(len, kept)) == len(frames) else b"".join(kept)
 
     def _abort(self) -> None:
         """Drop the old connection. An orderly close would wait for a dead peer to accept unsent data.
@@ -227,7 +334,8 @@ class NatsConnection(Client):
     def send(self, frames: bytes) -> None:
         """Queue protocol frames for the socket. While disconnected they wait; they are sent after the reconnect."""
         self._pending.append(frames)
-        self._pending_data_size += len(frames)
+        self._pending_data_size += (size := len(frames))
+        self._largest_sent = max(self._largest_sent, size)
         if self._flush_queue is not None and self._flush_queue.empty() and self.is_connected:
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
 

@@ -18,6 +18,7 @@ from kernel.errors import BadCredentials, ConnectionFailed
 from kernel.settings import Connection, JetStream, Security, Settings
 from kernel.settings.fields import shown
 from kernel.transport.connection import NatsConnection
+from kernel.transport.limits import measuring
 
 logger = logging.getLogger("eskernel.transport")
 _JWT = re.compile(r"-----BEGIN NATS USER JWT-----\r?\n([\w-]+\.[\w-]+\.[\w-]+)\r?\n")
@@ -225,6 +226,8 @@ async def connect(
     async def disconnected() -> None:
         if on_event is not None:
             on_event("disconnected")
+        if connection.is_reconnecting:
+            await connection.learn()
 
     async def reconnected() -> None:
         if on_event is not None:
@@ -237,6 +240,7 @@ async def connect(
             on_event("closed")
 
     settings = {**connection_options(Connection()), "pending_size": 64 * 1024 * 1024, **options}
+    connection.measure = measuring(connection, settings)
     reconnects, settings["allow_reconnect"] = settings["allow_reconnect"], True  # at the start each server is tried
     connecting = asyncio.ensure_future(
         connection.connect(

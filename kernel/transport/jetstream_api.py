@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import nats.errors
 import orjson
 
-from kernel.errors import LogError, Unavailable
+from kernel.errors import LogError, PayloadTooLarge, Unavailable
 from kernel.transport.connection import NatsConnection
 
 NO_MESSAGE, NO_STREAM = 10037, 10059
@@ -38,14 +38,21 @@ async def call_api(
 
     Raises:
         ApiError: the API answered with an error.
+        PayloadTooLarge: the request is larger than the server takes.
         Unavailable: the API did not answer.
     """
     task = asyncio.current_task()
     cancelled = task.cancelling() if task is not None else 0
+    request = orjson.dumps(body) if body else b""
+    if len(request) > connection.max_payload:
+        raise PayloadTooLarge(
+            f"JetStream API {subject}: a request of {len(request)} bytes; the server takes {connection.max_payload} "
+            "(max_payload)"
+        )
     try:
         message = await connection.request(
             f"{connection.api}.{subject}",
-            orjson.dumps(body) if body else b"",
+            request,
             timeout=timeout or connection.request_timeout,
         )
     except nats.errors.NoRespondersError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from kernel.errors import PayloadTooLarge
 from kernel.transport.connection import NatsConnection, publish_frame, status_of
 
 logger = logging.getLogger("eskernel.transport")
@@ -19,7 +20,15 @@ ANSWER_S = 2.0
 async def survey(
     connection: NatsConnection, subject: str, payload: bytes = b"", timeout: float = ANSWER_S
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the workers' answers, sorted by worker name, and the names of the workers that did not answer in time."""
+    """Return the workers' answers, sorted by worker name, and the names of the workers that did not answer in time.
+
+    Raises:
+        PayloadTooLarge: the request is larger than the server takes.
+    """
+    if not connection.fits(subject.encode(), payload):
+        raise PayloadTooLarge(
+            f"{subject}: a request of {len(payload)} bytes; the server takes {connection.max_payload} (max_payload)"
+        )
     answers: dict[str, dict[str, Any]] = {}
     known: set[str] = set()
     complete = asyncio.Event()

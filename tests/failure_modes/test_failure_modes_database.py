@@ -280,7 +280,7 @@ def locked_file(file: Path) -> Iterator[None]:
 async def test_a_file_that_another_process_locks_is_shown_and_waited_for(
     nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernel.monitoring.probes.WRITE_S", 0.5)
+    monkeypatch.setattr("kernel.monitoring.progress.WRITE_S", 0.5)
     async with running(app_name, tmp_path, nats_url) as here:
         await here.note(20)
         with locked_file(tmp_path / "projections.db"):

@@ -506,4 +506,38 @@ MUTANTS = [
         "if at < 0}",
         (f"{SERVICE}::test_a_query_after_a_receipt_says_how_far_the_projection_got[sqlite]",),
     ),
+    # readiness
+    Mutant(
+        "readiness-by-state",
+        "work that waits while none gets done is not ready, whatever the state is said to be",
+        "kernel/monitoring/progress.py",
+        "if stalled > STALLED_S:",
+        "if stalled > STALLED_S and state != RUNNING:",
+        (
+            "tests/kernel/monitoring/test_readiness.py::"
+            "test_commits_that_wait_while_nothing_is_written_are_not_ready_whatever_the_state_is",
+        ),
+    ),
+    Mutant(
+        "oversized-command-sent",
+        "a command too large for the server costs its sender nothing but a refusal",
+        "kernel/client.py",
+        "if len(payload) > CERTAIN and not self._connection.fits(subject, payload):",
+        "if False:",
+        (
+            "tests/kernel/transport/test_limits.py::"
+            "test_a_command_too_large_for_the_server_is_refused_before_it_is_sent",
+        ),
+    ),
+    Mutant(
+        "oversized-replayed",
+        "what a server refused is not sent to it again",
+        "kernel/transport/connection.py",
+        "self._largest_sent = 0\n        self._drop_oversized()",
+        "self._largest_sent = 0",
+        (
+            "tests/kernel/transport/test_limits.py::"
+            "test_commands_queued_while_disconnected_are_not_replayed_to_a_server_that_takes_less",
+        ),
+    ),
 ]

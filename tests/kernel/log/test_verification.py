@@ -10,6 +10,7 @@ import pytest
 
 from kernel.errors import StreamMismatch
 from kernel.log import find_log, open_log
+from kernel.log.reader import JetStreamReader
 from kernel.partitions.leases import Leases
 from kernel.settings import Settings
 from kernel.transport.connection import NatsConnection
@@ -138,3 +139,27 @@ async def test_a_request_of_a_task_that_is_being_cancelled_is_answered(connectio
     await waiting.wait()
     stopping.cancel()
     assert "limits" in await stopping
+
+
+async def test_a_consumer_that_the_server_ends_at_once_is_replaced_less_and_less_often(
+    connection: NatsConnection, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await open_log(connection, app_name)
+    address = log.subjects.address("Account", "a")
+    await log.append(address.subject, 0, b"[1]")
+    pull = JetStreamReader._pull
+
+    def end(self: JetStreamReader) -> None:
+        status = b"NATS/1.0 409 Consumer Deleted\r\n\r\n"
+        asyncio.get_running_loop().call_later(0.001, self._receive, b"", b"", b"", status)
+
+    monkeypatch.setattr(JetStreamReader, "_pull", end)
+    reader = await log.read(0)
+    assert (await reader.next(10, timeout=1.0)).commits == []
+    assert 3 < log.consumers < 12
+    assert await log.explain_silence() == "the server ends the consumer: 409 Consumer Deleted"
+    monkeypatch.setattr(JetStreamReader, "_pull", pull)
+    assert [commit.payload for commit in (await reader.next(10, timeout=10)).commits] == [b"[1]"]
+    assert await log.explain_silence() == ""
+    await reader.close()
+    await log.close()

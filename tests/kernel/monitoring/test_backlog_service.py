@@ -55,7 +55,7 @@ def levels(heard: list[Alert], kind: str = "backlog") -> set[tuple[str, str]]:
 @pytest.mark.setting("backlog.count_warn", "backlog.count_critical")
 async def test_a_locked_database_is_a_backlog_that_is_reported_and_goes_away(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait,
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     heard: list[Alert] = []
     hangs = threading.Event()
@@ -77,12 +77,19 @@ async def test_a_locked_database_is_a_backlog_that_is_reported_and_goes_away(
             partitions = backlog["projections"][0]["partitions"]
             assert sum(partition["behind"] for partition in partitions) == pytest.approx(300, rel=0.02)
             assert metric("eskernel_projection_lag_commits") == 300
-            await service.parts.probes.probe()
+            monkeypatch.setattr("kernel.monitoring.progress.STALLED_S", 0.3)
+
+            async def failing() -> bool:
+                await service.parts.probes.probe()
+                return not service.health.components["projection"].ok
+
+            await wait_until(failing)
             status, report = await get(f"{service.http.url}/readyz")
             assert status == 503
             assert not report["projecting"]
             assert report["publishing"]
-            assert "commits" in report["components"]["projection"]["detail"]
+            assert "commits wait, and nothing was written" in report["components"]["projection"]["detail"]
+            assert "the database is at a batch" in report["components"]["projection"]["detail"]
             assert warned(caplog, "backlog of Pages", "critical")
         await client.query("select 1", after=receipts, timeout=30)
         await wait_until(lambda: service.status()["backlog"]["level"] == "ok")
