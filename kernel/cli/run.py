@@ -6,20 +6,19 @@ import asyncio
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from kernel.app import load_app
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import asynchronous, console, explain, fail, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
-from kernel.runtime.memory import settle_memory
-from kernel.service import Service
-from kernel.settings.fields import shown
-from kernel.settings.sources import Loaded
-from kernel.telemetry.logging import set_up
-from kernel.workers.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from kernel.service import Service
+    from kernel.settings.sources import Loaded
+    from kernel.workers.supervisor import Supervisor
 
 
 @click.command(epilog=EXIT_CODES)
@@ -41,6 +40,12 @@ async def run(app: str, loaded: Loaded) -> None:
     At a stop the service answers the commands in progress and writes the last batch. A second signal stops it at once;
     the next start continues from the last written batch.
     """
+    from kernel.app import load_app
+    from kernel.runtime.memory import settle_memory
+    from kernel.service import Service
+    from kernel.telemetry.logging import set_up
+    from kernel.workers.supervisor import Supervisor
+
     settings = loaded.settings
     set_up(settings.logging)  # importing an app may log already
     found = load_app(app)
@@ -79,6 +84,9 @@ async def run(app: str, loaded: Loaded) -> None:
 
 
 def _print(service: Service | Supervisor, app: str) -> None:
+    from kernel.settings.fields import shown
+    from kernel.workers.supervisor import Supervisor
+
     lines = {
         "log": shown(service.nats_url) + (" (embedded)" if service.settings.embedded else ""),
         "workers": f"{len(service.workers)} processes" if isinstance(service, Supervisor) else "1, this process",
@@ -102,6 +110,8 @@ def check(app: str, as_json: bool) -> None:
 
     All problems are listed at once, each with its remedy.
     """
+    from kernel.app import load_app
+
     try:
         loaded = load_app(app)
     except Exception as error:
