@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from annotated_types import Ge, Le
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from kernel.settings.connection import Connection, Security
 from kernel.settings.database import Batch, Database, DeadLetters
@@ -44,10 +44,21 @@ __all__ = [
 ]
 
 
+def _writable_name(path: Path) -> Path:
+    # the path is written into the server's configuration and the service's description, which are UTF-8
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("data: the directory's name is not valid in this locale's encoding; use UTF-8") from None
+    if "\0" in str(path):
+        raise ValueError("data: a directory's name can't contain a NUL character")
+    return path
+
+
 class Settings(Section):
     """The settings of a service. Create them in Python, or with `load`."""
 
-    data: Path = Path(".eskernel")
+    data: Annotated[Path, AfterValidator(_writable_name)] = Path(".eskernel")
     """Data directory: contains the embedded server's store, the SQLite database, and the description of the running
     service. Each app has its own folder in it."""
     workers: Annotated[int, Ge(1), Le(64)] = 1

@@ -11,9 +11,9 @@ from typing import Final
 
 _ABOUT_A_SERVICE: Final = re.compile(
     r"ESKERNEL(_[A-Z0-9_]+)?_("
-    r"SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?|(?P<link>PORT)"
-    r")"
+    r"SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
+_LINK_NAME: Final = re.compile(r"ESKERNEL(_[A-Z0-9_]+)?_PORT")
 _LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -22,5 +22,6 @@ def is_foreign(name: str, value: str) -> bool:
 
     `ESKERNEL_PORT=8080` is not one: Kubernetes writes `tcp://10.0.0.11:8080` there.
     """
-    found = _ABOUT_A_SERVICE.fullmatch(name)
-    return found is not None and (found["link"] is None or _LINK.match(value) is not None)
+    if _ABOUT_A_SERVICE.fullmatch(name):
+        return True
+    return bool(_LINK_NAME.fullmatch(name) and _LINK.match(value))
