@@ -17,6 +17,7 @@ import orjson
 from rich.console import Console
 
 from aggregates.messages import plain
+from kernel.cli import INTERRUPTED
 from kernel.cli.exit_codes import exit_code_of, is_database_error
 from kernel.packages import enter
 
@@ -215,7 +216,7 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
         except (click.ClickException, SystemExit):
             raise
         except KeyboardInterrupt:
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
         except Exception as error:
             explain(error)
 

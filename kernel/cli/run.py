@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -14,11 +15,14 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import asynchronous, console, explain, fail, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
+from kernel.cli.streams import outlive_reader
 
 if TYPE_CHECKING:
     from kernel.service import Service
     from kernel.settings.sources import Loaded
     from kernel.workers.supervisor import Supervisor
+
+logger = logging.getLogger("eskernel.cli")
 
 
 @click.command(epilog=EXIT_CODES)
@@ -46,10 +50,14 @@ async def run(app: str, loaded: Loaded) -> None:
     from kernel.telemetry.logging import set_up
     from kernel.workers.supervisor import Supervisor
 
+    outlive_reader()
     settings = loaded.settings
     set_up(settings.logging)  # importing an app may log already
     found = load_app(app)
     set_up(settings.logging, found.name)
+    if loaded.ignored:
+        names = ", ".join(loaded.ignored)
+        logger.info("variables of Kubernetes Services, which are no settings, are ignored: %s", names)
     service: Service | Supervisor
     if settings.workers == 1:
         service = Service(found, settings, spec=app)
