@@ -9,9 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-import click
+try:
+    import click
 
-from kernel.packages import enter
+    from kernel.packages import enter
+except KeyboardInterrupt:  # Ctrl-C while Python is still importing
+    raise SystemExit(130) from None
 
 EXIT_CODES: Final = (
     "Exit codes: 0 done, 1 refused or failed, 2 wrong usage or declarations, 3 nothing running or reachable."
