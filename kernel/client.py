@@ -30,7 +30,7 @@ from kernel.transport.dial import dial
 from kernel.transport.outbox import Outbox
 from projections.checkpoints import reached
 from projections.database import open_database
-from projections.query import fetch
+from projections.queries import run_query
 
 RESEND_S = 2.0
 """Without an answer for so long a command is sent again, with the same id."""
@@ -257,7 +257,7 @@ class Client:
         for receipt in [after] if isinstance(after, Receipt) else after or []:
             await self._include(engine, receipt, projections, timeout)
 
-        return await asyncio.to_thread(fetch, engine, sql, parameters)
+        return await asyncio.to_thread(run_query, engine, sql, parameters)
 
     async def _include(self, engine: Engine, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
         deadline = time.monotonic() + timeout

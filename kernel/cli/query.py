@@ -33,10 +33,10 @@ def query(sql: str, as_json: bool, as_csv: bool, where: Where) -> None:
     \b
     eskernel query "select * from balances order by cents desc limit 10"
     """
-    from projections.query import fetch
+    from projections.queries import run_query
 
     engine = where.open_database()
-    rows = fetch(engine, sql)
+    rows = run_query(engine, sql)
     engine.dispose()
     if as_json:
         print_json(rows)

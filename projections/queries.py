@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Engine, text
 
 
-def fetch(engine: Engine, sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def run_query(engine: Engine, sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Return the rows of a query.
 
     Args:
