@@ -46,17 +46,18 @@ class _LazyGroup(click.Group):
         """Run a command as the program of this process. Whatever happens to it, the user gets no traceback of ours."""
         if args is not None:
             return super().main(args, *more, **options)
-        from kernel.cli import streams
-
-        streams.prepare()
         try:
-            super().main(args, *more, **options)
+            from kernel.cli import streams
+
+            streams.prepare()
+            try:
+                super().main(args, *more, **options)
+            finally:
+                # a signal that comes now must not interrupt the interpreter while it ends
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                streams.finish()
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
-        finally:
-            # a signal that comes now must not interrupt the interpreter while it ends
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            streams.finish()
 
     def invoke(self, ctx: click.Context) -> Any:
         enter(Path.cwd())  # before a command is imported: this folder may be on the path already

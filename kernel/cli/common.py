@@ -193,7 +193,10 @@ def fail(message: str, code: int) -> NoReturn:
     if logging_ is not None and logging_.writes_json():
         logger.error("%s", message)
     else:
-        errors.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+        try:
+            errors.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            pass  # it can't be written; the exit code says that there was an error
     sys.exit(code)
 
 

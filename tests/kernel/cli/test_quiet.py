@@ -97,3 +97,94 @@ def test_a_plain_start_and_stop_log_no_warning(
         os.killpg(service.pid, ending)
         assert service.wait(60) == 0
         assert complaints(tmp_path / "a" / "err") == []
+
+
+@pytest.mark.parametrize("moment", ["importing", "starting", "running", "stopping"])
+def test_ctrl_c_leaves_no_traceback_whenever_it_comes(start: Start, tmp_path: Path, moment: str) -> None:
+    service = start("run", "examples.bank:app", "--workers", "2", "--log-format", "json")
+    place = tmp_path / "a"
+    if moment == "starting":
+        deadline = time.monotonic() + 60
+        while not (place / ".eskernel" / "bank" / "lock").exists():
+            assert time.monotonic() < deadline
+    elif moment != "importing":
+        wait_for(service, place / "out", b"stop it with")
+    else:
+        maps = Path(f"/proc/{service.pid}/maps")
+        deadline = time.monotonic() + 60
+        while b"msgspec" not in maps.read_bytes():  # a library that is loaded long before the app
+            assert time.monotonic() < deadline
+    os.killpg(service.pid, signal.SIGINT)
+    if moment == "stopping":
+        wait_for(service, place / "out", b"stopping")
+        os.killpg(service.pid, signal.SIGINT)
+    assert service.wait(60) in ({"running": (0,), "stopping": (0, 1)}.get(moment, (0, 130)))
+    assert complaints(place / "err") == []
+
+
+# output
+
+PRINTING = (["config", "show"], ["config", "schema"], ["--help"], ["check", "examples.bank:app", "--json"])
+
+
+def printed(arguments: list[str], environment: dict[str, str], folder: Path, end: str) -> tuple[int, str]:
+    script = f'set -o pipefail; "$@" {end}'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *CLI, *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_output_that_nothing_reads_ends_a_command_quietly(
+    arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    assert printed(arguments, environment, tmp_path, "| true") == (141, "")
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_a_full_disk_is_an_error_in_a_sentence(
+    arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    sentence = "error: standard output can't be written: No space left on device\n"
+    assert printed(arguments, environment, tmp_path, "> /dev/full") == (1, sentence)
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_a_closed_stream_is_as_if_nobody_looked(
+    arguments: list[str], closed: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    assert printed(arguments, environment, tmp_path, closed) == (0, "")
+
+
+def test_an_error_that_cannot_be_written_keeps_its_exit_code(environment: dict[str, str], tmp_path: Path) -> None:
+    for end in ("2>&-", "2>/dev/full"):
+        assert printed(["status"], environment, tmp_path, end) == (3, "")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_goes_on_without_a_reader_of_its_output(
+    environment: dict[str, str], tmp_path: Path, workers: str
+) -> None:
+    service = subprocess.Popen(
+        [*CLI, "run", "examples.bank:app", "--workers", workers],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert service.stdout is not None and service.stderr is not None
+    while b"stop it with" not in service.stdout.readline():
+        assert service.poll() is None
+    service.stdout.close()
+    service.stderr.close()
+    try:
+        send(environment, tmp_path)
+    finally:
+        service.send_signal(signal.SIGTERM)
+    assert service.wait(60) == 0
+
+
+def test_a_locale_that_has_no_umlauts_does_not_stop_a_command(environment: dict[str, str], tmp_path: Path) -> None:
+    narrow = {**environment, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    narrow["ESKERNEL_CONNECTION__NAME"] = "größe"
+    assert printed(["config", "show"], narrow, tmp_path, "> out")[0] == 0
