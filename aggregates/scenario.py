@@ -2,7 +2,8 @@
 
     scenario(Account).given(Deposited(500)).when(Withdraw(700)).rejects("balance is 500")
 
-The scenario runs the same cell as the kernel. It also detects a handler that changes the state.
+The scenario runs the same cell as the kernel. It also detects a handler that changes the state. What is not as
+specified raises `AssertionError`, also where `python -O` removes `assert` statements.
 """
 
 from __future__ import annotations
@@ -51,14 +52,16 @@ class Scenario(Generic[A]):
     def then(self, *events: Any) -> None:
         """Assert that the last command leads to exactly these events."""
         decided, _ = self._run()
-        assert list(decided) == list(events), f"expected {list(events)}, got {list(decided)}"
+        if list(decided) != list(events):
+            raise AssertionError(f"expected {list(events)}, got {list(decided)}")
 
     def rejects(self, reason: str | None = None) -> None:
         """Assert that the last command is rejected, for this reason if one is given."""
         try:
             decided, _ = self._run()
         except Rejected as rejection:
-            assert reason is None or str(rejection) == reason, f"rejected for {str(rejection)!r}, not {reason!r}"
+            if reason is not None and str(rejection) != reason:
+                raise AssertionError(f"rejected for {str(rejection)!r}, not {reason!r}") from rejection
         else:
             raise AssertionError(f"expected a rejection, got {list(decided)}")
 
@@ -77,10 +80,11 @@ class Scenario(Generic[A]):
             try:
                 decided = cell.decide(received, Context(f"scenario-{number}", self.now))
             finally:
-                assert vars(cell.state) == before, (
-                    f"the handler of {type(command).__name__} changed state; handlers return events, "
-                    "and only methods marked @applies change state"
-                )
+                if vars(cell.state) != before:
+                    raise AssertionError(
+                        f"the handler of {type(command).__name__} changed state; handlers return events, "
+                        "and only methods marked @applies change state"
+                    )
             cell.evolve(decided)
         return [event.event for event in decided], cell
 

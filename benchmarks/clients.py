@@ -12,7 +12,7 @@ from pathlib import Path
 from examples.bank import Account, Deposit
 from kernel import Client
 from kernel.app import App
-from kernel.runtime.directory import find_running
+from kernel.runtime.running import find_running
 
 ACCOUNTS, IN_FLIGHT = 1_000, 256
 

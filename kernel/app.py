@@ -15,7 +15,7 @@ from aggregates.declaration import AggregateType, declare
 from kernel.errors import AppNotFound, NotDeclared
 from kernel.log.subjects import APP_NAME
 from kernel.packages import namesake
-from projections.declaration import DeclaredProjection, declare_projection
+from projections.declaration import DeclaredProjection, declare_projection, keyword_problems
 from projections.fold import TRANSIENT, Plan
 from projections.projection import Projection
 
@@ -78,10 +78,10 @@ class App:
     def _add_projection(
         self, cls: type[Projection], aggregates: Sequence[type[Aggregate]], problems: list[str]
     ) -> None:
-        of = getattr(cls, "of", None)
-        if of is None:
-            problems.append(f"{cls.__name__}: say whose events it folds, with `of=SomeAggregate` in the class line")
+        if found := keyword_problems(cls):
+            problems += found
             return
+        of = cls.of
         if of not in aggregates:
             problems.append(f"{cls.__name__} is of {of.__name__}, which is not among the app's aggregates")
             return

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 import orjson
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from aggregates import Aggregate
 from aggregates.context import uuid7
@@ -21,7 +21,7 @@ from kernel.app import App
 from kernel.errors import CommandError, CommandTimeout, NoDatabase, Overloaded, QueryTimeout
 from kernel.log import JetStreamLog, find_log
 from kernel.protocol import Receipt, decode_answer
-from kernel.runtime.directory import find_running
+from kernel.runtime.running import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 from kernel.telemetry.tracing import sender_context
@@ -30,6 +30,7 @@ from kernel.transport.dial import dial
 from kernel.transport.outbox import CERTAIN, Outbox
 from projections.checkpoints import reached
 from projections.database import open_database
+from projections.queries import run_query
 
 RESEND_S = 2.0
 """Without an answer for so long a command is sent again, with the same id."""
@@ -297,11 +298,7 @@ class Client:
         for receipt in [after] if isinstance(after, Receipt) else after or []:
             await self._include(engine, receipt, projections, timeout)
 
-        def read() -> list[dict[str, Any]]:
-            with engine.connect() as connection:
-                return [dict(row) for row in connection.execute(text(sql), parameters or {}).mappings()]
-
-        return await asyncio.to_thread(read)
+        return await asyncio.to_thread(run_query, engine, sql, parameters)
 
     async def _include(self, engine: Engine, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
         deadline = time.monotonic() + timeout

@@ -1,9 +1,16 @@
-"""The read side: projections fold events into SQL tables, and the tables are rebuilt from the log."""
+"""The read side: projections fold events into SQL tables, and the tables are rebuilt from the log.
 
-from aggregates import applies
-from projections.errors import Fenced, HandlerFailed, NoSuchLetter, SchemaError
-from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
-from projections.scenario import ProjectionScenario, projected
+Names are imported when they are used: what only reads a table need not load the engine that fills it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aggregates import applies
+    from projections.errors import Fenced, HandlerFailed, NoSuchLetter, SchemaError
+    from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
+    from projections.scenario import ProjectionScenario, projected
 
 __all__ = [
     "DROP",
@@ -24,3 +31,17 @@ __all__ = [
     "applies",
     "projected",
 ]
+
+_HOMES = {
+    "applies": "aggregates",
+    **dict.fromkeys(("Fenced", "HandlerFailed", "NoSuchLetter", "SchemaError"), "projections.errors"),
+    **dict.fromkeys(("ProjectionScenario", "projected"), "projections.scenario"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'projections' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, "projections.projection")), name)
+    globals()[name] = value
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase
 
-from aggregates.aggregate import role_of
+from aggregates.aggregate import Aggregate, role_of
 from aggregates.declaration import AggregateType, annotated, message_classes
 from aggregates.errors import DeclarationError
 from aggregates.messages import spec_of
@@ -23,6 +24,10 @@ from projections.errors import SchemaError
 from projections.projection import Meta, Projection, Rows, Sql, Tallies, Transaction
 from projections.records import Columns
 from projections.row_codec import RowCodec
+
+MAX_NAME, MAX_VERSION = 128, 2**31 - 1
+"""What the columns of the kernel's tables hold."""
+_NAME = re.compile(rf"[^\W\d][\w.-]{{0,{MAX_NAME - 1}}}\Z")
 
 ProjectionKind = Literal["rows", "tallies", "sql"]
 
@@ -73,13 +78,44 @@ class DeclaredProjection:
         return {model.__tablename__ for model in self.models}  # type: ignore[attr-defined]
 
 
+def keyword_problems(cls: object) -> list[str]:
+    """Return what is wrong with a projection's class and with its `of`, `version` and `name`."""
+    if not (isinstance(cls, type) and issubclass(cls, Projection)):
+        return [f"{cls!r} is not a projection; list classes that derive from Rows, Tallies or Sql"]
+    problems = []
+    if not hasattr(cls, "of"):
+        return [f"{cls.__name__}: say whose events it folds, with `of=SomeAggregate` in the class line"]
+    of: object = cls.of
+    if isinstance(of, tuple | list | set | frozenset):
+        problems.append(
+            f"{cls.__name__}: of has {len(of)} values, but a projection folds the events of one aggregate; "
+            "declare a projection for each"
+        )
+    elif isinstance(of, str):
+        problems.append(f"{cls.__name__}: of={of!r} is a text; give the aggregate's class itself")
+    elif not (isinstance(of, type) and issubclass(of, Aggregate) and of is not Aggregate):
+        problems.append(f"{cls.__name__}: of={of!r} is not an aggregate; give a class that derives from Aggregate")
+    version: object = getattr(cls, "version", None)
+    if type(version) is not int or not 1 <= version <= MAX_VERSION:
+        problems.append(f"{cls.__name__}: version={version!r} is not a whole number from 1 to {MAX_VERSION:,}")
+    name: object = getattr(cls, "name", None)
+    if not isinstance(name, str) or not _NAME.match(name):
+        problems.append(
+            f"{cls.__name__}: name={name!r} can't be a projection's name: use a letter or '_', then letters, digits, "
+            f"'_', '-' or '.', at most {MAX_NAME} characters"
+        )
+    return problems
+
+
 def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> DeclaredProjection:
     """Read the class.
 
     Raises:
         DeclarationError: the class has problems; the error lists all of them.
     """
-    problems: list[str] = []
+    problems = keyword_problems(cls)
+    if problems:
+        raise DeclarationError(problems)
     kind: ProjectionKind = "rows" if issubclass(cls, Rows) else "tallies" if issubclass(cls, Tallies) else "sql"
     models = _listed(cls.tables) if issubclass(cls, Sql) else _model_arguments(cls)
     if not models or not all(isinstance(model, type) and issubclass(model, DeclarativeBase) for model in models):
@@ -162,7 +198,8 @@ def _unknown_columns(member: Any, columns: Columns, model: type, where: str, kin
         function = ast.parse(textwrap.dedent(inspect.getsource(member))).body[0]
     except (OSError, SyntaxError, TypeError):
         return []
-    assert isinstance(function, ast.FunctionDef)
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
+        return []
     row = function.args.args[1].arg
     problems = []
     for node in ast.walk(function):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, Never, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Executable, Table
 
-from aggregates import Aggregate
+from aggregates import Aggregate, DeclarationError
 from aggregates.commit import Envelope
 
 M = TypeVar("M")
@@ -116,6 +116,9 @@ class Transaction:
         return self._connection.execute(statement, parameters)
 
 
+_NOT_GIVEN: Any = object()
+
+
 class Projection:
     """The common base. Derive from `Rows`, `Tallies` or `Sql` instead.
 
@@ -129,12 +132,23 @@ class Projection:
     version: ClassVar[int]
     name: ClassVar[str]
 
-    def __init_subclass__(cls, *, of: type[Aggregate] | None = None, version: int = 1, name: str | None = None) -> None:
+    def __init_subclass__(
+        cls, *, of: type[Aggregate] = _NOT_GIVEN, version: int = _NOT_GIVEN, name: str = _NOT_GIVEN, **unknown: Never
+    ) -> None:
         super().__init_subclass__()
-        if of is not None:
-            cls.of = of
-            cls.version = version
-            cls.name = name or cls.__name__
+        if unknown:
+            raise DeclarationError(
+                [f"{cls.__name__}: a projection has no keyword {word}; it has of, version and name" for word in unknown]
+            )
+        # the values are checked when the app is made, so that all problems are reported at once
+        given = {"of": of, "version": version, "name": name}
+        given = {word: value for word, value in given.items() if value is not _NOT_GIVEN}
+        for word, value in given.items():
+            setattr(cls, word, value)
+        if (given or "of" in vars(cls)) and "name" not in vars(cls):
+            cls.name = cls.__name__
+        if "of" in vars(cls) and "version" not in vars(cls):
+            cls.version = 1
 
 
 class Rows(Projection, Generic[M]):

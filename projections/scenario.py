@@ -2,7 +2,12 @@
 
     projected(Balances).given("alice", Deposited(500), Withdrawn(100)).then(Balance(account="alice", cents=400))
 
-It runs the production code, folds and statements, on an SQLite database in memory. Events are encoded and decoded.
+It runs the production code, folds and statements, on an SQLite database in memory, or on the database of a URL:
+
+    projected(Balances, database="postgresql://user@host/name").given(...).then(...)
+
+Events are encoded and decoded. What is not as specified raises `AssertionError`, also where `python -O` removes
+`assert` statements.
 """
 
 from __future__ import annotations
@@ -10,18 +15,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Column, create_engine, event, insert, select
+from sqlalchemy import Column, Engine, insert, select
 from sqlalchemy import inspect as inspect_model
 from sqlalchemy.orm import Mapper
-from sqlalchemy.pool import StaticPool
 
 from aggregates.commit import Decision, Envelope, decode, encode
-from aggregates.declaration import declare
-from projections.declaration import declare_projection
-from projections.errors import HandlerFailed
+from aggregates.declaration import AggregateType, declare
+from aggregates.errors import DeclarationError
+from projections.declaration import DeclaredProjection, declare_projection, keyword_problems
+from projections.errors import HandlerFailed, SchemaError
 from projections.fold import Folded, Plan
 from projections.generations import create, show
 from projections.projection import Projection
+from projections.scratch import scratch
 from projections.tables import metadata, stream
 from projections.unit_of_work import Writer
 
@@ -33,6 +39,7 @@ class ProjectionScenario:
     projection: type[Projection]
     history: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     time: str = "2013-01-01T12:00:00Z"
+    database: str | None = None
 
     def given(self, aggregate_id: str, *events: Any) -> ProjectionScenario:
         """Add events of one aggregate. Call it again for further events, also of other aggregates."""
@@ -59,16 +66,19 @@ class ProjectionScenario:
                 ),
                 None,
             )
-            assert match is not None, f"no row {type(row).__name__}({wanted}); there is {_plain(unmatched)}"
+            if match is None:
+                raise AssertionError(f"no row {type(row).__name__}({wanted}); there is {_plain(unmatched)}")
             unmatched.remove(match)
-        assert not unmatched, f"rows that were not expected: {_plain(unmatched)}"
+        if unmatched:
+            raise AssertionError(f"rows that were not expected: {_plain(unmatched)}")
 
     def fails(self, reason: str) -> None:
         """Assert that a handler raises with this text in its message: the kernel would park the aggregate."""
         try:
             self.rows()
         except HandlerFailed as failure:
-            assert reason in failure.error, f"a handler failed with {failure.error!r}"
+            if reason not in failure.error:
+                raise AssertionError(f"a handler failed with {failure.error!r}") from failure
         else:
             raise AssertionError("no handler failed")
 
@@ -78,14 +88,29 @@ class ProjectionScenario:
         Raises:
             DeclarationError: the projection or its aggregate has problems.
             HandlerFailed: a handler raised, or the database refuses a row.
+            SchemaError: the database can't be used; what to do.
+            sqlalchemy.exc.DBAPIError: the database can't be reached, or refuses the tables.
         """
+        if problems := keyword_problems(self.projection):
+            raise DeclarationError(problems)
         declared_aggregate = declare(self.projection.of)
         declared = declare_projection(self.projection, declared_aggregate)
-        engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
-        event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        if self.database is not None:
+            for model in declared.models:
+                if schema := model.__table__.schema:  # type: ignore[attr-defined]
+                    raise SchemaError(
+                        f"{model.__name__} is in the schema {schema!r}, where a scenario could touch what exists; "
+                        "run it without `database`"
+                    )
+        with scratch(self.database, declared.tables) as engine:
+            return self._rows(engine, declared_aggregate, declared)
+
+    def _rows(
+        self, engine: Engine, declared_aggregate: AggregateType[Any], declared: DeclaredProjection
+    ) -> list[tuple[type, dict[str, Any]]]:
         plan = Plan([declared_aggregate], [declared], engine.dialect)
-        metadata.create_all(engine)
+        # without a look at what exists: another schema may have tables of these names
+        metadata.create_all(engine, checkfirst=False)
         with engine.begin() as connection:
             connection.execute(insert(stream).values(app="scenario", created="", partitions=1, epoch=0))
             made = create(connection, declared, [0])
@@ -131,6 +156,12 @@ def _plain(rows: list[tuple[type, dict[str, Any]]]) -> list[str]:
     return [f"{model.__name__}({values})" for model, values in rows]
 
 
-def projected(projection: type[Projection]) -> ProjectionScenario:
-    """Start a scenario for a projection class."""
-    return ProjectionScenario(projection)
+def projected(projection: type[Projection], *, database: str | None = None) -> ProjectionScenario:
+    """Start a scenario for a projection class.
+
+    Args:
+        database: URL of the database to run on; SQLite in memory by default. On PostgreSQL each step that looks at rows
+            makes a schema of its own and drops it; for SQLite the URL names a file that does not exist, which is
+            removed afterwards. Nothing that exists in the database is touched.
+    """
+    return ProjectionScenario(projection, database=database)

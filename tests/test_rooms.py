@@ -77,7 +77,6 @@ PACKAGES: dict[str, set[str]] = {
     },
     "prometheus_client": {"telemetry", "monitoring", "workers"},
     "pydantic": {"settings", "governance"},
-    "pydantic_settings": {"settings"},
     "rich": {"cli"},
     "sqlalchemy": {
         *("projections", "migrations", "projector", "reactions", "monitoring", "client", "preflight", "assembly"),

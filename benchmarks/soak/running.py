@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 
 from kernel.errors import NotRunning
-from kernel.runtime.directory import Running, find_running
 from kernel.runtime.nats_server import end_with_parent
+from kernel.runtime.running import Running, find_running
 
 SPEC, APP = "examples.bank:app", "bank"
 START_S, STOP_S = 60.0, 60.0

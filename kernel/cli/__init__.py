@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-import click
+try:
+    import click
 
-from kernel.packages import enter
+    from kernel.packages import enter
+except KeyboardInterrupt:  # Ctrl-C while Python is still importing
+    raise SystemExit(130) from None
 
 EXIT_CODES: Final = (
     "Exit codes: 0 done, 1 refused or failed, 2 wrong usage or declarations, 3 nothing running or reachable."
 )
+
+INTERRUPTED: Final = 128 + 2
+"""Exit code after Ctrl-C, as shells have it."""
 
 _COMMANDS: Final = {
     "run": ("run", "Run an app until SIGTERM or Ctrl-C."),
@@ -33,9 +42,29 @@ _COMMANDS: Final = {
 class _LazyGroup(click.Group):
     """Imports a command when it is used: most need a fraction of what a service needs."""
 
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        """Run a command as the program of this process. Whatever happens to it, the user gets no traceback of ours."""
+        if args is not None:
+            return super().main(args, *more, **options)
+        try:
+            from kernel.cli import streams
+
+            streams.prepare()
+            try:
+                super().main(args, *more, **options)
+            finally:
+                # a signal that comes now must not interrupt the interpreter while it ends
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                streams.finish()
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     def invoke(self, ctx: click.Context) -> Any:
         enter(Path.cwd())  # before a command is imported: this folder may be on the path already
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)

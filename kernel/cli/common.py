@@ -5,32 +5,33 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import orjson
 from rich.console import Console
-from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
 
 from aggregates.messages import plain
-from kernel.app import App, load_app
-from kernel.cli.exit_codes import exit_code_of
-from kernel.client import Client
+from kernel.cli import INTERRUPTED
+from kernel.cli.exit_codes import exit_code_of, is_database_error
 from kernel.packages import enter
-from kernel.runtime.directory import find_running
-from kernel.settings import Settings
-from kernel.settings.sources import changed, load
-from kernel.telemetry.logging import writes_json
-from kernel.transport.connection import NatsConnection
-from kernel.transport.dial import dial
-from projections.database import open_database
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from kernel.app import App
+    from kernel.client import Client
+    from kernel.settings import Settings
+    from kernel.transport.connection import NatsConnection
 
 logger = logging.getLogger("eskernel.cli")
+
+NO_DATABASE = "--nats needs --database too, the URL that the service was started with"
 
 console = Console()
 errors = Console(stderr=True)
@@ -54,16 +55,22 @@ class Target:
         Raises:
             click.UsageError: nobody has said where it is.
         """
+        from projections.database import open_database
+
         if self.database is None:
-            raise click.UsageError("--nats needs --database too, the URL that the service was started with")
+            raise click.UsageError(NO_DATABASE)
         return open_database(self.database, read_only=read_only, **self.settings.database.options())
 
     async def client(self) -> Client:
         """Connect to it."""
+        from kernel.client import Client
+
         return await Client.connect(self.app, self.settings)
 
     async def connection(self) -> NatsConnection:
         """Connect to its NATS server."""
+        from kernel.transport.dial import dial
+
         return await dial(self.settings, name=f"eskernel cli {self.app.name}")
 
 
@@ -83,8 +90,11 @@ class Where:
         Raises:
             NotRunning, AppNotFound, SettingsError, click.UsageError: it can't be found; what to do.
         """
-        given = {"data": self.data, "connection.servers": self.nats, "database.url": self.database}
-        settings = load(self.config, {name: value for name, value in given.items() if value is not None}).settings
+        from kernel.app import load_app
+        from kernel.runtime.running import find_running
+        from kernel.settings.sources import changed
+
+        settings = self._settings()
         app = self.app
         if not settings.embedded:
             if app is None or ":" not in app:
@@ -97,6 +107,46 @@ class Where:
             loaded = load_app(running.spec)
         found = running.as_settings()
         return Target(loaded, changed(found, {"database.url": self.database}) if self.database else found)
+
+    def open_database(self) -> Engine:
+        """Open the projection database of the service that is meant, for reading. Its app is not loaded.
+
+        Raises:
+            NotRunning, SettingsError, SchemaError, click.UsageError: it can't be found; what to do.
+        """
+        from projections.database import open_database
+
+        url, options = self._running_database() if self._only_running() else self._configured_database()
+        return open_database(self.database or url, read_only=True, **options)
+
+    def _only_running(self) -> bool:
+        """Return whether no settings are given, so that the service's own description says everything."""
+        given = [name for name in os.environ if name.upper().startswith("ESKERNEL_") and name != "ESKERNEL_DATA"]
+        return not (given or self.config or self.nats or os.path.lexists("eskernel.toml"))
+
+    def _running_database(self) -> tuple[str, dict[str, Any]]:
+        from kernel.runtime.running import find_running
+
+        data = self.data or Path(os.environ.get("ESKERNEL_DATA") or ".eskernel")
+        running = find_running(data, self.app)
+        options = dict(running.settings.get("database", {}))
+        return options.pop("url", running.database), options
+
+    def _configured_database(self) -> tuple[str, dict[str, Any]]:
+        from kernel.runtime.running import find_running
+
+        settings = self._settings()
+        if settings.embedded:
+            settings = find_running(settings.data, self.app).as_settings()
+        if settings.database.url is None:
+            raise click.UsageError(NO_DATABASE)
+        return settings.database.url, settings.database.options()
+
+    def _settings(self) -> Settings:
+        from kernel.settings.sources import load
+
+        given = {"data": self.data, "connection.servers": self.nats, "database.url": self.database}
+        return load(self.config, {name: value for name, value in given.items() if value is not None}).settings
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,10 +188,15 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print an error and exit."""
-    if writes_json():
+    # only a command that has configured its logging can have chosen JSON
+    logging_ = sys.modules.get("kernel.telemetry.logging")
+    if logging_ is not None and logging_.writes_json():
         logger.error("%s", message)
     else:
-        errors.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+        try:
+            errors.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            pass  # it can't be written; the exit code says that there was an error
     sys.exit(code)
 
 
@@ -150,23 +205,34 @@ def explain(error: BaseException) -> NoReturn:
     code = exit_code_of(type(error))
     if code is None:
         raise error
-    text = str(error.orig) if isinstance(error, DBAPIError) else str(error)
+    text = str(getattr(error, "orig", error)) if is_database_error(type(error)) else str(error)
     fail(text.strip(), code)
+
+
+def reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what users can cause into an error line and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except (click.ClickException, SystemExit):
+            raise
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            explain(error)
+
+    return run
 
 
 def asynchronous(command: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
     """Run an async command, and turn what users can cause into an error line and an exit code."""
 
+    @reported
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
-        try:
-            return asyncio.run(command(*args, **options))
-        except (click.ClickException, SystemExit):
-            raise
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except Exception as error:
-            explain(error)
+        return asyncio.run(command(*args, **options))
 
     return run
 

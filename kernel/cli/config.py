@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from kernel.app import load_app
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import asynchronous, console, explain, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
-from kernel.preflight import examine
-from kernel.settings import Settings
-from kernel.settings.sources import Loaded, leaves, shown_value, value_of
+
+if TYPE_CHECKING:
+    from kernel.settings.sources import Loaded
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -29,6 +29,8 @@ def config() -> None:
 @settings_options
 def show(only_changed: bool, as_json: bool, loaded: Loaded) -> None:
     """Print every setting's value and its origin. Secrets, and passwords in URLs, are masked."""
+    from kernel.settings.sources import leaves, shown_value, value_of
+
     rows = []
     for name, _ in leaves():
         origins = [origin for key, origin in loaded.origins.items() if f"{key}.".startswith(f"{name}.")]
@@ -48,6 +50,8 @@ def show(only_changed: bool, as_json: bool, loaded: Loaded) -> None:
 @config.command()
 def schema() -> None:
     """Print the JSON schema of the settings, for editors of the TOML file."""
+    from kernel.settings import Settings
+
     print_json(Settings.model_json_schema())
 
 
@@ -61,6 +65,9 @@ async def check(app: str, as_json: bool, loaded: Loaded) -> None:
 
     Exits with 1 if a finding would prevent the service from starting or working.
     """
+    from kernel.app import load_app
+    from kernel.preflight import examine
+
     try:
         found = load_app(app)
     except Exception as error:

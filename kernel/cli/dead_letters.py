@@ -9,21 +9,21 @@ import socket
 import sys
 import time
 from dataclasses import asdict
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 import orjson
-from rich.progress import track
 from rich.table import Table
-from sqlalchemy import Engine
 
-from kernel.app import App
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, errors, fail, print_json, target_options
 from kernel.cli.exit_codes import FAILED, USAGE
-from projections import dead_letters as letters
-from projections.dead_letters import StoredLetter, Waiting
-from projections.errors import NoSuchLetter
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from kernel.app import App
+    from projections.dead_letters import StoredLetter, Waiting
 
 MAX_ERROR = 60
 
@@ -62,6 +62,8 @@ async def list_(
     projection: str | None, skipped: bool, as_json: bool, where: Where
 ) -> None:  # fmt: skip
     """List the parked aggregates: for which projection, from which event on, and why."""
+    from projections import dead_letters as letters
+
     loaded, engine = _open(where)
     if projection is not None:
         loaded.projection(projection)
@@ -120,6 +122,8 @@ async def show(
     aggregate: str, aggregate_id: str, projection: str | None, as_json: bool, where: Where
 ) -> None:  # fmt: skip
     """Show an aggregate's dead letters: the event that failed, its error, and the events that wait behind it."""
+    from projections import dead_letters as letters
+
     loaded, engine = _open(where)
     loaded.type_of(aggregate)
     shown = []
@@ -147,6 +151,8 @@ async def show(
 
 
 async def _chosen(engine: Engine, projection: str | None, aggregate: str, aggregate_id: str) -> list[Waiting]:
+    from projections import dead_letters as letters
+
     found = await asyncio.to_thread(letters.waiting, engine, projection)
     chosen = [parked for parked in found if (parked.aggregate, parked.aggregate_id) == (aggregate, aggregate_id)]
     if not chosen:
@@ -174,6 +180,11 @@ async def retry(
 
     An aggregate without dead letters is no longer parked. Exits with 1 if dead letters are left.
     """
+    from rich.progress import track
+
+    from projections import NoSuchLetter
+    from projections import dead_letters as letters
+
     if everything == (aggregate is not None) or (aggregate is None) != (aggregate_id is None):
         raise click.UsageError("give an aggregate and its id, or --all")
     loaded, engine = _open(where)
@@ -231,6 +242,8 @@ async def skip(
     The projection's tables will not contain the event; only a rebuild folds it again. The table eskernel_skipped_letter
     records who skipped it, when and why: `eskernel dead-letters list --skipped`.
     """
+    from projections import dead_letters as letters
+
     if not reason.strip():
         raise click.UsageError("--reason is empty; give a reason")
     if (quarantine is None) != (aggregate is not None and aggregate_id is not None):
@@ -261,6 +274,8 @@ async def skip(
 @asynchronous
 async def export(projection: str | None, output: IO[bytes], where: Where) -> None:
     """Write each dead letter as a line of JSON, with the bytes of its commit (in base64 if they are not UTF-8)."""
+    from projections import dead_letters as letters
+
     _, engine = _open(where)
     for parked in await asyncio.to_thread(letters.waiting, engine, projection):
         key = parked.projection, parked.aggregate, parked.aggregate_id

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final
-
-from sqlalchemy.exc import DBAPIError
 
 from aggregates import DeclarationError, EskernelError, InvalidId, InvalidMessage
 from kernel.errors import (
@@ -33,10 +32,19 @@ _CODES: Final[list[tuple[type[BaseException], int]]] = [
     *((kind, USAGE) for kind in (DeclarationError, InvalidId, InvalidMessage)),
     *((kind, UNREACHABLE) for kind in (NotRunning, AlreadyRunning, WorkersFailed, CommandTimeout, QueryTimeout)),
     *((kind, UNREACHABLE) for kind in (LogError, ConnectionError, TimeoutError)),
-    *((kind, FAILED) for kind in (EskernelError, DBAPIError, OSError)),
+    *((kind, FAILED) for kind in (EskernelError, OSError)),
 ]
 
 
 def exit_code_of(error: type[BaseException]) -> int | None:
     """Return the exit code of a class of errors, or None if it is a bug, which is reported with a traceback."""
+    if is_database_error(error):
+        return FAILED
     return next((code for kind, code in _CODES if issubclass(error, kind)), None)
+
+
+def is_database_error(error: type[BaseException]) -> bool:
+    """Return whether SQLAlchemy raises this class of errors for what a database answered."""
+    # whoever raises such an error has imported SQLAlchemy; commands that need no database must not wait for it
+    loaded = sys.modules.get("sqlalchemy.exc")
+    return loaded is not None and issubclass(error, loaded.DBAPIError)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
@@ -14,11 +14,10 @@ from kernel.cli import EXIT_CODES
 from kernel.cli.common import Target, Where, asynchronous, console, errors, fail, print_json, target_options
 from kernel.cli.exit_codes import FAILED, UNREACHABLE, USAGE
 from kernel.errors import LimitsError
-from kernel.governance.limits import Values, override, parse
-from kernel.log.subjects import subjects_of
-from kernel.settings.fields import shown
-from kernel.transport.connection import NatsConnection
-from kernel.transport.survey import survey
+
+if TYPE_CHECKING:
+    from kernel.governance.limits import Values
+    from kernel.transport.connection import NatsConnection
 
 Answers = list[dict[str, Any]]
 
@@ -64,6 +63,8 @@ async def set_(words: tuple[str, ...], as_json: bool, where: Where) -> None:
 
     The change lasts until the service restarts. A worker that starts meanwhile adopts it from the other workers.
     """
+    from kernel.governance.limits import parse
+
     try:
         values = parse(words)
     except LimitsError as error:
@@ -92,6 +93,8 @@ async def _show(as_json: bool, where: Where) -> None:
 
 async def _change(where: Where, values: Values | None, as_json: bool) -> None:
     """Add limits to the overrides of the workers, or remove all overrides if `values` is None."""
+    from kernel.governance.limits import override
+
     target = where.find()
     connection = await target.connection()
     try:
@@ -114,6 +117,10 @@ async def _change(where: Where, values: Values | None, as_json: bool) -> None:
 
 async def _request(target: Target, connection: NatsConnection, body: dict[str, Any]) -> tuple[Answers, list[str]]:
     """Send a request to all workers. Exit if a worker refuses it, or if no worker answers."""
+    from kernel.log.subjects import subjects_of
+    from kernel.settings.fields import shown
+    from kernel.transport.survey import survey
+
     subject = subjects_of(target.app.name, target.settings).service("limits")
     workers, silent = await survey(connection, subject, orjson.dumps(body))
     if not workers:

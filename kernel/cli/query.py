@@ -15,7 +15,7 @@ from rich.table import Table
 from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.common import Where, asynchronous, console, fail, print_json, reported, target_options
 from kernel.cli.exit_codes import FAILED
 
 MAX_BYTES_SHOWN = 60
@@ -26,16 +26,18 @@ MAX_BYTES_SHOWN = 60
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as a JSON array of objects.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the rows as CSV with a header.")
 @target_options
-@asynchronous
-async def query(sql: str, as_json: bool, as_csv: bool, where: Where) -> None:
+@reported
+def query(sql: str, as_json: bool, as_csv: bool, where: Where) -> None:
     """Run an SQL query on the projection database. The query can't change data.
 
     \b
     eskernel query "select * from balances order by cents desc limit 10"
     """
-    target = where.find()
-    async with await target.client() as client:
-        rows = await client.query(sql)
+    from projections.queries import run_query
+
+    engine = where.open_database()
+    rows = run_query(engine, sql)
+    engine.dispose()
     if as_json:
         print_json(rows)
     elif as_csv:

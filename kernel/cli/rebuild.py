@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, errors, print_json, target_options
-from kernel.governance.remote_pace import following
-from kernel.log.subjects import subjects_of
-from kernel.projector.rebuild import Rebuild, RebuildProgress, Rebuilt, clean_up
-from projections import SchemaError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from kernel.projector.rebuild import RebuildProgress, Rebuilt
 
 
 @click.command(epilog=EXIT_CODES)
@@ -30,6 +31,11 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
     The rebuild reads at the rate of the service's rebuild lane, which is slowed while the live projections are in
     distress: see `eskernel limits`.
     """
+    from kernel.governance.remote_pace import following
+    from kernel.log.subjects import subjects_of
+    from kernel.projector.rebuild import Rebuild, clean_up
+    from projections import SchemaError
+
     if bool(projection) == everything:
         raise click.UsageError("give a projection, or --all")
     target = where.find()
@@ -60,6 +66,8 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
 
 
 def _bar(quiet: bool) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kernel.app import load_app
-from kernel.cli import EXIT_CODES
+from kernel.cli import EXIT_CODES, INTERRUPTED
+from kernel.cli.check_log import LogReport, examine_log, print_report
 from kernel.cli.common import asynchronous, console, explain, fail, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
-from kernel.runtime.memory import settle_memory
-from kernel.service import Service
-from kernel.settings.fields import shown
-from kernel.settings.sources import Loaded
-from kernel.telemetry.logging import set_up
-from kernel.workers.supervisor import Supervisor
+from kernel.cli.streams import outlive_reader
+
+if TYPE_CHECKING:
+    from kernel.app import App
+    from kernel.service import Service
+    from kernel.settings.sources import Loaded
+    from kernel.workers.supervisor import Supervisor
+
+logger = logging.getLogger("eskernel.cli")
 
 
 @click.command(epilog=EXIT_CODES)
@@ -41,10 +48,20 @@ async def run(app: str, loaded: Loaded) -> None:
     At a stop the service answers the commands in progress and writes the last batch. A second signal stops it at once;
     the next start continues from the last written batch.
     """
+    from kernel.app import load_app
+    from kernel.runtime.memory import settle_memory
+    from kernel.service import Service
+    from kernel.telemetry.logging import set_up
+    from kernel.workers.supervisor import Supervisor
+
+    outlive_reader()
     settings = loaded.settings
     set_up(settings.logging)  # importing an app may log already
     found = load_app(app)
     set_up(settings.logging, found.name)
+    if loaded.ignored:
+        names = ", ".join(loaded.ignored)
+        logger.info("variables of Kubernetes Services, which are no settings, are ignored: %s", names)
     service: Service | Supervisor
     if settings.workers == 1:
         service = Service(found, settings, spec=app)
@@ -79,6 +96,9 @@ async def run(app: str, loaded: Loaded) -> None:
 
 
 def _print(service: Service | Supervisor, app: str) -> None:
+    from kernel.settings.fields import shown
+    from kernel.workers.supervisor import Supervisor
+
     lines = {
         "log": shown(service.nats_url) + (" (embedded)" if service.settings.embedded else ""),
         "workers": f"{len(service.workers)} processes" if isinstance(service, Supervisor) else "1, this process",
@@ -96,17 +116,42 @@ def _print(service: Service | Supervisor, app: str) -> None:
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("app")
+@click.option("--log", is_flag=True, help="Decode the stored events with this program too.")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="With --log: only N commits, spread over the log.")
+@click.option("--nats", metavar="URL", help="With --log: the NATS server, instead of the one in the settings.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TOML file with settings.  [default: eskernel.toml, if it exists]",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Data directory of the service.  [default: .eskernel]")
 @click.option("--json", "as_json", is_flag=True)
-def check(app: str, as_json: bool) -> None:
+def check(
+    app: str, log: bool, sample: int | None, nats: str | None, config: Path | None, data: Path | None, as_json: bool
+) -> None:
     """Check an APP's declarations without starting anything, and list them.
 
-    All problems are listed at once, each with its remedy.
+    All problems are listed at once, each with its remedy. With --log, every stored event is decoded: a deployment whose
+    program can't read its log is noticed before it starts. Exits with 1 if an event does not decode, or belongs to an
+    aggregate that the app does not declare.
+
+    \b
+    eskernel check examples.bank:app
+    eskernel check examples.bank:app --log --sample 100000
+    eskernel check examples.bank:app --log --nats nats://host:4222
     """
+    from kernel.app import load_app
+
+    report = None
     try:
         loaded = load_app(app)
+        if log or sample is not None:
+            report = _examine_log(loaded, sample, {"connection.servers": nats, "data": data}, config, quiet=as_json)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except Exception as error:
         explain(error)
-    listing = {
+    listing: dict[str, Any] = {
         "app": loaded.name,
         "aggregates": {
             declared.name: {
@@ -117,9 +162,26 @@ def check(app: str, as_json: bool) -> None:
         },
         "projections": {p.name: {"kind": p.kind, "of": p.aggregate, "version": p.version} for p in loaded.projections},
     }
+    if report is not None:
+        listing["log"] = asdict(report)
     if as_json:
         print_json(listing)
-        return
+    else:
+        _list(loaded)
+        if report is not None:
+            print_report(report)
+    if report is not None and report.problems:
+        sys.exit(FAILED)
+
+
+def _examine_log(app: App, sample: int | None, given: dict[str, Any], config: Path | None, *, quiet: bool) -> LogReport:
+    from kernel.settings.sources import load
+
+    settings = load(config, {name: value for name, value in given.items() if value is not None}).settings
+    return asyncio.run(examine_log(app, settings, sample, quiet=quiet))
+
+
+def _list(loaded: App) -> None:
     console.print(f"{loaded.name}: the declarations have no problems", highlight=False)
     for declared in loaded.types.values():
         console.print(f"  {declared.name}", style="bold", highlight=False)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from sqlalchemy import Engine, func, select
 
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Target, Where, asynchronous, console, fail, print_json, target_options
 from kernel.cli.exit_codes import UNREACHABLE
-from kernel.log.subjects import subjects_of
-from kernel.settings.fields import shown
-from kernel.transport.survey import survey
-from projections.tables import checkpoint, dead_letter, projection
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 
 @click.command(epilog=EXIT_CODES)
@@ -41,6 +39,10 @@ async def status(as_json: bool, where: Where) -> None:
 
 async def survey_workers(target: Target) -> dict[str, Any]:
     """Return the status of all workers, of missing workers and of partitions without an owner."""
+    from kernel.log.subjects import subjects_of
+    from kernel.settings.fields import shown
+    from kernel.transport.survey import survey
+
     app, url = target.app.name, shown(",".join(target.settings.connection.servers))
     connection = await target.connection()
     try:
@@ -61,6 +63,10 @@ async def survey_workers(target: Target) -> dict[str, Any]:
 
 
 def _projections(engine: Engine) -> list[dict[str, Any]]:
+    from sqlalchemy import func, select
+
+    from projections.tables import checkpoint, dead_letter, projection
+
     with engine.connect() as connection:
         rows = connection.execute(
             select(

@@ -113,8 +113,9 @@ class EmbeddedServer:
         sync = "  sync_interval: always\n" if self.sync else ""
         config.write_text(
             f'listen: "127.0.0.1:{port}"\n'
-            f"ports_file_dir: {json.dumps(str(self.directory))}\n"
-            f"jetstream {{\n  store_dir: {json.dumps(str(self.directory / 'store'))}\n{sync}}}\n"
+            f"ports_file_dir: {_quoted(self.directory)}\n"
+            f"jetstream {{\n  store_dir: {_quoted(self.directory / 'store')}\n{sync}}}\n",
+            encoding="utf-8",
         )
         binary = self._binary or find_binary()
         with (self.directory / "nats.log").open("wb") as log:
@@ -213,6 +214,17 @@ async def start_embedded(data: Path, *, sync: bool) -> tuple[EmbeddedServer, asy
         await server.stop()
         raise
     return server, asyncio.create_task(server.keep())
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a string of the server's configuration, which knows fewer escapes than JSON."""
+    escaped = (
+        f"\\{character}" if character in '\\"'
+        else f"\\x{ord(character):02X}" if character < " " or character == "\x7f"
+        else character
+        for character in str(path)
+    )  # fmt: skip
+    return f'"{"".join(escaped)}"'
 
 
 def _read_port(path: Path) -> int:

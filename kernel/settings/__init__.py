@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from annotated_types import Ge, Le
-from pydantic import model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, model_validator
 
 from kernel.settings.connection import Connection, Security
 from kernel.settings.database import Batch, Database, DeadLetters
+from kernel.settings.fields import Section
 from kernel.settings.governance import Backlog, Commands, Limit, Passivation, Rates
 from kernel.settings.jetstream import Consumer, JetStream
 from kernel.settings.observability import Http, Logging, Tracing
@@ -44,14 +44,21 @@ __all__ = [
 ]
 
 
-class Settings(BaseSettings):
+def _writable_name(path: Path) -> Path:
+    # the path is written into the server's configuration and the service's description, which are UTF-8
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("data: the directory's name is not valid in this locale's encoding; use UTF-8") from None
+    if "\0" in str(path):
+        raise ValueError("data: a directory's name can't contain a NUL character")
+    return path
+
+
+class Settings(Section):
     """The settings of a service. Create them in Python, or with `load`."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
-    )
-
-    data: Path = Path(".eskernel")
+    data: Annotated[Path, AfterValidator(_writable_name)] = Path(".eskernel")
     """Data directory: contains the embedded server's store, the SQLite database, and the description of the running
     service. Each app has its own folder in it."""
     workers: Annotated[int, Ge(1), Le(64)] = 1
@@ -77,18 +84,6 @@ class Settings(BaseSettings):
     http: Http = Http()
     logging: Logging = Logging()
     tracing: Tracing = Tracing()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic's signature
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Use the given values only; `load` reads files and the environment."""
-        return (init_settings,)
 
     @model_validator(mode="after")
     def _sync_only_embedded(self) -> Self:

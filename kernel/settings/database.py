@@ -14,8 +14,13 @@ from kernel.settings.fields import MIB, Count, Seconds, Section
 def _absolute(url: str) -> str:
     """Return the URL with an absolute path: other commands use it too, and may run in other folders."""
     path = url.removeprefix("sqlite:///")
-    relative = path != url and path and not path.startswith(("/", ":memory:", "file:"))
-    return f"sqlite:///{Path(path).absolute()}" if relative else url
+    relative = path != url and path and not path.startswith(("/", ":memory:", "file:", "?"))
+    return f"{sqlite_url(Path.cwd())}/{path.removeprefix('./')}" if relative else url
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of an SQLite file, whatever characters its path has."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 class Database(Section):
@@ -39,7 +44,7 @@ class Database(Section):
 
     def url_in(self, directory: Path) -> str:
         """Return the configured URL, or the URL of the SQLite database in an app's data directory."""
-        return self.url or f"sqlite:///{directory / 'projections.db'}"
+        return self.url or sqlite_url(directory / "projections.db")
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `projections.database.open_database`."""

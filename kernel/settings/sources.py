@@ -7,17 +7,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, get_origin
 
 import orjson
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
-from pydantic_settings.exceptions import SettingsError as SourceError
 
 from kernel.errors import SettingsError
 from kernel.settings import Settings
 from kernel.settings.fields import shown
+from kernel.settings.foreign import is_foreign
+from kernel.settings.toml import read_toml
 
 PREFIX = "ESKERNEL_"
 DEFAULT_FILE = Path("eskernel.toml")
@@ -30,17 +30,12 @@ class Loaded:
 
     Attributes:
         origins: for each setting that is not a default, by dotted name: a file, a variable, or `command line`.
+        ignored: environment variables that begin as ours do, and that Kubernetes made for a Service.
     """
 
     settings: Settings
     origins: dict[str, str]
-
-
-class _Environment(EnvSettingsSource):
-    """The environment. Lists are JSON, or texts separated by commas."""
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        return super().decode_complex_value(field_name, field, value) if _is_json(value) else value
+    ignored: tuple[str, ...] = ()
 
 
 def load(
@@ -61,39 +56,38 @@ def load(
     """
     variables = os.environ if environment is None else environment
     named = file or (Path(variables[f"{PREFIX}CONFIG"]) if f"{PREFIX}CONFIG" in variables else None)
-    if named is not None and not named.is_file():
-        raise SettingsError([f"{named}: no such file"])
     origins: dict[str, str] = {}
     tree: Tree = {}
-    problems = _unknown_variables(variables)
-    path = named or DEFAULT_FILE
-    if path.is_file():
+    problems: list[str] = []
+    if named is not None or os.path.lexists(DEFAULT_FILE):
+        path = named or DEFAULT_FILE
+        _merge(tree, read_toml(path), str(path), origins)
+    ours = [name for name in variables if name.upper().startswith(PREFIX) and name.upper() != f"{PREFIX}CONFIG"]
+    ignored = []
+    # a whole section may be one variable; the variables of its settings override it
+    for variable in sorted(ours, key=lambda name: (name.count("__"), name)):
+        dotted = variable[len(PREFIX) :].lower().replace("__", ".")
+        if dotted.split(".")[0] not in Settings.model_fields:
+            if is_foreign(variable, variables[variable]):
+                ignored.append(variable)
+            else:
+                problems.append(f"{variable}: no such setting{_nearest(dotted, variable_of)}")
+            continue
         try:
-            _merge(tree, TomlConfigSettingsSource(Settings, path)(), str(path), origins)
-        except (ValueError, OSError) as error:
-            raise SettingsError([f"{path}: {error}"]) from None
-    try:
-        source = _Environment(Settings, env_prefix=PREFIX, env_nested_delimiter="__")
-        source.env_vars = {name.lower(): value for name, value in variables.items()}
-        _merge(tree, source(), "environment", origins)
-    except SourceError as error:
-        problems.append(f"environment: {error}")
+            value = _decoded(dotted, variables[variable])
+        except orjson.JSONDecodeError as error:
+            problems.append(f"{dotted}: not JSON: {error} ({variable})")
+        else:
+            _merge(tree, _nested(dotted, value), variable, origins)
     for name, value in (given or {}).items():
         _merge(tree, _nested(name, value), "command line", origins)
-    given_as = {name.upper() for name in variables}
-    for name, origin in origins.items():
-        if origin == "environment":
-            # a whole section may be one variable
-            parts = name.upper().split(".")
-            spelled = [PREFIX + "__".join(parts[:count]) for count in range(len(parts), 0, -1)]
-            origins[name] = next((variable for variable in spelled if variable in given_as), spelled[0])
     try:
         settings = _validated(tree, origins)
     except SettingsError as error:
         problems += error.problems
     if problems:
         raise SettingsError(problems)
-    return Loaded(settings, origins)
+    return Loaded(settings, origins, tuple(ignored))
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
@@ -130,7 +124,7 @@ def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tupl
     """Yield every setting with its dotted name."""
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if _is_section(kind):
             yield from leaves(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
@@ -175,6 +169,24 @@ def _is_json(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith(("[", "{"))
 
 
+def _decoded(name: str, value: str) -> Any:
+    """Return a variable's value: JSON of a list, a table or a section is decoded, and any other text stays one."""
+    model: type[BaseModel] = Settings
+    field: FieldInfo | None = None
+    for part in name.split("."):
+        field = model.model_fields.get(part)
+        if field is None:
+            return value
+        if _is_section(field.annotation):
+            model = field.annotation
+    listed = field is not None and (_is_section(field.annotation) or get_origin(field.annotation) in (tuple, dict))
+    return orjson.loads(value) if listed and _is_json(value) else value
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _nested(name: str, value: Any) -> Tree:
     for part in reversed(name.split(".")):
         value = {part: value}
@@ -207,18 +219,6 @@ def _nearest(name: str, spelled: Callable[[str], str] = str) -> str:
         tails = difflib.get_close_matches(last, [known.rsplit(".", 1)[-1] for known in names], 1, 0.75)
         found = [known for known in names if tails and known.rsplit(".", 1)[-1] == tails[0]]
     return f"; the nearest is {spelled(found[0])}" if found else "; `eskernel config show` lists all"
-
-
-def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
-    sections = set(Settings.model_fields)
-    problems = []
-    for name in variables:
-        if not name.upper().startswith(PREFIX) or name.upper() == f"{PREFIX}CONFIG":
-            continue
-        dotted = name[len(PREFIX) :].lower().replace("__", ".")
-        if dotted.split(".")[0] not in sections:
-            problems.append(f"{name}: no such setting{_nearest(dotted, variable_of)}")
-    return problems
 
 
 def _explain(error: Any, origins: Mapping[str, str]) -> str:

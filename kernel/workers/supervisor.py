@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,7 @@ class Supervisor:
             env=environment(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            # SIGKILL also ends a stopped or stuck worker; the next start recovers from any state that it leaves
-            preexec_fn=end_with_parent(signal.SIGKILL),
+            preexec_fn=_beginning(),
         )
         assert process.stdin is not None
         assert process.stdout is not None
@@ -257,3 +257,17 @@ class Supervisor:
         """Return the metrics of all workers. Each sample has its worker's number as a label."""
         pages = await asyncio.gather(*(scrape(worker.heartbeat.get("http", "")) for worker in self.workers))
         return merge({str(worker.number): page for worker, page in zip(self.workers, pages, strict=True) if page})
+
+
+def _beginning() -> Callable[[], None]:
+    """Return what a worker's process does before anything else."""
+    # SIGKILL also ends a stopped or stuck worker; the next start recovers from any state that it leaves
+    end = end_with_parent(signal.SIGKILL)
+
+    def begin() -> None:
+        # Ctrl-C in a terminal reaches the whole group, also a worker that is still importing: the parent decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if end is not None:
+            end()
+
+    return begin

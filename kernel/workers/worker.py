@@ -61,8 +61,6 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
         stop.set()
 
     loop.add_signal_handler(signal.SIGTERM, signalled)
-    # Ctrl-C in a terminal reaches the whole group: the parent decides
-    loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_reader(sys.stdin.fileno(), lambda: None if os.read(0, 4096) else _orphaned(stop))
     try:
         app = load_app(order["spec"])

@@ -272,3 +272,27 @@ async def test_a_store_that_cannot_be_opened_is_an_error_with_the_end_of_the_log
 async def test_a_program_that_ends_at_once_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="did not start"):
         await EmbeddedServer(tmp_path / "nats", binary=shutil.which("false")).start()
+
+
+ODD_NAMES = [
+    "größe",
+    "\N{GRINNING FACE}",
+    'a"b',
+    "o'brien",
+    "50%25",
+    "what?",
+    "a#b",
+    "a:b@c",
+    "a\\b",
+    "a\\nb",
+    "a\nb",
+    "a\tb",
+]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "a\x01\x1f\x7fb", "$HOME", "{a}[b]*", " ", "d" * 100 + "/" + "e" * 100])
+async def test_it_keeps_its_store_in_a_directory_of_any_name(tmp_path: Path, name: str) -> None:
+    server = EmbeddedServer(tmp_path / name)
+    await server.start()
+    await server.stop()
+    assert (tmp_path / name / "store").is_dir()

@@ -22,8 +22,8 @@ from aggregates import Rejected
 from aggregates.commit import Decision
 from kernel import Client
 from kernel.errors import CommandError
-from kernel.runtime.directory import find_running
 from kernel.runtime.nats_server import end_with_parent
+from kernel.runtime.running import find_running
 from kernel.transport.connection import publish_frame
 from tests.apps import Explode, Note, Notebook, Noted, NoteTwice
 from tests.failing import ROOT, Wait
