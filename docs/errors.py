@@ -29,6 +29,7 @@ DO: Final = {
     "HandlerFailed": "correct the handler; a service parks the aggregate: `eskernel dead-letters` shows and retries it",
     "Fenced": "nothing: the service goes on from the checkpoints as they are now",
     "NoSuchLetter": "list the dead letters with `eskernel dead-letters list`; it may have been retried already",
+    "QueryRefused": "write one statement that only reads; the message says what in it is refused",
     "AppNotFound": "write the app as `package.module:variable`, and run from the folder that holds the package",
     "NotDeclared": "choose a name from the list in the message, or declare the class in the app",
     "SettingsError": "correct each line of `problems`; `eskernel config show` tells where each value comes from",

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import msgspec
 import orjson
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from aggregates import Aggregate
 from aggregates.context import uuid7
@@ -30,6 +30,7 @@ from kernel.transport.dial import dial
 from kernel.transport.outbox import Outbox
 from projections.checkpoints import reached
 from projections.database import open_database
+from projections.queries import run_query
 
 RESEND_S = 2.0
 """Without an answer for so long a command is sent again, with the same id."""
@@ -244,23 +245,20 @@ class Client:
         """Query the projection database.
 
         Args:
-            sql: a statement; parameters are written `:name`. It can't write.
+            sql: one statement that only reads; parameters are written `:name`.
             after: wait until these receipts are included.
             projections: wait for these projections only; for all of the app's otherwise.
 
         Raises:
             QueryTimeout: the projections did not get there in time.
+            projections.QueryRefused: the text is not one statement that only reads.
             NoDatabase: the client was connected without a database.
         """
         engine = self._database()
         for receipt in [after] if isinstance(after, Receipt) else after or []:
             await self._include(engine, receipt, projections, timeout)
 
-        def read() -> list[dict[str, Any]]:
-            with engine.connect() as connection:
-                return [dict(row) for row in connection.execute(text(sql), parameters or {}).mappings()]
-
-        return await asyncio.to_thread(read)
+        return await asyncio.to_thread(run_query, engine, sql, parameters)
 
     async def _include(self, engine: Engine, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
         deadline = time.monotonic() + timeout

@@ -11,6 +11,7 @@
     ├── projections.HandlerFailed       an event could not be folded into a projection
     ├── projections.Fenced              another owner moved the checkpoints on
     ├── projections.NoSuchLetter        no such dead letter
+    ├── projections.QueryRefused        a query is not one statement that only reads (also a ValueError)
     ├── AppNotFound                     `package.module:variable` does not lead to an app
     ├── NotDeclared                     the app has no such aggregate, command or projection (also a KeyError)
     ├── SettingsError                   unknown settings, values out of range, contradictions

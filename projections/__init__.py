@@ -1,7 +1,7 @@
 """The read side: projections fold events into SQL tables, and the tables are rebuilt from the log."""
 
 from aggregates import applies
-from projections.errors import Fenced, HandlerFailed, NoSuchLetter, SchemaError
+from projections.errors import Fenced, HandlerFailed, NoSuchLetter, QueryRefused, SchemaError
 from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
 from projections.scenario import ProjectionScenario, projected
 
@@ -14,6 +14,7 @@ __all__ = [
     "NoSuchLetter",
     "Projection",
     "ProjectionScenario",
+    "QueryRefused",
     "Recorded",
     "Rows",
     "SchemaError",
