@@ -34,6 +34,7 @@ DO: Final = {
     "NotDeclared": "choose a name from the list in the message, or declare the class in the app",
     "SettingsError": "correct each line of `problems`; `eskernel config show` tells where each value comes from",
     "LimitsError": "correct the value that each line of the message names; nothing was changed",
+    "DatabaseMismatch": "use the database of the other workers; to move to a new one, stop all of them first",
     "AlreadyRunning": "stop the other service, or give this one its own directory with `--data`",
     "NotRunning": "start the service, or say which one is meant with `--data` or `--app`",
     "WorkersFailed": "the message is the worker's own reason; remove it and start again",

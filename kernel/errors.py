@@ -16,6 +16,7 @@
     ├── NotDeclared                     the app has no such aggregate, command or projection (also a KeyError)
     ├── SettingsError                   unknown settings, values out of range, contradictions
     ├── LimitsError                     limits that cannot be set (also a ValueError)
+    ├── DatabaseMismatch                the app's workers project into another database
     ├── AlreadyRunning                  another service works on the data directory
     ├── NotRunning                      no running service was found
     ├── WorkersFailed                   a worker process could not start
@@ -52,6 +53,7 @@ __all__ = [
     "CommandTimeout",
     "Conflict",
     "ConnectionFailed",
+    "DatabaseMismatch",
     "EskernelError",
     "LimitsError",
     "LogError",
@@ -103,6 +105,10 @@ class LimitsError(EskernelError, ValueError):
 
 class AlreadyRunning(EskernelError):
     """Another service works on this data directory."""
+
+
+class DatabaseMismatch(EskernelError):
+    """The app's workers project into another database; the message names both, and says what to do."""
 
 
 class NotRunning(EskernelError):
