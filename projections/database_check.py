@@ -63,7 +63,7 @@ def _check_postgresql(engine: Engine) -> None:
             )
         if state.read_only == "on":
             raise SchemaError(
-                f"{name} takes no writes from the role {state.role}: default_transaction_read_only is on; set it off "
+                f"{name} is not writable for the role {state.role}: default_transaction_read_only is on; set it off "
                 "for the server, the database and the role"
             )
         if state.schema is None:
@@ -93,7 +93,8 @@ def _check_sqlite(engine: Engine) -> None:
     file = sqlite_file(engine.url)
     try:
         with engine.connect() as connection:
-            connection.execute(text("SELECT count(*) FROM sqlite_master"))
+            # it is rolled back
+            connection.execute(text("CREATE TABLE eskernel_check (n INTEGER)"))
     except DBAPIError as error:
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
         if code == _NOT_A_DATABASE:

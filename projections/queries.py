@@ -76,15 +76,15 @@ def check_query(sql: str, backend: str) -> None:
     allowed = _BEGINNINGS[backend]
     if first not in allowed:
         raise QueryRefused(
-            f"a query only reads, and begins with {', '.join(allowed[:-1]).upper()} or {allowed[-1].upper()}; this one "
-            f"begins with {first.upper() or 'nothing'}"
+            f"a query is read-only, and begins with {', '.join(allowed[:-1]).upper()} or {allowed[-1].upper()}; this "
+            f"one begins with {first.upper() or 'nothing'}"
         )
     if backend != "postgresql":
         return
     if found := _OUTSIDE.search(sql):
-        raise QueryRefused(f"a query only reads, and {found[1]}() does more than that")
+        raise QueryRefused(f"a query is read-only, and {found[1]}() does more than that")
     if _ESCAPED_NAME.search(sql):
-        raise QueryRefused('a query writes its names as they are, not as U&"..."')
+        raise QueryRefused('a query is read-only, and has its names as they are, not as U&"..."')
 
 
 def _first_word(sql: str, nested: bool) -> str:
@@ -114,11 +114,11 @@ def _check_single(connection: Connection, sql: str) -> None:
 
     The driver sends a text without parameters by a protocol that takes several statements.
     """
-    compiled = str(text(sql).compile(dialect=connection.dialect)).replace("%%", "%")
+    compiled = text(sql).compile(dialect=connection.dialect)
     driver: Any = connection.connection.driver_connection
-    if driver is None:
+    if driver is None or compiled.params:
         return
-    answer = driver.pgconn.prepare(b"", compiled.encode())
+    answer = driver.pgconn.prepare(b"", str(compiled).replace("%%", "%").encode())
     if not answer.error_message:
         return
     state = (answer.error_field(_SQLSTATE_FIELD) or b"").decode()
@@ -135,12 +135,12 @@ def _refusal(error: DBAPIError) -> str | None:
     said = str(error.orig).splitlines()[0]
     state = getattr(error.orig, "sqlstate", None)
     if state == _READ_ONLY_TRANSACTION:
-        return f"a query only reads: {said}"
+        return f"a query is read-only: {said}"
     if state == _SYNTAX:
         return f"a query is one statement: {said}"
     code = getattr(error.orig, "sqlite_errorcode", None)
     if code is not None and (code & 0xFF in (_SQLITE_READONLY, _SQLITE_AUTH) or said.startswith("not authorized")):
-        return f"a query only reads: {said}"
+        return f"a query is read-only: {said}"
     if "one statement at a time" in said:
         return "a query is one statement; this text has several"
     return None
