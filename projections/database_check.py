@@ -1,4 +1,4 @@
-"""Whether a database can hold projections at all: asked before anything is written to it."""
+"""Checks of a database before anything is written to it: can it hold projections at all?"""
 
 from __future__ import annotations
 

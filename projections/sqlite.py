@@ -48,8 +48,8 @@ class FileReplaced(SchemaError):
 class DatabaseFile:
     """The file of a database that is open.
 
-    A process that has opened a file goes on with it after it was deleted or replaced, and nobody else sees what it
-    writes. This notices it: the path then leads to another file, or to none.
+    A process keeps the file that it has opened, also after the file was deleted or replaced. No other process would see
+    what it writes then. The path tells: it leads to another file, or to none.
     """
 
     def __init__(self, path: Path) -> None:

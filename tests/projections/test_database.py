@@ -198,7 +198,7 @@ def test_a_file_that_is_gone_is_noticed_before_anything_is_written_to_it(tmp_pat
     for opened in (engine, reads(engine)):
         with pytest.raises(FileReplaced, match=f"was {says}.* restart the service") as noticed, opened.begin():
             pass
-        assert is_infrastructure(noticed.value), "nobody is parked for it"
+        assert is_infrastructure(noticed.value), "no aggregate is parked for it"
     engine.dispose()
     with pytest.raises(FileReplaced):
         engine.connect()
