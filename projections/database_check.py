@@ -1,4 +1,4 @@
-"""Checks of a database before anything is written to it: can it hold projections at all?"""
+"""Checks of a database, before anything is written to it: its encoding, its version, and what the role may do."""
 
 from __future__ import annotations
 
