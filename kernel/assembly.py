@@ -50,6 +50,8 @@ from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
 from projections.checkpoints import knows, register
 from projections.database import open_database
+from projections.database_check import check_usable
+from projections.identity import identify, read_identity
 
 logger = logging.getLogger("eskernel.service")
 
@@ -117,7 +119,8 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
         closing: closes what was built, in reverse order; also after a failure halfway.
 
     Raises:
-        ConnectionFailed, LogError, SchemaError, SettingsError: what stands in the way, and what to do.
+        ConnectionFailed, DatabaseMismatch, LogError, SchemaError, SettingsError: what stands in the way, and what
+            to do.
     """
     app, settings = base.app, base.settings
     governor = Governor(app, settings.rates)
@@ -126,6 +129,7 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     closing.callback(base.alerts.close)
     engine = open_database(database_url, **settings.database.options())
     closing.callback(engine.dispose)
+    await asyncio.to_thread(check_usable, engine)
     connection = await _connect(base, nats_url, closing)
     log = await open_log(
         connection,
@@ -145,7 +149,7 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     leases = await _join_leases(base, connection, log, info, closing)
     async with leases.alone("start"):
         # workers that start together build what is missing one after the other: the second finds it done
-        await _prepare_database(base, connection, log, engine)
+        await _prepare_database(base, connection, log, engine, leases)
     places = Places(nats_url, database_url, durability)
     return _assemble(base, places, engine, connection, log, leases, governor, closing)
 
@@ -185,7 +189,13 @@ async def _join_leases(
 ) -> Leases:
     settings, directory = base.settings, base.directory
     leases = Leases(
-        connection, log.stream, base.worker, info.partitions, ttl=settings.lease, replicas=settings.stream.replicas
+        connection,
+        log.stream,
+        base.worker,
+        info.partitions,
+        ttl=settings.lease,
+        replicas=settings.stream.replicas,
+        on_mismatch=base.lost,
     )
     closing.push_async_callback(leases.close)
     await leases.start()
@@ -197,7 +207,9 @@ async def _join_leases(
     return leases
 
 
-async def _prepare_database(base: Foundation, connection: NatsConnection, log: JetStreamLog, engine: Engine) -> None:
+async def _prepare_database(
+    base: Foundation, connection: NatsConnection, log: JetStreamLog, engine: Engine, leases: Leases
+) -> None:
     """Bring the kernel's tables up to date, compare the database with the log, and build what is missing."""
     app = base.app
 
@@ -214,7 +226,11 @@ async def _prepare_database(base: Foundation, connection: NatsConnection, log: J
         logger.info("building projections: %d of %d commits", progress.done, progress.total)
 
     # in threads, and loaded there too: meanwhile the lease is renewed
+    if app.projections:
+        await leases.check_database(await asyncio.to_thread(read_identity, engine))
     await asyncio.to_thread(upgrade)
+    if app.projections:
+        leases.database = await asyncio.to_thread(identify, engine)
     info = await log.info()
     await asyncio.to_thread(register, engine, app.name, info.created, info.partitions, info.last)
     # other workers may be at work, and live projection goes before

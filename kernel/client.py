@@ -286,12 +286,13 @@ class Client:
         """Query the projection database.
 
         Args:
-            sql: a statement; parameters are written `:name`. It can't write.
+            sql: one statement that only reads; parameters are written `:name`.
             after: wait until these receipts are included.
             projections: wait for these projections only; for all of the app's otherwise.
 
         Raises:
             QueryTimeout: the projections did not get there in time.
+            projections.QueryRefused: the text is not one statement that only reads.
             NoDatabase: the client was connected without a database.
         """
         engine = self._database()

@@ -11,10 +11,12 @@
     ├── projections.HandlerFailed       an event could not be folded into a projection
     ├── projections.Fenced              another owner moved the checkpoints on
     ├── projections.NoSuchLetter        no such dead letter
+    ├── projections.QueryRefused        a query is not one statement that only reads (also a ValueError)
     ├── AppNotFound                     `package.module:variable` does not lead to an app
     ├── NotDeclared                     the app has no such aggregate, command or projection (also a KeyError)
     ├── SettingsError                   unknown settings, values out of range, contradictions
     ├── LimitsError                     limits that cannot be set (also a ValueError)
+    ├── DatabaseMismatch                the app's workers project into another database
     ├── AlreadyRunning                  another service works on the data directory
     ├── NotRunning                      no running service was found
     ├── WorkersFailed                   a worker process could not start
@@ -51,6 +53,7 @@ __all__ = [
     "CommandTimeout",
     "Conflict",
     "ConnectionFailed",
+    "DatabaseMismatch",
     "EskernelError",
     "LimitsError",
     "LogError",
@@ -102,6 +105,10 @@ class LimitsError(EskernelError, ValueError):
 
 class AlreadyRunning(EskernelError):
     """Another service works on this data directory."""
+
+
+class DatabaseMismatch(EskernelError):
+    """The app's workers project into another database; the message names both, and says what to do."""
 
 
 class NotRunning(EskernelError):

@@ -24,7 +24,9 @@ from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api, version_text
 from projections import SchemaError
-from projections.database import database_url, open_database, reads
+from projections.database import open_database, reads
+from projections.database_check import check_usable
+from projections.urls import database_url, sqlite_file
 
 Severity = Literal["ok", "warning", "error"]
 
@@ -162,14 +164,19 @@ def check_database(app: App, settings: Settings) -> list[Finding]:
     what = f"database {shown(address)}"
     try:
         url = database_url(address)
+        file = sqlite_file(url)
+        if url.get_backend_name() == "sqlite" and not (file is not None and file.exists()):
+            # opening the database would create it
+            folder = file.parent if file is not None else Path()
+            return [check_directory(folder, what, "it does not exist; the service creates it")]
+        engine = open_database(address, **settings.database.options())
     except SchemaError as error:
         return [Finding("error", what, str(error))]
-    if url.get_backend_name() == "sqlite" and not (url.database and Path(url.database).exists()):
-        # opening the database would create it
-        return [check_directory(Path(url.database or ".").parent, what, "it does not exist; the service creates it")]
-    engine = open_database(address, **settings.database.options())
     try:
+        check_usable(engine)
         return [_schema(engine, what), _writable(engine, what)]
+    except SchemaError as error:
+        return [Finding("error", what, str(error))]
     except (DBAPIError, PoolTimeout) as error:
         return [Finding("error", what, str(error).splitlines()[0], "see database.url; is the database running?")]
     finally:

@@ -93,8 +93,8 @@ class Service:
         """Start everything; when it returns, commands are taken.
 
         Raises:
-            AlreadyRunning, ConnectionFailed, LogError, SchemaError, SettingsError, OSError: what stands in the way,
-                and what to do. Nothing is left running.
+            AlreadyRunning, ConnectionFailed, DatabaseMismatch, LogError, SchemaError, SettingsError, OSError: what
+                stands in the way, and what to do. Nothing is left running.
         """
         try:
             await self._start()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aggregates import applies
-    from projections.errors import Fenced, HandlerFailed, NoSuchLetter, SchemaError
+    from projections.errors import Fenced, HandlerFailed, NoSuchLetter, QueryRefused, SchemaError
     from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
     from projections.scenario import ProjectionScenario, projected
 
@@ -21,6 +21,7 @@ __all__ = [
     "NoSuchLetter",
     "Projection",
     "ProjectionScenario",
+    "QueryRefused",
     "Recorded",
     "Rows",
     "SchemaError",
@@ -34,7 +35,7 @@ __all__ = [
 
 _HOMES = {
     "applies": "aggregates",
-    **dict.fromkeys(("Fenced", "HandlerFailed", "NoSuchLetter", "SchemaError"), "projections.errors"),
+    **dict.fromkeys(("Fenced", "HandlerFailed", "NoSuchLetter", "QueryRefused", "SchemaError"), "projections.errors"),
     **dict.fromkeys(("ProjectionScenario", "projected"), "projections.scenario"),
 }
 

@@ -55,3 +55,7 @@ class SchemaError(EskernelError):
 
 class NoSuchLetter(EskernelError):
     """There is no such dead letter; the message says how to list the dead letters."""
+
+
+class QueryRefused(EskernelError, ValueError):
+    """A text is not one statement that only reads; the message says what in it is refused."""

@@ -6,6 +6,9 @@ from sqlalchemy import BigInteger, Column, Float, Integer, LargeBinary, MetaData
 
 metadata = MetaData()
 
+database = Table("eskernel_database", metadata, Column("id", String(36), primary_key=True))
+"""The id of this database, made once: see `projections.identity`."""
+
 stream = Table(
     "eskernel_stream",
     metadata,

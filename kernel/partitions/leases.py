@@ -13,15 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
-from kernel.errors import Conflict, LogError
+from kernel.errors import Conflict, DatabaseMismatch, LogError, StreamMismatch
 from kernel.log.appender import Appender
 from kernel.log.base import Stored
+from kernel.partitions.databases import Identity, check_database, describe
 from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message
 
@@ -70,14 +72,28 @@ class Leases:
         app: name of the app's stream, from which the bucket's name is derived: two streams of one app share nothing.
         worker: this worker's name, unique for all time: letters, digits and `-`.
         ttl: lease duration in seconds: the bucket deletes a key that is not renewed for this long.
+        on_mismatch: called with a reason when this worker comes back after its lease expired, and meanwhile another
+            worker has brought another database.
+
+    Attributes:
+        database: the database that this worker projects into; None if it projects into none.
     """
 
     def __init__(
-        self, connection: NatsConnection, app: str, worker: str, partitions: int, *, ttl: float, replicas: int = 1
+        self,
+        connection: NatsConnection,
+        app: str,
+        worker: str,
+        partitions: int,
+        *,
+        ttl: float,
+        replicas: int = 1,
+        on_mismatch: Callable[[str], None] = logger.error,
     ) -> None:
         self._connection = connection
         self.worker, self.partitions, self.ttl = worker, partitions, ttl
-        self._replicas = replicas
+        self._replicas, self._on_mismatch = replicas, on_mismatch
+        self.database: Identity | None = None
         self._bucket = bucket_of(app)
         self._stream = f"KV_{self._bucket}"
         self._appender = Appender(connection, self._last, atomic=False, timeout=ttl / 3, deadline=ttl)
@@ -94,6 +110,7 @@ class Leases:
 
         Raises:
             LogError: the bucket can't be created.
+            StreamMismatch: a bucket of this name exists, and can't hold leases.
         """
         await self._appender.start()
         self._started = True
@@ -113,9 +130,33 @@ class Leases:
         logger.info("deleted %d leases of workers that are dead: %s", len(theirs), ", ".join(dead))
 
     async def join(self) -> None:
-        """Join the workers: from now on the other workers leave this worker its share."""
+        """Join the workers: from now on the other workers leave this worker its share.
+
+        Raises:
+            DatabaseMismatch: another worker has joined at the same moment, with another database.
+        """
         self._joined = True
         await self.renew()
+        if self.database is not None:
+            await check_database(self._connection, self._bucket, self.database, worker=self.worker)
+
+    async def check_database(self, database: Identity) -> None:
+        """Make sure that the live workers project into this database.
+
+        The key of a worker that has died says nothing any more, and is waited for until it expires.
+
+        Raises:
+            DatabaseMismatch: a live worker projects into another database.
+        """
+        await check_database(self._connection, self._bucket, database, worker=self.worker, wait=self.ttl / 6)
+
+    async def _check_again(self, database: Identity) -> None:
+        try:
+            await self.check_database(database)
+        except DatabaseMismatch as error:
+            self._on_mismatch(str(error))
+        except LogError as error:
+            logger.warning("the databases of the other workers can't be compared: %s", error)
 
     def _reconnected(self) -> None:
         """Create the bucket again before the next renewal: a restarted server has lost it."""
@@ -125,7 +166,7 @@ class Leases:
         try:
             await self._create_bucket()
         except LogError as error:
-            logger.info("leases: %s", error)
+            logger.warning("leases: %s", error)
 
     async def _create_bucket(self) -> None:
         config = {
@@ -147,10 +188,16 @@ class Leases:
             if error.code != _NAME_IN_USE:
                 raise
             answer = await call_api(self._connection, f"STREAM.INFO.{self._stream}", None)
-        age = answer["config"].get("max_age", 0) / 1e9
+        found = answer["config"]
+        if faults := faults_of(found, f"$KV.{self._bucket}.>"):
+            raise StreamMismatch(
+                f"the bucket {self._bucket} exists, and can't hold leases, because it has {', '.join(faults)}. Another "
+                f"program has made it: delete it (`nats kv del {self._bucket}`), and the service makes its own"
+            )
+        age = found["max_age"] / 1e9
         if age != self.ttl:
             logger.info("leases last %g s, as the existing bucket %s defines", age, self._bucket)
-            self.ttl = age or self.ttl
+            self.ttl = age
 
     # what is held
 
@@ -184,6 +231,8 @@ class Leases:
                 # the bucket has lost this worker's key, perhaps all keys: the other workers may still join again
                 self._unsettled = clock() + self.ttl
                 await self._renew_membership(None)
+                if self.database is not None:
+                    self._checking = asyncio.ensure_future(self._check_again(self.database))
         if lost:
             logger.warning("lost %d of %d leases", len(lost), len(partitions))
         return lost
@@ -352,7 +401,7 @@ class Leases:
     async def _put(self, key: str, expected: int) -> int:
         self._renewals += 1
         # every value is unique, so that the appender recognises its own value after a lost answer
-        value = orjson.dumps({"worker": self.worker, "renewal": self._renewals})
+        value = orjson.dumps({"worker": self.worker, "renewal": self._renewals, **describe(self.database)})
         return await self._appender.append(f"$KV.{self._bucket}.{key}", expected, value)
 
     async def _last(self, subject: str) -> Stored | None:
@@ -365,6 +414,21 @@ def _writer_of(value: bytes) -> str:
         return str(orjson.loads(value)["worker"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return ""  # another program has written the key
+
+
+def faults_of(config: dict[str, Any], subject: str) -> list[str]:
+    """Return what keeps a stream from holding leases, for people."""
+    wrong = {
+        "no time to live, so the leases of dead workers would never expire": config.get("max_age", 0) <= 0,
+        "a history, so a lease that is given back would leave an older one": config.get("max_msgs_per_subject") != 1,
+        "keys that can't be deleted, so no lease could be given back": config.get("deny_delete", False),
+        "another subject": config.get("subjects") != [subject],
+        "messages that their readers remove": config.get("retention", "limits") != "limits",
+        "the contents of another stream": bool(config.get("mirror") or config.get("sources")),
+        "a seal": config.get("sealed", False),
+        "no acknowledgements": config.get("no_ack", False),
+    }
+    return [fault for fault, there in wrong.items() if there]
 
 
 def bucket_of(app: str) -> str:

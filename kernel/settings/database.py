@@ -11,16 +11,17 @@ from pydantic import AfterValidator, ByteSize, Field
 from kernel.settings.fields import MIB, Count, Seconds, Section
 
 
+def _in_url(path: Path) -> str:
+    """Return the path as a URL holds it: a question mark would end it, and a percent sign begins an escape."""
+    return str(path).replace("%", "%25").replace("?", "%3F")
+
+
 def _absolute(url: str) -> str:
     """Return the URL with an absolute path: other commands use it too, and may run in other folders."""
     path = url.removeprefix("sqlite:///")
-    relative = path != url and path and not path.startswith(("/", ":memory:", "file:", "?"))
-    return f"{sqlite_url(Path.cwd())}/{path.removeprefix('./')}" if relative else url
-
-
-def sqlite_url(path: Path) -> str:
-    """Return the URL of an SQLite file, whatever characters its path has."""
-    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+    if path == url or not path or path.startswith(("/", ":memory:", "file:", "?")):
+        return url
+    return f"sqlite:///{_in_url(Path.cwd())}/{path}"
 
 
 class Database(Section):
@@ -44,7 +45,7 @@ class Database(Section):
 
     def url_in(self, directory: Path) -> str:
         """Return the configured URL, or the URL of the SQLite database in an app's data directory."""
-        return self.url or sqlite_url(directory / "projections.db")
+        return self.url or f"sqlite:///{_in_url(directory / 'projections.db')}"
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `projections.database.open_database`."""

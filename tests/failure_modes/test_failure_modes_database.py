@@ -211,11 +211,19 @@ async def test_a_database_that_does_not_answer_is_shown_and_waited_for(
         await here.client.query("select 1", after=await here.note(20))
         frozen = admin.backends(name_of(fresh_postgres))
         assert frozen
+
+        def no_answer() -> bool:
+            # a probe may have opened a connection of its own meanwhile
+            for pid in set(admin.backends(name_of(fresh_postgres))) - set(frozen):
+                os.kill(pid, signal.SIGSTOP)
+                frozen.append(pid)
+            return "no answer" in here.service.health.components["database"].detail
+
         try:
             for pid in frozen:
                 os.kill(pid, signal.SIGSTOP)
             await behind(here)
-            await until_shown(here, "database", wait_until, "no answer")
+            await wait_until(no_answer)
         finally:
             for pid in frozen:
                 os.kill(pid, signal.SIGCONT)
@@ -344,6 +352,34 @@ async def test_a_file_that_may_not_grow_is_waited_for(
         assert parked(f"sqlite:///{tmp_path / 'p.db'}") == 0
     finally:
         process.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_deleted_or_replaced_is_noticed_and_built_again_at_the_next_start(
+    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, replaced: bool
+) -> None:
+    file = tmp_path / "p.db"
+    url = f"sqlite:///{file}"
+    async with running(app_name, tmp_path / "data", nats_url, url) as here:
+        for number in range(20):
+            last = await here.client.execute(Notebook, f"n{number}", Note("a"))
+        await here.client.query("select 1", after=last)
+        for path in tmp_path.glob("p.db*"):
+            path.rename(path.with_name(f"old{path.name}"))
+        if replaced:
+            shutil.copyfile(tmp_path / "oldp.db", file)
+        await here.client.execute(Notebook, "n0", Note("b"))
+        await wait_until(lambda: not here.service.health.ready)
+        await here.service.parts.probes.probe()
+        detail = here.service.health.components["database"].detail
+        assert ("replaced by another file" if replaced else "was deleted") in detail
+        assert "restart the service" in detail
+        await here.client.execute(Notebook, "n1", Note("c"))
+    assert file.exists() == replaced
+    async with running(app_name, tmp_path / "data", nats_url, url) as here:
+        last = await here.client.execute(Notebook, "n2", Note("d"))
+        assert await here.client.query("select sum(notes) as n from pages", after=last) == [{"n": 23}]
+    assert parked(url) == 0
 
 
 def test_a_damaged_file_is_the_databases_fault_and_parks_no_aggregate(tmp_path: Path) -> None:

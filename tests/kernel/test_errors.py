@@ -29,6 +29,7 @@ PAGE = load_page("errors")
 
 INTERNAL = {
     "ApiError": "an answer of JetStream's API, which its caller turns into a public error; a LogError if it escapes",
+    "FileReplaced": "between the engine and the projector, which waits; people read it in the health report",
     "KeyRefused": "a HandlerFailed whose aggregate is still to be found out",
     "NotWorking": "between a probe and the health report",
     "Unstorable": "between an actor and its gateway",

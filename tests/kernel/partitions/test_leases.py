@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kernel.errors import StreamMismatch
 from kernel.partitions.leases import Leases, Members, clock
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
@@ -203,6 +204,45 @@ async def test_a_lease_that_ran_out_while_it_was_needed_is_taken_again(
             assert not await there()
             await wait_until(there)
         assert not await there()
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"max_age": 0}, "no time to live"),
+        ({"max_msgs_per_subject": 5}, "a history"),
+        ({"max_msgs_per_subject": -1}, "a history"),
+        ({"deny_delete": True}, "keys that can't be deleted"),
+        ({"subjects": ["other.>"]}, "another subject"),
+        ({"retention": "interest"}, "messages that their readers remove"),
+        ({"max_age": 0, "deny_delete": True}, "never expire, keys that"),
+    ],
+)
+async def test_a_bucket_of_another_program_is_refused_with_the_remedy(
+    connection: NatsConnection, app_name: str, changed: dict[str, Any], says: str
+) -> None:
+    bucket = f"KV_{app_name}-leases"
+    ours = {"subjects": [f"$KV.{app_name}-leases.>"], "max_age": 10**9, "max_msgs_per_subject": 1}
+    ours |= {"duplicate_window": 10**9}
+    subjects = [f"{app_name}.other.>"] if "subjects" in changed else ours["subjects"]
+    await call_api(connection, f"STREAM.CREATE.{bucket}", {"name": bucket, **ours, **changed, "subjects": subjects})
+    leases = Leases(connection, app_name, "a", PARTITIONS, ttl=5.0)
+    with pytest.raises(StreamMismatch, match=says) as refused:
+        await leases.start()
+    assert f"delete it (`nats kv del {app_name}-leases`)" in str(refused.value)
+    await leases.close()
+    await call_api(connection, f"STREAM.DELETE.{bucket}", None)
+    async with worker(connection, app_name, "a") as a:
+        assert a.ttl == 5.0
+
+
+async def test_the_bucket_of_an_earlier_start_is_used_with_its_own_duration(
+    connection: NatsConnection, app_name: str
+) -> None:
+    async with worker(connection, app_name, "a", ttl=7.0):
+        pass
+    async with worker(connection, app_name, "b", ttl=3.0) as b:
+        assert b.ttl == 7.0
 
 
 def test_any_members_share_everything_evenly() -> None:
