@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Executable, Table
+from sqlalchemy import Connection, CursorResult, Delete, Executable, Insert, Table, Update
 
 from aggregates import Aggregate
 from aggregates.commit import Envelope
+from projections.errors import SchemaError
 
 M = TypeVar("M")
 E = TypeVar("E")
@@ -106,14 +109,56 @@ class Transaction:
     def __init__(self, connection: Connection, tables: dict[str, Table]) -> None:
         self._connection = connection
         self._tables = tables
+        self._views = {name.lower(): name for name in tables}
 
     def table(self, model: type) -> Table:
         """Return the physical table of the generation being written; the name of the model itself is the view's."""
-        return self._tables[model.__tablename__]  # type: ignore[attr-defined]
+        return self._tables[model.__table__.key]  # type: ignore[attr-defined]
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        """Execute a statement. Only the kernel commits and rolls back."""
-        return self._connection.execute(statement, parameters)
+        """Execute a statement. Only the kernel commits and rolls back.
+
+        Raises:
+            SchemaError: the statement names a model of this projection, or its table's name: that is the view, which
+                shows another generation while this one is built. Use `tx.table(Model)`.
+        """
+        written = statement.table if isinstance(statement, Insert | Update | Delete) else None
+        if isinstance(written, Table) and written.key in self._tables:
+            raise _view_used(written.key)
+        result = self._connection.execute(statement, parameters)
+        # whatever it was made with, the text is at hand now; if it is wrong, the kernel rolls back what it did
+        for name in named_tables(result.context.statement):
+            if name in self._views:
+                raise _view_used(self._views[name])
+        return result
+
+
+def _view_used(name: str) -> SchemaError:
+    return SchemaError(
+        f"{name!r} is the view, which shows another generation while this one is built; in an Sql handler, use "
+        "tx.table(Model) instead of the model or its table's name"
+    )
+
+
+_NAME = r'(?:[\w.]+|(?:"(?:[^"]|"")+"\.?)+)'
+_SOURCES = re.compile(
+    rf"(?<!distinct\s)\b(?:from|join|into|update|using)\s+(?:only\s+)?({_NAME}(?:\s+(?:as\s+)?\w+)?"
+    rf"(?:\s*,\s*{_NAME}(?:\s+(?:as\s+)?\w+)?)*)",
+    re.IGNORECASE,
+)
+_FIRST_NAME = re.compile(rf"(?:^|,)\s*({_NAME})")
+_LITERAL = re.compile(r"'(?:[^']|'')*'")
+
+
+@lru_cache(maxsize=4096)
+def named_tables(statement: str) -> frozenset[str]:
+    """Return the names, in lower case, of the tables and views that a statement in SQL reads or writes."""
+    found = set()
+    for sources in _SOURCES.findall(_LITERAL.sub("''", statement)):
+        for name in _FIRST_NAME.findall(sources):
+            plain = name.lower().replace('""', "\0").replace('"', "").replace("\0", '"')
+            found.add(plain.removeprefix("main.").removeprefix("public."))
+    return frozenset(found)
 
 
 class Projection:

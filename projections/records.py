@@ -37,10 +37,10 @@ class Columns:
         table = mapper.local_table
         assert isinstance(table, Table)
         self.table = table
-        pairs = [(prop.key, prop.columns[0]) for prop in mapper.column_attrs]
+        pairs = [(prop.key, prop.columns[0]) for prop in mapper.column_attrs if isinstance(prop.columns[0], Column)]
         pairs.sort(key=lambda pair: not pair[1].primary_key)
         self.names: list[str] = [name for name, _ in pairs]
-        self.columns: list[Column[Any]] = [column for _, column in pairs]  # type: ignore[misc]
+        self.columns: list[Column[Any]] = [column for _, column in pairs]
         self.shown = list(self.names)
         if sequenced:
             self.names.append(SEQUENCE)
