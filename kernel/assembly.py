@@ -50,6 +50,7 @@ from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
 from projections.checkpoints import knows, register
 from projections.database import open_database
+from projections.schema import prepare
 
 logger = logging.getLogger("eskernel.service")
 
@@ -217,6 +218,13 @@ async def _prepare_database(base: Foundation, connection: NatsConnection, log: J
     await asyncio.to_thread(upgrade)
     info = await log.info()
     await asyncio.to_thread(register, engine, app.name, info.created, info.partitions, info.last)
+    found = await asyncio.to_thread(prepare, engine, app.projections)
+    for orphan in found.orphans:
+        logger.warning(
+            "the database has the projection %s, which the app does not declare: its views%s are not kept up to date; "
+            "drop it with `eskernel projections drop %s`",
+            orphan.name, "".join(f" {view}" for view in orphan.views), orphan.name,
+        )  # fmt: skip
     # other workers may be at work, and live projection goes before
     async with following(connection, log.subjects, base.settings.rates.rebuild) as pace:
         await build_missing(app, log, engine, report, pace)

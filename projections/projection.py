@@ -142,8 +142,8 @@ def _view_used(name: str) -> SchemaError:
 
 _NAME = r'(?:[\w.]+|(?:"(?:[^"]|"")+"\.?)+)'
 _SOURCES = re.compile(
-    rf"(?<!distinct\s)\b(?:from|join|into|update|using)\s+(?:only\s+)?({_NAME}(?:\s+(?:as\s+)?\w+)?"
-    rf"(?:\s*,\s*{_NAME}(?:\s+(?:as\s+)?\w+)?)*)",
+    rf"(?<!distinct\s)\b(?:from|join|into|update|using)\s+(?:only\s+)?(?=({_NAME}(?:\s+(?:as\s+)?\w+)?"
+    rf"(?:\s*,\s*{_NAME}(?:\s+(?:as\s+)?\w+)?)*))",
     re.IGNORECASE,
 )
 _FIRST_NAME = re.compile(rf"(?:^|,)\s*({_NAME})")

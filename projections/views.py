@@ -123,6 +123,17 @@ def exists(connection: Connection, view: View) -> bool:
     return kind == "view"
 
 
+def check_schema(connection: Connection, view: View) -> None:
+    """Raise `SchemaError` if the view's schema does not exist."""
+    if view.schema is None or connection.dialect.name != "postgresql":
+        return
+    query = text("SELECT 1 FROM pg_namespace WHERE nspname = :name")
+    if connection.scalar(query, {"name": view.schema}) is None:
+        raise SchemaError(
+            f"the schema of the table {view} does not exist; create it with CREATE SCHEMA {quoted(view.schema)}"
+        )
+
+
 def replace(connection: Connection, view: View, physical: Table, shown: Sequence[str]) -> None:
     """Make the view show these columns of a table, with its grants, its comments, and what was built on it.
 
