@@ -90,27 +90,25 @@ class Examination:
         to_build: projections that the next start builds, each with the reason.
         problems: what prevents a start: one sentence each, with what to do.
         orphans: projections that the app no longer declares.
+        dependents: what others have built on a view, by the view's name.
     """
 
     equal: list[str] = field(default_factory=list)
     to_build: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     orphans: list[Orphan] = field(default_factory=list)
+    dependents: dict[str, list[str]] = field(default_factory=dict)
 
 
-def examine(engine: Engine, projections: Sequence[DeclaredProjection]) -> Examination:
-    """Compare a migrated database with the declared projections. Nothing is changed."""
-    found = Examination(problems=database_problems(engine.dialect.name, projections))
-    with engine.connect() as connection:
-        try:
-            adopt(connection, projections)
-            found.orphans.extend(orphans(connection, projections))
-            owners = {view: orphan for orphan in found.orphans for view in orphan.views}
-            if not found.problems:
-                for declared in projections:
-                    _examine(connection, declared, owners, found)
-        finally:
-            connection.rollback()
+def examine(connection: Connection, projections: Sequence[DeclaredProjection]) -> Examination:
+    """Compare a migrated database with the declared projections. The caller rolls the transaction back."""
+    found = Examination(problems=database_problems(connection.dialect.name, projections))
+    adopt(connection, projections)
+    found.orphans.extend(orphans(connection, projections))
+    owners = {view: orphan for orphan in found.orphans for view in orphan.views}
+    if not found.problems:
+        for declared in projections:
+            _examine(connection, declared, owners, found)
     return found
 
 
@@ -126,10 +124,17 @@ def prepare(engine: Engine, projections: Sequence[DeclaredProjection]) -> Examin
             if (live := live_generation(connection, declared)) is not None:
                 for view in live.views:
                     views.protect(connection, view)
-    found = examine(engine, projections)
+    with engine.connect() as connection:
+        found = examine(connection, projections)
+        connection.rollback()
     if found.problems:
         raise SchemaError("\n".join(found.problems))
     return found
+
+
+def names(connection: Connection) -> list[str]:
+    """Return the names of all projections of the database."""
+    return sorted(set(connection.scalars(select(projection.c.name))))
 
 
 def orphans(connection: Connection, projections: Sequence[DeclaredProjection]) -> list[Orphan]:
@@ -189,6 +194,8 @@ def _examine(
     try:
         for view in generation(declared, _TRIAL).views:
             views.check_schema(connection, view)
+            if hung := views.dependents(connection, view):
+                found.dependents[str(view)] = hung
         trial = generation(declared, _TRIAL)
         create_tables(connection, trial)
         if is_built(connection, declared):

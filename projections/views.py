@@ -50,7 +50,9 @@ WHERE d.deptype = 'n' AND (
 ) AND NOT (d.classid = 'pg_rewrite'::regclass
     AND d.objid IN (SELECT oid FROM pg_rewrite WHERE ev_class = :oid)
 ) AND NOT (d.classid = 'pg_constraint'::regclass
-    AND d.objid IN (SELECT oid FROM pg_constraint WHERE conrelid = ANY(:own))) ORDER BY 1"""
+    AND d.objid IN (SELECT oid FROM pg_constraint WHERE conrelid = ANY(:own))
+) AND NOT (d.classid = 'pg_attrdef'::regclass
+    AND d.objid IN (SELECT oid FROM pg_attrdef WHERE adrelid = ANY(:own))) ORDER BY 1"""
 _HUNG_ON = """
 SELECT format('GRANT %s ON %s TO %s%s', g.privilege_type, :view,
     CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END,

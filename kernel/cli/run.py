@@ -6,20 +6,25 @@ import asyncio
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kernel.app import load_app
+from kernel.app import App, load_app
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import asynchronous, console, explain, fail, print_json
+from kernel.cli.common import asynchronous, console, explain, fail, print_findings, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
 from kernel.runtime.memory import settle_memory
 from kernel.service import Service
 from kernel.settings.fields import shown
-from kernel.settings.sources import Loaded
+from kernel.settings.sources import Loaded, load
 from kernel.telemetry.logging import set_up
 from kernel.workers.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from kernel.preflight import Finding
 
 
 @click.command(epilog=EXIT_CODES)
@@ -95,18 +100,38 @@ def _print(service: Service | Supervisor, app: str) -> None:
 
 
 @click.command(epilog=EXIT_CODES)
-@click.argument("app")
+@click.argument("app", required=False)
+@click.option(
+    "--database",
+    is_flag=False,
+    flag_value="",
+    metavar="[URL]",
+    help="Compare the tables of this database too, or those of the configured one.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TOML file with settings.  [default: eskernel.toml, if it exists]",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Data directory of the service.  [default: .eskernel]")
 @click.option("--json", "as_json", is_flag=True)
-def check(app: str, as_json: bool) -> None:
+def check(app: str | None, database: str | None, config: Path | None, data: Path | None, as_json: bool) -> None:
     """Check an APP's declarations without starting anything, and list them.
 
-    All problems are listed at once, each with its remedy.
+    All problems are listed at once, each with its remedy. With --database, the tables are compared with the models:
+    what a start would build, what would prevent it, what others have built on the views, and views of projections that
+    the app no longer has. Nothing is changed. Exits with 1 if something would prevent the start.
     """
+    if app is None and database and "://" not in database:
+        app, database = database, ""  # the app was written after --database
+    if app is None:
+        raise click.UsageError("give the app, as package.module:variable")
     try:
         loaded = load_app(app)
+        findings = _compare(loaded, database, config, data) if database is not None else []
     except Exception as error:
         explain(error)
-    listing = {
+    listing: dict[str, Any] = {
         "app": loaded.name,
         "aggregates": {
             declared.name: {
@@ -117,9 +142,25 @@ def check(app: str, as_json: bool) -> None:
         },
         "projections": {p.name: {"kind": p.kind, "of": p.aggregate, "version": p.version} for p in loaded.projections},
     }
+    if database is not None:
+        listing["database"] = [finding._asdict() for finding in findings]
     if as_json:
         print_json(listing)
-        return
+    else:
+        _list(loaded)
+        print_findings(findings)
+    if any(finding.level == "error" for finding in findings):
+        sys.exit(FAILED)
+
+
+def _compare(app: App, database: str | None, config: Path | None, data: Path | None) -> list[Finding]:
+    from kernel.preflight import compare_database
+
+    given = {name: value for name, value in (("database.url", database), ("data", data)) if value}
+    return compare_database(app, load(config, given).settings)
+
+
+def _list(loaded: App) -> None:
     console.print(f"{loaded.name}: the declarations have no problems", highlight=False)
     for declared in loaded.types.values():
         console.print(f"  {declared.name}", style="bold", highlight=False)
