@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Delete, Executable, Insert, Table, Update
@@ -13,6 +11,7 @@ from sqlalchemy import Connection, CursorResult, Delete, Executable, Insert, Tab
 from aggregates import Aggregate
 from aggregates.commit import Envelope
 from projections.errors import SchemaError
+from projections.statements import named_tables
 
 M = TypeVar("M")
 E = TypeVar("E")
@@ -138,27 +137,6 @@ def _view_used(name: str) -> SchemaError:
         f"{name!r} is the view, which shows another generation while this one is built; in an Sql handler, use "
         "tx.table(Model) instead of the model or its table's name"
     )
-
-
-_NAME = r'(?:[\w.]+|(?:"(?:[^"]|"")+"\.?)+)'
-_SOURCES = re.compile(
-    rf"(?<!distinct\s)\b(?:from|join|into|update|using)\s+(?:only\s+)?(?=({_NAME}(?:\s+(?:as\s+)?\w+)?"
-    rf"(?:\s*,\s*{_NAME}(?:\s+(?:as\s+)?\w+)?)*))",
-    re.IGNORECASE,
-)
-_FIRST_NAME = re.compile(rf"(?:^|,)\s*({_NAME})")
-_LITERAL = re.compile(r"'(?:[^']|'')*'")
-
-
-@lru_cache(maxsize=4096)
-def named_tables(statement: str) -> frozenset[str]:
-    """Return the names, in lower case, of the tables and views that a statement in SQL reads or writes."""
-    found = set()
-    for sources in _SOURCES.findall(_LITERAL.sub("''", statement)):
-        for name in _FIRST_NAME.findall(sources):
-            plain = name.lower().replace('""', "\0").replace('"', "").replace("\0", '"')
-            found.add(plain.removeprefix("main.").removeprefix("public."))
-    return frozenset(found)
 
 
 class Projection:

@@ -17,10 +17,11 @@ from projections.naming import quoted
 
 REFUSE = "eskernel_refuse_write"
 """The function of the triggers that refuse writes (PostgreSQL)."""
+_READ_ONLY = "eskernel_read_only"
 _TRIGGERS = {
-    "eskernel_read_only": "INSTEAD OF INSERT OR UPDATE OR DELETE ON {view} FOR EACH ROW",
+    _READ_ONLY: "INSTEAD OF INSERT OR UPDATE OR DELETE ON {view} FOR EACH ROW",
     # the other one is never called for a statement that concerns no row
-    "eskernel_read_only_statement": "BEFORE INSERT OR UPDATE OR DELETE ON {view} FOR EACH STATEMENT",
+    f"{_READ_ONLY}_statement": "BEFORE INSERT OR UPDATE OR DELETE ON {view} FOR EACH STATEMENT",
 }
 READ_ONLY = (
     "is a view of a projection, and only the kernel writes its tables; in an Sql handler, use tx.table(Model) instead "
@@ -54,21 +55,21 @@ WHERE d.deptype = 'n' AND (
 ) AND NOT (d.classid = 'pg_attrdef'::regclass
     AND d.objid IN (SELECT oid FROM pg_attrdef WHERE adrelid = ANY(:own))) ORDER BY 1"""
 _HUNG_ON = """
-SELECT format('GRANT %s ON %s TO %s%s', g.privilege_type, :view,
+SELECT format('GRANT %s ON %s TO %s%s', g.privilege_type, CAST(:view AS text),
     CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END,
     CASE WHEN g.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
 FROM pg_class c, aclexplode(c.relacl) g WHERE c.oid = :oid AND g.grantee <> c.relowner
 UNION ALL
-SELECT format('GRANT %s (%I) ON %s TO %s%s', g.privilege_type, a.attname, :view,
+SELECT format('GRANT %s (%I) ON %s TO %s%s', g.privilege_type, a.attname, CAST(:view AS text),
     CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END,
     CASE WHEN g.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid, aclexplode(a.attacl) g
 WHERE c.oid = :oid AND NOT a.attisdropped AND a.attname = ANY(:kept)
 UNION ALL
-SELECT format('COMMENT ON VIEW %s IS %L', :view, description) FROM pg_description
+SELECT format('COMMENT ON VIEW %s IS %L', CAST(:view AS text), description) FROM pg_description
 WHERE classoid = 'pg_class'::regclass AND objoid = :oid AND objsubid = 0
 UNION ALL
-SELECT format('COMMENT ON COLUMN %s.%I IS %L', :view, a.attname, description)
+SELECT format('COMMENT ON COLUMN %s.%I IS %L', CAST(:view AS text), a.attname, description)
 FROM pg_description JOIN pg_attribute a ON a.attrelid = objoid AND a.attnum = objsubid
 WHERE classoid = 'pg_class'::regclass AND objoid = :oid AND a.attname = ANY(:kept)
 UNION ALL
@@ -76,7 +77,7 @@ SELECT pg_get_ruledef(oid) FROM pg_rewrite WHERE ev_class = :oid AND rulename <>
 UNION ALL
 SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = :oid AND NOT tgisinternal AND NOT tgname = ANY(:own)
 UNION ALL
-SELECT format('ALTER VIEW %s OWNER TO %I', :view, pg_get_userbyid(relowner)) FROM pg_class
+SELECT format('ALTER VIEW %s OWNER TO %I', CAST(:view AS text), pg_get_userbyid(relowner)) FROM pg_class
 WHERE oid = :oid AND pg_get_userbyid(relowner) <> current_user"""
 
 
@@ -176,12 +177,19 @@ def _definition(view: View, shown: Sequence[str], physical: Table, options: str 
 
 def _replace_on_sqlite(connection: Connection, view: View, there: bool, definition: str) -> None:
     # views on this view look it up when they are used; only triggers go with it
-    triggers = text("SELECT sql FROM sqlite_master WHERE type = 'trigger' AND lower(tbl_name) = lower(:name)")
-    hung = list(connection.scalars(triggers, {"name": view.name})) if there else []
+    hung = _sqlite_triggers(connection, view, own=False) if there else []
     execute(connection, f"DROP VIEW IF EXISTS {view.sql}")
     execute(connection, f"CREATE VIEW {definition}")
     for statement in hung:
         execute(connection, statement)
+    protect(connection, view)
+
+
+def _sqlite_triggers(connection: Connection, view: View, *, own: bool) -> list[str]:
+    """Return the definitions of the kernel's triggers on a view, or of those of others."""
+    query = f"""SELECT sql FROM sqlite_master WHERE type = 'trigger' AND lower(tbl_name) = lower(:name)
+        AND substr(name, 1, {len(_READ_ONLY)}) {"=" if own else "<>"} '{_READ_ONLY}'"""
+    return list(connection.scalars(text(query), {"name": view.name}))
 
 
 def _let_owner_read(connection: Connection, oid: int | None, physical: Table) -> None:
@@ -281,19 +289,34 @@ def shows(connection: Connection, view: View) -> str | None:
 
 
 def protect(connection: Connection, view: View) -> None:
-    """Make PostgreSQL refuse writes to the view: a view as simple as this one is writable by itself.
+    """Make the database refuse writes to the view, in words that say what to do.
 
-    On SQLite no view is writable. The triggers cost nothing: they are no part of what a query is rewritten to.
+    To PostgreSQL a view as simple as this one is writable. SQLite refuses it by itself, but not with RETURNING. The
+    triggers cost nothing: they are no part of what a query is rewritten to.
     """
-    if connection.dialect.name != "postgresql" or (oid := _oid(connection, view)) is None:
+    if connection.dialect.name != "postgresql":
+        _protect_on_sqlite(connection, view)
+        return
+    if (oid := _oid(connection, view)) is None:
         return
     there = set(connection.scalars(text("SELECT tgname FROM pg_trigger WHERE tgrelid = :oid"), {"oid": oid}))
     missing = [name for name in _TRIGGERS if name not in there]
     if missing and connection.scalar(text("SELECT to_regproc(:name)"), {"name": REFUSE}) is None:
         execute(connection, _FUNCTION)
     for name in missing:
+        made = _TRIGGERS[name].format(view=view.sql)
+        execute(connection, f"CREATE TRIGGER {name} {made} EXECUTE FUNCTION {REFUSE}()")
+
+
+def _protect_on_sqlite(connection: Connection, view: View) -> None:
+    if not exists(connection, view) or any(_sqlite_triggers(connection, view, own=own) for own in (True, False)):
+        return
+    words = f"{view} {READ_ONLY}".replace("'", "''")
+    for event in ("INSERT", "UPDATE", "DELETE"):
+        name = quoted(f"{_READ_ONLY}_{event.lower()}_{view.name}")
         execute(
-            connection, f"CREATE TRIGGER {name} {_TRIGGERS[name].format(view=view.sql)} EXECUTE FUNCTION {REFUSE}()"
+            connection,
+            f"CREATE TRIGGER {name} INSTEAD OF {event} ON {view.sql} BEGIN SELECT RAISE(ABORT, '{words}'); END",
         )
 
 
