@@ -359,13 +359,17 @@ def adopt(connection: Connection, projections: Sequence[DeclaredProjection]) -> 
         if name in by_name:
             own = generation(by_name[name], number).views
             rows += [(name, number, view, table.name) for view, table in own.items() if table.name in there]
-    taken = {physical for *_, physical in rows} | set(connection.scalars(select(generation_table.c.physical)))
-    gone = [key for key in unlisted if key[0] not in by_name]
-    for table_name in sorted(there - taken):
-        base, _, number = table_name.rpartition("__")
-        owners = [key for key in gone if base and number == str(key[1])]
-        if len(owners) == 1:  # with several it is not known whose table it is
-            rows.append((*owners[0], View(None, base), table_name))
+    for name, number in _shown_by_no_other(connection, {key for key in unlisted if key[0] not in by_name}):
+        for table_name in sorted(there - {row[3] for row in rows}):
+            view = View(None, table_name.rpartition("__")[0])
+            # a table without this column may be the user's own; it is left alone
+            if (
+                table_name == f"{view.name}__{number}"
+                and SEQUENCE in {column["name"] for column in inspect(connection).get_columns(table_name)}
+                and views.shows(connection, view) == table_name
+            ):
+                numbered = {own: f"{view.name}__{own}" for own in (key[1] for key in unlisted if key[0] == name)}
+                rows += [(name, own, view, table) for own, table in numbered.items() if table in there]
     for name, number, view, physical in rows:
         connection.execute(
             insert(generation_table).values(
@@ -374,11 +378,22 @@ def adopt(connection: Connection, projections: Sequence[DeclaredProjection]) -> 
         )
 
 
-def numbers(connection: Connection, name: str, state: str) -> list[int]:
-    """Return the numbers of a projection's generations in a state, oldest first."""
-    found = connection.scalars(
+def _shown_by_no_other(connection: Connection, unlisted: set[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the live generations among these whose number no other one has: only their views tell whose they are."""
+    live = select(projection.c.name, projection.c.generation).where(projection.c.state == "live")
+    found = [(row.name, row.generation) for row in connection.execute(live) if (row.name, row.generation) in unlisted]
+    return [key for key in found if [number for _, number in found].count(key[1]) == 1]
+
+
+def numbers(connection: Connection, name: str, state: str, *, lock: bool = False) -> list[int]:
+    """Return the numbers of a projection's generations in a state, oldest first.
+
+    Args:
+        lock: wait for a cut-over that is under way, and let none begin before the transaction ends.
+    """
+    query = (
         select(projection.c.generation)
         .where(projection.c.name == name, projection.c.state == state)
         .order_by(projection.c.generation)
     )
-    return list(found)
+    return list(connection.scalars(query.with_for_update() if lock else query))

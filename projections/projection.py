@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Delete, Executable, Insert, Table, Update
@@ -109,6 +111,7 @@ class Transaction:
         self._connection = connection
         self._tables = tables
         self._views = {name.lower(): name for name in tables}
+        self._mentions = _pattern(tuple(self._views)).search
 
     def table(self, model: type) -> Table:
         """Return the physical table of the generation being written; the name of the model itself is the view's."""
@@ -126,10 +129,20 @@ class Transaction:
             raise _view_used(written.key)
         result = self._connection.execute(statement, parameters)
         # whatever it was made with, the text is at hand now; if it is wrong, the kernel rolls back what it did
-        for name in named_tables(result.context.statement):
-            if name in self._views:
-                raise _view_used(self._views[name])
+        compiled = result.context.compiled
+        made = compiled.string if compiled is not None else result.context.statement
+        if self._mentions(made):
+            for name in named_tables(made):
+                if name in self._views:
+                    raise _view_used(self._views[name])
         return result
+
+
+@lru_cache
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern that a statement without these names does not contain: most statements end with this search."""
+    parts = "|".join(re.escape(name.rpartition(".")[2].replace('"', '""')) for name in names)
+    return re.compile(rf"(?<!\w)(?:{parts})(?!\w)", re.IGNORECASE)
 
 
 def _view_used(name: str) -> SchemaError:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from projections import generations, views
+from projections import Fenced, generations, views
 from projections.generations import Generation
 
 logger = logging.getLogger("eskernel.projector")
@@ -33,6 +33,7 @@ def take_over(connection: Connection, made: Sequence[Generation]) -> int:
 
     Raises:
         sqlalchemy.exc.DBAPIError: a lock was not to be had (`is_locked`), or the database failed; roll back.
+        Fenced: another rebuild has dropped one of these generations; roll back.
         SchemaError: a view can't be replaced or dropped because others depend on it; roll back.
     """
     postgresql = connection.dialect.name == "postgresql"
@@ -40,6 +41,8 @@ def take_over(connection: Connection, made: Sequence[Generation]) -> int:
         views.execute(connection, f"SET LOCAL lock_timeout = {LOCK_MS}")
     furthest = 0
     for generation in made:
+        if generation.number not in generations.numbers(connection, generation.name, "building", lock=True):
+            raise Fenced(f"another rebuild has dropped generation {generation.number} of {generation.name}")
         furthest = max(furthest, *generations.retire_live(connection, generation.name).values(), 0)
     views.lock(connection, [view for generation in made for view in generations.views_of(connection, generation)])
     for generation in made:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import DBAPIError
 
 from aggregates import InvalidId, InvalidMessage
@@ -33,6 +33,7 @@ from projections.database import is_infrastructure, open_database, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.fold import Letter, Plan
+from projections.tables import stream
 from projections.unit_of_work import Write, Writer
 
 logger = logging.getLogger("eskernel.projector")
@@ -189,9 +190,11 @@ class Rebuild:
 
     def _prepare(self, partitions: int) -> list[generations.Generation]:
         with self._engine.begin() as connection:
+            # rebuilds that begin at the same moment do this one after the other
+            connection.execute(select(stream.c.app).with_for_update())
             generations.adopt(connection, self._app.projections)
             for declared in self._projections:
-                for number in generations.numbers(connection, declared.name, "building"):
+                for number in generations.numbers(connection, declared.name, "building", lock=True):
                     generations.drop(connection, declared, number)
             made = [generations.create(connection, declared, range(partitions)) for declared in self._projections]
             for generation in made:

@@ -127,3 +127,26 @@ def test_a_generation_on_which_others_have_built_is_kept_with_a_warning(
     with postgres.begin() as connection:
         connection.execute(text("DROP VIEW direct"))
     assert clean_up(postgres, declared) == [1]
+
+
+async def test_rebuilds_that_begin_together_leave_one_live_generation(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path
+) -> None:
+    app = notebooks(app_name)
+    engine = open_database(database_url)
+    async with (
+        service_of(app, nats_url, database_url, tmp_path),
+        await Client.connect(app, nats=nats_url, database=database_url) as client,
+    ):
+        await client.query("select 1", after=[await client.execute(Notebook, "n", Note("a")) for _ in range(5)])
+        rebuilds = (Rebuild(app, client.log, engine, app.projections).run() for _ in range(3))
+        ended = await asyncio.gather(*rebuilds, return_exceptions=True)
+        failed = [end for end in ended if isinstance(end, BaseException)]
+        assert len(failed) < 3
+        assert all(isinstance(end, SchemaError) and "took over" in str(end) for end in failed), failed
+        after = await client.execute(Notebook, "n", Note("b"))
+        assert await client.query("select notes from pages", after=after) == [{"notes": 6}]
+        with engine.connect() as connection:
+            assert len(numbers(connection, "Pages", "live")) == 1
+            assert numbers(connection, "Pages", "building") == []
+    engine.dispose()
