@@ -17,6 +17,7 @@ from kernel.log.subjects import APP_NAME
 from kernel.packages import namesake
 from projections.declaration import DeclaredProjection, declare_projection, keyword_problems
 from projections.fold import TRANSIENT, Plan
+from projections.naming import name_problems, table_of
 from projections.projection import Projection
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class App:
             self.types[declared.name] = declared
         for projection in projections:
             self._add_projection(projection, aggregates, problems)
+        problems += name_problems(self.projections)
         if not aggregates:
             problems.append(f"app {name!r} has no aggregates; list their classes in aggregates=[...]")
         if problems:
@@ -186,4 +188,4 @@ def _refuse_namesake(module: str, failure: str) -> None:
 
 
 def _model(declared: DeclaredProjection, table: str) -> str:
-    return next(model.__name__ for model in declared.models if model.__tablename__ == table)  # type: ignore[attr-defined]
+    return next(model.__name__ for model in declared.models if table_of(model).key == table)

@@ -52,6 +52,7 @@ from projections.checkpoints import knows, register
 from projections.database import open_database
 from projections.database_check import check_usable
 from projections.identity import identify, read_identity
+from projections.schema import prepare
 
 logger = logging.getLogger("eskernel.service")
 
@@ -233,6 +234,13 @@ async def _prepare_database(
         leases.database = await asyncio.to_thread(identify, engine)
     info = await log.info()
     await asyncio.to_thread(register, engine, app.name, info.created, info.partitions, info.last)
+    found = await asyncio.to_thread(prepare, engine, app.projections)
+    for orphan in found.orphans:
+        logger.warning(
+            "the database has the projection %s, which the app does not declare: its views%s are not kept up to date; "
+            "drop it with `eskernel projections drop %s`",
+            orphan.name, "".join(f" {view}" for view in orphan.views), orphan.name,
+        )  # fmt: skip
     # other workers may be at work, and live projection goes before
     async with following(connection, log.subjects, base.settings.rates.rebuild) as pace:
         await build_missing(app, log, engine, report, pace)

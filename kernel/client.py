@@ -294,10 +294,13 @@ class Client:
             QueryTimeout: the projections did not get there in time.
             projections.QueryRefused: the text is not one statement that only reads.
             NoDatabase: the client was connected without a database.
+            NotDeclared: the app has no projection of this name.
         """
         engine = self._database()
+        # the database may have projections of other versions of the app, which nobody keeps up to date
+        names = [self.app.projection(name).name for name in projections] or [p.name for p in self.app.projections]
         for receipt in [after] if isinstance(after, Receipt) else after or []:
-            await self._include(engine, receipt, projections, timeout)
+            await self._include(engine, receipt, names, timeout)
 
         return await asyncio.to_thread(run_query, engine, sql, parameters)
 
@@ -306,16 +309,20 @@ class Client:
         pause = 0.002
 
         def read_positions() -> dict[str, int]:
+            if not names:
+                return {}
             with engine.connect() as connection:
                 return reached(connection, receipt.partition, names)
 
         while True:
             stands = await asyncio.to_thread(read_positions)
+            missing = [name for name in names if name not in stands]
             behind = {name: at for name, at in stands.items() if at < receipt.sequence}
-            if not behind:
+            if not behind and not missing:
                 return
             if time.monotonic() + pause > deadline:
-                where = ", ".join(f"{name} at {at}" for name, at in behind.items())
+                where = ", ".join([f"{name} at {at}" for name, at in behind.items()]
+                                  + [f"{name} is not built" for name in missing])  # fmt: skip
                 raise QueryTimeout(
                     f"waited {timeout:g} s for sequence {receipt.sequence} of partition {receipt.partition}: {where}"
                 )

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -23,9 +23,10 @@ from kernel.settings.sources import changed
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api, version_text
-from projections import SchemaError
+from projections import SchemaError, schema
 from projections.database import open_database, reads
 from projections.database_check import check_usable
+from projections.tables import stream
 from projections.urls import database_url, sqlite_file
 
 Severity = Literal["ok", "warning", "error"]
@@ -181,6 +182,51 @@ def check_database(app: App, settings: Settings) -> list[Finding]:
         return [Finding("error", what, str(error).splitlines()[0], "see database.url; is the database running?")]
     finally:
         engine.dispose()
+
+
+def compare_database(app: App, settings: Settings) -> list[Finding]:
+    """Check the database as `check_database` does, and compare it with the app's projections. Nothing is changed."""
+    import migrations  # it loads slowly
+
+    found = check_database(app, settings)
+    if any(finding.level == "error" for finding in found):
+        return found
+    address = settings.database.url_in((settings.data / app.name).absolute())
+    what, url = f"database {shown(address)}", database_url(address)
+    if url.get_backend_name() == "sqlite" and not (url.database and Path(url.database).exists()):
+        address = "sqlite://"  # the database that a start creates is as empty as this one
+    engine = open_database(address, **settings.database.options())
+    try:
+        with engine.connect() as connection:
+            migrations.upgrade_within(connection)
+            owner = connection.scalar(select(stream.c.app).where(stream.c.app != app.name))
+            if owner is not None:
+                detail = f"it belongs to the app {owner!r}"
+                return [*found, Finding("error", what, detail, "give each app its own database")]
+            examination = schema.examine(connection, app.projections)
+            connection.rollback()
+    except (DBAPIError, PoolTimeout) as error:
+        return [*found, Finding("error", what, str(error).splitlines()[0], "may its user create tables?")]
+    finally:
+        engine.dispose()
+    found += [Finding("error", what, problem) for problem in examination.problems]
+    found += [
+        Finding("ok", f"projection {name}", "its tables are those that the model declares")
+        for name in examination.equal
+    ]
+    found += [
+        Finding("ok", f"projection {name}", f"the next start builds it from the log: {reason}")
+        for name, reason in examination.to_build.items()
+    ]
+    for view, names in examination.dependents.items():
+        detail = f"a new version must keep the columns that these use: {', '.join(names)}"
+        found.append(Finding("ok", f"view {view}", detail))
+    for orphan in examination.orphans:
+        stale = f"; these views are not kept up to date: {', '.join(map(str, orphan.views))}" if orphan.views else ""
+        detail = f"the app does not declare it{stale}"
+        remedy = f"drop it with `eskernel projections drop {orphan.name}`, if no other version of the app needs it"
+        found.append(Finding("warning", f"projection {orphan.name}", detail, remedy))
+    return found
 
 
 def _schema(engine: Engine, what: str) -> Finding:

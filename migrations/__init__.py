@@ -29,11 +29,16 @@ def upgrade(engine: Engine) -> None:
         SchemaError: they are newer than this program.
     """
     with engine.begin() as connection:
-        found = current(connection)
-        if found == head():
-            return
-        check(found)
-        command.upgrade(_config(connection), "head")
+        upgrade_within(connection)
+
+
+def upgrade_within(connection: Connection) -> None:
+    """Do what `upgrade` does in a transaction that the caller ends."""
+    found = current(connection)
+    if found == head():
+        return
+    check(found)
+    command.upgrade(_config(connection), "head")
 
 
 def check(found: str | None) -> None:

@@ -21,6 +21,7 @@ from aggregates.errors import DeclarationError
 from aggregates.messages import spec_of
 from projections.codec import Unsupported
 from projections.errors import SchemaError
+from projections.naming import model_problems, table_of
 from projections.projection import Meta, Projection, Rows, Sql, Tallies, Transaction
 from projections.records import Columns
 from projections.row_codec import RowCodec
@@ -75,7 +76,7 @@ class DeclaredProjection:
     @property
     def tables(self) -> set[str]:
         """Names of the tables, which exist as views."""
-        return {model.__tablename__ for model in self.models}  # type: ignore[attr-defined]
+        return {table_of(model).key for model in self.models}
 
 
 def keyword_problems(cls: object) -> list[str]:
@@ -121,6 +122,9 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
     if not models or not all(isinstance(model, type) and issubclass(model, DeclarativeBase) for model in models):
         needed = "`tables = (Model, ...)`" if kind == "sql" else f"{kind.title()}[Model]"
         raise DeclarationError([f"{cls.__name__} has no SQLAlchemy model; declare it with {needed}"])
+    problems += model_problems(models)
+    if problems:
+        raise DeclarationError(problems)
     columns = None if kind == "sql" else Columns(models[0], sequenced=kind == "rows")
     if columns is not None:
         problems += columns.problems(models[0], numeric=kind == "tallies")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, ClassVar, Final, Generic, Never, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Executable, Table
+from sqlalchemy import Connection, CursorResult, Delete, Executable, Insert, Table, Update
 
 from aggregates import Aggregate, DeclarationError
 from aggregates.commit import Envelope
+from projections.errors import SchemaError
+from projections.statements import named_tables
 
 M = TypeVar("M")
 E = TypeVar("E")
@@ -106,14 +110,46 @@ class Transaction:
     def __init__(self, connection: Connection, tables: dict[str, Table]) -> None:
         self._connection = connection
         self._tables = tables
+        self._views = {name.lower(): name for name in tables}
+        self._mentions = _pattern(tuple(self._views)).search
 
     def table(self, model: type) -> Table:
         """Return the physical table of the generation being written; the name of the model itself is the view's."""
-        return self._tables[model.__tablename__]  # type: ignore[attr-defined]
+        return self._tables[model.__table__.key]  # type: ignore[attr-defined]
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        """Execute a statement. Only the kernel commits and rolls back."""
-        return self._connection.execute(statement, parameters)
+        """Execute a statement. Only the kernel commits and rolls back.
+
+        Raises:
+            SchemaError: the statement names a model of this projection, or its table's name: that is the view, which
+                shows another generation while this one is built. Use `tx.table(Model)`.
+        """
+        written = statement.table if isinstance(statement, Insert | Update | Delete) else None
+        if isinstance(written, Table) and written.key in self._tables:
+            raise _view_used(written.key)
+        result = self._connection.execute(statement, parameters)
+        # whatever it was made with, the text is at hand now; if it is wrong, the kernel rolls back what it did
+        compiled = result.context.compiled
+        made = compiled.string if compiled is not None else result.context.statement
+        if self._mentions(made):
+            for name in named_tables(made):
+                if name in self._views:
+                    raise _view_used(self._views[name])
+        return result
+
+
+@lru_cache
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern that a statement without these names does not contain: most statements end with this search."""
+    parts = "|".join(re.escape(name.rpartition(".")[2].replace('"', '""')) for name in names)
+    return re.compile(rf"(?<!\w)(?:{parts})(?!\w)", re.IGNORECASE)
+
+
+def _view_used(name: str) -> SchemaError:
+    return SchemaError(
+        f"{name!r} is the view, which shows another generation while this one is built; in an Sql handler, use "
+        "tx.table(Model) instead of the model or its table's name"
+    )
 
 
 _NOT_GIVEN: Any = object()

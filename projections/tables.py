@@ -31,6 +31,18 @@ projection = Table(
 )
 """Every generation of a projection. `state` is building, live or retired."""
 
+generation_table = Table(
+    "eskernel_table",
+    metadata,
+    Column("projection", String(128), primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("schema", Text, primary_key=True),
+    Column("view", Text, primary_key=True),
+    Column("physical", Text, nullable=False),
+)
+"""The tables of every generation, also of projections that the program no longer knows. `schema` is that of the view,
+empty for the connection's own."""
+
 checkpoint = Table(
     "eskernel_checkpoint",
     metadata,

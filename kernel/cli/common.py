@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
     from kernel.app import App
     from kernel.client import Client
+    from kernel.preflight import Finding
     from kernel.settings import Settings
     from kernel.transport.connection import NatsConnection
 
 logger = logging.getLogger("eskernel.cli")
 
 NO_DATABASE = "--nats needs --database too, the URL that the service was started with"
+_STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 console = Console()
 errors = Console(stderr=True)
@@ -240,3 +242,12 @@ def asynchronous(command: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[.
 def print_json(value: object) -> None:
     """Print a value as JSON, indented for people, whole for programs."""
     click.echo(orjson.dumps(value, default=plain, option=orjson.OPT_INDENT_2).decode())
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print the results of checks, each with the action that helps."""
+    for finding in findings:
+        console.print(f"[{_STYLES[finding.level]}]{finding.level:<8}[/]", end="", highlight=False)
+        console.print(f"{finding.what}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
+        if finding.remedy:
+            console.print(f"{'':8}{finding.remedy}", markup=False, highlight=False, soft_wrap=True)

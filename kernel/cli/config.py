@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import asynchronous, console, explain, print_json
+from kernel.cli.common import asynchronous, explain, print_findings, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
 
 if TYPE_CHECKING:
     from kernel.settings.sources import Loaded
-
-_STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 @click.group()
@@ -76,10 +74,6 @@ async def check(app: str, as_json: bool, loaded: Loaded) -> None:
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
-        for finding in findings:
-            console.print(f"[{_STYLES[finding.level]}]{finding.level:<8}[/]", end="", highlight=False)
-            console.print(f"{finding.what}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
-            if finding.remedy:
-                console.print(f"{'':8}{finding.remedy}", markup=False, highlight=False, soft_wrap=True)
+        print_findings(findings)
     if any(finding.level == "error" for finding in findings):
         sys.exit(FAILED)

@@ -15,13 +15,14 @@ import click
 
 from kernel.cli import EXIT_CODES, INTERRUPTED
 from kernel.cli.check_log import LogReport, examine_log, print_report
-from kernel.cli.common import asynchronous, console, explain, fail, print_json
+from kernel.cli.common import asynchronous, console, explain, fail, print_findings, print_json
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
 from kernel.cli.streams import outlive_reader
 
 if TYPE_CHECKING:
     from kernel.app import App
+    from kernel.preflight import Finding
     from kernel.service import Service
     from kernel.settings.sources import Loaded
     from kernel.workers.supervisor import Supervisor
@@ -115,10 +116,17 @@ def _print(service: Service | Supervisor, app: str) -> None:
 
 
 @click.command(epilog=EXIT_CODES)
-@click.argument("app")
+@click.argument("app", required=False)
 @click.option("--log", is_flag=True, help="Decode the stored events with this program too.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="With --log: only N commits, spread over the log.")
 @click.option("--nats", metavar="URL", help="With --log: the NATS server, instead of the one in the settings.")
+@click.option(
+    "--database",
+    is_flag=False,
+    flag_value="",
+    metavar="[URL]",
+    help="Compare the tables of this database too, or those of the configured one.",
+)
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -127,26 +135,43 @@ def _print(service: Service | Supervisor, app: str) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="Data directory of the service.  [default: .eskernel]")
 @click.option("--json", "as_json", is_flag=True)
 def check(
-    app: str, log: bool, sample: int | None, nats: str | None, config: Path | None, data: Path | None, as_json: bool
+    app: str | None,
+    log: bool,
+    sample: int | None,
+    nats: str | None,
+    database: str | None,
+    config: Path | None,
+    data: Path | None,
+    as_json: bool,
 ) -> None:
     """Check an APP's declarations without starting anything, and list them.
 
     All problems are listed at once, each with its remedy. With --log, every stored event is decoded: a deployment whose
-    program can't read its log is noticed before it starts. Exits with 1 if an event does not decode, or belongs to an
-    aggregate that the app does not declare.
+    program can't read its log is noticed before it starts. With --database, the tables are compared with the models:
+    what a start would build, what would prevent it, what others have built on the views, and views of projections that
+    the app no longer has. Nothing is changed. Exits with 1 if an event does not decode, or belongs to an aggregate that
+    the app does not declare, or if something would prevent the start.
 
     \b
     eskernel check examples.bank:app
     eskernel check examples.bank:app --log --sample 100000
     eskernel check examples.bank:app --log --nats nats://host:4222
+    eskernel check examples.bank:app --database
     """
     from kernel.app import load_app
 
+    if app is None and database and "://" not in database:
+        app, database = database, ""  # the app was written after --database
+    if app is None:
+        raise click.UsageError("give the app, as package.module:variable")
     report = None
+    findings: list[Finding] = []
     try:
         loaded = load_app(app)
         if log or sample is not None:
             report = _examine_log(loaded, sample, {"connection.servers": nats, "data": data}, config, quiet=as_json)
+        if database is not None:
+            findings = _compare(loaded, database, config, data)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
@@ -164,13 +189,16 @@ def check(
     }
     if report is not None:
         listing["log"] = asdict(report)
+    if database is not None:
+        listing["database"] = [finding._asdict() for finding in findings]
     if as_json:
         print_json(listing)
     else:
         _list(loaded)
         if report is not None:
             print_report(report)
-    if report is not None and report.problems:
+        print_findings(findings)
+    if (report is not None and report.problems) or any(finding.level == "error" for finding in findings):
         sys.exit(FAILED)
 
 
@@ -179,6 +207,14 @@ def _examine_log(app: App, sample: int | None, given: dict[str, Any], config: Pa
 
     settings = load(config, {name: value for name, value in given.items() if value is not None}).settings
     return asyncio.run(examine_log(app, settings, sample, quiet=quiet))
+
+
+def _compare(app: App, database: str | None, config: Path | None, data: Path | None) -> list[Finding]:
+    from kernel.preflight import compare_database
+    from kernel.settings.sources import load
+
+    given = {name: value for name, value in (("database.url", database), ("data", data)) if value}
+    return compare_database(app, load(config, given).settings)
 
 
 def _list(loaded: App) -> None:

@@ -29,6 +29,9 @@ async def status(as_json: bool, where: Where) -> None:
     report = await survey_workers(target)
     if target.database is not None:
         report["projections"] = await asyncio.to_thread(_projections, target.engine(read_only=True))
+        declared = {known.name for known in target.app.projections}
+        for made in report["projections"]:
+            made["declared"] = made["name"] in declared
     if as_json:
         print_json(report)
     else:
@@ -106,10 +109,16 @@ def _print(report: dict[str, Any]) -> None:
         letters = f", {made['dead_letters']} dead letters" if made["dead_letters"] else ""
         _line(
             f"  {made['name']:<20}version {made['version']}, generation {made['generation']}, {made['state']}, "
-            f"at {made['sequence']}{letters}"
+            f"at {made['sequence']}{letters}{_undeclared(made)}"
         )
     for worker in workers:
         _print_worker(worker)
+
+
+def _undeclared(made: dict[str, Any]) -> str:
+    if made["declared"]:
+        return ""
+    return f"; not in the app, and not kept up to date: eskernel projections drop {made['name']}"
 
 
 def _print_worker(worker: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, select
+from sqlalchemy.exc import DBAPIError
 
 from aggregates import InvalidId, InvalidMessage
 from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
+from kernel.projector.cut_over import PAUSE_S, LockWait, is_locked, take_over
 from kernel.projector.parking import log_parked, stored_commit
 from projections import generations
 from projections.build import Build
@@ -31,7 +34,10 @@ from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.fold import Plan
 from projections.parked import Letter
+from projections.tables import stream
 from projections.unit_of_work import Batch, Write, Writer
+
+logger = logging.getLogger("eskernel.projector")
 
 T = TypeVar("T")
 Commits = list[tuple[int, list[Envelope]]]
@@ -41,6 +47,8 @@ WINDOW = 40_000
 WINDOW_BYTES = 64_000_000
 """Bytes of commits that are folded before they are written."""
 READ = 8_000
+LEFT = 1_000
+"""Commits that may be left to fold at the cut-over, while queries wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,7 @@ class Rebuild:
         self._done = 0
         self._at = 0
         self._folded = 0
+        self._began = time.perf_counter()
 
     async def run(self) -> list[Rebuilt]:
         """Build, catch up, cut over: all of the projections in the same transaction.
@@ -165,7 +174,7 @@ class Rebuild:
                 before, info = behind, await self._log.info()
                 # a slowed rebuild has much to catch up with: while it gains on the log, before the cut-over
                 gap = info.last - self._at
-                behind = gap if WINDOW < gap < before else 0
+                behind = gap if LEFT < gap < before else 0
             await self._cut_over(reader, made)
         finally:
             if collecting:
@@ -175,10 +184,16 @@ class Rebuild:
 
     def _prepare(self, partitions: int) -> list[generations.Generation]:
         with self._engine.begin() as connection:
+            # rebuilds that begin at the same moment do this one after the other
+            connection.execute(select(stream.c.app).with_for_update())
+            generations.adopt(connection, self._app.projections)
             for declared in self._projections:
-                for number in generations.numbers(connection, declared.name, "building"):
+                for number in generations.numbers(connection, declared.name, "building", lock=True):
                     generations.drop(connection, declared, number)
-            return [generations.create(connection, declared, range(partitions)) for declared in self._projections]
+            made = [generations.create(connection, declared, range(partitions)) for declared in self._projections]
+            for generation in made:
+                generations.check_replaceable(connection, generation)
+            return made
 
     async def _fill(self, reader: LogReader, total: int, last: int, started: float) -> None:
         """Replay up to where the log ended at the start, writing one window while the next is folded."""
@@ -291,17 +306,10 @@ class Rebuild:
         return stored_commit(letter, window, self._log.subjects)
 
     async def _cut_over(self, reader: LogReader, made: list[generations.Generation]) -> None:
-        """In one transaction: stop the live generations, fold what they had beyond ours, and show ours instead."""
+        """In one transaction: stop the live generations, show ours instead, and fold what they had beyond ours."""
         connection: Connection = await self._in(self._engine.connect)
         try:
-            transaction = await self._in(connection.begin)
-            if self._engine.dialect.name == "postgresql":
-                # views are replaced at the end of a long work: readers get more time to finish
-                await self._in(partial(connection.exec_driver_sql, "SET LOCAL lock_timeout = '60s'"))
-            furthest = 0
-            for generation in made:
-                stood = await self._in(partial(generations.retire_live, connection, generation.name))
-                furthest = max(furthest, *stood.values()) if stood else furthest
+            furthest = await self._take_over(connection, reader, made)
             while self._at < furthest:
                 # the live projections stand still meanwhile: nothing may slow this
                 window = await self._window(reader, furthest, unpaced())
@@ -311,23 +319,51 @@ class Rebuild:
                 write = await self._fold(groups, window, connection)
                 self._park(await self._in(partial(self._writer.attempt, connection, write)), groups)
                 self._advance(write, window)
-            for generation in made:
-                await self._in(partial(generations.show, connection, generation))
-            await self._in(transaction.commit)
+            await self._in(connection.commit)
         finally:
             await self._in(connection.close)
+
+    async def _take_over(self, connection: Connection, reader: LogReader, made: list[generations.Generation]) -> int:
+        """Begin the cut-over's transaction, as often as it takes to have its locks. Return `take_over`'s result."""
+        waiting = LockWait(made)
+        while True:
+            try:
+                return await self._in(partial(take_over, connection, made))
+            except DBAPIError as error:
+                await self._in(connection.rollback)
+                if not is_locked(error):
+                    raise
+            await self._in(partial(waiting.note, connection))
+            await asyncio.sleep(PAUSE_S)
+            # the live projections have gone on: what they folded is folded before they are stopped again
+            info = await self._log.info()
+            if info.last > self._at:
+                await self._fill(reader, info.commits, info.last, self._began)
 
     async def _in(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
 def clean_up(engine: Engine, declared: DeclaredProjection, keep: int = 1) -> list[int]:
-    """Drop retired generations but the newest `keep`; return the numbers of those dropped."""
-    with engine.begin() as connection:
+    """Drop retired generations but the newest `keep`; return the numbers of those dropped.
+
+    A generation on which others have built is kept, with a warning.
+    """
+    dropped: list[int] = []
+    with reads(engine).connect() as connection:
         retired: list[int] = generations.numbers(connection, declared.name, "retired")
-        dropped = retired[: max(0, len(retired) - keep)]
-        for number in dropped:
-            generations.drop(connection, declared, number)
+    for number in retired[: max(0, len(retired) - keep)]:
+        try:
+            with engine.begin() as connection:
+                generations.drop(connection, declared, number)
+        except SchemaError as error:
+            logger.warning("generation %d of %s is kept: %s", number, declared.name, error)
+        except DBAPIError as error:
+            if not is_locked(error):
+                raise
+            logger.warning("generation %d of %s is kept until the next start: it is in use", number, declared.name)
+        else:
+            dropped.append(number)
     return dropped
 
 
@@ -342,9 +378,7 @@ async def build_missing(
 
     def find_missing() -> list[DeclaredProjection]:
         with reads(engine).connect() as connection:
-            return [
-                declared for declared in app.projections if generations.live_generation(connection, declared) is None
-            ]
+            return [declared for declared in app.projections if not generations.is_built(connection, declared)]
 
     missing = await asyncio.to_thread(find_missing)
     return await Rebuild(app, log, engine, missing, progress, pace).run() if missing else []

@@ -540,4 +540,37 @@ MUTANTS = [
             "test_commands_queued_while_disconnected_are_not_replayed_to_a_server_that_takes_less",
         ),
     ),
+    # what surrounds the tables
+    Mutant(
+        "view-writable",
+        "the view of a projection can't be written",
+        "projections/views.py",
+        "missing = [name for name in _TRIGGERS if name not in there]",
+        "missing = [name for name in _TRIGGERS if name in there]",
+        ("tests/projections/test_views.py::test_the_view_cannot_be_written",),
+    ),
+    Mutant(
+        "view-read-in-a-handler",
+        "a handler sees the generation that it writes",
+        "projections/projection.py",
+        "if name in self._views:",
+        "if name in ():",
+        ("tests/projections/test_views.py::test_a_handler_that_uses_the_view_instead_of_its_table_is_refused",),
+    ),
+    Mutant(
+        "cut-over-waits-long",
+        "an open reader delays only the cut-over",
+        "kernel/projector/cut_over.py",
+        "LOCK_MS = 200",
+        "LOCK_MS = 60_000",
+        ("tests/kernel/projector/test_cut_over.py::test_an_open_reader_delays_only_the_cut_over",),
+    ),
+    Mutant(
+        "changed-model-accepted",
+        "a model that was changed without a new version is refused",
+        "projections/schema.py",
+        "if different := differences(connection, live, trial):",
+        "if different := differences(connection, live, live):",
+        ("tests/projections/test_schema.py::test_a_model_that_was_changed_without_a_new_version_is_refused",),
+    ),
 ]

@@ -1,0 +1,90 @@
+"""The locks of a cut-over: each is waited for shortly, and all are given back between two tries."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from projections import Fenced, generations, views
+from projections.generations import Generation
+
+logger = logging.getLogger("eskernel.projector")
+
+LOCK_MS = 200
+"""Longest wait for a lock. Queries that begin meanwhile queue behind it for as long."""
+PAUSE_S = 1.0
+"""Between two tries. The live projections and the queries go on meanwhile."""
+WARN_EVERY_S = 10.0
+_LOCK_NOT_AVAILABLE, _DEADLOCK = "55P03", "40P01"
+_SQLITE_BUSY = 5
+
+
+def take_over(connection: Connection, made: Sequence[Generation]) -> int:
+    """Stop the live generations and point the views at these, in a transaction that this begins.
+
+    The views come last, and are locked until the transaction ends.
+
+    Returns:
+        how far the live generations have folded: stream sequence.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: a lock was not to be had (`is_locked`), or the database failed; roll back.
+        Fenced: another rebuild has dropped one of these generations; roll back.
+        SchemaError: a view can't be replaced or dropped because others depend on it; roll back.
+    """
+    postgresql = connection.dialect.name == "postgresql"
+    if postgresql:
+        views.execute(connection, f"SET LOCAL lock_timeout = {LOCK_MS}")
+    furthest = 0
+    for generation in made:
+        if generation.number not in generations.numbers(connection, generation.name, "building", lock=True):
+            raise Fenced(f"another rebuild has dropped generation {generation.number} of {generation.name}")
+        furthest = max(furthest, *generations.retire_live(connection, generation.name).values(), 0)
+    views.lock(connection, [view for generation in made for view in generations.views_of(connection, generation)])
+    for generation in made:
+        generations.show(connection, generation)
+    if postgresql:
+        views.execute(connection, "SET LOCAL lock_timeout TO DEFAULT")
+    return furthest
+
+
+def is_locked(error: DBAPIError) -> bool:
+    """Return whether the database failed because another transaction holds a lock."""
+    if getattr(error.orig, "sqlstate", None) in (_LOCK_NOT_AVAILABLE, _DEADLOCK):
+        return True
+    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == _SQLITE_BUSY
+
+
+class LockWait:
+    """Counts the tries of a cut-over, and logs who holds the locks."""
+
+    def __init__(self, made: Sequence[Generation]) -> None:
+        self.tries = 0
+        self._made = made
+        self._began = time.monotonic()
+        self._warned = -WARN_EVERY_S
+
+    def note(self, connection: Connection) -> None:
+        """Count a try that failed. Log it at the first one, and then once in a while."""
+        self.tries += 1
+        waited = time.monotonic() - self._began
+        if waited - self._warned < WARN_EVERY_S:
+            return
+        self._warned = waited
+        holders = []
+        for generation in self._made:
+            for view in generation.views:
+                holders += [f"{view}: {reader}" for reader in views.readers(connection, view)]
+        connection.rollback()
+        logger.warning(
+            "the new tables of %s are ready; the cut-over waits for a lock (%d tries in %.0f s); the live projections "
+            "go on meanwhile. Open transactions: %s",
+            ", ".join(generation.name for generation in self._made),
+            self.tries,
+            waited,
+            "; ".join(holders) or "none is known",
+        )
