@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from aggregates.aggregate import Aggregate, role_of
+from aggregates.aggregate import Aggregate, name_of, role_of
 from aggregates.context import Context
 from aggregates.encoding import EncodedEvent, encode_event
 from aggregates.errors import DeclarationError, InvalidMessage
@@ -20,6 +21,8 @@ from aggregates.upcasting import Fields, upcast_of
 
 A = TypeVar("A", bound=Aggregate)
 Method = Callable[..., Any]
+AGGREGATE_NAME = re.compile(r"\w[\w-]{0,127}\Z")
+"""An aggregate's name is a token of subjects, and a value in columns of the kernel's tables."""
 
 
 @dataclass(slots=True)
@@ -84,7 +87,7 @@ class AggregateType(Generic[A]):
     """An aggregate class as the kernel uses it. Made by `declare`.
 
     Attributes:
-        name: the class name; part of every subject.
+        name: the name in the log: in every subject, in the events' source, and in commands.
         handlers: by command class.
         commands: command classes by wire name.
         events: by wire name.
@@ -132,8 +135,8 @@ def declare(cls: type[A]) -> AggregateType[A]:
     """
     if not (isinstance(cls, type) and issubclass(cls, Aggregate)):
         raise DeclarationError([f"{cls!r} is not an aggregate; derive the class from aggregates.Aggregate"])
-    declared: AggregateType[A] = AggregateType(cls, cls.__name__)
     problems: list[str] = []
+    declared: AggregateType[A] = AggregateType(cls, _checked_name(cls, problems))
     emitted: dict[type, str] = {}
     upcasters = []
     _check_state(cls, problems)
@@ -176,6 +179,23 @@ def declare(cls: type[A]) -> AggregateType[A]:
     if problems:
         raise DeclarationError(problems)
     return declared
+
+
+def _checked_name(cls: type[Aggregate], problems: list[str]) -> str:
+    name = name_of(cls)
+    if problem := name_problem(name):
+        problems.append(f"{cls.__name__}: name={name!r} {problem}")
+        return cls.__name__
+    return name
+
+
+def name_problem(name: object) -> str:
+    """Return why this can't be an aggregate's name, and what to do; an empty text if it can."""
+    if not isinstance(name, str):
+        return "is not a text; give the name as it is in the log"
+    if not AGGREGATE_NAME.match(name):
+        return "can't be part of a subject; use letters, digits, '_' and '-', at most 128 characters"
+    return ""
 
 
 def _check_state(cls: type[Aggregate], problems: list[str]) -> None:
