@@ -93,8 +93,8 @@ class Service:
         """Start everything; when it returns, commands are taken.
 
         Raises:
-            AlreadyRunning, ConnectionFailed, LogError, SchemaError, SettingsError, OSError: what stands in the way,
-                and what to do. Nothing is left running.
+            AlreadyRunning, ConnectionFailed, DeclarationError, LogError, SchemaError, SettingsError, OSError: what
+                stands in the way, and what to do. Nothing is left running.
         """
         try:
             await self._start()
@@ -216,6 +216,7 @@ class Service:
                 "position": parts.projector.position,
                 "behind": parts.detector.behind,
             },
+            "unknown_aggregates": parts.unknown.report(),
             "limits": parts.governor.show(),
             **parts.detector.report(),
             "alerts": self.alerts.sent,

@@ -24,6 +24,7 @@ from kernel.app import App
 from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
 from kernel.projector.parking import log_parked, stored_commit
+from kernel.projector.unknown import find_unknown
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -115,11 +116,13 @@ class Rebuild:
         """Build, catch up, cut over: all of the projections in the same transaction.
 
         Raises:
+            DeclarationError: an aggregate's class seems to have been renamed; the copy would be empty.
             LogError, sqlalchemy.exc.DBAPIError: nothing has changed for anybody; the unfinished copy is removed by
                 the next rebuild.
         """
         started = time.perf_counter()
         try:
+            await find_unknown(self._app, self._log)
             while True:
                 try:
                     made = await self._attempt(started)

@@ -27,6 +27,7 @@ from kernel.projector.grouping import Group, Sorter, batch_of
 from kernel.projector.parking import log_parked, stored_commit
 from kernel.projector.progress import Hand, ReadProgress
 from kernel.projector.reading import read_batch
+from kernel.projector.unknown import UnknownAggregates
 from kernel.settings import Settings
 from kernel.telemetry.metrics import (
     BATCH_EVENTS,
@@ -60,6 +61,7 @@ class ProjectorContext:
         residents: the live aggregates, whose actors fold.
         plan: the app's projections, compiled for folding.
         progress: what is read, in hand, and written.
+        unknown: counts what is passed over, since the app does not declare the aggregate.
         readers: the thread that reads from the database.
         interrupted: set while the session at work is to end.
         failures: found when a batch was written, and not yet in the dead letters.
@@ -76,6 +78,7 @@ class ProjectorContext:
     tracing: Tracer
     committer: Committer
     progress: ReadProgress
+    unknown: UnknownAggregates
     readers: ThreadPoolExecutor
     interrupted: asyncio.Event
     failures: list[HandlerFailed]
@@ -117,6 +120,7 @@ class Session:
             claimed.position,
             len(context.app.projections),
             self._quarantine,
+            context.unknown.note,
         )
         self._under_way: _UnderWay | None = None
         self._batch: list[Stored] = []
