@@ -15,7 +15,7 @@ import msgspec
 from aggregates.aggregate import Aggregate, name_of, role_of
 from aggregates.context import Context
 from aggregates.encoding import EncodedEvent, encode_event
-from aggregates.errors import DeclarationError, InvalidMessage
+from aggregates.errors import DeclarationError, InvalidMessage, NewerEvent
 from aggregates.messages import Kind, spec_of, wire_problems
 from aggregates.upcasting import Fields, upcast_of
 
@@ -50,7 +50,8 @@ class EventType:
         """Return the event from its stored fields.
 
         Raises:
-            InvalidMessage: the version is newer than this program's, an upcaster is missing, or the fields don't fit.
+            NewerEvent: the version is newer than this program's.
+            InvalidMessage: an upcaster is missing, or the fields don't fit.
         """
         try:
             if version == self.version:
@@ -63,7 +64,7 @@ class EventType:
 
     def _upcast(self, stored: Fields, version: int) -> Fields:
         if version > self.version:
-            raise InvalidMessage(
+            raise NewerEvent(
                 f"stored {self.name} has schema version {version}, but this program is too old: it knows versions up "
                 f"to {self.version}"
             )
@@ -102,6 +103,20 @@ class AggregateType(Generic[A]):
     events: dict[str, EventType] = field(default_factory=dict)
     event_types: dict[type, EventType] = field(default_factory=dict)
     appliers: dict[type, Method] = field(default_factory=dict)
+
+    def stored_event(self, name: str) -> EventType:
+        """Return the event of this wire name.
+
+        Raises:
+            NewerEvent: there is none.
+        """
+        known = self.events.get(name)
+        if known is None:
+            raise NewerEvent(
+                f"{self.name} has no event named {name!r}: a newer program has appended it, or its class was renamed "
+                f"without @event(name={name!r})"
+            )
+        return known
 
 
 def annotated(function: Method, *, skip: int, problems: list[str], where: str) -> tuple[list[Any], Any] | None:

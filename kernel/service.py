@@ -217,6 +217,7 @@ class Service:
                 "behind": parts.detector.behind,
             },
             "unknown_aggregates": parts.unknown.report(),
+            "waiting_aggregates": [waiting._asdict() for waiting in parts.retries.postponed],
             "limits": parts.governor.show(),
             **parts.detector.report(),
             "alerts": self.alerts.sent,

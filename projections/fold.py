@@ -13,6 +13,7 @@ import msgspec
 
 from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType
+from aggregates.errors import NewerEvent
 from projections.declaration import DeclaredProjection, EventHandler
 from projections.errors import HandlerFailed
 from projections.projection import DROP, Meta, Recorded, Tally
@@ -34,11 +35,13 @@ class Parked(NamedTuple):
         since: sequence of the first waiting event.
         error: error of this event.
         transient: this event is retried automatically.
+        waits: this event has not failed: it waits for a program that can read it.
     """
 
     since: int
     error: str
     transient: bool = False
+    waits: bool = False
 
 
 class Letter(NamedTuple):
@@ -51,6 +54,7 @@ class Letter(NamedTuple):
         stream_sequence: the event's place in the stream.
         error: error of the event, or of the event that it waits behind.
         transient: the event is retried automatically; False for an event that waits behind another one.
+        waits: neither the event nor one before it has failed; it waits for a program that can read it.
     """
 
     projection: int
@@ -59,6 +63,7 @@ class Letter(NamedTuple):
     stream_sequence: int
     error: str
     transient: bool = False
+    waits: bool = False
 
 
 class ParkedAggregates(dict[Key, dict[int, Parked]]):
@@ -86,8 +91,9 @@ class ParkedAggregates(dict[Key, dict[int, Parked]]):
                 folding.append(index)
             else:
                 head = envelope.sequence == parked.since
+                retried = head and parked.transient
                 letters.append(
-                    Letter(index, key, envelope.sequence, stream_sequence, parked.error, head and parked.transient)
+                    Letter(index, key, envelope.sequence, stream_sequence, parked.error, retried, parked.waits)
                 )
         return folding
 
@@ -226,7 +232,9 @@ class Plan:
         skip: frozenset[int] = frozenset(),
         kept: int | None = None,
     ) -> int:
-        """Fold one aggregate's commits.
+        """Fold one aggregate's commits, up to the first event that only a newer program can read.
+
+        That event and those behind it become dead letters that wait. Nothing has failed: no handler has seen them.
 
         Args:
             rows: the aggregate's records by projection, None where there is no row; updated in place.
@@ -247,6 +255,8 @@ class Plan:
             return commits[-1][1][-1].sequence
         if skip or (self.parked and (aggregate, aggregate_id) in self.parked):
             return self._fold_partly(keeper, (aggregate, aggregate_id), rows, commits, folded, last, skip, kept)
+        key = aggregate, aggregate_id
+        end = sequence = 0
         steps_by_type = self._steps[aggregate]
         indexes = self.row_indexes[aggregate]
         if last is None:
@@ -255,35 +265,41 @@ class Plan:
                     last = max(last or 0, rows[index].eskernel_sequence)
             if last is None:
                 last = kept
-        for stream_sequence, envelopes in commits:
-            for envelope in envelopes:
-                sequence = envelope.sequence
-                if last is not None and sequence != last + 1:
-                    raise _out_of_sequence((aggregate, aggregate_id), sequence, last)
-                last = sequence
-                entry = steps_by_type.get(envelope.type)
-                if entry is None:
-                    raise _unknown_event((aggregate, aggregate_id), envelope)
-                version, decode_any, decode, steps = entry
-                if decode is None:
-                    continue
-                try:
-                    event = (
-                        decode(envelope.data)
-                        if envelope.dataversion == version
-                        else decode_any(envelope.data, envelope.dataversion)
-                    )
-                except Exception as error:
-                    raise _unreadable_event((aggregate, aggregate_id), envelope, error) from error
-                index = EVERY
-                try:
-                    for index, step in steps:  # noqa: B007 - the error names the step that failed
-                        step(rows, aggregate_id, event, envelope, stream_sequence, folded)
-                except Exception as error:
-                    raise self._failed_handler(index, (aggregate, aggregate_id), sequence, error) from error
-            folded.count += len(envelopes)
+        try:
+            for stream_sequence, envelopes in commits:
+                for envelope in envelopes:
+                    sequence = envelope.sequence
+                    if last is not None and sequence != last + 1:
+                        raise _out_of_sequence(key, sequence, last)
+                    last = sequence
+                    entry = steps_by_type.get(envelope.type)
+                    if entry is None:
+                        self.types[aggregate].stored_event(envelope.type)
+                        continue
+                    version, decode_any, decode, steps = entry
+                    if decode is None:
+                        continue
+                    try:
+                        event = (
+                            decode(envelope.data)
+                            if envelope.dataversion == version
+                            else decode_any(envelope.data, envelope.dataversion)
+                        )
+                    except NewerEvent:
+                        raise
+                    except Exception as error:
+                        raise _unreadable_event(key, envelope, error) from error
+                    index = EVERY
+                    try:
+                        for index, step in steps:  # noqa: B007 - the error names the step that failed
+                            step(rows, aggregate_id, event, envelope, stream_sequence, folded)
+                    except Exception as error:
+                        raise self._failed_handler(index, key, sequence, error) from error
+                folded.count += len(envelopes)
+        except NewerEvent as newer:
+            last, end = sequence - 1, self._wait(key, sequence, newer, commits, folded.letters)
         if not last:
-            return 0
+            return end
         for index in indexes:
             row = rows[index]
             if row is not None:
@@ -291,7 +307,24 @@ class Plan:
                 folded.rows[index][aggregate_id] = row
         if not indexes or rows[keeper] is None:
             folded.kept[keeper][aggregate_id] = last
-        return last
+        return end or last
+
+    def _wait(
+        self,
+        key: Key,
+        since: int,
+        newer: NewerEvent,
+        commits: Sequence[tuple[int, Sequence[Envelope]]],
+        letters: list[Letter],
+    ) -> int:
+        """Have an aggregate wait, from an event on that this program can't read. Return the last event's sequence."""
+        projections = self._indexes[key[0]]
+        for index in projections:
+            self.parked.add(key, index, Parked(since, str(newer), waits=True))
+        for stream_sequence, envelopes in commits:
+            for envelope in envelopes:
+                self.parked.divide(key, envelope, stream_sequence, projections, letters)
+        return commits[-1][1][-1].sequence
 
     def _fold_partly(
         self,
@@ -326,7 +359,13 @@ class Plan:
                 if last is not None and sequence != last + 1:
                     raise _out_of_sequence(key, sequence, last)
                 last = sequence
-                self._fold_event(key, rows, envelope, stream_sequence, folded, folding)
+                try:
+                    self._fold_event(key, rows, envelope, stream_sequence, folded, folding)
+                except NewerEvent as newer:
+                    for index in folding:
+                        self.parked.add(key, index, Parked(sequence, str(newer), waits=True))
+                    waiting = self.parked[key]
+                    self.parked.divide(key, envelope, stream_sequence, folding, folded.letters)
             folded.count += len(envelopes)
         for index in indexes:
             row = rows[index]
@@ -355,13 +394,16 @@ class Plan:
         """Fold one event into some projections."""
         entry = self._steps[key[0]].get(envelope.type)
         if entry is None:
-            raise _unknown_event(key, envelope)
+            self.types[key[0]].stored_event(envelope.type)
+            return
         version, decode_any, decode, steps = entry
         if decode is None:
             return
         try:
             current = envelope.dataversion == version
             event = decode(envelope.data) if current else decode_any(envelope.data, envelope.dataversion)
+        except NewerEvent:
+            raise
         except Exception as error:
             raise _unreadable_event(key, envelope, error) from error
         for index, step in steps:
@@ -384,11 +426,6 @@ class Plan:
 
 def _out_of_sequence(key: Key, sequence: int, last: int) -> HandlerFailed:
     return HandlerFailed(EVERY, key, sequence, f"SequenceError: event {sequence} after {last}", "sequence")
-
-
-def _unknown_event(key: Key, envelope: Envelope) -> HandlerFailed:
-    why = f"InvalidMessage: no event named {envelope.type!r}"
-    return HandlerFailed(EVERY, key, envelope.sequence, why, "event")
 
 
 def _unreadable_event(key: Key, envelope: Envelope, error: Exception) -> HandlerFailed:

@@ -205,7 +205,7 @@ class Writer:
             "payload": payload,
             "error": one_line(letter.error),
             "failed": datetime.now(UTC).isoformat(timespec="seconds"),
-            "attempts": 1,
+            "attempts": 0 if letter.waits else 1,
             "next_attempt": time.time() + self.retry_after if letter.transient and self.retry_after else None,
         }
 
@@ -337,4 +337,5 @@ class Writer:
             index = index_of.get((row.projection, row.generation))
             if index is not None and row.sequence > 0:
                 # not transient: the stored letter itself has the time of the next attempt
-                self.plan.parked.add((row.aggregate, row.aggregate_id), index, Parked(row.sequence, row.error))
+                parked = Parked(row.sequence, row.error, waits=not row.attempts)
+                self.plan.parked.add((row.aggregate, row.aggregate_id), index, parked)

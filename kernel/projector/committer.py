@@ -48,7 +48,7 @@ class Committer:
         Raises:
             Fenced, HandlerFailed, sqlalchemy.exc.DBAPIError: trying again would not help, or is not wanted any more.
         """
-        DEAD_LETTERS.inc(len(write.letters))
+        DEAD_LETTERS.inc(sum(letter["attempts"] > 0 for letter in write.letters))
         failures = 0
         try:
             while not await self._attempt(writer, write):

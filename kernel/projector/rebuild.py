@@ -154,7 +154,7 @@ class Rebuild:
         ]
 
     def _parked(self, index: int) -> int:
-        return sum(index in waiting for waiting in self._plan.parked.values())
+        return sum(index in waiting and not waiting[index].waits for waiting in self._plan.parked.values())
 
     async def _attempt(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()

@@ -24,7 +24,7 @@ from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address
 from kernel.projector.committer import Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
-from kernel.projector.parking import log_parked, stored_commit
+from kernel.projector.parking import log_parked, log_resumed, stored_commit
 from kernel.projector.progress import Hand, ReadProgress
 from kernel.projector.reading import read_batch
 from kernel.projector.unknown import UnknownAggregates
@@ -45,6 +45,7 @@ from projections.database import reads
 from projections.errors import HandlerFailed
 from projections.fold import Folded, Letter, Plan
 from projections.unit_of_work import Write, Writer
+from projections.waiting import fold_postponed
 
 logger = logging.getLogger("eskernel.projector")
 T = TypeVar("T")
@@ -139,6 +140,7 @@ class Session:
             with reads(context.engine).connect() as connection:
                 writer.load_parked(connection)
 
+        log_resumed(await context.read(lambda: fold_postponed(writer, partitions)))
         await context.read(load_parked)
         for failure in context.failures:
             context.plan.park(failure)
