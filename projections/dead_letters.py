@@ -214,7 +214,8 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
     aggregate, aggregate_id = rows[0].aggregate, rows[0].aggregate_id
     records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
     last = _last_skipped(connection, made, aggregate, aggregate_id)
-    kept = writer.load_kept(connection, aggregate, {aggregate_id: records}).get(aggregate_id)
+    # what another projection keeps goes on without this plan: here it would grow old
+    kept = writer.load_kept(connection, aggregate, {aggregate_id: records}).get(aggregate_id) if plan.keeps else None
     if last is not None:
         last = max(last, records[index].eskernel_sequence if records[index] is not None else 0, kept or 0)
     for done, row in enumerate(rows):
@@ -224,6 +225,8 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
             last = plan.fold(aggregate, aggregate_id, records, commits, folded, last, others, kept)
             if folded.letters:
                 return done, Stopped(folded.letters[0].error, waits=True)
+            if not plan.keeps:
+                folded.kept[index].clear()
             write = writer.freeze(folded, [], lambda _: (0, b""))
             with connection.begin_nested():
                 writer.apply(connection, write)
@@ -408,7 +411,8 @@ def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, agg
     (made,) = writer.generations
     records = writer.load_rows(connection, aggregate, [aggregate_id])[aggregate_id]
     if records[0] is None:
-        writer.keep(connection, 0, {aggregate_id: sequence})
+        if writer.plan.keeps:
+            writer.keep(connection, 0, {aggregate_id: sequence})
         return
     quote = connection.dialect.identifier_preparer.quote
     columns = made.projection.columns
@@ -447,4 +451,6 @@ def _now() -> str:
 def plan_of(plan: Plan, name: str) -> Plan:
     """Return a plan with only the projection of this name."""
     chosen = [projection for projection in plan.projections if projection.name == name]
-    return Plan(list(plan.types.values()), chosen, plan.transient)
+    alone = Plan(list(plan.types.values()), chosen, plan.transient)
+    alone.keeps = all(plan.projections[plan.keepers[declared.aggregate]] is declared for declared in chosen)
+    return alone

@@ -141,6 +141,7 @@ class Plan:
         row_indexes: the `Rows` projections of each aggregate type.
         keepers: for each aggregate type, the projection that stores the sequence of an aggregate's last event: its
             first `Rows`, or else its first projection.
+        keeps: the keepers are those of the app; not so in a plan of one projection, where the app has another keeper.
         parked: the parked aggregates. They are state, and the only part of the plan that changes.
     """
 
@@ -157,6 +158,7 @@ class Plan:
             p.columns.factory(numeric=p.kind == "tallies") if p.columns else _no_record for p in projections
         ]
         self.parked = ParkedAggregates()
+        self.keeps = True
         self._indexes = {
             declared.name: [i for i, p in enumerate(projections) if p.aggregate == declared.name] for declared in types
         }
