@@ -30,6 +30,7 @@ PAGE = load_page("errors")
 INTERNAL = {
     "ApiError": "an answer of JetStream's API, which its caller turns into a public error; a LogError if it escapes",
     "KeyRefused": "a HandlerFailed whose aggregate is still to be found out",
+    "NewerEvent": "an InvalidMessage: the aggregate's projections wait, its commands are answered as unavailable",
     "NotWorking": "between a probe and the health report",
     "Unstorable": "between an actor and its gateway",
 }
