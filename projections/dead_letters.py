@@ -86,6 +86,7 @@ class Retried:
         folded: number of events that are no longer dead letters.
         left: number of events that still wait.
         error: the error of the first event that still waits, or an empty text.
+        newer: what is left has not failed: it waits for a newer program.
     """
 
     projection: str
@@ -94,6 +95,7 @@ class Retried:
     folded: int
     left: int
     error: str
+    newer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: s
         settle(connection, rows, folded, stopped, pause)
         if folded:
             _fence(connection, made, rows[0].partition)
-    return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error)
+    return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error, stopped.waits)
 
 
 def fold_letters(connection: Connection, writer: Writer, index: int, rows: Sequence[Row[Any]]) -> tuple[int, Stopped]:

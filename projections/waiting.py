@@ -187,7 +187,7 @@ def _fold_chunk(
     for rows, (folded, stopped) in zip(by_id, results, strict=True):
         settle(connection, rows, folded, stopped, writer.retry_after or None)
         name, left = writer.generations[reason.index].name, len(rows) - folded
-        done.append(Retried(name, reason.aggregate, rows[0].aggregate_id, folded, left, stopped.error))
+        done.append(Retried(name, reason.aggregate, rows[0].aggregate_id, folded, left, stopped.error, stopped.waits))
     return done
 
 

@@ -54,11 +54,11 @@ def log_resumed(done: Sequence[Retried]) -> None:
     if going_on := sum(not resumed.left for resumed in done):
         logger.info("%d aggregates that waited for this program go on", going_on)
     for resumed in done:
-        if resumed.left:
-            logger.warning(
-                "%s %s had waited for this program; for %s %d events were folded, %d still wait: %s",
-                resumed.aggregate, resumed.aggregate_id, resumed.projection, resumed.folded, resumed.left,
-                resumed.error, extra=about(resumed.aggregate, resumed.aggregate_id, projection=resumed.projection),
+        if resumed.left and not resumed.newer:
+            logger.error(
+                "parked for %s: %s %s, which had waited for this program, with %d events: %s",
+                resumed.projection, resumed.aggregate, resumed.aggregate_id, resumed.left, resumed.error,
+                extra=about(resumed.aggregate, resumed.aggregate_id, projection=resumed.projection),
             )  # fmt: skip
 
 
