@@ -243,6 +243,13 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
     return len(rows), Stopped("")
 
 
+def remove(connection: Connection, rows: Sequence[Row[Any]]) -> None:
+    """Delete dead letters that were folded."""
+    for start in range(0, len(rows), 500):
+        ids = [row.id for row in rows[start : start + 500]]
+        connection.execute(delete(dead_letter).where(dead_letter.c.id.in_(ids)))
+
+
 def settle(
     connection: Connection, rows: Sequence[Row[Any]], folded: int, stopped: Stopped, pause: float | None
 ) -> None:
@@ -253,9 +260,7 @@ def settle(
         folded: how many of them were folded.
         pause: seconds until the next automatic attempt, if the error is transient; None for no further attempt.
     """
-    for start in range(0, folded, 500):
-        ids = [row.id for row in rows[start : min(start + 500, folded)]]
-        connection.execute(delete(dead_letter).where(dead_letter.c.id.in_(ids)))
+    remove(connection, rows[:folded])
     if folded == len(rows):
         return
     head = rows[folded]

@@ -17,13 +17,13 @@ from sqlalchemy.exc import DBAPIError
 from aggregates import InvalidMessage
 from aggregates.errors import NewerEvent
 from projections.database import is_infrastructure, reads
-from projections.dead_letters import Retried, Stopped, envelope_of, fold_letters, settle
+from projections.dead_letters import Retried, Stopped, envelope_of, fold_letters, remove, settle
 from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Plan
 from projections.tables import checkpoint, dead_letter, projection
 from projections.unit_of_work import Writer
 
-CHUNK = 200
+CHUNK = 2_000
 """Aggregates that are folded on in one transaction."""
 
 
@@ -184,8 +184,11 @@ def _fold_chunk(
             raise
         results = [fold_letters(connection, writer, reason.index, rows) for rows in _unparked(writer.plan, by_id)]
     done = []
+    whole = [rows for rows, (folded, _) in zip(by_id, results, strict=True) if folded == len(rows)]
+    remove(connection, [row for rows in whole for row in rows])
     for rows, (folded, stopped) in zip(by_id, results, strict=True):
-        settle(connection, rows, folded, stopped, writer.retry_after or None)
+        if folded < len(rows):
+            settle(connection, rows, folded, stopped, writer.retry_after or None)
         name, left = writer.generations[reason.index].name, len(rows) - folded
         done.append(Retried(name, reason.aggregate, rows[0].aggregate_id, folded, left, stopped.error, stopped.waits))
     return done
