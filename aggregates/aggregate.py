@@ -8,6 +8,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 F = TypeVar("F", bound=Callable[..., Any])
 _ROLE = "__eskernel_role__"
+_NAME = "__eskernel_name__"
 
 
 def handles(method: F) -> F:
@@ -50,8 +51,26 @@ class Aggregate(_Fields):
     A subclass declares its state as annotated fields *with defaults* (the state before the first event), its command
     handlers with `@handles` and its event appliers with `@applies`.
 
+    Class keywords:
+        name: the aggregate's name in the log, by default the class name. Stored events keep it, so it must not change:
+            give the old name when you rename the class. A subclass does not inherit it.
+
     Attributes:
         id: the aggregate's id, as the sender of the command gave it.
+
+    Example:
+        >>> class BankAccount(Aggregate, name="Account"):
+        ...     balance: int = 0
     """
 
     id: str
+
+    def __init_subclass__(cls, *, name: str | None = None) -> None:
+        super().__init_subclass__()
+        setattr(cls, _NAME, cls.__name__ if name is None else name)
+
+
+def name_of(cls: type) -> str:
+    """Return an aggregate's name in the log: the class keyword `name`, by default the class name."""
+    name: str = cls.__dict__.get(_NAME, cls.__name__)
+    return name

@@ -85,6 +85,7 @@ class Cell(Generic[A]):
 
         Raises:
             SequenceError: the commit does not follow the last folded event.
+            NewerEvent: the commit contains an event of a newer program.
             InvalidMessage: the commit contains an event that this program can't read.
         """
         for envelope in envelopes:
@@ -92,9 +93,7 @@ class Cell(Generic[A]):
                 raise SequenceError(
                     f"{self.declared.name} {self.state.id}: event {envelope.sequence} after {self.version}"
                 )
-            known = self.declared.events.get(envelope.type)
-            if known is None:
-                raise InvalidMessage(f"{self.declared.name} has no event named {envelope.type!r}")
+            known = self.declared.events.get(envelope.type) or self.declared.stored_event(envelope.type)
             self._apply(known.decode(envelope.data, envelope.dataversion))
             if envelope.commandid:
                 self.remember(envelope.commandid, self.version, position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -11,15 +12,17 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from aggregates.aggregate import Aggregate, role_of
+from aggregates.aggregate import Aggregate, name_of, role_of
 from aggregates.context import Context
 from aggregates.encoding import EncodedEvent, encode_event
-from aggregates.errors import DeclarationError, InvalidMessage
+from aggregates.errors import DeclarationError, InvalidMessage, NewerEvent
 from aggregates.messages import Kind, spec_of, wire_problems
 from aggregates.upcasting import Fields, upcast_of
 
 A = TypeVar("A", bound=Aggregate)
 Method = Callable[..., Any]
+AGGREGATE_NAME = re.compile(r"\w[\w-]{0,127}\Z")
+"""An aggregate's name is a token of subjects, and a value in columns of the kernel's tables."""
 
 
 @dataclass(slots=True)
@@ -47,7 +50,8 @@ class EventType:
         """Return the event from its stored fields.
 
         Raises:
-            InvalidMessage: the version is newer than this program's, an upcaster is missing, or the fields don't fit.
+            NewerEvent: the version is newer than this program's.
+            InvalidMessage: an upcaster is missing, or the fields don't fit.
         """
         try:
             if version == self.version:
@@ -60,7 +64,7 @@ class EventType:
 
     def _upcast(self, stored: Fields, version: int) -> Fields:
         if version > self.version:
-            raise InvalidMessage(
+            raise NewerEvent(
                 f"stored {self.name} has schema version {version}, but this program is too old: it knows versions up "
                 f"to {self.version}"
             )
@@ -84,7 +88,7 @@ class AggregateType(Generic[A]):
     """An aggregate class as the kernel uses it. Made by `declare`.
 
     Attributes:
-        name: the class name; part of every subject.
+        name: the name in the log: in every subject, in the events' source, and in commands.
         handlers: by command class.
         commands: command classes by wire name.
         events: by wire name.
@@ -99,6 +103,20 @@ class AggregateType(Generic[A]):
     events: dict[str, EventType] = field(default_factory=dict)
     event_types: dict[type, EventType] = field(default_factory=dict)
     appliers: dict[type, Method] = field(default_factory=dict)
+
+    def stored_event(self, name: str) -> EventType:
+        """Return the event of this wire name.
+
+        Raises:
+            NewerEvent: there is none.
+        """
+        known = self.events.get(name)
+        if known is None:
+            raise NewerEvent(
+                f"{self.name} has no event named {name!r}: a newer program has appended it, or its class was renamed "
+                f"without @event(name={name!r})"
+            )
+        return known
 
 
 def annotated(function: Method, *, skip: int, problems: list[str], where: str) -> tuple[list[Any], Any] | None:
@@ -132,8 +150,8 @@ def declare(cls: type[A]) -> AggregateType[A]:
     """
     if not (isinstance(cls, type) and issubclass(cls, Aggregate)):
         raise DeclarationError([f"{cls!r} is not an aggregate; derive the class from aggregates.Aggregate"])
-    declared: AggregateType[A] = AggregateType(cls, cls.__name__)
     problems: list[str] = []
+    declared: AggregateType[A] = AggregateType(cls, _checked_name(cls, problems))
     emitted: dict[type, str] = {}
     upcasters = []
     _check_state(cls, problems)
@@ -176,6 +194,23 @@ def declare(cls: type[A]) -> AggregateType[A]:
     if problems:
         raise DeclarationError(problems)
     return declared
+
+
+def _checked_name(cls: type[Aggregate], problems: list[str]) -> str:
+    name = name_of(cls)
+    if problem := name_problem(name):
+        problems.append(f"{cls.__name__}: name={name!r} {problem}")
+        return cls.__name__
+    return name
+
+
+def name_problem(name: object) -> str:
+    """Return why this can't be an aggregate's name, and what to do; an empty text if it can."""
+    if not isinstance(name, str):
+        return "is not a text; give the name as it is in the log"
+    if not AGGREGATE_NAME.match(name):
+        return "can't be part of a subject; use letters, digits, '_' and '-', at most 128 characters"
+    return ""
 
 
 def _check_state(cls: type[Aggregate], problems: list[str]) -> None:

@@ -35,6 +35,10 @@ class InvalidEvent(InvalidMessage):
     """A handler returned an event that can't be stored, or not be read back as the same value; the message names it."""
 
 
+class NewerEvent(InvalidMessage):
+    """A stored event of a newer program: this one does not know its type, or the schema version of its fields."""
+
+
 class InvalidId(EskernelError, ValueError):
     """An aggregate id that can't be addressed: it is empty, too long, or contains control characters."""
 

@@ -67,7 +67,8 @@ WIRE: Final = {
     "too-large": "make the command or its events smaller, or raise `max_payload` of the server",
     "conflict": "others kept appending to the aggregate: send the command again with the same id",
     "overloaded": "wait `retry_after` seconds and send the command again with the same id",
-    "unavailable": "nothing was appended: send the command again; if it lasts, look at the NATS server",
+    "unavailable": "nothing was appended: send the command again; if it lasts, look at the NATS server. If the message "
+    "names a newer program: this worker's program is too old for the aggregate",
     "unknown-outcome": "send the command again with the same id: it takes effect once",
 }
 

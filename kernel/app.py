@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Dialect
 
 from aggregates import Aggregate, DeclarationError
-from aggregates.declaration import AggregateType, declare
+from aggregates.aggregate import name_of
+from aggregates.declaration import AggregateType, declare, name_problem
 from kernel.errors import AppNotFound, NotDeclared
 from kernel.log.subjects import APP_NAME
 from kernel.packages import namesake
@@ -30,6 +31,8 @@ class App:
     Args:
         name: names the stream, the subjects and the data directory: a letter, then letters, digits, `-`, `_`; at
             most 32 characters.
+        retired: names of aggregates that the app no longer has. Their events stay in the log, and are passed over.
+            Without being named here, events of an aggregate that the app doesn't have lead to a warning.
         transient: exceptions of projection handlers that a retry may cure. The service folds such an event again
             later; after any other exception the event waits for an operator.
         rate_key: whose rate a command counts for, a tenant's for instance: called with the aggregate's name, its id
@@ -47,6 +50,7 @@ class App:
         *,
         aggregates: Sequence[type[Aggregate]],
         projections: Sequence[type[Projection]] = (),
+        retired: Sequence[str] = (),
         transient: Sequence[type[Exception]] = TRANSIENT,
         rate_key: Callable[[str, str, object], str | None] | None = None,
         on_alert: Sequence[OnAlert] = (),
@@ -67,8 +71,9 @@ class App:
                 problems += error.problems
                 continue
             if declared.name in self.types:
-                problems.append(f"two aggregates are named {declared.name}; rename one class")
+                problems.append(f"two aggregates are named {declared.name}; give one of the classes another name=...")
             self.types[declared.name] = declared
+        self.retired = self._check_retired(retired, problems)
         for projection in projections:
             self._add_projection(projection, aggregates, problems)
         problems += name_problems(self.projections)
@@ -76,6 +81,20 @@ class App:
             problems.append(f"app {name!r} has no aggregates; list their classes in aggregates=[...]")
         if problems:
             raise DeclarationError(problems)
+
+    def _check_retired(self, retired: Sequence[str], problems: list[str]) -> frozenset[str]:
+        if isinstance(retired, str):
+            problems.append(f"retired={retired!r} is one text; give a list of names, retired=[{retired!r}]")
+            return frozenset()
+        for name in retired:
+            if problem := name_problem(name):
+                problems.append(f"retired: {name!r} {problem}")
+            elif name in self.types:
+                problems.append(
+                    f"{name} is both an aggregate of the app and retired; remove it from aggregates=[...] or from "
+                    "retired=[...]"
+                )
+        return frozenset(name for name in retired if isinstance(name, str))
 
     def _add_projection(
         self, cls: type[Projection], aggregates: Sequence[type[Aggregate]], problems: list[str]
@@ -87,10 +106,11 @@ class App:
         if of not in aggregates:
             problems.append(f"{cls.__name__} is of {of.__name__}, which is not among the app's aggregates")
             return
-        if of.__name__ not in self.types:
+        aggregate = next((declared for declared in self.types.values() if declared.cls is of), None)
+        if aggregate is None:
             return  # the aggregate's own problems are listed already
         try:
-            declared = declare_projection(cls, self.types[of.__name__])
+            declared = declare_projection(cls, aggregate)
         except DeclarationError as error:
             problems += error.problems
             return
@@ -110,7 +130,7 @@ class App:
         Raises:
             NotDeclared: it is not one of the app's; the message lists those.
         """
-        name = aggregate if isinstance(aggregate, str) else aggregate.__name__
+        name = aggregate if isinstance(aggregate, str) else name_of(aggregate)
         if name not in self.types:
             raise NotDeclared(f"{self.name} has no aggregate {name!r}; it has {', '.join(sorted(self.types))}")
         return self.types[name]

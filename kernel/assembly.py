@@ -39,6 +39,7 @@ from kernel.partitions.ownership import Ownership
 from kernel.projector.live import Projector
 from kernel.projector.rebuild import RebuildProgress, build_missing, clean_up
 from kernel.projector.retries import DeadLetterRetries
+from kernel.projector.unknown import UnknownAggregates
 from kernel.runtime.directory import DataDirectory
 from kernel.runtime.nats_server import SYNCED, embedded_commits, start_embedded
 from kernel.settings import Settings
@@ -101,6 +102,7 @@ class Parts:
     connection: NatsConnection
     outbox: Outbox
     log: JetStreamLog
+    unknown: UnknownAggregates
     leases: Leases
     governor: Governor
     gateway: CommandGateway
@@ -120,8 +122,8 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
         closing: closes what was built, in reverse order; also after a failure halfway.
 
     Raises:
-        ConnectionFailed, DatabaseMismatch, LogError, SchemaError, SettingsError: what stands in the way, and what
-            to do.
+        ConnectionFailed, DatabaseMismatch, DeclarationError, LogError, SchemaError, SettingsError: what stands in the
+            way, and what to do.
     """
     app, settings = base.app, base.settings
     governor = Governor(app, settings.rates)
@@ -147,12 +149,14 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
         "log: %d commits (%d to %d) in %d partitions on nats-server %s; %s",
         info.commits, info.first, info.last, info.partitions, version_text(connection), durability,
     )  # fmt: skip
+    unknown = UnknownAggregates(app)
+    await unknown.survey(log)
     leases = await _join_leases(base, connection, log, info, closing)
     async with leases.alone("start"):
         # workers that start together build what is missing one after the other: the second finds it done
         await _prepare_database(base, connection, log, engine, leases)
     places = Places(nats_url, database_url, durability)
-    return _assemble(base, places, engine, connection, log, leases, governor, closing)
+    return _assemble(base, places, engine, connection, log, unknown, leases, governor, closing)
 
 
 async def _find_server(base: Foundation, closing: AsyncExitStack) -> str:
@@ -253,6 +257,7 @@ def _assemble(
     engine: Engine,
     connection: NatsConnection,
     log: JetStreamLog,
+    unknown: UnknownAggregates,
     leases: Leases,
     governor: Governor,
     closing: AsyncExitStack,
@@ -264,7 +269,7 @@ def _assemble(
     closing.callback(gateway.close)
     admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)
     closing.callback(admission.close)
-    projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing)
+    projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing, unknown)
     closing.push_async_callback(projector.close)
     ownership = Ownership(connection, log.subjects, leases, admission, projector)
     closing.push_async_callback(ownership.leave)
@@ -306,6 +311,7 @@ def _assemble(
         connection=connection,
         outbox=outbox,
         log=log,
+        unknown=unknown,
         leases=leases,
         governor=governor,
         gateway=gateway,

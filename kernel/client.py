@@ -15,6 +15,7 @@ import orjson
 from sqlalchemy import Engine
 
 from aggregates import Aggregate
+from aggregates.aggregate import name_of
 from aggregates.context import uuid7
 from aggregates.messages import plain, spec_of
 from kernel.app import App
@@ -168,7 +169,7 @@ class Client:
             raise TypeError(f"{command!r} is not a command; mark its class with @command")
         return await self.send(
             {
-                "aggregate": aggregate.__name__,
+                "aggregate": name_of(aggregate),
                 "id": aggregate_id,
                 "command": spec.name,
                 "data": command,

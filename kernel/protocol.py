@@ -21,7 +21,7 @@ ErrorType = Literal[
     "too-large",
     "conflict",  # others kept appending to the aggregate
     "overloaded",  # try again after `retry_after` seconds
-    "unavailable",  # the log can't be reached; nothing was appended
+    "unavailable",  # the log can't be reached, or this worker can't read the history yet; nothing was appended
     "unknown-outcome",  # repeat with the same command id to find out
 ]
 

@@ -93,7 +93,8 @@ class Service:
         """Start everything; when it returns, commands are taken.
 
         Raises:
-            AlreadyRunning, ConnectionFailed, DatabaseMismatch, LogError, SchemaError, SettingsError, OSError: what
+            AlreadyRunning, ConnectionFailed, DatabaseMismatch, DeclarationError, LogError, SchemaError, SettingsError,
+            OSError: what
                 stands in the way, and what to do. Nothing is left running.
         """
         try:
@@ -227,6 +228,8 @@ class Service:
                 "position": parts.projector.position,
                 "behind": parts.detector.behind,
             },
+            "unknown_aggregates": parts.unknown.report(),
+            "waiting_aggregates": [waiting._asdict() for waiting in parts.retries.postponed],
             "limits": parts.governor.show(),
             **parts.detector.report(),
             "alerts": self.alerts.sent,

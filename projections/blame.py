@@ -18,8 +18,8 @@ from aggregates.commit import Envelope
 from projections.bulk import Bulk, Row
 from projections.codec import Refused
 from projections.database import is_infrastructure
-from projections.errors import FailureKind, HandlerFailed
-from projections.fold import Call, Folded, Plan, reason
+from projections.errors import FailureKind, HandlerFailed, reason
+from projections.fold import Call, Folded, Plan
 from projections.parked import Key, Letter, Parked
 from projections.projection import Tally
 

@@ -19,8 +19,8 @@ from aggregates import InvalidMessage
 from aggregates.commit import Envelope, decode
 from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
-from projections.errors import NoSuchLetter
-from projections.fold import Folded, Plan, reason
+from projections.errors import NoSuchLetter, reason
+from projections.fold import Folded, Plan
 from projections.generations import FENCE, Generation, live_generation
 from projections.tables import checkpoint, dead_letter, projection, skipped_letter
 from projections.unit_of_work import Writer, one_line
@@ -30,7 +30,7 @@ MAX_PAUSE_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """An aggregate that is parked for one projection, or a message in quarantine.
+    """An aggregate that is parked for one projection or waits for a newer program, or a message in quarantine.
 
     Attributes:
         projection: the projection's name, empty for a message in quarantine.
@@ -43,6 +43,8 @@ class Waiting:
         since: when the first waiting event failed, RFC 3339 in UTC.
         attempts: how often the first waiting event has failed.
         next_attempt: Unix time of the next automatic attempt, or None if none is planned.
+        newer: the aggregate is not parked. Its first waiting event has not failed: a newer program has appended it. It
+            is folded as soon as a program that can read it projects the partition.
     """
 
     projection: str
@@ -55,6 +57,7 @@ class Waiting:
     since: str
     attempts: int
     next_attempt: float | None
+    newer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class Retried:
         folded: number of events that are no longer dead letters.
         left: number of events that still wait.
         error: the error of the first event that still waits, or an empty text.
+        newer: what is left has not failed: it waits for a newer program.
     """
 
     projection: str
@@ -89,10 +93,26 @@ class Retried:
     folded: int
     left: int
     error: str
+    newer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Why a dead letter could not be folded.
+
+    Attributes:
+        error: one line for people; empty if there was nothing in the way.
+        transient: an automatic retry may help.
+        waits: the event has not failed: only a newer program can read it.
+    """
+
+    error: str
+    transient: bool = False
+    waits: bool = False
 
 
 def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
-    """Return the parked aggregates and quarantined messages, oldest first.
+    """Return the parked and waiting aggregates, and the quarantined messages, oldest first.
 
     Args:
         name: only those of this projection; `""` for the quarantine, None for all.
@@ -127,6 +147,7 @@ def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
             row.failed,
             row.attempts,
             row.next_attempt,
+            not row.attempts,
         )
         for key, row in heads.items()
     ]
@@ -172,56 +193,92 @@ def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: s
         _lock(connection, made, aggregate, aggregate_id)
         rows = _rows(connection, name, aggregate, aggregate_id)
         writer = Writer(engine, plan, [made], epoch=0)
-        folded, error, transient = _fold(connection, writer, rows)
+        folded, stopped = fold_letters(connection, writer, 0, rows)
+        settle(connection, rows, folded, stopped, pause)
         if folded:
-            connection.execute(delete(dead_letter).where(dead_letter.c.id.in_([row.id for row in rows[:folded]])))
             _fence(connection, made, rows[0].partition)
-        if folded < len(rows):
-            head = rows[folded]
-            attempts = head.attempts + 1 if folded == 0 else 1
-            again = None if pause is None or not transient else time.time() + pause
-            connection.execute(
-                update(dead_letter)
-                .where(dead_letter.c.id == head.id)
-                .values(error=one_line(error), failed=_now(), attempts=attempts, next_attempt=again)
-            )
-    return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, error)
+    return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error, stopped.waits)
 
 
-def _fold(connection: Connection, writer: Writer, rows: Sequence[Row[Any]]) -> tuple[int, str, bool]:
-    """Fold and write letter by letter. Return how many were written, and the error that stopped it, if any."""
-    plan, (made,) = writer.plan, writer.generations
+def fold_letters(connection: Connection, writer: Writer, index: int, rows: Sequence[Row[Any]]) -> tuple[int, Stopped]:
+    """Fold and write the dead letters of one aggregate for one projection, letter by letter.
+
+    Args:
+        index: of the projection in the writer's plan.
+
+    Returns:
+        how many were written, and why not all.
+    """
+    plan, made = writer.plan, writer.generations[index]
+    others = frozenset(range(len(plan.projections))) - {index}
     aggregate, aggregate_id = rows[0].aggregate, rows[0].aggregate_id
     loaded, unreadable = writer.load_rows(connection, aggregate, [aggregate_id])
     if unreadable:
-        return 0, unreadable[0].error, False
+        return 0, Stopped(unreadable[0].error)
     records = loaded[aggregate_id]
     last = _last_skipped(connection, made, aggregate, aggregate_id)
-    kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id)
+    # what another projection keeps goes on without this plan: here it would grow old
+    kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id) if plan.keeps else None
     if last is not None:
-        last = max(last, records[0].eskernel_sequence if records[0] is not None else 0, kept or 0)
-    key = aggregate, aggregate_id
+        last = max(last, records[index].eskernel_sequence if records[index] is not None else 0, kept or 0)
     for done, row in enumerate(rows):
-        folded = Folded(plan)
         try:
-            commits = [(row.stream_sequence, [_envelope(row)])]
-            last = plan.fold(aggregate, aggregate_id, records, commits, folded, last, kept=kept)
-            write = writer.freeze(folded, [], lambda _: (0, b""), [(key, commits, frozenset())])
+            commits = [(row.stream_sequence, [envelope_of(row)])]
+            folded = Folded(plan)
+            last = plan.fold(aggregate, aggregate_id, records, commits, folded, last, others, kept)
             failures = folded.failures
+            if folded.letters and not failures:
+                return done, Stopped(folded.letters[0].error, waits=True)
+            if not plan.keeps:
+                folded.kept[index].clear()
             if not failures:
+                write = writer.freeze(folded, [], lambda _: (0, b""), [((aggregate, aggregate_id), commits, others)])
                 with connection.begin_nested() as savepoint:
                     failures = writer.apply(connection, write)
                     if failures:
                         savepoint.rollback()
             if failures:
-                return done, failures[0].error, failures[0].transient
+                return done, Stopped(failures[0].error, failures[0].transient)
         except InvalidMessage as error:
-            return done, f"{type(error).__name__}: {error}", False
+            return done, Stopped(f"{type(error).__name__}: {error}")
         except Exception as error:
             if is_infrastructure(error):
                 raise
-            return done, reason(error), isinstance(error, plan.transient)
-    return len(rows), "", False
+            return done, Stopped(reason(error), isinstance(error, plan.transient))
+    return len(rows), Stopped("")
+
+
+def remove(connection: Connection, rows: Sequence[Row[Any]]) -> None:
+    """Delete dead letters that were folded."""
+    for start in range(0, len(rows), 500):
+        ids = [row.id for row in rows[start : start + 500]]
+        connection.execute(delete(dead_letter).where(dead_letter.c.id.in_(ids)))
+
+
+def settle(
+    connection: Connection, rows: Sequence[Row[Any]], folded: int, stopped: Stopped, pause: float | None
+) -> None:
+    """Delete the dead letters that were folded, and note at the others what they wait for.
+
+    Args:
+        rows: the dead letters of one aggregate for one projection.
+        folded: how many of them were folded.
+        pause: seconds until the next automatic attempt, if the error is transient; None for no further attempt.
+    """
+    remove(connection, rows[:folded])
+    if folded == len(rows):
+        return
+    head = rows[folded]
+    attempts = 0 if stopped.waits else head.attempts + 1 if folded == 0 else 1
+    again = None if pause is None or not stopped.transient else time.time() + pause
+    error = one_line(stopped.error)
+    own = (*_where(head.projection, head.aggregate, head.aggregate_id), dead_letter.c.generation == head.generation)
+    connection.execute(update(dead_letter).where(*own).values(error=error, attempts=min(attempts, 1)))
+    connection.execute(
+        update(dead_letter)
+        .where(dead_letter.c.id == head.id)
+        .values(failed=_now(), attempts=attempts, next_attempt=again)
+    )
 
 
 def skip(engine: Engine, plan: Plan, aggregate: str, aggregate_id: str, who: str, reason: str) -> StoredLetter:
@@ -286,9 +343,8 @@ def counts(engine: Engine) -> tuple[int, int]:
     """Return the number of parked aggregates, summed over the projections, and of messages in quarantine."""
     with reads(engine).connect() as connection:
         parked = select(dead_letter.c.projection, dead_letter.c.aggregate, dead_letter.c.aggregate_id).distinct()
-        total = connection.scalar(
-            select(func.count()).select_from(parked.where(dead_letter.c.projection != "").subquery())
-        )
+        failed = parked.where(dead_letter.c.projection != "", dead_letter.c.attempts > 0)
+        total = connection.scalar(select(func.count()).select_from(failed.subquery()))
         garbage = connection.scalar(select(func.count()).select_from(dead_letter).where(dead_letter.c.projection == ""))
     return int(total or 0), int(garbage or 0)
 
@@ -366,13 +422,15 @@ def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, agg
     """Record a skipped event as folded, so that the next event follows it without a gap."""
     loaded, _ = writer.load_rows(connection, aggregate, [aggregate_id])
     if loaded[aggregate_id][0] is None:
-        writer.keep(connection, 0, {aggregate_id: sequence})
+        if writer.plan.keeps:
+            writer.keep(connection, 0, {aggregate_id: sequence})
         return
     bulk = writer.bulk(0)
     connection.execute(bulk.sequence, {**bulk.key_parameters([aggregate_id]), "sequence": sequence})
 
 
-def _envelope(row: Row[Any]) -> Envelope:
+def envelope_of(row: Row[Any]) -> Envelope:
+    """Return the event of a dead letter. Raises `InvalidMessage` if the payload has no such event."""
     for envelope in decode(row.payload):
         if envelope.sequence == row.sequence:
             return envelope
@@ -398,4 +456,6 @@ def _now() -> str:
 def plan_of(plan: Plan, name: str) -> Plan:
     """Return a plan with only the projection of this name."""
     chosen = [projection for projection in plan.projections if projection.name == name]
-    return Plan(list(plan.types.values()), chosen, plan.dialect, plan.transient)
+    alone = Plan(list(plan.types.values()), chosen, plan.dialect, plan.transient)
+    alone.keeps = all(plan.projections[plan.keepers[declared.aggregate]] is declared for declared in chosen)
+    return alone

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sqlalchemy.exc import DBAPIError
+
 from aggregates.errors import EskernelError
+from projections.codec import Refused
 
 
 class Fenced(EskernelError):
@@ -59,3 +62,12 @@ class NoSuchLetter(EskernelError):
 
 class QueryRefused(EskernelError, ValueError):
     """A text is not one statement that only reads; the message says what in it is refused."""
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed, for people."""
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, DBAPIError):
+        return str(error.orig)
+    return f"{type(error).__name__}: {error}"

@@ -12,13 +12,13 @@ from typing import Any
 
 import msgspec
 from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import DBAPIError
 
 from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType
+from aggregates.errors import NewerEvent
 from projections.codec import Refused
 from projections.declaration import DeclaredProjection, EventHandler
-from projections.errors import FailureKind, HandlerFailed
+from projections.errors import FailureKind, HandlerFailed, reason
 from projections.parked import EVERY, Key, Letter, Parked, ParkedAggregates
 from projections.projection import DROP, Meta, Recorded, Tally
 from projections.row_codec import RowCodec
@@ -89,6 +89,7 @@ class Plan:
         keepers: for each aggregate type, the projection that stores the sequence of an aggregate's last event: its
             first `Rows`, or else its first projection.
         parked: the parked aggregates. They are state, and the only part of the plan that changes.
+        keeps: the keepers are those of the app; not so in a plan of one projection, where the app has another keeper.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Plan:
             _no_record if codec is None else codec.new if codec.counting else codec.new_for for codec in self.codecs
         ]
         self.parked = ParkedAggregates()
+        self.keeps = True
         self._indexes = {
             declared.name: [i for i, p in enumerate(projections) if p.aggregate == declared.name] for declared in types
         }
@@ -188,7 +190,7 @@ class Plan:
         skip: frozenset[int] = frozenset(),
         kept: int | None = None,
     ) -> int:
-        """Fold one aggregate's commits.
+        """Fold one aggregate's commits, up to the first event that only a newer program can read.
 
         Args:
             rows: the aggregate's records by projection, None where there is no row; updated in place.
@@ -383,12 +385,22 @@ class Plan:
     def _park_event(
         self, key: Key, envelope: Envelope, projections: Sequence[int], folded: Folded, error: Exception
     ) -> None:
-        """Park an aggregate at an event that can't be read, or that does not follow the one before."""
+        """Park an aggregate at an event that can't be read, or that does not follow the one before.
+
+        If only a newer program can read it, nothing has failed: the aggregate waits.
+        """
+        if envelope.type not in self._steps[key[0]]:
+            try:
+                self.types[key[0]].stored_event(envelope.type)
+            except NewerEvent as newer:
+                error = newer
+        if isinstance(error, NewerEvent):
+            for index in projections:
+                self.parked.add(key, index, Parked(envelope.sequence, str(error), waits=True))
+            return
         kind: FailureKind = "event"
         if isinstance(error, _OutOfSequence):
             why, kind = f"SequenceError: {error}", "sequence"
-        elif envelope.type not in self._steps[key[0]]:
-            why = f"InvalidMessage: no event named {envelope.type!r}"
         else:
             why = f"{type(error).__name__}: stored {envelope.type}: {error}"
         failure = HandlerFailed(EVERY, key, envelope.sequence, why, kind)
@@ -412,15 +424,6 @@ class Plan:
 
 class _OutOfSequence(Exception):
     """An event is missing, or is there twice."""
-
-
-def reason(error: BaseException) -> str:
-    """Return why something failed, for people."""
-    if isinstance(error, Refused):
-        return str(error)
-    if isinstance(error, DBAPIError):
-        return str(error.orig)
-    return f"{type(error).__name__}: {error}"
 
 
 def _no_record(*_values: Any) -> Any:

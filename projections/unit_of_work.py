@@ -18,8 +18,8 @@ from projections import blame
 from projections.blame import Suspect
 from projections.bulk import Bulk, Row
 from projections.database import is_infrastructure
-from projections.errors import Fenced, HandlerFailed
-from projections.fold import Call, Commits, Folded, Plan, reason
+from projections.errors import Fenced, HandlerFailed, reason
+from projections.fold import Call, Commits, Folded, Plan
 from projections.generations import Generation
 from projections.parked import Key, Letter, Parked
 from projections.projection import Transaction
@@ -84,7 +84,7 @@ class Write:
         careful: projections whose rows are known to contain some that are refused.
         letters: rows for the dead letter table.
         waiting_from: sequence of the first of them, by projection and aggregate.
-        lettered: number of dead letters that were written.
+        lettered: number of dead letters that were written, without those that wait for a newer program.
     """
 
     moves: list[tuple[str, int, int, int, int]]
@@ -304,7 +304,7 @@ class Writer:
         letters = write.letters + [self.letter_row(letter, *write.letter(letter)) for letter in care.letters]
         if letters:
             connection.execute(insert(dead_letter), letters)
-        write.lettered = len(letters)
+        write.lettered = sum(letter["attempts"] > 0 for letter in letters)
         return care.failures
 
     def _write(self, connection: Connection, write: Write, index: int) -> None:
@@ -401,4 +401,5 @@ class Writer:
             index = index_of.get((row.projection, row.generation))
             if index is not None and row.sequence > 0:
                 # not transient: the stored letter itself has the time of the next attempt
-                self.plan.parked.add((row.aggregate, row.aggregate_id), index, Parked(row.sequence, row.error))
+                parked = Parked(row.sequence, row.error, waits=not row.attempts)
+                self.plan.parked.add((row.aggregate, row.aggregate_id), index, parked)

@@ -83,7 +83,11 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
             (
                 "Dead letters",
                 "short",
-                [("max(eskernel_parked_aggregates)", "parked"), ("max(eskernel_quarantined_messages)", "quarantined")],
+                [
+                    ("max(eskernel_parked_aggregates)", "parked"),
+                    ("max(eskernel_waiting_aggregates)", "waiting for a newer program"),
+                    ("max(eskernel_quarantined_messages)", "quarantined"),
+                ],
             ),
         ],
     ),

@@ -12,6 +12,7 @@ from aggregates import InvalidMessage, SequenceError
 from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from aggregates.declaration import AggregateType
+from aggregates.errors import NewerEvent
 from kernel.actors.mailbox import Loaded, Request, Searched
 from kernel.errors import LogError
 from kernel.log.base import EventLog, Stored
@@ -63,6 +64,8 @@ class Histories:
                 cell.replay(envelopes, commit.sequence)
         except LogError as problem:
             error = ("unavailable", str(problem))
+        except NewerEvent as problem:
+            error = ("unavailable", f"the history has events of a newer program, which this one can't read: {problem}")
         except (InvalidMessage, SequenceError) as problem:
             error = ("failed", f"the stored history can't be read: {problem}")
         except Exception as problem:

@@ -43,6 +43,7 @@ def dead_letters() -> None:
     eskernel dead-letters skip Account alice --projection Balances --reason "charged twice, ticket 4711"
 
     Messages on the stream that are not events of the app are kept in quarantine, under their stream sequence.
+    Events of a newer program have not failed: they are folded as soon as a program that can read them runs.
     These commands work on the database, whether the service runs or not.
     """
 
@@ -55,11 +56,12 @@ def _open(where: Where) -> tuple[App, Engine]:
 @dead_letters.command(name="list", epilog=EXIT_CODES)
 @click.option("--projection", help="Only the dead letters of this projection.")
 @click.option("--skipped", is_flag=True, help="List the skipped events instead: when, by whom, and why.")
+@click.option("--newer", is_flag=True, help="List what has not failed, and waits for a newer program, instead.")
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
 async def list_(
-    projection: str | None, skipped: bool, as_json: bool, where: Where
+    projection: str | None, skipped: bool, newer: bool, as_json: bool, where: Where
 ) -> None:  # fmt: skip
     """List the parked aggregates: for which projection, from which event on, and why."""
     from projections import dead_letters as letters
@@ -80,7 +82,7 @@ async def list_(
                     markup=False, highlight=False, soft_wrap=True,
                 )  # fmt: skip
         return
-    found = await asyncio.to_thread(letters.waiting, engine, projection)
+    found = [row for row in await asyncio.to_thread(letters.waiting, engine, projection) if row.newer == newer]
     if as_json:
         print_json(found)
         return
@@ -136,8 +138,9 @@ async def show(
     for parked, found in shown:
         since = f"{parked.projection}: {parked.events} events wait since {parked.since}"
         console.print(since, style="bold", highlight=False)
+        failed = f"failed {parked.attempts} time{'s' * (parked.attempts != 1)}"
         console.print(
-            f"  failed {parked.attempts} time{'s' * (parked.attempts != 1)}: {parked.error}",
+            f"  {'waits for a newer program' if parked.newer else failed}: {parked.error}",
             markup=False,
             highlight=False,
         )
@@ -193,7 +196,7 @@ async def retry(
     if aggregate is not None and aggregate_id is not None:
         chosen = await _chosen(engine, projection, aggregate, aggregate_id)
     else:
-        chosen = await asyncio.to_thread(letters.waiting, engine, projection)
+        chosen = [row for row in await asyncio.to_thread(letters.waiting, engine, projection) if not row.newer]
     plan = loaded.plan(engine.dialect)
     known = {declared.name for declared in loaded.projections}
     work = [parked for parked in chosen if parked.projection in known]

@@ -87,8 +87,11 @@ def _projections(engine: Engine) -> list[dict[str, Any]]:
             .order_by(projection.c.name, projection.c.generation)
         )
         found = [{str(name): value for name, value in row.items()} for row in rows.mappings()]
-        letters = select(dead_letter.c.projection, dead_letter.c.generation, func.count()).group_by(
-            dead_letter.c.projection, dead_letter.c.generation
+        # without attempts they wait for a newer program, and have not failed
+        letters = (
+            select(dead_letter.c.projection, dead_letter.c.generation, func.count())
+            .where(dead_letter.c.attempts > 0)
+            .group_by(dead_letter.c.projection, dead_letter.c.generation)
         )
         counted = {(row[0], row[1]): row[2] for row in connection.execute(letters)}
     engine.dispose()
@@ -128,6 +131,10 @@ def _print_worker(worker: dict[str, Any]) -> None:
     _line(f"  {len(worker['partitions'])} of {worker['partition_count']}: {owned}")
     _line(f"  projected up to {live['position']}, {live['behind']} commits behind")
     _line(f"  {worker['actors']} aggregates live, {worker['commands_pending']} commands in progress")
+    for unknown in worker.get("unknown_aggregates", []):
+        _line(f"  {unknown['aggregate']} is not declared: {unknown['commits']} commits are passed over")
+    for waiting in worker.get("waiting_aggregates", []):
+        _line(f"  {waiting['aggregates']} of {waiting['aggregate']} wait for a newer program: {waiting['why']}")
     for name, lane in worker["limits"]["lanes"].items():
         if lane["why"]:
             _line(f"  {name} slowed to {lane['present']:.4g}/s: {lane['why']}")

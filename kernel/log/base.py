@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 from kernel.log.subjects import Subjects
@@ -105,6 +106,16 @@ class EventLog(Protocol):
 
     async def info(self) -> StreamInfo:
         """Return information about the log. Raises `Unavailable`."""
+
+    async def count_commits(self, known: Collection[str]) -> dict[str, int]:
+        """Return the number of commits by aggregate name. Messages with other subjects are not counted.
+
+        Args:
+            known: names of aggregates that need not be checked; see `Subjects.aggregate_of`.
+
+        Raises:
+            Unavailable: the log did not answer.
+        """
 
     async def close(self) -> None:
         """Close the log; pending appends fail."""

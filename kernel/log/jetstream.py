@@ -7,7 +7,8 @@ import logging
 import re
 import secrets
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from typing import Any
 
 import orjson
@@ -261,6 +262,22 @@ class JetStreamLog:
         if most >= 0 and used + OVERHEAD > most:
             return f"the account's storage is full: {used} of {most} bytes"
         return ""
+
+    async def count_commits(self, known: Collection[str]) -> dict[str, int]:
+        # by partition: for a filter that many subjects match, the server lists and sorts all of them for each page
+        counted: Counter[str] = Counter()
+        for partition in range(self.subjects.partitions):
+            listed, total = 0, 1
+            while listed < total:
+                request = {"subjects_filter": self.subjects.events(partition), "offset": listed}
+                answer = await self._call(f"STREAM.INFO.{self.stream}", request)
+                page: dict[str, int] = answer["state"].get("subjects") or {}
+                for subject, commits in page.items():
+                    if aggregate := self.subjects.aggregate_of(subject, known):
+                        counted[aggregate] += commits
+                listed += len(page)
+                total = int(answer.get("total", 0)) if page else 0
+        return dict(counted)
 
     def _note_acknowledged(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)

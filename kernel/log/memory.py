@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection
 from datetime import UTC, datetime
 
 from kernel.errors import Conflict, PayloadTooLarge, Unavailable
@@ -60,6 +62,13 @@ class MemoryLog:
         durability = "events are in memory only and end with the process"
         count = len(self._all)
         return StreamInfo(self._created, self.subjects.partitions, min(count, 1), count, count, durability)
+
+    async def count_commits(self, known: Collection[str]) -> dict[str, int]:
+        counted: Counter[str] = Counter()
+        for subject, commits in self._by_subject.items():
+            if aggregate := self.subjects.aggregate_of(subject, known):
+                counted[aggregate] += len(commits)
+        return dict(counted)
 
     async def close(self) -> None:
         self._closed = True

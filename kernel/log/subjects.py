@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -105,6 +106,20 @@ class Subjects:
             else self.partitions
         )
         return named if named < self.partitions else fnv1a(subject) % self.partitions
+
+    def aggregate_of(self, subject: str, known: Collection[str]) -> str:
+        """Return the aggregate's name in an event subject, or an empty text for another subject.
+
+        Args:
+            known: names for which the form of a subject is enough; checking the partition takes most of the time.
+        """
+        parts = subject.split(".")
+        if len(parts) == self._first + 4 and parts[self._first + 2] in known:
+            return parts[self._first + 2]
+        try:
+            return self._parse(subject).aggregate
+        except InvalidId:
+            return ""
 
     def events(self, partition: int | None = None) -> str:
         """Return the subject filter for all events, or for the events of one partition."""

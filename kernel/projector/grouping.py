@@ -47,6 +47,7 @@ class Sorter:
         owned: the partitions that are this worker's.
         position: where the projections stand; it notes which partitions a batch touches.
         projections: how many there are.
+        note_unknown: called for each commit of an aggregate that the app doesn't have: its name and stream sequence.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Sorter:
         position: Position,
         projections: int,
         garbage: Garbage,
+        note_unknown: Callable[[str, int], None],
     ) -> None:
         self._subjects, self._types, self._owned = subjects, types, owned
         self._position, self._projections, self._garbage = position, projections, garbage
+        self._note_unknown = note_unknown
 
     async def sort(self, commits: list[Stored]) -> list[Group]:
         """Decode a batch and sort it by aggregate; gives the loop a turn now and then."""
@@ -76,6 +79,8 @@ class Sorter:
                     group = groups[key] = self._new_group(key)
                 if not group.done:
                     group.commits.append((sequence, decode(payload)))
+                elif group.address.aggregate not in self._types:
+                    self._pass_over(group.address, sequence)
             except (InvalidMessage, InvalidId) as error:
                 self._put_aside(sequence, subject, payload, str(error))
         found = [group for group in groups.values() if group.commits]
@@ -90,11 +95,15 @@ class Sorter:
     def _new_group(self, key: str | tuple[str, frozenset[int]]) -> Group:
         subject, skip = (key, _ALL_NEW) if isinstance(key, str) else key
         address = self._subjects.parse(subject)
-        if address.partition not in self._owned:
+        if address.partition not in self._owned or address.aggregate not in self._types:
             return Group(address, skip, True, [])
-        if address.aggregate not in self._types:
-            raise InvalidMessage(f"this app has no aggregate {address.aggregate!r}")
         return Group(address, skip, len(skip) == self._projections, [])
+
+    def _pass_over(self, address: Address, sequence: int) -> None:
+        self._note_unknown(address.aggregate, sequence)
+        if address.partition in self._owned:
+            # else whoever waits for the commit's sequence waits until the partition is quiet
+            self._position.touch(address.partition)
 
     def _put_aside(self, sequence: int, subject: str, payload: bytes, why: str) -> None:
         partition = self._subjects.partition_of(subject)

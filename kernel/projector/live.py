@@ -23,6 +23,7 @@ from kernel.log.repeats import Repeats
 from kernel.projector.committer import AWAY, Committer
 from kernel.projector.progress import ReadProgress
 from kernel.projector.session import ProjectorContext, Session
+from kernel.projector.unknown import UnknownAggregates
 from kernel.settings import Settings
 from kernel.telemetry.metrics import FENCED, SESSIONS_FAILED
 from kernel.telemetry.tracing import NO_TRACING, Tracer
@@ -46,6 +47,7 @@ class Projector:
     Args:
         residents: the live aggregates, whose actors fold.
         holds: says whether a partition is still ours, as far as can be known without asking.
+        unknown: counts what is passed over, since the app does not declare the aggregate.
 
     Attributes:
         state: what it does, or waits for; for people.
@@ -64,6 +66,7 @@ class Projector:
         settings: Settings | None = None,
         pace: Pace | None = None,
         tracing: Tracer = NO_TRACING,
+        unknown: UnknownAggregates | None = None,
     ) -> None:
         settings = settings or Settings()
         self._holds = holds
@@ -92,6 +95,7 @@ class Projector:
             tracing=tracing,
             committer=self.committer,
             progress=self.progress,
+            unknown=unknown or UnknownAggregates(app),
             readers=ThreadPoolExecutor(1, "eskernel-read"),
             interrupted=self._interrupted,
             running=lambda: self._set_state(RUNNING),

@@ -12,6 +12,7 @@ from kernel.log.base import Stored
 from kernel.log.subjects import Subjects
 from kernel.projector.grouping import Commits
 from kernel.telemetry.logging import about
+from projections.dead_letters import Retried
 from projections.declaration import DeclaredProjection
 from projections.errors import HandlerFailed
 from projections.parked import Letter
@@ -46,6 +47,19 @@ def log_parked(
     # of the app's own code the traceback helps; of the database's it is long, and holds what was written
     cause = failure.__cause__ if failure.kind == "handler" else None
     logger.error("parked %s %s: %s", when, name, failure, exc_info=cause, extra=fields)
+
+
+def log_resumed(done: Sequence[Retried]) -> None:
+    """Write what became of the aggregates that had waited for this program."""
+    if going_on := sum(not resumed.left for resumed in done):
+        logger.info("%d aggregates that waited for this program go on", going_on)
+    for resumed in done:
+        if resumed.left and not resumed.newer:
+            logger.error(
+                "parked for %s: %s %s, which had waited for this program, with %d events: %s",
+                resumed.projection, resumed.aggregate, resumed.aggregate_id, resumed.left, resumed.error,
+                extra=about(resumed.aggregate, resumed.aggregate_id, projection=resumed.projection),
+            )  # fmt: skip
 
 
 def stored_commit(letter: Letter, commits: Sequence[Stored], subjects: Subjects) -> tuple[int, bytes]:

@@ -26,6 +26,7 @@ from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
 from kernel.projector.cut_over import PAUSE_S, LockWait, is_locked, take_over
 from kernel.projector.parking import log_parked, stored_commit
+from kernel.projector.unknown import find_unknown
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
@@ -127,11 +128,13 @@ class Rebuild:
         """Build, catch up, cut over: all of the projections in the same transaction.
 
         Raises:
+            DeclarationError: an aggregate's class seems to have been renamed; the copy would be empty.
             LogError, sqlalchemy.exc.DBAPIError: nothing has changed for anybody; the unfinished copy is removed by
                 the next rebuild.
         """
         started = time.perf_counter()
         try:
+            await find_unknown(self._app, self._log)
             made = await self._build_generations(started)
         except Fenced:
             names = ", ".join(declared.name for declared in self._projections)
@@ -155,7 +158,7 @@ class Rebuild:
         ]
 
     def _parked(self, index: int) -> int:
-        return sum(index in waiting for waiting in self._plan.parked.values())
+        return sum(index in waiting and not waiting[index].waits for waiting in self._plan.parked.values())
 
     async def _build_generations(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()

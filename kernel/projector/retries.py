@@ -1,4 +1,4 @@
-"""Dead letters that are retried by the service: those whose handler failed with something that may pass."""
+"""Looks after the dead letters: retries those whose handler failed with something that may pass, and counts all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from kernel.app import App
 from kernel.log.subjects import Subjects
 from kernel.settings import DeadLetters
 from kernel.telemetry.logging import about
-from kernel.telemetry.metrics import PARKED, QUARANTINED, RETRIES
+from kernel.telemetry.metrics import PARKED, QUARANTINED, RETRIES, WAITING
 from projections import NoSuchLetter, dead_letters
+from projections.waiting import Postponed, postponed
 
 logger = logging.getLogger("eskernel.projector")
 
@@ -24,6 +25,9 @@ class DeadLetterRetries:
 
     Args:
         holds: says whether this worker holds a partition.
+
+    Attributes:
+        postponed: the aggregates that wait for a newer program, in the whole database.
     """
 
     def __init__(
@@ -31,9 +35,11 @@ class DeadLetterRetries:
     ) -> None:
         self._app, self._engine, self._subjects, self._holds, self._settings = app, engine, subjects, holds, settings
         self._names = {declared.name for declared in app.projections}
+        self.postponed: list[Postponed] = []
+        self._warned: set[tuple[str, str]] = set()
 
     async def retry_dead_letters(self) -> None:
-        """Retry what is due."""
+        """Retry what is due, and count what waits."""
         for retried in await asyncio.to_thread(self._retry_due):
             RETRIES.labels(outcome="failed" if retried.left else "ok").inc()
             logger.log(
@@ -43,11 +49,21 @@ class DeadLetterRetries:
                 f": {retried.error}" if retried.left else "",
                 extra=about(retried.aggregate, retried.aggregate_id, projection=retried.projection),
             )  # fmt: skip
+        for waiting in self.postponed:
+            if (waiting.aggregate, waiting.why) not in self._warned:
+                self._warned.add((waiting.aggregate, waiting.why))
+                logger.warning(
+                    "projections of %s wait for a program that can read its events (%d aggregates): %s",
+                    waiting.aggregate, waiting.aggregates, waiting.why,
+                    extra={"aggregate": waiting.aggregate, "reason": waiting.why},
+                )  # fmt: skip
 
     def _retry_due(self) -> list[dead_letters.Retried]:
         parked, quarantined = dead_letters.counts(self._engine)
         PARKED.set(parked)
         QUARANTINED.set(quarantined)
+        self.postponed = postponed(self._engine)
+        WAITING.set(sum(waiting.aggregates for waiting in self.postponed))
         done = []
         for letter in dead_letters.due(self._engine, time.time()) if parked else ():
             partition = self._subjects.partition(letter.aggregate, letter.aggregate_id)

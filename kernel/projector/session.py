@@ -24,9 +24,10 @@ from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address
 from kernel.projector.committer import Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
-from kernel.projector.parking import log_parked, stored_commit
+from kernel.projector.parking import log_parked, log_resumed, stored_commit
 from kernel.projector.progress import Hand, ReadProgress
 from kernel.projector.reading import read_batch
+from kernel.projector.unknown import UnknownAggregates
 from kernel.settings import Settings
 from kernel.telemetry.metrics import (
     BATCH_EVENTS,
@@ -45,6 +46,7 @@ from projections.errors import HandlerFailed
 from projections.fold import Folded, Plan
 from projections.parked import Letter
 from projections.unit_of_work import Unreadable, Write, Writer
+from projections.waiting import fold_postponed
 
 logger = logging.getLogger("eskernel.projector")
 T = TypeVar("T")
@@ -61,6 +63,7 @@ class ProjectorContext:
         residents: the live aggregates, whose actors fold.
         plan: the app's projections, compiled for folding.
         progress: what is read, in hand, and written.
+        unknown: counts what is passed over, since the app does not declare the aggregate.
         readers: the thread that reads from the database.
         interrupted: set while the session at work is to end.
         running: called whenever the session has caught up.
@@ -76,6 +79,7 @@ class ProjectorContext:
     tracing: Tracer
     committer: Committer
     progress: ReadProgress
+    unknown: UnknownAggregates
     readers: ThreadPoolExecutor
     interrupted: asyncio.Event
     running: Callable[[], None]
@@ -116,6 +120,7 @@ class Session:
             claimed.position,
             len(context.app.projections),
             self._quarantine,
+            context.unknown.note,
         )
         self._under_way: _UnderWay | None = None
         self._batch: list[Stored] = []
@@ -134,6 +139,7 @@ class Session:
             with reads(context.engine).connect() as connection:
                 writer.load_parked(connection)
 
+        log_resumed(await context.read(lambda: fold_postponed(writer, partitions)))
         await context.read(load_parked)
         context.progress.begin(claimed.position, partitions)
         return cls(context, partitions, claimed, writer)

@@ -62,6 +62,10 @@ ALERTS_DROPPED = Counter("eskernel_alerts_dropped_total", "Alerts dropped becaus
 DEAD_LETTERS = Counter("eskernel_dead_letters_total", "Events that became dead letters")
 PARKINGS = Counter("eskernel_parkings_total", "Aggregates parked, by reason of the failure", ["reason"])
 PARKED = Gauge("eskernel_parked_aggregates", "Parked aggregates in the whole database")
+WAITING = Gauge(
+    "eskernel_waiting_aggregates",
+    "Aggregates in the whole database whose projections wait for a newer program to read their events",
+)
 QUARANTINED = Gauge("eskernel_quarantined_messages", "Messages on the stream that are not events of the app")
 RETRIES = Counter("eskernel_dead_letter_retries_total", "Automatic retries of dead letters", ["outcome"])
 # connection and leases

@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from aggregates import Aggregate, Context, DeclarationError, applies, command, event, handles, scenario, upcasts
 from aggregates.declaration import declare
 from kernel import App
-from projections import Meta, Recorded, Rows, Sql, Tallies, Tally, Transaction
+from projections import Meta, Recorded, Rows, Sql, Tallies, Tally, Transaction, projected
 
 
 @event
@@ -683,7 +683,7 @@ def test_two_projections_of_one_table_are_a_problem_even_with_two_models() -> No
 
 def test_two_aggregates_of_one_name_are_a_problem() -> None:
     first, second = _two_named_alike(), _two_named_alike()
-    one_problem(problems_of([first, second]), "two aggregates are named Twin", "rename")
+    one_problem(problems_of([first, second]), "two aggregates are named Twin", "name=")
 
 
 def _two_named_alike() -> type:
@@ -739,3 +739,88 @@ def test_problems_are_reported_in_any_order_of_the_classes() -> None:
     classes = [Account, _two_handlers(), _no_applier()]
     outcomes = {frozenset(problems_of(list(order))) for order in itertools.permutations(classes)}
     assert len({len(found) for found in outcomes}) == 1
+
+
+# names
+
+
+def _named(given: Any) -> type:
+    class Shop(Aggregate, name=given):
+        @applies
+        def deposited(self, event: Deposited) -> None: ...
+
+    return Shop
+
+
+def test_an_aggregates_name_is_that_of_its_class_or_the_one_that_is_given() -> None:
+    class BankAccount(Account, name="Account-2"):
+        name: str = "a field of the state may have this name"
+
+    class Savings(BankAccount):
+        pass
+
+    assert declare(Account).name == "Account"
+    assert declare(BankAccount).name == "Account-2"
+    assert declare(Savings).name == "Savings"  # each class has a name of its own
+    assert BankAccount(id="alice").name.startswith("a field")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "a b", "Account*", ">", "-a", "a/b", "a\n", "x" * 129, 3, b"Account", ["Account"]], ids=repr
+)
+def test_a_name_that_cannot_be_part_of_a_subject_is_a_problem(name: Any) -> None:
+    class Deposits(Tallies[Daily], of=_named("Other")):
+        @applies
+        def deposited(self, tally: Tally[Daily], event: Deposited) -> None: ...
+
+    Deposits.of = shop = _named(name)
+    one_problem(problems_of([shop], [Deposits]), "Shop", f"name={name!r}")
+
+
+@pytest.mark.parametrize("name", ["a", "Account_2", "2fa", "Straße", "x" * 128])
+def test_a_name_of_letters_and_digits_is_none(name: str) -> None:
+    assert App("bank", aggregates=[_named(name)]).types.keys() == {name}
+
+
+def test_two_classes_may_not_be_given_one_name() -> None:
+    one_problem(problems_of([Account, _named("Account")]), "two aggregates are named Account", "name=")
+
+
+def test_a_projection_follows_its_aggregate_whatever_that_is_named() -> None:
+    class BankAccount(Account, name="Konto"):
+        pass
+
+    class Balances(Rows[Balance], of=BankAccount):
+        @applies
+        def deposited(self, row: Balance, event: Deposited) -> None:
+            row.cents += event.cents
+
+    app = App("bank", aggregates=[BankAccount], projections=[Balances])
+    assert app.projection("Balances").aggregate == "Konto"
+    assert app.type_of(BankAccount) is app.type_of("Konto")
+    scenario(BankAccount).when(Deposit(5)).then(Deposited(5))
+    projected(Balances).given("alice", Deposited(5)).then(Balance(account="alice", cents=5))
+
+
+@pytest.mark.parametrize(
+    ("retired", "words"),
+    [
+        (["Account"], ("Account is both", "retired=[...]")),
+        (["a.b"], ("retired: 'a.b'", "subject")),
+        ([3], ("retired: 3", "text")),
+        ("Loan", ("retired='Loan'", "retired=['Loan']")),
+    ],
+    ids=str,
+)
+def test_names_that_cannot_be_retired_are_a_problem(retired: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(DeclarationError) as error:
+        App("bank", aggregates=[Account], retired=retired)
+    one_problem(error.value.problems, *words)
+
+
+def test_a_projection_of_something_else_than_a_class_is_a_problem() -> None:
+    class Balances(Rows[Balance], of=(Account, Account)):  # type: ignore[arg-type]
+        @applies
+        def deposited(self, row: Balance, event: Deposited) -> None: ...
+
+    one_problem(problems_of([Account], [Balances]), "Balances", "of=", "one aggregate")

@@ -31,6 +31,7 @@ INTERNAL = {
     "ApiError": "an answer of JetStream's API, which its caller turns into a public error; a LogError if it escapes",
     "FileReplaced": "between the engine and the projector, which waits; people read it in the health report",
     "KeyRefused": "a HandlerFailed whose aggregate is still to be found out",
+    "NewerEvent": "an InvalidMessage: the aggregate's projections wait, its commands are answered as unavailable",
     "NotWorking": "between a probe and the health report",
     "Unstorable": "between an actor and its gateway",
 }

@@ -30,6 +30,9 @@ LOG = "tests/kernel/log/test_log_contract.py"
 COMMANDS = "tests/kernel/commands/test_commands.py"
 LETTERS = "tests/kernel/projector/test_dead_letters.py"
 SERVICE = "tests/kernel/test_service.py"
+WAITING = "tests/projections/test_waiting.py"
+UNKNOWN = "tests/kernel/projector/test_unknown.py"
+ROLLING = "tests/kernel/projector/test_rolling.py"
 OWN = "tests/test_mutants_caught.py"
 
 MUTANTS = [
@@ -400,6 +403,76 @@ MUTANTS = [
         "if index is not None and row.sequence > 0:",
         "if index is not None and row.sequence < 0:",
         (f"{SERVICE}::test_parked_aggregates_stay_parked_over_a_restart[sqlite]",),
+    ),
+    Mutant(
+        "second-retry-sees-a-gap",
+        "a retry follows what was folded since the last one",
+        "projections/dead_letters.py",
+        "alone.keeps = all(",
+        "alone.keeps = True or all(",
+        (f"{LETTERS}::test_a_second_retry_follows_what_was_folded_between_the_two",),
+    ),
+    # programs of different age
+    Mutant(
+        "newer-events-park",
+        "an event of a newer program is no failure",
+        "projections/fold.py",
+        "Parked(since, str(newer), waits=True)",
+        "Parked(since, str(newer))",
+        (f"{WAITING}::test_an_aggregate_waits_and_goes_on_with_the_program_that_can_read_it",),
+    ),
+    Mutant(
+        "events-before-a-newer-one-lost",
+        "what comes before an event of a newer program is folded",
+        "projections/fold.py",
+        "last, end = sequence - 1, self._wait(",
+        "last, end = 0, self._wait(",
+        (
+            f"{WAITING}::test_an_aggregate_waits_and_goes_on_with_the_program_that_can_read_it",
+            f"{UNIT}::test_an_event_of_a_newer_program_waits_without_a_failure",
+        ),
+    ),
+    Mutant(
+        "waiting-folded-on-by-anybody",
+        "only the owner of a partition folds on what waited",
+        "projections/waiting.py",
+        "if set(epochs) != {writer.epoch}:",
+        "if not epochs:",
+        (f"{WAITING}::test_a_partition_of_another_owner_is_not_folded_on",),
+    ),
+    Mutant(
+        "waiting-for-ever",
+        "what waited goes on with the program that can read it",
+        "kernel/projector/session.py",
+        "log_resumed(await context.read(lambda: fold_postponed(writer, partitions)))",
+        "log_resumed([])",
+        (f"{ROLLING}::test_an_older_program_waits_with_what_it_cannot_read_and_a_newer_one_goes_on[sqlite]",),
+    ),
+    Mutant(
+        "renamed-class-begins-anew",
+        "a class that seems renamed is refused at start",
+        "kernel/projector/unknown.py",
+        "if not unknown or not unused:",
+        "if unknown is not unused:",
+        (f"{UNKNOWN}::test_every_declared_aggregate_without_events_is_named",),
+    ),
+    Mutant(
+        "unknown-aggregates-quarantined",
+        "aggregates that the app does not declare are passed over",
+        "kernel/projector/grouping.py",
+        "or address.aggregate not in self._types:",
+        "or not self._types:",
+        (f"{UNKNOWN}::test_a_program_that_is_rolled_back_passes_over_the_aggregates_that_it_does_not_know[sqlite]",),
+    ),
+    Mutant(
+        "name-inherited",
+        "each aggregate class has a name of its own",
+        "aggregates/aggregate.py",
+        "setattr(cls, _NAME, cls.__name__ if",
+        "setattr(cls, _NAME, getattr(cls, _NAME, cls.__name__) if",
+        (
+            "tests/aggregates/test_declarations.py::test_an_aggregates_name_is_that_of_its_class_or_the_one_that_is_given",
+        ),
     ),
     Mutant(
         "gap-unnoticed-after-sleep",

@@ -119,6 +119,18 @@ assert_type(account.opened, date | None)
 assert_type(account.withdraw(Withdraw(1)), list[Withdrawn])
 assert_type(Account.with_day({}), dict[str, Any])
 
+
+class RenamedAccount(Account, name="Konto"):
+    name: str = ""
+
+
+class Savings(RenamedAccount):
+    rate: int = 0
+
+
+assert_type(RenamedAccount(id="alice", name="Alice").name, str)
+assert_type(Savings(id="alice", name="Alice", rate=3).rate, int)
+
 # projections
 
 

@@ -47,6 +47,16 @@ class Account(Aggregate):
 Account("alice")  # E: call-arg | reportCallIssue
 Account(id="alice").balances  # E: attr-defined | reportAttributeAccessIssue
 Account(id="alice").deposit(Deposited(1))  # E: arg-type | reportArgumentType
+
+
+class Renamed(Account, name=3):  # E: arg-type | reportArgumentType, reportGeneralTypeIssues
+    pass
+
+
+class Misspelt(Account, nam="Account"):  # E: call-arg | reportCallIssue, reportGeneralTypeIssues
+    pass
+
+
 scenario(Deposit)  # E: type-var | reportArgumentType
 scenario(Account).state().cents  # E: attr-defined | reportAttributeAccessIssue
 

@@ -441,7 +441,37 @@ async def test_the_log_knows_its_size(log: Log) -> None:
     assert full.durability
 
 
+async def test_commits_are_counted_by_the_name_of_their_aggregate(log: Log) -> None:
+    assert await log.count_commits(()) == {}
+    for aggregate, name, commits in (("Account", "alice", 2), ("Account", "a.b", 1), ("Loan", "alice", 3)):
+        last = 0
+        for number in range(commits):
+            subject = log.subjects.address(aggregate, name).subject
+            last = await log.append(subject, last, b"%s %d" % (subject.encode(), number))
+    right = log.subjects.partition("Nobody", "alice")
+    wrong = (right + 1) % PARTITIONS
+    await log.append(f"{log.subjects.prefix}.evt.{wrong}.Nobody.alice", 0, b"no subject of ours")
+    await log.append(f"{log.subjects.prefix}.evt.{right}.Nobody.alice.b", 0, b"nor this")
+    for known in ((), ("Account", "Loan")):
+        assert await log.count_commits(known) == {"Account": 3, "Loan": 3}
+
+
 # JetStream only
+
+
+async def test_a_count_takes_all_pages_that_the_server_gives(nats_url: str, app_name: str) -> None:
+    connection = await connect(nats_url, name="pages")
+    log = await open_log(connection, app_name, partitions=1)
+    subjects = [log.subjects.address("Account", f"a{number}").subject for number in range(5)]
+
+    async def page(_subject: str, request: Any) -> dict[str, Any]:
+        start = request["offset"]
+        return {"total": 5, "state": {"subjects": dict.fromkeys(subjects[start : start + 2], 3)}}
+
+    log._call = page  # type: ignore[method-assign] - a page of a server has 100,000 subjects
+    assert await log.count_commits(()) == {"Account": 15}
+    await log.close()
+    await connection.close()
 
 
 async def test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece(grouped: JetStreamLog) -> None:

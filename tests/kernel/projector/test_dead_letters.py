@@ -389,3 +389,17 @@ def test_a_model_may_not_use_the_kernels_column() -> None:
 
     with pytest.raises(Exception, match="kernel's own"):
         App("stories", aggregates=[Story], projections=[Wrongs])
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_second_retry_follows_what_was_folded_between_the_two(side: StorySide, name: str, kind: str) -> None:
+    park(side, name, kind)
+    BROKEN.clear()
+    assert side.retry(name, "b").left == 0
+    side.claim()
+    assert side.project([side.commit_of(6, "b", ["between"], 4)]) == []
+    BROKEN.add(f"{kind} worse")
+    side.project([side.commit_of(7, "b", ["worse"], 5)])
+    BROKEN.clear()
+    retried = side.retry(name, "b")
+    assert (retried.left, retried.error) == (0, "")

@@ -184,9 +184,12 @@ async def dead_letters(scraped: Scraped) -> None:
     await scraped.until(lambda n: n >= 1, "eskernel_dead_letters_total")
     await scraped.until(lambda n: n == 1, "eskernel_parked_aggregates")
     await scraped.until(lambda n: n >= 2, "eskernel_dead_letter_retries_total", outcome="failed")
-    connection = scraped.client.log._connection
+    connection, log = scraped.client.log._connection, scraped.client.log
     connection.send(publish_frame(f"{scraped.client.app.name}.evt.0.Notebook.x".encode(), b"garbage"))
     await scraped.until(lambda n: n >= 1, "eskernel_quarantined_messages")
+    newer = log.subjects.address("Notebook", "newer")
+    connection.send(publish_frame(newer.subject.encode(), foreign_commit(0).replace(b'"Noted"', b'"Unheard"')))
+    await scraped.until(lambda n: n == 1, "eskernel_waiting_aggregates")
 
 
 async def conflicts(scraped: Scraped) -> None:
