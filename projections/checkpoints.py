@@ -9,8 +9,8 @@ from sqlalchemy import Connection, Engine, func, insert, inspect, select, update
 
 from projections.database import reads
 from projections.declaration import DeclaredProjection
-from projections.errors import SchemaError
-from projections.generations import Generation, live_generation, positions
+from projections.errors import Fenced, SchemaError
+from projections.generations import RETIRED_EPOCH, Generation, live_generation, positions
 from projections.tables import checkpoint, projection, stream
 
 Move = tuple[str, int, int, int, int]
@@ -137,6 +137,7 @@ def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], part
     """Put a new epoch on these partitions of the live generations: it fences their previous owner.
 
     Raises:
+        Fenced: a cut-over came between; claim again.
         SchemaError: a projection has no live generation; it must be built first.
     """
     owned = sorted(partitions)
@@ -150,15 +151,19 @@ def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], part
             if live is None:
                 raise SchemaError(f"projection {declaration.name} version {declaration.version} has not been built")
             generations.append(live)
-            connection.execute(
+            claimed = connection.execute(
                 update(checkpoint)
                 .where(
                     checkpoint.c.projection == live.name,
                     checkpoint.c.generation == live.number,
                     checkpoint.c.partition.in_(owned),
+                    checkpoint.c.epoch != RETIRED_EPOCH,
                 )
                 .values(epoch=epoch)
             )
+            if claimed.rowcount != len(owned):
+                # the claim has waited for a cut-over, which has committed since the live generation was looked up
+                raise Fenced(f"{declaration.name} has a new generation since the claim began")
         folded = [positions(connection, live) for live in generations]
         own = [{partition: sequences[partition] for partition in owned} for sequences in folded]
         return Claim(epoch, generations, Position(own))

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, select, text
 
 from kernel import Client, Service
 from kernel.app import App
 from kernel.projector import rebuild
 from kernel.projector.cut_over import is_locked, take_over
 from kernel.projector.rebuild import Rebuild, clean_up
-from projections import SchemaError
+from projections import Fenced, SchemaError
+from projections.checkpoints import claim
 from projections.database import open_database
-from projections.generations import create, numbers
+from projections.generations import RETIRED_EPOCH, create, numbers
+from projections.tables import checkpoint
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import ReadSide, settings_for
 
@@ -87,6 +90,24 @@ def test_a_cut_over_without_its_locks_changes_nothing(postgres: Engine) -> None:
         assert connection.scalar(text("SHOW lock_timeout")) == "5s"
         connection.commit()
         assert numbers(connection, "Pages", "live") == [2]
+
+
+def test_a_claim_that_waits_for_a_cut_over_does_not_take_the_retired_generation(postgres: Engine) -> None:
+    side = ReadSide(postgres, notebooks("books"))
+    with postgres.begin() as connection:
+        made = [create(connection, declared, range(4)) for declared in side.app.projections]
+    with ThreadPoolExecutor(1) as pool, postgres.connect() as connection, postgres.connect() as watcher:
+        take_over(connection, made)
+        claimed = pool.submit(claim, postgres, "books", side.app.projections, range(4))
+        waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        while watcher.scalar(waits) == 0:
+            watcher.rollback()
+        connection.commit()
+        with pytest.raises(Fenced):
+            claimed.result(30)
+        epochs = select(checkpoint.c.epoch).where(checkpoint.c.generation == 1).distinct()
+        assert connection.scalars(epochs).all() == [RETIRED_EPOCH]
+    assert {live.number for live in claim(postgres, "books", side.app.projections, range(4)).generations} == {2}
 
 
 async def test_what_others_have_built_stops_a_rebuild_before_it_begins(
