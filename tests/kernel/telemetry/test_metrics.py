@@ -219,6 +219,9 @@ async def database(scraped: Scraped) -> None:
     connection.execute("COMMIT")
     connection.close()
     await scraped.until(lambda n: n >= 1, "eskernel_fenced_batches_total")
+    await scraped.until(lambda n: n >= 1, "eskernel_projection_failures_total", cause="fenced")
+    # each session reads with a consumer of its own
+    await scraped.until(lambda n: n >= 2, "eskernel_consumers_created_total")
 
 
 async def connection(scraped: Scraped) -> None:
