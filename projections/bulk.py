@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql import ExcludeConstraint
 from sqlalchemy.engine import Connection, Dialect
 
 from projections.codec import Refused
+from projections.naming import quoted
 from projections.row_codec import RowCodec
 
 CHUNK = 5_000
@@ -41,10 +42,9 @@ class Bulk:
     """
 
     def __init__(self, codec: RowCodec, table: Table, dialect: Dialect) -> None:
-        preparer, columns, keys = dialect.identifier_preparer, codec.columns, codec.columns.keys
-        # a colon in a name would begin a parameter
-        names = [preparer.quote(column.name).replace(":", r"\:") for column in columns.columns]
-        target = preparer.format_table(table).replace(":", r"\:")
+        columns, keys = codec.columns, codec.columns.keys
+        names = [_escaped(quoted(column.name)) for column in columns.columns]
+        target = _escaped(quoted(table.schema, table.name))
         self.codec, self.keys = codec, keys
         self._columnwise = dialect.name == "postgresql"
         self._texts = [place for place, column in enumerate(codec.codecs) if column.cast in ("text", "json", "jsonb")]
@@ -155,6 +155,10 @@ class Bulk:
             return
         for record in records:
             found[self.codec.id_of(record)] = record
+
+
+def _escaped(name: str) -> str:
+    return name.replace(":", r"\:")  # it would begin a parameter
 
 
 def _json(value: Any) -> str:

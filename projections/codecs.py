@@ -18,6 +18,7 @@ from projections import scalar_codecs as scalars
 from projections.codec import Codec, Refused, SqlType, Unsupported, checked_text, refuse
 
 _SAFE_FLOAT = 10**16
+_MAX_BITS = 14_000
 
 
 def codec_of(type_: types.TypeEngine[Any], dialect: Dialect) -> Codec:
@@ -82,8 +83,8 @@ def _normal_json(value: Any, where: str, binary: bool) -> Any:
     if isinstance(value, str):
         return checked_text(value)
     if isinstance(value, int):
-        if not -(2**63) <= value < 2**64:
-            refuse(value, f"at {where or 'its top'}: a number of more than 64 bits")
+        if value.bit_length() > _MAX_BITS:
+            refuse(value, f"at {where or 'its top'}: Python reads no number of that many digits")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):

@@ -16,9 +16,12 @@ MAY_ASSERT = {
     "kernel/commands/gateway.py",
     "kernel/governance/governor.py",
     "kernel/log/jetstream.py",
+    "kernel/transport/limits.py",
     "kernel/workers/supervisor.py",
     "projections/dead_letters.py",
-    "projections/records.py",
+    "projections/fold.py",
+    "projections/naming.py",
+    "projections/schema.py",
     "projections/unit_of_work.py",
 }
 WRONG_EXPECTATIONS = """

@@ -79,6 +79,7 @@ PACKAGES: dict[str, set[str]] = {
     "pydantic": {"settings", "governance"},
     "rich": {"cli"},
     "sqlalchemy": {
+        "app",
         *("projections", "migrations", "projector", "reactions", "monitoring", "client", "preflight", "assembly"),
         *("service", "web", "cli"),
     },

@@ -823,4 +823,4 @@ def test_a_projection_of_something_else_than_a_class_is_a_problem() -> None:
         @applies
         def deposited(self, row: Balance, event: Deposited) -> None: ...
 
-    one_problem(problems_of([Account], [Balances]), "Balances", "of=", "one aggregate")
+    one_problem(problems_of([Account], [Balances]), "Balances", "of has 2 values", "one aggregate")

@@ -286,7 +286,7 @@ def test_a_rows_changes_within_a_batch_are_one_row_to_write(side: ReadSide) -> N
     assert folded.count == 51
     assert {key: row.owner for key, row in folded.rows[0].items()} == {"a": "name 49", "b": "other"}
     write = side.freeze(commits(history), folded)
-    assert len([statement for statement in write.statements if statement[0] == 0]) == 1
+    assert write.ids[0] == ["a", "b"]
 
 
 def test_a_new_row_has_the_columns_defaults(side: ReadSide) -> None:

@@ -80,7 +80,7 @@ CHANGES: dict[str, tuple[Callable[[], DeclaredProjection], str]] = {
     "longer": (lambda: projection_of(BEFORE[0](), count("text", String(30), default="", nullable=False)), r"\(30\)"),
     "not null": (lambda: projection_of(count(nullable=False, default=0), BEFORE[1]()), "declared as NOT NULL"),
     "null": (lambda: projection_of(BEFORE[0](), count("text", String(20))), "is NOT NULL, and is declared as nullable"),
-    "a default": (lambda: projection_of(count(server_default="7"), BEFORE[1]()), "declared with '?7"),
+    "a default": (lambda: projection_of(count(default=0, server_default="7"), BEFORE[1]()), "declared with '?7"),
     "a key": (
         lambda: projection_of(*(c() for c in BEFORE), key=Column("book", String(9), primary_key=True)),
         "book is",

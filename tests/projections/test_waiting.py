@@ -16,7 +16,7 @@ from projections.fold import Folded
 from projections.tables import dead_letter
 from projections.unit_of_work import Write
 from projections.waiting import fold_postponed, postponed
-from tests.conftest import Commit, ReadSide
+from tests.conftest import Commit, ReadSide, batch_of
 from tests.programs import Close, Deposit, Program, program
 
 
@@ -69,7 +69,10 @@ class Worker(ReadSide):
             self.position.touch(self.subjects.partition(aggregate, aggregate_id))
         moves = self.position.moves(self.generations, commits[-1][0])
         return self.writer.freeze(
-            folded, moves, lambda it: (self.subjects.partition(*it.aggregate), self.log.stored[it.stream_sequence])
+            folded,
+            moves,
+            lambda it: (self.subjects.partition(*it.aggregate), self.log.stored[it.stream_sequence]),
+            batch_of(commits),
         )
 
     def decide(self, given: Program, aggregate_id: str, *amounts: int) -> list[HandlerFailed]:

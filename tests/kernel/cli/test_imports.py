@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_help_imports_nothing_that_takes_long(command: str, tmp_path: Path) -> N
 
 def test_a_query_imports_neither_the_app_nor_what_only_a_service_needs(tmp_path: Path) -> None:
     database = f"sqlite:///{tmp_path / 'rows.db'}"
+    sqlite3.connect(tmp_path / "rows.db").execute("create table rows (number)").connection.close()
     directory = DataDirectory(tmp_path / ".eskernel", "bank")
     directory.hold()
     try:
