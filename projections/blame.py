@@ -123,13 +123,37 @@ class Care:
 
     # rows
 
+    def rows_of(self, index: int) -> tuple[list[str], list[tuple[str, Row]]]:
+        """Return the ids whose rows are deleted, and the rows to write with their ids.
+
+        Rows that are made again come first, since their events came before what parked them.
+        """
+        write = self._write
+        dropped = list(write.dropped.get(index, ()))
+        again: list[tuple[str, Row]] = []
+        suspects = [suspect for suspect in write.suspects if suspect.index == index]
+        if suspects:
+            stored, _ = self._writer.bulk(index).load(self._connection, [one.aggregate_id for one in suspects])
+        for suspect in suspects:
+            key = self._plan.projections[index].aggregate, suspect.aggregate_id
+            events = self._events(index)[key]
+            states = self._states(index, key, stored.get(suspect.aggregate_id), events, suspect.since)
+            good = next((place for place, state in enumerate(states) if isinstance(state, str)), len(states)) - 1
+            if good < len(events) and not (suspect.since and good == len(states) - 1):
+                failure = HandlerFailed(index, key, events[good][1].sequence, suspect.error or str(states[good + 1]))
+                self._park(failure)
+            state = states[good]
+            if good and state is None:
+                dropped.append(suspect.aggregate_id)
+            elif good:
+                again.append((suspect.aggregate_id, state))  # type: ignore[arg-type]
+        rows = zip(write.ids.get(index, ()), write.rows.get(index, ()), strict=True)
+        return dropped, [*again, *rows]
+
     def _write_rows(self, index: int) -> None:
-        dropped, ids = self._write.dropped.get(index, []), self._write.ids.get(index, [])
-        rows = self._write.rows.get(index, [])
+        dropped, pairs = self.rows_of(index)
         refused = self._refused(dropped, lambda keys: self._writer.delete(self._connection, index, keys))
-        suspects = {dropped[place]: reason(error) for place, error in refused.items()}
         causes = {dropped[place]: error for place, error in refused.items()}
-        pairs = list(zip(ids, rows, strict=True))
 
         def insert(part: Sequence[tuple[str, Row]]) -> None:
             self._writer.insert(self._connection, index, [row for _, row in part])
@@ -140,50 +164,28 @@ class Care:
             if self._writer.bulk(index).replaces:
                 self._writer.delete(self._connection, index, [key for key, _ in pairs])
             refused = self._refused(pairs, insert)
-            for place, error in refused.items():
-                suspects[pairs[place][0]] = reason(error)
-                causes[pairs[place][0]] = error
+            causes |= {pairs[place][0]: error for place, error in refused.items()}
             if not refused or not self._writer.bulk(index).replaces:
                 savepoint.commit()
                 break
             savepoint.rollback()
             pairs = [pair for place, pair in enumerate(pairs) if place not in refused]
-        self.make_again([Suspect(index, key, why) for key, why in suspects.items()], causes)
+        if causes:
+            stored, _ = self._writer.bulk(index).load(self._connection, list(causes))
+            for aggregate_id, cause in causes.items():
+                self._make_again(index, aggregate_id, stored.get(aggregate_id), cause)
 
-    def make_again(self, suspects: Sequence[Suspect], causes: dict[str, Exception] | None = None) -> None:
-        """Write the rows of some aggregates up to the event that can't be written, and park them from there on.
-
-        Args:
-            causes: what the database said, by aggregate id.
-        """
-        by_index: dict[int, list[Suspect]] = {}
-        for suspect in suspects:
-            by_index.setdefault(suspect.index, []).append(suspect)
-        for index, own in by_index.items():
-            stored, _ = self._writer.bulk(index).load(self._connection, [suspect.aggregate_id for suspect in own])
-            commits = self._events(index)
-            for suspect in own:
-                key = self._plan.projections[index].aggregate, suspect.aggregate_id
-                cause = (causes or {}).get(suspect.aggregate_id)
-                self._make_one(suspect, key, stored.get(suspect.aggregate_id), commits[key], cause)
-
-    def _make_one(
-        self, suspect: Suspect, key: Key, stored: Any, commits: list[tuple[int, Envelope]], cause: Exception | None
-    ) -> None:
-        index = suspect.index
-        states = self._states(index, key, stored, commits, suspect.since)
-        last = len(states) - 1
-        good, error = last, cause
-        if suspect.since and last:
-            error = self._why_refused(index, key[1], states[last])
-        if not suspect.since or error is not None:
-            good = self._last_good(index, key[1], states)
-            why = suspect.error or reason(error or ValueError("refused"))
-            failure = HandlerFailed(index, key, commits[good][1].sequence, why, "refused", _may_pass(error))
-            failure.__cause__ = error
-            self._park(failure)
+    def _make_again(self, index: int, aggregate_id: str, stored: Any, cause: Exception) -> None:
+        """Write a row up to the event from which on the database refuses it, and park the aggregate there."""
+        key = self._plan.projections[index].aggregate, aggregate_id
+        events = self._events(index)[key]
+        states = self._states(index, key, stored, events, self._write.waiting_from.get((index, key), 0))
+        good = self._last_good(index, aggregate_id, states)
+        failure = HandlerFailed(index, key, events[good][1].sequence, reason(cause), "refused", _may_pass(cause))
+        failure.__cause__ = cause
+        self._park(failure)
         if good:
-            self._put(index, key[1], states[good])
+            self._put(index, aggregate_id, states[good])
 
     def _states(
         self, index: int, key: Key, stored: Any, commits: list[tuple[int, Envelope]], until: int

@@ -296,8 +296,7 @@ class Writer:
             if careful or index in write.careful:
                 care.write(index)
             else:
-                self._write(connection, write, index)
-        care.make_again(write.suspects)
+                self._write(connection, write, index, care)
         for index, kept in care.kept.items():
             if kept:
                 self.keep(connection, index, kept)
@@ -307,11 +306,13 @@ class Writer:
         write.lettered = sum(letter["attempts"] > 0 for letter in letters)
         return care.failures
 
-    def _write(self, connection: Connection, write: Write, index: int) -> None:
-        if dropped := write.dropped.get(index):
-            self.delete(connection, index, dropped)
-        if rows := write.rows.get(index):
-            self.put(connection, index, rows, write.ids[index])
+    def _write(self, connection: Connection, write: Write, index: int, care: blame.Care) -> None:
+        if self.plan.projections[index].kind == "rows":
+            dropped, rows = care.rows_of(index)
+            if dropped:
+                self.delete(connection, index, dropped)
+            if rows:
+                self.put(connection, index, [row for _, row in rows], [key for key, _ in rows])
         if tallies := write.tallies.get(index):
             self.add(connection, index, tallies)
         if calls := write.calls.get(index):
