@@ -19,6 +19,7 @@ from projections.bulk import Bulk, Row
 from projections.codec import Refused
 from projections.database import is_infrastructure
 from projections.errors import FailureKind, HandlerFailed, reason
+from projections.faults import is_about_reference, is_about_schema, may_pass
 from projections.fold import Call, Folded, Plan
 from projections.parked import Key, Letter, Parked
 from projections.projection import Tally
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BLOCK = 128
 """Rows of the first parts. It is best where about one row of a hundred is bad."""
-_SCHEMA = {"42P01", "42703", "3F000", "42P10"}
-"""SQLSTATE of a table, a column, a schema or a key that isn't there."""
-_UNIQUE, _FOREIGN_KEY = "23505", "23503"
-_SQLITE_UNIQUE, _SQLITE_FOREIGN_KEY = {1555, 2067}, {787}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +178,7 @@ class Care:
         events = self._events(index)[key]
         states = self._states(index, key, stored, events, self._write.waiting_from.get((index, key), 0))
         good = self._last_good(index, aggregate_id, states)
-        failure = HandlerFailed(index, key, events[good][1].sequence, reason(cause), "refused", _may_pass(cause))
+        failure = HandlerFailed(index, key, events[good][1].sequence, reason(cause), "refused", may_pass(cause))
         failure.__cause__ = cause
         self._park(failure)
         if good:
@@ -254,7 +251,7 @@ class Care:
             savepoint.rollback()
             for key, error in wrong.items():
                 found = self._first_bad(index, bulk, entries[key])
-                transient = _may_pass(error)
+                transient = may_pass(error)
                 self._park(HandlerFailed(index, found.aggregate, found.sequence, reason(error), "refused", transient))
             since = {key: waiting[index].since for key, waiting in self._parked_here(index).items()}
             added = [one for one in added if one.sequence < since.get(one.aggregate, one.sequence + 1)]
@@ -318,7 +315,7 @@ class Care:
         if len(calls) == 1:
             (_, sequence, _, recorded) = calls[0]
             key = self._plan.projections[index].aggregate, recorded.meta.aggregate_id
-            transient = isinstance(error, self._plan.transient) or _may_pass(error)
+            transient = isinstance(error, self._plan.transient) or may_pass(error)
             kind: FailureKind = "refused" if isinstance(error, DBAPIError) else "handler"
             failure = HandlerFailed(index, key, sequence, f"{type(error).__name__}: {_said(error)}", kind, transient)
             failure.__cause__ = error
@@ -336,7 +333,7 @@ class Care:
         if not items:
             return {}
         refused = self._bisect(items, list(range(len(items))), execute, len(items))
-        while again := [place for place, error in refused.items() if _is(error, _FOREIGN_KEY, _SQLITE_FOREIGN_KEY)]:
+        while again := [place for place, error in refused.items() if is_about_reference(error)]:
             # what they refer to may have been written after them
             still = self._bisect(items, again, execute, len(again))
             refused = {place: error for place, error in refused.items() if place not in set(again)} | still
@@ -371,7 +368,7 @@ class Care:
         try:
             work()
         except Exception as error:
-            if is_infrastructure(error) or (of_kernel and _is_about_schema(error)):
+            if is_infrastructure(error) or (of_kernel and is_about_schema(error)):
                 raise
             savepoint.rollback()
             return error
@@ -416,21 +413,3 @@ def _sum(bulk: Bulk, added: Sequence[Added]) -> Any:
 
 def _said(error: Exception) -> object:
     return error.orig if isinstance(error, DBAPIError) else error
-
-
-def _is_about_schema(error: BaseException) -> bool:
-    if not isinstance(error, DBAPIError):
-        return False
-    return getattr(error.orig, "sqlstate", None) in _SCHEMA or str(error.orig).startswith("no such ")
-
-
-def _is(error: BaseException | None, state: str, codes: set[int]) -> bool:
-    if not isinstance(error, DBAPIError):
-        return False
-    found = getattr(error.orig, "sqlstate", None), getattr(error.orig, "sqlite_errorcode", None)
-    return found[0] == state or found[1] in codes
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Return whether a value is another row's at present, which may give it up when its own events are folded."""
-    return _is(error, _UNIQUE, _SQLITE_UNIQUE)
