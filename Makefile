@@ -46,6 +46,7 @@ docs: $(READY) ## write the pages that are made of the code: settings, metrics, 
 	@$(BIN)/python docs/configuration.py > docs/configuration.md
 	@$(BIN)/python docs/metrics.py > docs/metrics.md
 	@$(BIN)/python docs/errors.py > docs/errors.md
+	@$(BIN)/python docs/column_types.py > docs/column-types.md
 	@$(BIN)/python docs/monitoring/dashboard.py > docs/monitoring/dashboard.json
 
 overload: $(READY) ## three times the load that the machine can bear, second by second; writes docs/overload.svg

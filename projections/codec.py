@@ -69,7 +69,10 @@ class SqlType(NamedTuple):
 
 def refuse(value: Any, why: str) -> NoReturn:
     """Raise `Refused` for a value."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except Exception:  # of the app's own class, or a number of too many digits
+        shown = f"a value of type {type(value).__name__}"
     raise Refused(f"is {shown if len(shown) <= 80 else shown[:77] + '...'}, {why}")
 
 

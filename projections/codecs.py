@@ -50,6 +50,8 @@ def _json(of: SqlType) -> Codec:
     binary = of.postgres and isinstance(of.impl, postgresql.JSONB)
 
     def normalise(value: Any) -> Any:
+        if not of.postgres and isinstance(value, int | float) and not isinstance(value, bool):
+            return _sqlite_number(value)
         try:
             data = orjson.dumps(value)
         except (TypeError, ValueError):
@@ -66,6 +68,17 @@ def _json(of: SqlType) -> Codec:
 
     cast = "jsonb" if binary else "json"
     return Codec(frozenset(), normalise, cast, wire, lossless=False, nulls=True, hashable=False)
+
+
+def _sqlite_number(value: float) -> float:
+    """Return a number that is a whole document: the column's affinity makes a number of its text."""
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            refuse(value, "a number of more than 64 bits, alone in a JSON column of SQLite")
+        return int(value)
+    if not math.isfinite(value) or (value.is_integer() and abs(value) >= 2**50):
+        refuse(value, "a number that SQLite would change, alone in a JSON column")
+    return int(value) if value.is_integer() else float(value)
 
 
 def _has_other_types(value: Any) -> bool:

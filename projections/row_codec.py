@@ -201,6 +201,8 @@ class RowCodec:
             try:
                 if value is not None or codec.nulls:
                     normal = codec.normalise(value)
+                    if self.counting and place >= self.columns.keys and normal != value:
+                        raise Refused(f"is {value!r}, which the column would round, and a sum of such is not exact")
                     if codec.fits is not None and type(normal) in codec.plain and not codec.fits((normal,)):
                         raise Refused(f"is {normal!r}, which the column can't hold")
                 if normal is None and not nullable and (wire is None or wire(None) is None):

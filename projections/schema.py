@@ -192,6 +192,7 @@ def _examine(
             return
     savepoint = connection.begin_nested()
     try:
+        declared.codec(connection.dialect)
         for view in generation(declared, _TRIAL).views:
             views.check_schema(connection, view)
             if hung := views.dependents(connection, view):

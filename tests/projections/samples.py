@@ -132,7 +132,7 @@ SAMPLES = (
     Sample(
         "JSON",
         types.JSON,
-        ({}, [1, (2, 3)], {"b": None, "a": {"deep": [1e16, 2**60]}}, "text", 2**70, None),
+        ({}, [1, (2, 3)], {"b": None, "a": {"deep": [1e16, 2**60]}}, "text", [2**70], 2.0, None),
         _more,
         ({9: 1}, float("nan"), {"at": date.min}, 2**20_000, "a\0"),
     ),

@@ -1,11 +1,16 @@
 """Every column type carries its values exactly, or in a stated normal form, or refuses them; the record in memory is
 what a SELECT gives. docs/column-types.md is the table of it."""
 
+import subprocess
+import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, Integer, String, select
+from sqlalchemy import Computed, DateTime, Engine, Identity, Integer, Numeric, String, func, select, types
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
 from aggregates import Aggregate, DeclarationError, applies, command, event, handles
@@ -132,11 +137,10 @@ def commits(*histories: list[Any]) -> list[Any]:
 
 def test_what_is_in_memory_is_what_a_select_gives(engine: Engine, sample: Sample) -> None:
     side = ReadSide(engine, rows_of(sample))
-    places = range(len(sample.values) + len(sample.refused) + 1)
-    memory, stored = in_memory_and_stored(
-        side,
-        commits(*([Put(place)] for place in places), *([Put(place), Twisted()] for place in range(len(sample.values)))),
-    )
+    places = range(len(sample.values))
+    histories = [[Put(place)] for place in places] + [[Put(place), Twisted()] for place in places]
+    nothing = len(sample.values) + len(sample.refused)
+    memory, stored = in_memory_and_stored(side, commits(*histories, [Put(nothing)]))
     assert memory == stored
 
 
@@ -199,7 +203,7 @@ def test_a_type_whose_values_would_change_is_refused_at_start(engine: Engine, na
     odd = Sample(name, UNSUPPORTED[name], (None,), lambda value: value)
     if engine.dialect.name == "sqlite" and name.startswith("TIMESTAMP"):
         return  # SQLite keeps all digits
-    with pytest.raises((SchemaError, DeclarationError), match="Row.value|hstore|no type"):
+    with pytest.raises((SchemaError, DeclarationError), match="Row.value|hstore|no type|can't render"):
         ReadSide(engine, rows_of(odd))
 
 
@@ -210,3 +214,113 @@ def test_a_type_that_sqlite_does_not_have_is_refused_at_start(tmp_path: Path, na
     with pytest.raises(SchemaError, match="sqlite has no type"):
         rows_of(missing).plan(engine.dialect)
     engine.dispose()
+
+
+def test_the_page_of_column_types_is_up_to_date() -> None:
+    root = Path(__file__).parents[2]
+    made = subprocess.run(
+        [sys.executable, "docs/column_types.py"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    assert (root / "docs/column-types.md").read_text() == made, "run `make docs`"
+
+
+def test_an_increment_that_a_counter_would_round_is_refused(engine: Engine) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Sum(Base):
+        __tablename__ = "sums"
+        id = mapped_column(String, primary_key=True)
+        total = mapped_column(Numeric(12, 2))
+
+    class Sums(Tallies[Sum], of=Thing):
+        @applies
+        def put(self, tally: Tally[Sum], event: Put) -> None:
+            tally["all"].total += Decimal("0.005") if event.place else Decimal("0.01")
+
+    side = ReadSide(engine, App("things", aggregates=[Thing], projections=[Sums]))
+    (failure,) = side.project(commits([Put(0), Put(0)], [Put(0), Put(1), Put(0)]))
+    assert (failure.aggregate[1], failure.sequence) == ("thing2", 2)
+    assert "would round" in failure.error
+    assert [row.total for row in side.rows(Sum)] == [Decimal("0.03")]
+
+
+CASES: dict[str, tuple[Any, str]] = {
+    "a default that moves": (lambda: mapped_column(DateTime, default=datetime.now), "another value at each call"),
+    "a default of the database": (lambda: mapped_column(DateTime, default=func.now()), "computed by the database"),
+    "only a server default": (lambda: mapped_column(Integer, server_default="5"), "server_default is never used"),
+    "an onupdate": (lambda: mapped_column(Integer, default=0, onupdate=lambda: 5), "doesn't apply onupdate"),
+    "an identity": (lambda: mapped_column(Integer, Identity(), nullable=True), "a rebuild would number its rows"),
+    "no value for a new row": (lambda: mapped_column(Integer, nullable=False), "a new row needs a value"),
+    "a default that needs a statement": (
+        lambda: mapped_column(Integer, default=lambda context: context.get_current_parameters()["id"]),
+        "can't be called without a statement",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_default_that_a_rebuild_would_not_give_is_refused(case: str) -> None:
+    make, why = CASES[case]
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Row(Base):
+        __tablename__ = "things"
+        id = mapped_column(String, primary_key=True)
+        value = make()
+
+    class Things(Rows[Row], of=Thing):
+        @applies
+        def put(self, row: Row, event: Put) -> None: ...
+
+    with pytest.raises(DeclarationError, match=why):
+        App("things", aggregates=[Thing], projections=[Things])
+
+
+def test_a_computed_column_is_left_to_the_database(engine: Engine) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Row(Base):
+        __tablename__ = "things"
+        id = mapped_column(String, primary_key=True)
+        value = mapped_column(Integer, default=0)
+        double = mapped_column(Integer, Computed("value * 2"))
+
+    class Things(Rows[Row], of=Thing):
+        @applies
+        def put(self, row: Row, event: Put) -> None:
+            row.value += event.place
+
+    side = ReadSide(engine, App("things", aggregates=[Thing], projections=[Things]))
+    assert side.project(commits([Put(3)], [Put(1), Put(4)])) == []
+    assert side.project([(9, "Thing", "thing1", envelopes(Thing, [Put(2)], 1))]) == []
+    assert sorted((row.value, row.double) for row in side.rows(Row)) == [(5, 10), (5, 10)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"), [(Integer, "7", "07"), (types.Uuid, str(UUID(int=5)), UUID(int=5).hex)]
+)
+def test_an_id_may_be_a_number_or_a_uuid_in_its_usual_form(engine: Engine, kind: Any, good: str, bad: str) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Row(Base):
+        __tablename__ = "things"
+        id = mapped_column(kind, primary_key=True)
+        value = mapped_column(Integer, default=0)
+
+    class Things(Rows[Row], of=Thing):
+        @applies
+        def put(self, row: Row, event: Put) -> None:
+            row.value += event.place
+
+    side = ReadSide(engine, App("things", aggregates=[Thing], projections=[Things]))
+    first = [(1, "Thing", good, envelopes(Thing, [Put(3)])), (2, "Thing", bad, envelopes(Thing, [Put(1)]))]
+    (failure,) = side.project(first)
+    assert (failure.aggregate[1], failure.sequence) == (bad, 1)
+    side.claim()
+    assert side.project([(3, "Thing", good, envelopes(Thing, [Put(2)], 1))]) == []
+    assert [(str(row.id), row.value) for row in side.rows(Row)] == [(good, 5)]
