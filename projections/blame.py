@@ -98,6 +98,7 @@ class Care:
     def __init__(self, writer: Writer, connection: Connection, write: Write) -> None:
         self._writer, self._connection, self._batch = writer, connection, write.batch
         self._write, self._plan = write, writer.plan
+        self._cursor: Any = connection.connection.cursor()
         self.failures: list[HandlerFailed] = []
         self.letters: list[Letter] = []
         self._by_key: dict[int, dict[Key, list[tuple[int, Envelope]]]] = {}
@@ -347,15 +348,26 @@ class Care:
         refused: dict[int, Exception] = {}
         for start in range(0, len(places), block):
             part = places[start : start + block]
-            chosen = [items[place] for place in part]
-            error = self._attempt(partial(execute, chosen))
-            if error is None:
-                continue
-            if len(part) == 1:
-                refused[part[0]] = error
-            else:
-                refused |= self._bisect(items, part, execute, BLOCK if len(part) > BLOCK else (len(part) + 1) // 2)
+            error = self._attempt(partial(execute, [items[place] for place in part]))
+            if error is not None:
+                refused |= self._divide(items, part, execute, error)
         return refused
+
+    def _divide(
+        self, items: Sequence[T], places: Sequence[int], execute: Callable[[Sequence[T]], object], error: Exception
+    ) -> dict[int, Exception]:
+        """Execute for all of some items that were refused together, but those that are refused alone."""
+        if len(places) == 1:
+            return {places[0]: error}
+        if len(places) > BLOCK:
+            return self._bisect(items, places, execute, BLOCK)
+        half = len(places) // 2
+        left, right = places[:half], places[half:]
+        wrong = self._attempt(partial(execute, [items[place] for place in left]))
+        if wrong is None and len(right) > 1:
+            return self._divide(items, right, execute, error)  # what was wrong is in there
+        refused = {} if wrong is None else self._divide(items, left, execute, wrong)
+        return refused | self._bisect(items, right, execute, len(right))
 
     def _attempt(self, work: Callable[[], object], *, keep: bool = True, of_kernel: bool = True) -> Exception | None:
         """Do some work. Return why it failed, if the data is to blame; then nothing is left of it.
@@ -364,18 +376,16 @@ class Care:
             keep: whether anything is left of it if it succeeds.
             of_kernel: the statements are the kernel's: if a table is gone, no data is to blame.
         """
-        savepoint = self._connection.begin_nested()
+        # by the driver: SQLAlchemy's own savepoints take longer than most of the work
+        self._cursor.execute("SAVEPOINT attempt")
         try:
             work()
         except Exception as error:
             if is_infrastructure(error) or (of_kernel and is_about_schema(error)):
                 raise
-            savepoint.rollback()
+            self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
             return error
-        if keep:
-            savepoint.commit()
-        else:
-            savepoint.rollback()
+        self._cursor.execute(f"{'RELEASE' if keep else 'ROLLBACK TO'} SAVEPOINT attempt")
         return None
 
     def _events(self, index: int) -> dict[Key, list[tuple[int, Envelope]]]:

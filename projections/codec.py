@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, NoReturn
 
 from sqlalchemy.engine import Dialect
 
+from aggregates.errors import EskernelError
 
-class Refused(ValueError):
+
+class Refused(EskernelError, ValueError):
     """A value that its column can't carry. The message completes a sentence about the column."""
 
 
-class Unsupported(ValueError):
+class Unsupported(EskernelError, ValueError):
     """A column type whose values can't be carried. The message completes a sentence about the column."""
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from sqlalchemy import Engine
@@ -44,7 +45,6 @@ from projections.checkpoints import Claim, Move, claim
 from projections.database import reads
 from projections.errors import HandlerFailed
 from projections.fold import Folded, Plan
-from projections.parked import Letter
 from projections.unit_of_work import Unreadable, Write, Writer
 from projections.waiting import fold_postponed
 
@@ -260,7 +260,9 @@ class Session:
                 await asyncio.sleep(0)
         for failure in turn.folded.failures:
             self._note_parked(failure, groups)
-        return turn.folded, self._writer.freeze(turn.folded, moves, self._letter, batch_of(groups))
+        # the next batch may be at work when the database refuses something of this one
+        letter = partial(stored_commit, commits=self._batch, subjects=self._context.log.subjects)
+        return turn.folded, self._writer.freeze(turn.folded, moves, letter, batch_of(groups))
 
     async def _load_rows(
         self, addresses: list[Address]
@@ -292,9 +294,6 @@ class Session:
         self._context.residents.actors.send([(resident.actor, drop) for resident in residents])
         for resident in residents:
             resident.has_rows = False
-
-    def _letter(self, letter: Letter) -> tuple[int, bytes]:
-        return stored_commit(letter, self._batch, self._context.log.subjects)
 
     def _quarantine(self, sequence: int, subject: str, partition: int, payload: bytes, why: str) -> None:
         """Keep bytes that are no commit of this app; they concern no projection in particular."""

@@ -21,7 +21,6 @@ from kernel.errors import CommandError, Conflict, SettingsError
 from kernel.protocol import ErrorType
 from kernel.transport.jetstream_api import ApiError
 from projections import HandlerFailed
-from projections.errors import KeyRefused
 from tests.kernel.test_public_names import PACKAGES, PUBLIC
 from tests.pages import DOCS, load_page
 
@@ -30,9 +29,10 @@ PAGE = load_page("errors")
 INTERNAL = {
     "ApiError": "an answer of JetStream's API, which its caller turns into a public error; a LogError if it escapes",
     "FileReplaced": "between the engine and the projector, which waits; people read it in the health report",
-    "KeyRefused": "a HandlerFailed whose aggregate is still to be found out",
     "NewerEvent": "an InvalidMessage: the aggregate's projections wait, its commands are answered as unavailable",
     "NotWorking": "between a probe and the health report",
+    "Refused": "a HandlerFailed: the aggregate whose value a column can't carry is parked",
+    "Unsupported": "a SchemaError, at the start",
     "Unstorable": "between an actor and its gateway",
 }
 """Errors that no caller meets under their own name, and why."""
@@ -43,7 +43,6 @@ SAMPLES: dict[type[EskernelError], Callable[[type[Any]], EskernelError]] = {
     Conflict: lambda kind: kind("bank.evt.0.Account.x", 3, 4, uncertain=True),
     CommandError: lambda kind: kind("overloaded", "too much", 1.5),
     ApiError: lambda kind: kind("STREAM.INFO", {"description": "no stream", "err_code": 10059}),
-    KeyRefused: lambda kind: kind(1, "Account", "[1]", "refused"),
     HandlerFailed: lambda kind: kind(1, ("Account", "x"), 3, "ValueError: no", "handler", True),
 }
 """How an error is made, where not of a message alone; holds for the classes below too."""

@@ -12,7 +12,7 @@ from aggregates.commit import Decision, decode, encode
 from kernel import App
 from projections import Fenced, dead_letters
 from projections.errors import HandlerFailed
-from projections.fold import Folded
+from projections.fold import Folded, Plan
 from projections.tables import dead_letter
 from projections.unit_of_work import Write
 from projections.waiting import fold_postponed, postponed
@@ -222,7 +222,7 @@ def test_an_event_that_fails_when_it_is_readable_parks_its_aggregate_and_no_othe
         assert set(connection.scalars(select(dead_letter.c.attempts))) == {1}
     monkeypatch.undo()
     newer = worker.as_of(NEW.app)
-    retried = dead_letters.retry(engine, dead_letters.plan_of(NEW.app.plan(), name), name, "Account", "b", None)
+    retried = dead_letters.retry(engine, plan_of(NEW.app, name, engine), name, "Account", "b", None)
     assert (retried.folded, retried.left) == (2, 0)
     assert newer.everything(NEW) == (
         [("a", 9), ("b", 9), ("c", 9)],
@@ -231,16 +231,24 @@ def test_an_event_that_fails_when_it_is_readable_parks_its_aggregate_and_no_othe
     )
 
 
+def plan_of(app: App, name: str, engine: Engine) -> Plan:
+    """Return a plan of one projection."""
+    return dead_letters.plan_of(app.plan(engine.dialect), name)
+
+
 def fail_at(worker: Worker, index: int, aggregate_id: str, sequence: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have one projection fail at an event."""
-    fold = worker.plan._fold_event
+    plan, run = worker.plan, worker.plan._run
 
-    def folding(key: Any, rows: Any, envelope: Any, at: int, folded: Any, projections: Any) -> None:
-        if index in projections and (key[1], envelope.sequence) == (aggregate_id, sequence):
-            raise HandlerFailed(index, key, sequence, "ValueError: not today", "handler")
-        fold(key, rows, envelope, at, folded, projections)
+    def running(steps: Any, key: Any, rows: Any, decoded: Any, folded: Any) -> None:
+        _, envelope, at = decoded
+        for step in steps:
+            if (step[0], key[1], envelope.sequence) == (index, aggregate_id, sequence):
+                plan._fail_step(index, key, rows, envelope, at, folded, ValueError("not today"))
+            else:
+                run([step], key, rows, decoded, folded)
 
-    monkeypatch.setattr(worker.plan, "_fold_event", folding)
+    monkeypatch.setattr(plan, "_run", running)
 
 
 def test_a_retry_by_hand_keeps_what_is_not_readable_waiting(worker: Worker, engine: Engine) -> None:
@@ -248,7 +256,7 @@ def test_a_retry_by_hand_keeps_what_is_not_readable_waiting(worker: Worker, engi
     worker.decide(NEWEST, "a", 0)
     for app, folded in ((OLD.app, 0), (NEW.app, 1), (NEWEST.app, 1)):
         for name in ("Balances", "Amounts", "Lines"):
-            retried = dead_letters.retry(engine, dead_letters.plan_of(app.plan(), name), name, "Account", "a", None)
+            retried = dead_letters.retry(engine, plan_of(app, name, engine), name, "Account", "a", None)
             assert retried.folded == folded
             assert dead_letters.counts(engine) == (0, 0)
     assert dead_letters.waiting(engine) == []
@@ -265,7 +273,7 @@ def test_what_is_parked_stays_parked_whatever_waits_behind_it(worker: Worker, en
     assert {it.projection for it in newer.resumed} == {"Amounts", "Lines"}
     assert dead_letters.counts(engine) == (1, 0)
     assert newer.everything(NEW)[0] == [("a", 1)]
-    dead_letters.retry(engine, dead_letters.plan_of(NEW.app.plan(), "Balances"), "Balances", "Account", "a", None)
+    dead_letters.retry(engine, plan_of(NEW.app, "Balances", engine), "Balances", "Account", "a", None)
     assert newer.everything(NEW)[0] == [("a", 6)]
 
 
@@ -275,7 +283,7 @@ def test_projections_that_stand_apart_wait_each_at_its_own_place(worker: Worker)
     commits = [worker.log.decide(NEW, "a", Deposit(2)), worker.log.decide(NEW, "a", Deposit(3))]
     own = [(at, events) for at, _, _, events in commits]
     for split in (0, 1, 2):
-        plan = worker.app.plan()
+        plan = worker.app.plan(worker.engine.dialect)
         folded = Folded(plan)
         rows = [plan.makers[0]("a"), None, None]
         rows[0].eskernel_sequence = 1 + split

@@ -16,7 +16,7 @@ from aggregates.declaration import declare
 from kernel import App
 from projections import DROP, Drop, Fenced, NoSuchLetter, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
 from projections.fold import Folded
-from tests.conftest import Commit, ReadSide, envelopes
+from tests.conftest import Commit, ReadSide, batch_of, envelopes
 from tests.histories import encode
 
 BROKEN: set[str] = set()
@@ -123,6 +123,7 @@ class StorySide(ReadSide):
             folded,
             moves,
             lambda letter: (self.subjects.partition(*letter.aggregate), self.stored[letter.stream_sequence]),
+            batch_of(commits),
         )
 
     def commit_of(self, at: int, story: str, texts: Sequence[str], after: int = 0) -> Commit:
@@ -137,11 +138,11 @@ class StorySide(ReadSide):
         return at, "Story", story, envelopes(Story, written, after)
 
     def retry(self, name: str, story: str, pause: float | None = None) -> dead_letters.Retried:
-        plan = dead_letters.plan_of(self.app.plan(), name)
+        plan = dead_letters.plan_of(self.app.plan(self.engine.dialect), name)
         return dead_letters.retry(self.engine, plan, name, "Story", story, pause)
 
     def skip(self, name: str, story: str, reason: str = "because") -> dead_letters.StoredLetter:
-        plan = dead_letters.plan_of(self.app.plan(), name)
+        plan = dead_letters.plan_of(self.app.plan(self.engine.dialect), name)
         return dead_letters.skip(self.engine, plan, "Story", story, "me", reason)
 
 

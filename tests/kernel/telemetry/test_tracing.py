@@ -24,6 +24,8 @@ from aggregates.commit import decode
 from kernel import Client, Service
 from kernel.errors import CommandError
 from kernel.telemetry.tracing import NO_TRACING
+from projections import HandlerFailed
+from projections.unit_of_work import Write, Writer
 from tests.apps import Explode, Note, Notebook, notebooks
 from tests.conftest import settings_for
 
@@ -191,10 +193,23 @@ async def test_a_command_that_a_limit_turns_away_has_a_span_that_says_so(
 
 
 async def test_a_batch_that_was_not_written_shows_as_an_error_before_the_one_that_was(
-    nats_url: str, app_name: str, tmp_path: Path, wait_until: Wait, exporter: InMemorySpanExporter
+    nats_url: str,
+    app_name: str,
+    tmp_path: Path,
+    wait_until: Wait,
+    exporter: InMemorySpanExporter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    commit, refusals = Writer.commit, ["no such line"]
+
+    def refuse_once(writer: Writer, write: Write) -> list[HandlerFailed]:
+        if refusals and write.batch:
+            raise ValueError(refusals.pop())
+        return commit(writer, write)
+
+    monkeypatch.setattr(Writer, "commit", refuse_once)
     async with running(app_name, tmp_path, nats_url) as (_, client):
-        await client.execute(Notebook, "n1", Note("poison sql"), traceparent=SAMPLED)
+        await client.execute(Notebook, "n1", Note("a"), traceparent=SAMPLED)
         await wait_until(lambda: len(named(exporter, "project")) == 2)
     refused, written = named(exporter, "project")
     assert refused.status.status_code is StatusCode.ERROR
