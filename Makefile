@@ -36,6 +36,9 @@ faults: $(READY) ## break a service of two workers on purpose, and check everyth
 mutants: $(READY) ## plant bugs in a copy, one by one, and see that each is caught
 	@$(BIN)/python -m tests.mutants
 
+properties: $(READY) ## random histories over random models of all column types, 5,000 per database; prints its seed
+	@ESKERNEL_EXAMPLES=5000 $(BIN)/python -m pytest -q -s -n 2 tests/projections/test_properties_columns.py
+
 soak: $(READY) ## load with evictions; memory, files, threads, consumers must stay flat (MINUTES=20)
 	@$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),20) --markdown docs/soak.md --picture docs/soak.svg
 
@@ -63,4 +66,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults mutants soak bench docs overload settings-table lock clean
+.PHONY: help setup demo test lint faults mutants properties soak bench docs overload settings-table lock clean

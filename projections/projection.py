@@ -215,7 +215,9 @@ class Tallies(Projection, Generic[M]):
 
 
 class Sql(Projection):
-    """Any statements on the batch's transaction. A handler gets all its events of a batch in one call, in stream order.
+    """Any statements on the batch's transaction. Handlers get the events of a batch in stream order.
+
+    Successive events of one handler come in one call. A handler for several event classes gets longer runs.
 
         class Delays(Sql, of=Aircraft, version=1):
             tables = (Delay,)

@@ -238,6 +238,39 @@ MUTANTS = [
         'if problem := "":',
         ("tests/aggregates/test_encoding.py",),
     ),
+    # equations
+    Mutant(
+        "record-not-normalised",
+        "a record in memory is what a SELECT gives, wherever a batch ends",
+        "projections/fold.py",
+        "elif settle is not None:",
+        "elif settle is None and row is None:",
+        ("tests/projections/test_column_types.py::test_a_batch_may_end_anywhere",),
+    ),
+    Mutant(
+        "upserts-before-deletes",
+        "a unique value may be handed on within a batch",
+        "projections/bulk.py",
+        "self.replaces = not codec.counting and _has_other_unique(table)",
+        "self.replaces = False",
+        ("tests/projections/test_blame.py::test_a_unique_value_is_handed_on_within_a_batch",),
+    ),
+    Mutant(
+        "blame-only-for-inserts",
+        "a statement of an Sql handler that is refused parks the aggregate to blame, and no other",
+        "projections/blame.py",
+        "elif calls := self._write.calls.get(index):\n            self._call(index, calls, set())",
+        "elif calls := self._write.calls.get(index):\n            self._writer.call(self._connection, index, calls)",
+        ("tests/projections/test_blame.py::test_refused_statements_park_the_aggregates_to_blame_and_no_others",),
+    ),
+    Mutant(
+        "handlers-out-of-order",
+        "Sql handlers get events in stream order",
+        "projections/unit_of_work.py",
+        "write.calls[index] = sorted(calls, key=itemgetter(0, 1, 2))",
+        "write.calls[index] = sorted(calls, key=itemgetter(2, 0, 1))",
+        ("tests/projections/test_blame.py::test_handlers_of_several_classes_get_events_in_stream_order",),
+    ),
     # commands
     Mutant(
         "dedupe-removed",
