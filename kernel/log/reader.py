@@ -23,6 +23,8 @@ from kernel.settings import Consumer
 from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
 
 PULL_EXPIRES_S = 30.0
+PULL_BYTES = 128 << 20
+"""Bytes that a request asks for at most: twice as much may wait here. It is more than the largest message of a server."""
 MAX_SUBJECTS = 200_000
 """Largest number of subjects whose text is cached."""
 
@@ -135,7 +137,7 @@ class JetStreamReader:
             self._buffer.append((subject, reply, payload))
             if not self._arrived.is_set():
                 self._arrived.set()
-        elif status in (404, 408):
+        elif status in (404, 408) or (status == 409 and b"MaxBytes" in (headers or b"")):
             left = header_of(headers or b"", b"Nats-Pending-Messages")
             self._requested -= int(left) if left else self._requested
             self._arrived.set()
@@ -148,6 +150,7 @@ class JetStreamReader:
             request = orjson.dumps(
                 {
                     "batch": self._window,
+                    "max_bytes": PULL_BYTES,
                     "expires": int(max(PULL_EXPIRES_S, 3 * self._heartbeat) * 1e9),
                     "idle_heartbeat": int(self._heartbeat * 1e9),
                 }

@@ -163,3 +163,26 @@ async def test_a_consumer_that_the_server_ends_at_once_is_replaced_less_and_less
     assert await log.explain_silence() == ""
     await reader.close()
     await log.close()
+
+
+async def test_a_reader_asks_for_no_more_bytes_than_it_can_hold(
+    connection: NatsConnection, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that end at their bytes are followed by others: the consumer stays, and nothing is read twice."""
+    monkeypatch.setattr("kernel.log.reader.PULL_BYTES", 100_000)
+    log = await open_log(connection, app_name)
+    for number in range(50):
+        address = log.subjects.address("Account", f"a{number}")
+        await log.append(address.subject, 0, b'["' + b"x" * 30_000 + b'"]')
+    reader = await log.read(0)
+    found: list[int] = []
+    largest = 0
+    async with asyncio.timeout(30):
+        while len(found) < 50:
+            batch = await reader.next(1_000)
+            found += [commit.sequence for commit in batch.commits]
+            largest = max(largest, sum(len(commit.payload) for commit in batch.commits))
+    await reader.close()
+    assert found == list(range(1, 51))
+    assert largest < 300_000
+    assert log.consumers == 1
