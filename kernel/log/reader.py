@@ -24,7 +24,7 @@ from kernel.transport.connection import NatsConnection, header_of, publish_frame
 
 PULL_EXPIRES_S = 30.0
 PULL_BYTES = 128 << 20
-"""Bytes that a request asks for at most: twice as much may wait here. It is more than the largest message of a server."""
+"""Bytes that a request asks for at most; twice as much may wait here. No message of a server is larger."""
 MAX_SUBJECTS = 200_000
 """Largest number of subjects whose text is cached."""
 
