@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection, Dialect
 from projections.codec import Refused
 from projections.naming import quoted
 from projections.row_codec import RowCodec
+from projections.scalar_codecs import decimal_scale
 
 CHUNK = 5_000
 """Rows per statement. It limits one JSON parameter to about a megabyte."""
@@ -179,5 +180,5 @@ def _sum(dialect: Dialect, target: str, name: str, column: Column[Any]) -> str:
     overflow = "abs(-9223372036854775807 - 1)"  # SQLite's only function that fails at an integer that is too large
     if not isinstance(column.type, Numeric) or isinstance(column.type, types.Integer):
         return f"CASE typeof({total}) WHEN 'real' THEN {overflow} ELSE {total} END"
-    scale = column.type._effective_decimal_return_scale  # the digits that a SELECT gives
+    scale = decimal_scale(column.type)
     return f"CASE WHEN abs({total}) >= 1e{15 - scale} THEN {overflow} ELSE round({total}, {scale}) END"

@@ -174,7 +174,8 @@ def _array_literal(value: Any, item: Codec) -> str:
 
 
 def _decorated(impl: Any, dialect: Dialect) -> Codec:
-    if impl._has_bind_expression or impl._has_column_expression:
+    own, base = type(impl), types.TypeDecorator
+    if own.bind_expression is not base.bind_expression or own.column_expression is not base.column_expression:
         raise Unsupported("its type adds SQL to each statement; convert the value in Python, or use an Sql projection")
     inner = codec_of(impl.impl_instance, dialect)
     kind = type(impl)

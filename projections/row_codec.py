@@ -45,7 +45,9 @@ class RowCodec:
         self.settle = self._settler()
         self._get = attrgetter(*columns.names)
         self._from_id, self._to_id = _id_conversion(columns.columns[0])
-        self.record: type = type(f"{columns.table.name}_record", (), {"__slots__": tuple(columns.names)})
+        # a mapper takes any name for an attribute, but only an identifier can be a slot
+        slots = {"__slots__": tuple(columns.names)} if all(map(str.isidentifier, columns.names)) else {}
+        self.record: type = type(f"{columns.table.name}_record", (), slots)
         self.new: Callable[..., Any] = self._maker()
 
     def _settler(self) -> Callable[[Any], None] | None:

@@ -95,13 +95,20 @@ def _rounded_to_single(number: float) -> float:
     return float(near) + 0.0
 
 
+def decimal_scale(type_: Any) -> int:
+    """Return the digits behind the point that SQLAlchemy gives a Numeric of SQLite."""
+    if type_.decimal_return_scale is not None:
+        return int(type_.decimal_return_scale)
+    return 10 if type_.scale is None else int(type_.scale)
+
+
 def numeric_codec(of: SqlType) -> Codec:
     """Decimals, rounded half away from zero to the scale of the column, as PostgreSQL does."""
     precision, scale = of.impl.precision, of.impl.scale
     if scale is None and of.postgres and precision is not None:
         scale = 0
     if scale is None and not of.postgres:
-        scale = of.impl._effective_decimal_return_scale
+        scale = decimal_scale(of.impl)
     step = None if scale is None else Decimal(1).scaleb(-scale)
     back = Decimal if of.impl.asdecimal else float
 

@@ -23,6 +23,7 @@ from projections.fold import Call, Commits, Folded, Plan
 from projections.generations import Generation
 from projections.parked import Key, Letter, Parked
 from projections.projection import Transaction
+from projections.recounting import recount
 from projections.tables import dead_letter
 
 logger = logging.getLogger("eskernel.projections")
@@ -169,7 +170,7 @@ class Writer:
             elif bulk.codec.counting:
                 increments = folded.tallies[index]
                 if index in folded.recounted:
-                    increments = blame.recount(self.plan, index, batch)
+                    increments = recount(self.plan, index, batch)
                 if increments:
                     write.tallies[index], refused = bulk.carry_sums(increments.values())
                     if refused:

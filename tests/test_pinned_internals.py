@@ -59,7 +59,7 @@ INNER_NAMES = {
 }
 PINNED = ("nats-py", "thespian", "prometheus-client", "apscheduler")
 """What a running service leans on. The name of pydantic only helps `make docs`, whose pages are tested."""
-PUBLIC = {"_exit", "_asdict", "_replace", "_fields"}
+PUBLIC = {"_exit", "_asdict", "_replace", "_fields", "_current_frames"}
 """Names of the standard library that begin with an underscore and are documented."""
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 try:
     import click
 
-    from kernel.packages import enter
+    from kernel.packages import enter, reserve
 except KeyboardInterrupt:  # Ctrl-C while Python is still importing
     raise SystemExit(130) from None
 
@@ -48,6 +48,7 @@ class _LazyGroup(click.Group):
         if args is not None:
             return super().main(args, *more, **options)
         try:
+            reserve()  # the folder of the project may be on the path already
             from kernel.cli import streams
 
             streams.prepare()

@@ -21,7 +21,7 @@ def _absolute(url: str) -> str:
     path = url.removeprefix("sqlite:///")
     if path == url or not path or path.startswith(("/", ":memory:", "file:", "?")):
         return url
-    return f"sqlite:///{_in_url(Path.cwd())}/{path}"
+    return f"sqlite:///{_in_url(Path.cwd())}/{path.removeprefix('./')}"
 
 
 class Database(Section):

@@ -97,11 +97,13 @@ async def test_a_log_server_whose_disk_is_full_is_shown(app_name: str, tmp_path:
             here.service.parts.log.appender._timeout = 1.0
             fill(seen / "filler")
             with pytest.raises((CommandError, TimeoutError)):
-                await here.client.execute(Notebook, "big", Note("b" * 100_000), timeout=2.5)
+                await here.client.execute(Notebook, "big", Note("b" * 100_000), command_id="big", timeout=2.5)
             appends = await here.component("appends")
             (seen / "filler").unlink()
             await nats.restart()
             await here.note(20)
+            # it was refused, or is still being appended: sent again, it takes effect once
+            await here.client.execute(Notebook, "big", Note("b" * 100_000), command_id="big")
             here.acknowledged["big"] = 1
             await here.check()
             assert not appends["ok"]

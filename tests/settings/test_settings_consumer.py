@@ -141,13 +141,13 @@ async def test_a_redelivered_commit_is_noticed_and_returned_once(url: str, app_n
         got: list[int] = []
         while len(got) < 20:
             got += [commit.sequence for commit in (await reader.next(5)).commits]
-        first = reader._consumer
+        first = reader.consumer
         # nothing is acknowledged: the server delivers again, and a new consumer continues after the delivered commits
         for _ in range(200):
             got += [commit.sequence for commit in (await reader.next(5, timeout=0.05)).commits]
-            if reader._consumer != first:
+            if reader.consumer != first:
                 break
-        assert reader._consumer != first
+        assert reader.consumer != first
         await fill(log, 20, start=20)
         while len(got) < 40:
             got += [commit.sequence for commit in (await reader.next(50)).commits]
@@ -244,17 +244,17 @@ async def test_without_heartbeats_a_new_consumer_is_made(url: str, app_name: str
     async with reading(url, app_name, consumer__heartbeat=0.1) as (connection, log, reader):
         await fill(log, 3)
         assert len((await reader.next(10)).commits) == 3
-        first = reader._consumer
+        first = reader.consumer
         for _ in range(10):
             await reader.next(10, timeout=0.1)
-        assert reader._consumer == first  # heartbeats arrive, and a quiet stream alone is no reason for a new consumer
+        assert reader.consumer == first  # heartbeats arrive, and a quiet stream alone is no reason for a new consumer
         await call_api(connection, f"CONSUMER.DELETE.{app_name}.{first}", {})
         await fill(log, 3, start=3)
         got = 0
         async with asyncio.timeout(10):
             while got < 3:
                 got += len((await reader.next(10, timeout=0.1)).commits)
-        assert reader._consumer != first
+        assert reader.consumer != first
 
 
 @pytest.mark.setting("consumer.inactive_threshold")
@@ -266,10 +266,10 @@ async def test_the_server_removes_the_consumer_of_a_worker_that_is_gone(
         async with reading(nats.url, app_name, **values) as (connection, log, reader):
             await fill(log, 1)
             await reader.next(10)
-            first = reader._consumer
+            first = reader.consumer
             for _ in range(12):
                 await reader.next(10, timeout=0.1)
-            assert reader._consumer == first  # a consumer in use is not removed, however quiet it is
+            assert reader.consumer == first  # a consumer in use is not removed, however quiet it is
             assert len(await consumers(nats.url, app_name)) == 1
             connection._transport._io_writer.transport.abort()  # type: ignore[union-attr]
             await connection.close()
