@@ -21,7 +21,7 @@ from projections.database import is_infrastructure
 from projections.errors import FailureKind, HandlerFailed, reason
 from projections.faults import is_about_reference, is_about_schema, may_pass
 from projections.fold import Call, Folded, Plan
-from projections.parked import Key, Letter, Parked
+from projections.parked import Key, Letter
 from projections.projection import Tally
 
 if TYPE_CHECKING:
@@ -79,7 +79,17 @@ def recount(plan: Plan, index: int, batch: Batch) -> Tally[Any]:
     rows: list[Any] = [None] * len(plan.projections)
     for key, stream_sequence, envelope in events_of(plan, index, batch):
         apart.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
+    _check_again(folded)
     return folded.tallies[index]
+
+
+def _check_again(folded: Folded) -> None:
+    """Raise the error of a handler that has failed at an event which it had folded before.
+
+    What it would have added is in no other place: the batch has to be folded anew.
+    """
+    if folded.failures:
+        raise folded.failures[0]
 
 
 def _others(plan: Plan, index: int) -> frozenset[int]:
@@ -103,6 +113,7 @@ class Care:
         self.letters: list[Letter] = []
         self._by_key: dict[int, dict[Key, list[tuple[int, Envelope]]]] = {}
         self.kept = {index: dict(kept) for index, kept in write.kept.items()}
+        self._since: dict[tuple[int, Key], int] = dict(write.waiting_from)
 
     def check_at_once(self) -> None:
         """Have constraints checked with each statement, which otherwise are checked at the commit."""
@@ -143,6 +154,7 @@ class Care:
             state = states[good]
             if good and state is None:
                 dropped.append(suspect.aggregate_id)
+                self._keep(index, key, events[good - 1][1].sequence)
             elif good:
                 again.append((suspect.aggregate_id, state))  # type: ignore[arg-type]
         rows = zip(write.ids.get(index, ()), write.rows.get(index, ()), strict=True)
@@ -177,13 +189,20 @@ class Care:
         """Write a row up to the event from which on the database refuses it, and park the aggregate there."""
         key = self._plan.projections[index].aggregate, aggregate_id
         events = self._events(index)[key]
-        states = self._states(index, key, stored, events, self._write.waiting_from.get((index, key), 0))
+        states = self._states(index, key, stored, events, self._since.get((index, key), 0))
         good = self._last_good(index, aggregate_id, states)
         failure = HandlerFailed(index, key, events[good][1].sequence, reason(cause), "refused", may_pass(cause))
         failure.__cause__ = cause
         self._park(failure)
         if good:
             self._put(index, aggregate_id, states[good])
+            if states[good] is None:
+                self._keep(index, key, events[good - 1][1].sequence)
+
+    def _keep(self, index: int, key: Key, sequence: int) -> None:
+        """Keep the sequence of an aggregate whose row is deleted, if this projection is where it is kept."""
+        if self._plan.keeps and self._plan.keepers[key[0]] == index:
+            self.kept.setdefault(index, {})[key[1]] = sequence
 
     def _states(
         self, index: int, key: Key, stored: Any, commits: list[tuple[int, Envelope]], until: int
@@ -237,7 +256,7 @@ class Care:
         while True:
             entries = self._entries(bulk, added)
             rows, refused = bulk.carry_sums(record for own in entries.values() for record in [_sum(bulk, own)])
-            wrong = {list(entries)[place]: Exception(why) for place, why in refused.items()}
+            wrong: dict[Row, Exception] = {list(entries)[place]: Refused(why) for place, why in refused.items()}
             keys = [key for key in entries if key not in wrong]
             savepoint = self._connection.begin_nested()
             wrong |= {
@@ -254,15 +273,8 @@ class Care:
                 found = self._first_bad(index, bulk, entries[key])
                 transient = may_pass(error)
                 self._park(HandlerFailed(index, found.aggregate, found.sequence, reason(error), "refused", transient))
-            since = {key: waiting[index].since for key, waiting in self._parked_here(index).items()}
-            added = [one for one in added if one.sequence < since.get(one.aggregate, one.sequence + 1)]
-
-    def _parked_here(self, index: int) -> dict[Key, dict[int, Parked]]:
-        found: dict[Key, dict[int, Parked]] = {}
-        for failure in self.failures:
-            if failure.projection == index:
-                found[failure.aggregate] = {index: Parked(failure.sequence, failure.error)}
-        return found
+            since = self._since
+            added = [one for one in added if one.sequence < since.get((index, one.aggregate), one.sequence + 1)]
 
     def _added(self, index: int) -> Iterator[Added]:
         """Yield what each event adds, in stream order. Park the aggregates of events that add what can't be carried."""
@@ -275,6 +287,7 @@ class Care:
                 continue
             folded = Folded(plan)
             plan.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
+            _check_again(folded)
             records = list(folded.tallies[index].values())
             _, refused = bulk.carry(records)
             if refused:
@@ -384,8 +397,11 @@ class Care:
             if is_infrastructure(error) or (of_kernel and is_about_schema(error)):
                 raise
             self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
+            self._cursor.execute("RELEASE SAVEPOINT attempt")  # otherwise the next one would lie within this one
             return error
-        self._cursor.execute(f"{'RELEASE' if keep else 'ROLLBACK TO'} SAVEPOINT attempt")
+        if not keep:
+            self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
+        self._cursor.execute("RELEASE SAVEPOINT attempt")
         return None
 
     def _events(self, index: int) -> dict[Key, list[tuple[int, Envelope]]]:
@@ -402,7 +418,10 @@ class Care:
     def _park(self, failure: HandlerFailed) -> None:
         """Make dead letters of the aggregate's events from the failed one on, unless they are."""
         index, key, since = failure.projection, failure.aggregate, failure.sequence
-        before = self._write.waiting_from.get((index, key), 0)
+        before = self._since.get((index, key), 0)
+        if before and before <= since:
+            return
+        self._since[index, key] = since
         self.failures.append(failure)
         events = self._events(index)[key]
         for stream_sequence, envelope in events:
