@@ -323,7 +323,7 @@ class Care:
         calls = [call for call in calls if call[3].meta.aggregate_id not in parked]
         if not calls:
             return
-        error = self._attempt(partial(self._writer.call, self._connection, index, calls), of_kernel=False)
+        error = self._attempt(partial(self._call_and_check, index, calls), of_kernel=False)
         if error is None:
             return
         if len(calls) == 1:
@@ -339,6 +339,15 @@ class Care:
         size = block if len(calls) > block else (len(calls) + 1) // 2
         for start in range(0, len(calls), size):
             self._call(index, calls[start : start + size], parked, block)
+
+    def _call_and_check(self, index: int, calls: Sequence[Call]) -> None:
+        """Call handlers, and check then what is otherwise checked at the commit: a handler may rely on that."""
+        postgres = self._connection.dialect.name == "postgresql"
+        if postgres:
+            self._connection.exec_driver_sql("SET CONSTRAINTS ALL DEFERRED")
+        self._writer.call(self._connection, index, calls)
+        if postgres:
+            self.check_at_once()
 
     # all kinds
 

@@ -1,16 +1,33 @@
 """What is to blame twice, or after something else in the same batch was, is parked once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from sqlalchemy import JSON, CheckConstraint, Engine, Integer, Numeric, String, select, text
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Engine,
+    ForeignKey,
+    Integer,
+    Numeric,
+    String,
+    TypeDecorator,
+    insert,
+    select,
+    text,
+)
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
 from aggregates import Aggregate, applies, command, handles
 from aggregates import event as event_class
 from aggregates.commit import Decision
 from kernel import App
-from projections import DROP, Drop, Rows, Tallies, Tally
+from projections import DROP, Drop, Recorded, Rows, Sql, Tallies, Tally, Transaction
+from projections.codec import Refused
+from projections.codecs import codec_of
+from projections.database import open_database
 from projections.dead_letters import plan_of, retry
 from projections.errors import HandlerFailed
 from projections.tables import dead_letter
@@ -221,3 +238,55 @@ def test_a_batch_folded_again_parks_from_the_same_event(engine: Engine) -> None:
     side.freeze(batch, side.fold(batch))
     side.project(batch)
     assert letters(engine) == [("Things", "a", 2)]
+
+
+def test_a_handler_may_rely_on_checks_at_the_commit_whatever_else_is_refused(fresh_postgres: str) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Parent(Own):
+        __tablename__ = "parents"
+        id = mapped_column(String, primary_key=True)
+
+    class Child(Own):
+        __tablename__ = "children"
+        id = mapped_column(String, primary_key=True)
+        parent = mapped_column(ForeignKey("parents.id", deferrable=True, initially="DEFERRED"))
+
+    class Pairs(Sql, of=Thing):
+        tables = (Parent, Child)
+
+        @applies
+        def named(self, tx: Transaction, events: Sequence[Recorded[Named]]) -> None:
+            ids = [recorded.meta.aggregate_id for recorded in events]
+            tx.execute(insert(tx.table(Child)), [{"id": own, "parent": own.removeprefix("orphan ")} for own in ids])
+            tx.execute(insert(tx.table(Parent)), [{"id": own} for own in ids])
+
+    engine = open_database(fresh_postgres)
+    side = side_of(engine, Things, Pairs)
+    side.project(
+        [commit(1, "a", 0, Named("fine")), commit(2, "b", 0, Named("bad")), commit(3, "orphan c", 0, Named("fine"))]
+    )
+    assert letters(engine) == [("Pairs", "orphan c", 1), ("Things", "b", 1)]
+    assert [row.id for row in side.rows(Parent)] == ["a", "b"]
+    engine.dispose()
+
+
+class Marked(TypeDecorator[str]):
+    """It adds to the text each time that it is written."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        return None if value is None else f"{value}!"
+
+
+def test_a_type_that_changes_its_own_values_is_refused() -> None:
+    with pytest.raises(Refused, match="Marked gives back"):
+        codec_of(Marked(), sqlite.dialect()).normalise("x")
+
+
+def test_there_is_no_negative_zero_in_jsonb() -> None:
+    normal = codec_of(postgresql.JSONB(), postgresql.dialect()).normalise({"zero": [-0.0]})
+    assert str(normal) == "{'zero': [0.0]}"
