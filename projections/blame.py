@@ -20,12 +20,12 @@ from projections.codec import Refused
 from projections.database import is_infrastructure
 from projections.errors import FailureKind, HandlerFailed, reason
 from projections.faults import is_about_reference, is_about_schema, may_pass
-from projections.fold import Call, Folded, Plan
+from projections.fold import Call, Folded
 from projections.parked import Key, Letter
-from projections.projection import Tally
+from projections.recount import check_again, events_of, others_than
 
 if TYPE_CHECKING:
-    from projections.unit_of_work import Batch, Write, Writer
+    from projections.unit_of_work import Write, Writer
 
 T = TypeVar("T")
 BLOCK = 128
@@ -57,43 +57,6 @@ class Added(NamedTuple):
     sequence: int
     aggregate: Key
     record: Any
-
-
-def events_of(plan: Plan, index: int, batch: Batch) -> Iterator[tuple[Key, int, Envelope]]:
-    """Yield the events of a batch that a projection folds, by aggregate: those before the aggregate was parked."""
-    name = plan.projections[index].aggregate
-    for key, commits, skip in batch:
-        if key[0] != name or index in skip:
-            continue
-        parked = plan.parked.get(key, {}).get(index)
-        for stream_sequence, envelopes in commits:
-            for envelope in envelopes:
-                if parked is None or envelope.sequence < parked.since:
-                    yield key, stream_sequence, envelope
-
-
-def recount(plan: Plan, index: int, batch: Batch) -> Tally[Any]:
-    """Return the increments of a batch without the events at which aggregates are parked, or later ones."""
-    apart, others = plan.apart(), _others(plan, index)
-    folded = Folded(apart)
-    rows: list[Any] = [None] * len(plan.projections)
-    for key, stream_sequence, envelope in events_of(plan, index, batch):
-        apart.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
-    _check_again(folded)
-    return folded.tallies[index]
-
-
-def _check_again(folded: Folded) -> None:
-    """Raise the error of a handler that has failed at an event which it had folded before.
-
-    What it would have added is in no other place: the batch has to be folded anew.
-    """
-    if folded.failures:
-        raise folded.failures[0]
-
-
-def _others(plan: Plan, index: int) -> frozenset[int]:
-    return frozenset(range(len(plan.projections))) - {index}
 
 
 class Care:
@@ -208,7 +171,7 @@ class Care:
         self, index: int, key: Key, stored: Any, commits: list[tuple[int, Envelope]], until: int
     ) -> list[Row | str | None]:
         """Return the row after each event, from what is stored: None where there is none, a text if it is refused."""
-        apart, others, bulk = self._plan.apart(), _others(self._plan, index), self._writer.bulk(index)
+        apart, others, bulk = self._plan.apart(), others_than(self._plan, index), self._writer.bulk(index)
         rows: list[Any] = [None] * len(self._plan.projections)
         rows[index] = stored
         states: list[Row | str | None] = [None]
@@ -219,7 +182,7 @@ class Care:
             if rows[index] is None:
                 states.append(apart.parked[key][index].error if key in apart.parked else None)
                 continue
-            carried, refused = bulk.carry([rows[index]])
+            carried, refused = bulk.carry_own({key[1]: rows[index]})
             states.append(refused[0] if refused else carried[0])
         return states
 
@@ -278,7 +241,7 @@ class Care:
 
     def _added(self, index: int) -> Iterator[Added]:
         """Yield what each event adds, in stream order. Park the aggregates of events that add what can't be carried."""
-        plan, others, bulk = self._plan.apart(), _others(self._plan, index), self._writer.bulk(index)
+        plan, others, bulk = self._plan.apart(), others_than(self._plan, index), self._writer.bulk(index)
         rows: list[Any] = [None] * len(plan.projections)
         parked: set[Key] = set()
         events = sorted(events_of(self._plan, index, self._batch), key=lambda event: (event[1], event[2].sequence))
@@ -287,7 +250,7 @@ class Care:
                 continue
             folded = Folded(plan)
             plan.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
-            _check_again(folded)
+            check_again(folded)
             records = list(folded.tallies[index].values())
             _, refused = bulk.carry(records)
             if refused:

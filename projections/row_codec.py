@@ -134,7 +134,7 @@ class RowCodec:
 
     def id_of(self, record: Any) -> str:
         """Return the id of the aggregate that a stored record is of."""
-        return self._to_id(getattr(record, self.columns.names[0]))
+        return self._to_id(getattr(record, self.columns.names[0], None))
 
     def total(self, records: Sequence[Any]) -> Any:
         """Return a new record with the first one's key, and the sums of the counters."""

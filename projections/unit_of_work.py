@@ -23,6 +23,7 @@ from projections.fold import Call, Commits, Folded, Plan
 from projections.generations import Generation
 from projections.parked import Key, Letter, Parked
 from projections.projection import Transaction
+from projections.recount import recount
 from projections.tables import dead_letter
 
 logger = logging.getLogger("eskernel.projections")
@@ -168,7 +169,7 @@ class Writer:
             elif bulk.codec.counting:
                 increments = folded.tallies[index]
                 if index in folded.recounted:
-                    increments = blame.recount(self.plan, index, batch)
+                    increments = recount(self.plan, index, batch)
                 if increments:
                     write.tallies[index], refused = bulk.carry_sums(increments.values())
                     if refused:
@@ -187,7 +188,10 @@ class Writer:
             write.dropped[index] = dropped
             changed = {key: row for key, row in changed.items() if row is not None}
         ids = list(changed)
-        rows, refused = bulk.carry(changed.values())
+        if list(map(bulk.codec.id_of, changed.values())) == ids:
+            rows, refused = bulk.carry(changed.values())
+        else:
+            rows, refused = bulk.carry_own(changed)
         if refused:
             write.suspects += [Suspect(index, ids[place], why) for place, why in refused.items()]
             ids = [key for place, key in enumerate(ids) if place not in refused]

@@ -288,5 +288,22 @@ def test_a_type_that_changes_its_own_values_is_refused() -> None:
 
 
 def test_there_is_no_negative_zero_in_jsonb() -> None:
-    normal = codec_of(postgresql.JSONB(), postgresql.dialect()).normalise({"zero": [-0.0]})
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    normal = codec_of(postgresql.JSONB(), dialect).normalise({"zero": [-0.0]})
     assert str(normal) == "{'zero': [0.0]}"
+
+
+def test_a_handler_that_sets_the_key_overwrites_no_other_row(engine: Engine) -> None:
+    class Movers(Rows[Row], of=Thing):
+        @applies
+        def named(self, row: Row, event: Named) -> None:
+            row.name = event.name
+            if event.name == "moves":
+                row.id = "b"
+
+    side = side_of(engine, Movers)
+    side.project([commit(1, "b", 0, Named("own"))])
+    (failure,) = side.project([commit(2, "a", 0, Named("one"), Named("moves")), commit(3, "c", 0, Named("fine"))])
+    assert (failure.sequence, failure.error) == (2, "Row.id is the aggregate's id; a handler can't set it")
+    assert [(row.id, row.name) for row in side.rows(Row)] == [("a", "one"), ("b", "own"), ("c", "fine")]
+    assert letters(engine) == [("Movers", "a", 2)]
