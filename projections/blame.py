@@ -21,8 +21,8 @@ from projections.database import is_infrastructure
 from projections.errors import FailureKind, HandlerFailed, reason
 from projections.faults import is_about_reference, is_about_schema, may_pass
 from projections.fold import Call, Folded
-from projections.parked import Key, Letter, Parked
-from projections.recounting import events_of, others
+from projections.parked import Key, Letter
+from projections.recount import check_again, events_of, others_than
 
 if TYPE_CHECKING:
     from projections.unit_of_work import Write, Writer
@@ -76,6 +76,7 @@ class Care:
         self.letters: list[Letter] = []
         self._by_key: dict[int, dict[Key, list[tuple[int, Envelope]]]] = {}
         self.kept = {index: dict(kept) for index, kept in write.kept.items()}
+        self._since: dict[tuple[int, Key], int] = dict(write.waiting_from)
 
     def check_at_once(self) -> None:
         """Have constraints checked with each statement, which otherwise are checked at the commit."""
@@ -116,6 +117,7 @@ class Care:
             state = states[good]
             if good and state is None:
                 dropped.append(suspect.aggregate_id)
+                self._keep(index, key, events[good - 1][1].sequence)
             elif good:
                 again.append((suspect.aggregate_id, state))  # type: ignore[arg-type]
         rows = zip(write.ids.get(index, ()), write.rows.get(index, ()), strict=True)
@@ -150,30 +152,37 @@ class Care:
         """Write a row up to the event from which on the database refuses it, and park the aggregate there."""
         key = self._plan.projections[index].aggregate, aggregate_id
         events = self._events(index)[key]
-        states = self._states(index, key, stored, events, self._write.waiting_from.get((index, key), 0))
+        states = self._states(index, key, stored, events, self._since.get((index, key), 0))
         good = self._last_good(index, aggregate_id, states)
         failure = HandlerFailed(index, key, events[good][1].sequence, reason(cause), "refused", may_pass(cause))
         failure.__cause__ = cause
         self._park(failure)
         if good:
             self._put(index, aggregate_id, states[good])
+            if states[good] is None:
+                self._keep(index, key, events[good - 1][1].sequence)
+
+    def _keep(self, index: int, key: Key, sequence: int) -> None:
+        """Keep the sequence of an aggregate whose row is deleted, if this projection is where it is kept."""
+        if self._plan.keeps and self._plan.keepers[key[0]] == index:
+            self.kept.setdefault(index, {})[key[1]] = sequence
 
     def _states(
         self, index: int, key: Key, stored: Any, commits: list[tuple[int, Envelope]], until: int
     ) -> list[Row | str | None]:
         """Return the row after each event, from what is stored: None where there is none, a text if it is refused."""
-        apart, rest, bulk = self._plan.apart(), others(self._plan, index), self._writer.bulk(index)
+        apart, others, bulk = self._plan.apart(), others_than(self._plan, index), self._writer.bulk(index)
         rows: list[Any] = [None] * len(self._plan.projections)
         rows[index] = stored
         states: list[Row | str | None] = [None]
         for stream_sequence, envelope in commits:
             if until and envelope.sequence >= until:
                 break
-            apart.fold(*key, rows, [(stream_sequence, [envelope])], Folded(apart), None, rest)
+            apart.fold(*key, rows, [(stream_sequence, [envelope])], Folded(apart), None, others)
             if rows[index] is None:
                 states.append(apart.parked[key][index].error if key in apart.parked else None)
                 continue
-            carried, refused = bulk.carry([rows[index]])
+            carried, refused = bulk.carry_own({key[1]: rows[index]})
             states.append(refused[0] if refused else carried[0])
         return states
 
@@ -210,7 +219,7 @@ class Care:
         while True:
             entries = self._entries(bulk, added)
             rows, refused = bulk.carry_sums(record for own in entries.values() for record in [_sum(bulk, own)])
-            wrong = {list(entries)[place]: Exception(why) for place, why in refused.items()}
+            wrong: dict[Row, Exception] = {list(entries)[place]: Refused(why) for place, why in refused.items()}
             keys = [key for key in entries if key not in wrong]
             savepoint = self._connection.begin_nested()
             wrong |= {
@@ -227,19 +236,12 @@ class Care:
                 found = self._first_bad(index, bulk, entries[key])
                 transient = may_pass(error)
                 self._park(HandlerFailed(index, found.aggregate, found.sequence, reason(error), "refused", transient))
-            since = {key: waiting[index].since for key, waiting in self._parked_here(index).items()}
-            added = [one for one in added if one.sequence < since.get(one.aggregate, one.sequence + 1)]
-
-    def _parked_here(self, index: int) -> dict[Key, dict[int, Parked]]:
-        found: dict[Key, dict[int, Parked]] = {}
-        for failure in self.failures:
-            if failure.projection == index:
-                found[failure.aggregate] = {index: Parked(failure.sequence, failure.error)}
-        return found
+            since = self._since
+            added = [one for one in added if one.sequence < since.get((index, one.aggregate), one.sequence + 1)]
 
     def _added(self, index: int) -> Iterator[Added]:
         """Yield what each event adds, in stream order. Park the aggregates of events that add what can't be carried."""
-        plan, rest, bulk = self._plan.apart(), others(self._plan, index), self._writer.bulk(index)
+        plan, others, bulk = self._plan.apart(), others_than(self._plan, index), self._writer.bulk(index)
         rows: list[Any] = [None] * len(plan.projections)
         parked: set[Key] = set()
         events = sorted(events_of(self._plan, index, self._batch), key=lambda event: (event[1], event[2].sequence))
@@ -247,7 +249,8 @@ class Care:
             if key in parked:
                 continue
             folded = Folded(plan)
-            plan.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, rest)
+            plan.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
+            check_again(folded)
             records = list(folded.tallies[index].values())
             _, refused = bulk.carry(records)
             if refused:
@@ -283,7 +286,7 @@ class Care:
         calls = [call for call in calls if call[3].meta.aggregate_id not in parked]
         if not calls:
             return
-        error = self._attempt(partial(self._writer.call, self._connection, index, calls), of_kernel=False)
+        error = self._attempt(partial(self._call_and_check, index, calls), of_kernel=False)
         if error is None:
             return
         if len(calls) == 1:
@@ -299,6 +302,15 @@ class Care:
         size = block if len(calls) > block else (len(calls) + 1) // 2
         for start in range(0, len(calls), size):
             self._call(index, calls[start : start + size], parked, block)
+
+    def _call_and_check(self, index: int, calls: Sequence[Call]) -> None:
+        """Call handlers, and check then what is otherwise checked at the commit: a handler may rely on that."""
+        postgres = self._connection.dialect.name == "postgresql"
+        if postgres:
+            self._connection.exec_driver_sql("SET CONSTRAINTS ALL DEFERRED")
+        self._writer.call(self._connection, index, calls)
+        if postgres:
+            self.check_at_once()
 
     # all kinds
 
@@ -357,8 +369,11 @@ class Care:
             if is_infrastructure(error) or (of_kernel and is_about_schema(error)):
                 raise
             self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
+            self._cursor.execute("RELEASE SAVEPOINT attempt")  # otherwise the next one would lie within this one
             return error
-        self._cursor.execute(f"{'RELEASE' if keep else 'ROLLBACK TO'} SAVEPOINT attempt")
+        if not keep:
+            self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
+        self._cursor.execute("RELEASE SAVEPOINT attempt")
         return None
 
     def _events(self, index: int) -> dict[Key, list[tuple[int, Envelope]]]:
@@ -375,7 +390,10 @@ class Care:
     def _park(self, failure: HandlerFailed) -> None:
         """Make dead letters of the aggregate's events from the failed one on, unless they are."""
         index, key, since = failure.projection, failure.aggregate, failure.sequence
-        before = self._write.waiting_from.get((index, key), 0)
+        before = self._since.get((index, key), 0)
+        if before and before <= since:
+            return
+        self._since[index, key] = since
         self.failures.append(failure)
         events = self._events(index)[key]
         for stream_sequence, envelope in events:

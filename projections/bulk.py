@@ -3,7 +3,7 @@ loop's thread keeps running while the database works."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -90,6 +90,16 @@ class Bulk:
         """Return the rows that carry records, and by place the records that are refused, and why."""
         columns, refused = self.codec.carry(records)
         return list(zip(*columns, strict=True)), refused
+
+    def carry_own(self, records: Mapping[str, Any]) -> tuple[list[Row], dict[int, str]]:
+        """Return what `carry` does for records by aggregate id. Those whose handler has set their key are refused."""
+        rows, refused = self.carry(records.values())
+        kept = [place for place in range(len(records)) if place not in refused]
+        name = self.codec.columns.names[0]
+        for place, (aggregate_id, record) in enumerate(records.items()):
+            if place not in refused and self.codec.id_of(record) != aggregate_id:
+                refused[place] = f"{self.codec.model}.{name} is the aggregate's id; a handler can't set it"
+        return [row for place, row in zip(kept, rows, strict=True) if place not in refused], refused
 
     def carry_sums(self, records: Iterable[Any]) -> tuple[list[Row], dict[int, str]]:
         """Return the rows that carry increments, one for each key of the table, and the records that are refused."""

@@ -103,7 +103,9 @@ def _normal_json(value: Any, where: str, binary: bool) -> Any:
         if not math.isfinite(value):
             refuse(value, f"at {where or 'its top'}: JSON has no such number")
         # PostgreSQL writes large numbers of JSONB without an exponent: they come back as whole numbers
-        return int(Decimal(repr(float(value)))) if binary and abs(value) >= _SAFE_FLOAT else float(value)
+        if binary and abs(value) >= _SAFE_FLOAT:
+            return int(Decimal(repr(float(value))))
+        return float(value) + 0.0 if binary else float(value)  # JSONB has no negative zero
     if isinstance(value, list | tuple):
         return [_normal_json(item, f"{where}[{place}]", binary) for place, item in enumerate(value)]
     if isinstance(value, dict):
@@ -188,14 +190,23 @@ def _decorated(impl: Any, dialect: Dialect) -> Codec:
     def result(value: Any) -> Any:
         return impl.process_result_value(value, dialect) if returns else value
 
+    def inner_normal(value: Any) -> Any:
+        stored = bind(value)
+        return stored if stored is None and not inner.nulls else inner.normalise(stored)
+
     def normalise(value: Any) -> Any:
         try:
-            stored = bind(value)
-            return result(stored if stored is None and not inner.nulls else inner.normalise(stored))
+            stored = inner_normal(value)
+            normal = result(stored)
+            # what comes back must stay what it is, however often it is written
+            stable = normal is value or (again := inner_normal(normal)) == stored or result(again) == normal
         except Refused:
             raise
         except Exception as error:
             refuse(value, f"which {kind.__name__} can't convert: {type(error).__name__}: {error}")
+        if not stable:
+            refuse(value, f"which {kind.__name__} gives back as a value that it would store otherwise")
+        return normal
 
     def wire(value: Any) -> Any:
         stored = bind(value)

@@ -20,6 +20,7 @@ from aggregates.commit import Envelope, decode
 from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import NoSuchLetter, reason
+from projections.faults import may_pass
 from projections.fold import Folded, Plan
 from projections.generations import FENCE, Generation, live_generation
 from projections.tables import checkpoint, dead_letter, projection, skipped_letter
@@ -244,7 +245,7 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
         except Exception as error:
             if is_infrastructure(error):
                 raise
-            return done, Stopped(reason(error), isinstance(error, plan.transient))
+            return done, Stopped(reason(error), isinstance(error, plan.transient) or may_pass(error))
     return len(rows), Stopped("")
 
 

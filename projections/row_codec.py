@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from operator import attrgetter
 from typing import Any
 from uuid import UUID
@@ -15,6 +18,8 @@ from projections.codecs import codec_of
 from projections.records import Columns, default_maker
 
 _NONE = type(None)
+_SHARED = (str, int, float, Decimal, date, time, timedelta, Enum, UUID)
+"""Types whose values can't be changed, so that rows may share one."""
 
 
 class RowCodec:
@@ -104,7 +109,7 @@ class RowCodec:
                 normal = normalise(value)
             except Refused:
                 return first  # it is refused with the row, unless a handler sets another value
-            return lambda: normal
+            return (lambda: normal) if isinstance(normal, _SHARED) else (lambda: normalise(first()))
         return first
 
     def stored(self, values: Sequence[Any]) -> Any:
@@ -131,7 +136,7 @@ class RowCodec:
 
     def id_of(self, record: Any) -> str:
         """Return the id of the aggregate that a stored record is of."""
-        return self._to_id(getattr(record, self.columns.names[0]))
+        return self._to_id(getattr(record, self.columns.names[0], None))
 
     def total(self, records: Sequence[Any]) -> Any:
         """Return a new record with the first one's key, and the sums of the counters."""
@@ -212,8 +217,9 @@ class RowCodec:
                 if normal is not value:
                     setattr(records[row], name, normal)
                 carried.append(normal if wire is None else wire(normal))
-            except Refused as why:
-                refused[row] = f"{self.model}.{name} {why}"
+            except Exception as why:  # of the app's own type, or of a number beyond all bounds
+                told = why if isinstance(why, Refused) else f"can't be carried: {type(why).__name__}: {why}"
+                refused[row] = f"{self.model}.{name} {told}"
                 carried.append(None)
         return carried
 

@@ -23,7 +23,7 @@ from projections.fold import Call, Commits, Folded, Plan
 from projections.generations import Generation
 from projections.parked import Key, Letter, Parked
 from projections.projection import Transaction
-from projections.recounting import recount
+from projections.recount import recount
 from projections.tables import dead_letter
 
 logger = logging.getLogger("eskernel.projections")
@@ -115,7 +115,7 @@ class Unreadable:
 
 def one_line(error: str) -> str:
     """Return an error's text in a form that every database accepts."""
-    return error.replace("\0", "\\0")[:4_000]
+    return error.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:4_000]
 
 
 class Writer:
@@ -154,8 +154,7 @@ class Writer:
     ) -> Write:
         """Turn a folded batch into what is sent to the database.
 
-        A row with a value that can't be sent becomes a suspect, and its aggregate is parked at once: nothing is folded
-        into it any more.
+        A row with a value that can't be sent becomes a suspect. Call `park_suspects` before anything else is folded.
 
         Args:
             batch: what was folded.
@@ -189,19 +188,29 @@ class Writer:
             write.dropped[index] = dropped
             changed = {key: row for key, row in changed.items() if row is not None}
         ids = list(changed)
-        rows, refused = bulk.carry(changed.values())
+        if list(map(bulk.codec.id_of, changed.values())) == ids:
+            rows, refused = bulk.carry(changed.values())
+        else:
+            rows, refused = bulk.carry_own(changed)
         if refused:
-            aggregate = self.plan.projections[index].aggregate
-            starts = {key: commits[0][1][0].sequence for key, commits, _ in reversed(write.batch)}
-            for place, why in refused.items():
-                key = aggregate, ids[place]
-                write.suspects.append(Suspect(index, ids[place], why))
-                self.plan.parked.add(key, index, Parked(starts[key], why))
+            write.suspects += [Suspect(index, ids[place], why) for place, why in refused.items()]
             ids = [key for place, key in enumerate(ids) if place not in refused]
         if rows:
             write.ids[index], write.rows[index] = ids, rows
         for aggregate_id, since in folded.undone[index].items():
             write.suspects.append(Suspect(index, aggregate_id, "", since))
+
+    def park_suspects(self, write: Write) -> None:
+        """Park the aggregates of rows that can't be sent, so that nothing is folded into them any more.
+
+        Call it when the batch is certainly written: one that is folded again must find the plan as it was.
+        """
+        suspects = [suspect for suspect in write.suspects if not suspect.since]
+        if suspects:
+            starts = {key: commits[0][1][0].sequence for key, commits, _ in reversed(write.batch)}
+            for suspect in suspects:
+                key = self.plan.projections[suspect.index].aggregate, suspect.aggregate_id
+                self.plan.parked.add(key, suspect.index, Parked(starts[key], suspect.error))
 
     def letter_row(self, letter: Letter, partition: int, payload: bytes) -> dict[str, Any]:
         """Return the row of the dead letter table for an event."""
@@ -265,7 +274,10 @@ class Writer:
         """Write the batch as `commit` does, but in a transaction that the caller commits."""
         try:
             with connection.begin_nested():
-                return self.apply(connection, write)
+                failures = self.apply(connection, write)
+                # at the caller's commit it would be too late to find out whom to blame
+                blame.Care(self, connection, write).check_at_once()
+                return failures
         except Exception as error:
             if isinstance(error, Fenced) or is_infrastructure(error):
                 raise

@@ -218,6 +218,7 @@ class Rebuild:
                     # some were folded from records that are not in the database
                     self._build.forget(groups)
                     write = await self._fold(groups, window)
+                self._writer.park_suspects(write)
                 self._build.trim()
                 written, writing = groups, asyncio.ensure_future(self._in(partial(self._writer.commit, write)))
                 self._advance(write, window)

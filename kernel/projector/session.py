@@ -233,6 +233,7 @@ class Session:
             raise
         self._position.advance(moves, self._writer.generations)
         self._read_to = batch.commits[-1].sequence
+        self._writer.park_suspects(write)
         writing = self._context.committer.write(self._writer, write)
         task = asyncio.ensure_future(self._context.tracing.projecting(writing, groups, began))
         self._under_way = _UnderWay(task, residents, groups, folded.count, self._read_to, hand)

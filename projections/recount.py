@@ -1,4 +1,4 @@
-"""Folds a part of a batch again, for one projection."""
+"""Folds the events of a batch again for one projection, without those of parked aggregates."""
 
 from __future__ import annotations
 
@@ -29,14 +29,24 @@ def events_of(plan: Plan, index: int, batch: Batch) -> Iterator[tuple[Key, int, 
 
 def recount(plan: Plan, index: int, batch: Batch) -> Tally[Any]:
     """Return the increments of a batch without the events at which aggregates are parked, or later ones."""
-    apart, rest = plan.apart(), others(plan, index)
+    apart, others = plan.apart(), others_than(plan, index)
     folded = Folded(apart)
     rows: list[Any] = [None] * len(plan.projections)
     for key, stream_sequence, envelope in events_of(plan, index, batch):
-        apart.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, rest)
+        apart.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
+    check_again(folded)
     return folded.tallies[index]
 
 
-def others(plan: Plan, index: int) -> frozenset[int]:
-    """Return all projections but one."""
+def check_again(folded: Folded) -> None:
+    """Raise the error of a handler that has failed at an event which it had folded before.
+
+    What it would have added is in no other place: the batch has to be folded anew.
+    """
+    if folded.failures:
+        raise folded.failures[0]
+
+
+def others_than(plan: Plan, index: int) -> frozenset[int]:
+    """Return all projections of a plan but one."""
     return frozenset(range(len(plan.projections))) - {index}
