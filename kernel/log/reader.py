@@ -137,6 +137,8 @@ class JetStreamReader:
             self._buffer.append((subject, reply, payload))
             if not self._arrived.is_set():
                 self._arrived.set()
+        elif status == 409 and b"Batch Completed" in (headers or b""):
+            pass  # all that was asked for has come; servers say so where a request limits its bytes
         elif status in (404, 408) or (status == 409 and b"MaxBytes" in (headers or b"")):
             left = header_of(headers or b"", b"Nats-Pending-Messages")
             self._requested -= int(left) if left else self._requested

@@ -13,6 +13,7 @@ from kernel.log import find_log, open_log
 from kernel.log.reader import JetStreamReader
 from kernel.partitions.leases import Leases
 from kernel.settings import Settings
+from kernel.settings.sources import settings_of
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 from kernel.transport.jetstream_api import call_api
@@ -170,10 +171,11 @@ async def test_a_reader_asks_for_no_more_bytes_than_it_can_hold(
 ) -> None:
     """Requests that end at their bytes are followed by others: the consumer stays, and nothing is read twice."""
     monkeypatch.setattr("kernel.log.reader.PULL_BYTES", 100_000)
-    log = await open_log(connection, app_name)
+    log = await open_log(connection, app_name, settings_of({"consumer.window": 7}))
     for number in range(50):
         address = log.subjects.address("Account", f"a{number}")
-        await log.append(address.subject, 0, b'["' + b"x" * 30_000 + b'"]')
+        # at first a request ends with its messages, and then with its bytes
+        await log.append(address.subject, 0, b'["' + b"x" * (100 if number < 25 else 30_000) + b'"]')
     reader = await log.read(0)
     found: list[int] = []
     largest = 0
