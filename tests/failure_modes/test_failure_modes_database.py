@@ -212,11 +212,12 @@ async def test_a_database_that_does_not_answer_is_shown_and_waited_for(
         frozen = admin.backends(name_of(fresh_postgres))
         assert frozen
 
-        def no_answer() -> bool:
+        async def no_answer() -> bool:
             # a probe may have opened a connection of its own meanwhile
             for pid in set(admin.backends(name_of(fresh_postgres))) - set(frozen):
                 os.kill(pid, signal.SIGSTOP)
                 frozen.append(pid)
+            await here.service.parts.probes.probe()
             return "no answer" in here.service.health.components["database"].detail
 
         try:

@@ -75,8 +75,7 @@ def send(environment: dict[str, str], folder: Path, *more: str) -> None:
         subprocess.run([*CLI, *arguments], cwd=folder, env=environment, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("server", ["embedded", "external"])
+@pytest.mark.parametrize(("server", "workers"), [("embedded", "1"), ("external", "2")])
 def test_a_plain_start_and_stop_log_no_warning(
     start: Start,
     tmp_path: Path,
