@@ -43,7 +43,9 @@ class Worker:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("server", ["external", "embedded"])
+@pytest.mark.parametrize(
+    ("server", "database_url"), [("external", "postgresql"), ("embedded", "sqlite")], indirect=["database_url"]
+)
 async def test_ten_kills_at_random_moments_lose_and_double_nothing(
     nats_url: str, database_url: str, app_name: str, tmp_path: Path, server: str
 ) -> None:
