@@ -118,7 +118,7 @@ class Bulk:
         """Return the parameters of `upsert` or `add`."""
         if not rows:
             return []
-        texts = sum(len(row[place] or "") for place in self._texts for row in rows)
+        texts = sum(map(len, filter(None, (row[place] for place in self._texts for row in rows))))
         size = min(CHUNK, max(1, len(rows) * CHUNK_BYTES // (texts + 1)))
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         if not self._columnwise:

@@ -146,6 +146,11 @@ class RowCodec:
             setattr(made, name, sum(getattr(record, name) for record in records))
         return made
 
+    def ids_of(self, records: Iterable[Any]) -> list[str]:
+        """Return the ids of the aggregates that records are of."""
+        keys = map(attrgetter(self.columns.names[0]), records)
+        return list(keys if self._from_id is None else map(self._to_id, keys))
+
     def carry(self, records: Iterable[Any]) -> tuple[list[list[Any]], dict[int, str]]:
         """Bring records to their normal forms and return what carries them to the database.
 

@@ -188,7 +188,7 @@ class Writer:
             write.dropped[index] = dropped
             changed = {key: row for key, row in changed.items() if row is not None}
         ids = list(changed)
-        if list(map(bulk.codec.id_of, changed.values())) == ids:
+        if bulk.codec.ids_of(changed.values()) == ids:
             rows, refused = bulk.carry(changed.values())
         else:
             rows, refused = bulk.carry_own(changed)
