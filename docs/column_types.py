@@ -105,8 +105,8 @@ What `Rows`, `Tallies` and `Sql` projections do with a column of each SQLAlchemy
 A value that a column can't hold is never changed. Its aggregate is parked for that projection, from the event that set
 it on, and the error names the column. Others go on.
 
-A value of a subclass, such as a `StrEnum` in a `String` or `True` in an `Integer`, is written as its base. It is equal to
-that, and stays what it is in memory until the row is loaded again.
+A value of a subclass, such as a `StrEnum` in a `String` or `True` in an `Integer`, is written as its base. It is equal
+to that, and stays what it is in memory until the row is loaded again.
 
 `Sql` handlers write their own statements: what SQLAlchemy carries, they carry. Columns of an `Identity` are numbered in
 the order of insertion, which differs in a rebuild with several workers.
