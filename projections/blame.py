@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from aggregates.commit import Envelope
-from projections.bulk import Bulk, Row
+from projections.bulk import Bulk
 from projections.codec import Refused
 from projections.database import is_infrastructure
 from projections.errors import FailureKind, HandlerFailed, reason
@@ -23,6 +23,7 @@ from projections.faults import is_about_reference, is_about_schema, may_pass
 from projections.fold import Call, Folded
 from projections.parked import Key, Letter
 from projections.recount import check_again, events_of, others_than
+from projections.row_codec import Row
 
 if TYPE_CHECKING:
     from projections.unit_of_work import Write, Writer
@@ -264,7 +265,7 @@ class Care:
         entries: dict[Row, list[Added]] = {}
         for one in added:
             rows, _ = bulk.carry([one.record])
-            entries.setdefault(tuple(rows[0][: bulk.keys]), []).append(one)
+            entries.setdefault(tuple(rows[0][: bulk.codec.columns.keys]), []).append(one)
         return entries
 
     def _first_bad(self, index: int, bulk: Bulk, added: Sequence[Added]) -> Added:

@@ -4,6 +4,7 @@ loop's thread keeps running while the database works."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -13,16 +14,14 @@ from sqlalchemy.engine import Connection, Dialect
 
 from projections.codec import Refused
 from projections.naming import quoted
-from projections.row_codec import RowCodec
+from projections.row_codec import Row, RowCodec
 from projections.scalar_codecs import decimal_scale
 
 CHUNK = 5_000
 """Rows per statement. It limits one JSON parameter to about a megabyte."""
-CHUNK_BYTES = 16_000_000
-"""Bytes of texts per statement."""
+CHUNK_SIZE = 16_000_000
+"""Characters of JSON per statement, unless one row has more."""
 
-Row = Sequence[Any]
-"""What carries a record to the database, by column."""
 Parameters = dict[str, str]
 
 
@@ -46,9 +45,8 @@ class Bulk:
         columns, keys = codec.columns, codec.columns.keys
         names = [_escaped(quoted(column.name)) for column in columns.columns]
         target = _escaped(quoted(table.schema, table.name))
-        self.codec, self.keys = codec, keys
+        self.codec, self._key_of = codec, itemgetter(*range(keys))
         self._columnwise = dialect.name == "postgresql"
-        self._texts = [place for place, column in enumerate(codec.codecs) if column.cast in ("text", "json", "jsonb")]
         self.replaces = not codec.counting and _has_other_unique(table)
         source = self._source(dialect)
         insert = f"INSERT INTO {target} ({', '.join(names)}) {source}"
@@ -88,8 +86,7 @@ class Bulk:
 
     def carry(self, records: Iterable[Any]) -> tuple[list[Row], dict[int, str]]:
         """Return the rows that carry records, and by place the records that are refused, and why."""
-        columns, refused = self.codec.carry(records)
-        return list(zip(*columns, strict=True)), refused
+        return self.codec.carry(records)
 
     def carry_own(self, records: Mapping[str, Any]) -> tuple[list[Row], dict[int, str]]:
         """Return what `carry` does for records by aggregate id. Those whose handler has set their key are refused."""
@@ -105,25 +102,34 @@ class Bulk:
         """Return the rows that carry increments, one for each key of the table, and the records that are refused."""
         listed = list(records)
         rows, refused = self.carry(listed)
-        if len({row[: self.keys] for row in rows}) == len(rows):
+        if len(set(map(self._key_of, rows))) == len(rows):
             return rows, refused
-        by_key: dict[Row, list[Any]] = {}
+        by_key: dict[Any, list[Any]] = {}
         kept = (record for place, record in enumerate(listed) if place not in refused)
         for row, record in zip(rows, kept, strict=True):
-            by_key.setdefault(row[: self.keys], []).append(record)
+            by_key.setdefault(self._key_of(row), []).append(record)
         rows, more = self.carry(map(self.codec.total, by_key.values()))
         return rows, refused or more
 
     def parameters(self, rows: Sequence[Row]) -> list[Parameters]:
         """Return the parameters of `upsert` or `add`."""
-        if not rows:
-            return []
-        texts = sum(map(len, filter(None, (row[place] for place in self._texts for row in rows))))
-        size = min(CHUNK, max(1, len(rows) * CHUNK_BYTES // (texts + 1)))
-        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        if not self._columnwise:
-            return [{"rows": _json(chunk)} for chunk in chunks]
-        return [{f"c{index}": _json(column) for index, column in enumerate(zip(*c, strict=True))} for c in chunks]
+        made: list[Parameters] = []
+        for start in range(0, len(rows), CHUNK):
+            self._fill(rows[start : start + CHUNK], made)
+        return made
+
+    def _fill(self, rows: Sequence[Row], made: list[Parameters]) -> None:
+        parameters = (
+            {f"c{index}": _json(column) for index, column in enumerate(zip(*rows, strict=True))}
+            if self._columnwise
+            else {"rows": _json(rows)}
+        )
+        if len(rows) == 1 or sum(map(len, parameters.values())) <= CHUNK_SIZE:
+            made.append(parameters)
+            return
+        half = len(rows) // 2
+        self._fill(rows[:half], made)
+        self._fill(rows[half:], made)
 
     def key_parameters(self, keys: Iterable[str]) -> Parameters:
         """Return the parameters of `delete` and `select`. An id that can't be a key is left out: it has no row."""

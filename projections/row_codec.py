@@ -17,6 +17,8 @@ from projections.codec import Codec, Refused, Unsupported
 from projections.codecs import codec_of
 from projections.records import Columns, default_maker
 
+Row = Sequence[Any]
+"""What carries a record to the database, by column."""
 _NONE = type(None)
 _SHARED = (str, int, float, Decimal, date, time, timedelta, Enum, UUID)
 """Types whose values can't be changed, so that rows may share one."""
@@ -48,7 +50,7 @@ class RowCodec:
         self.codecs = [codec_of(column.type, dialect) for column in columns.columns]
         self._nullable = [bool(column.nullable) and not counting for column in columns.columns]
         self.settle = self._settler()
-        self._get = attrgetter(*columns.names)
+        self._get = _attributes(columns.names)
         self._from_id, self._to_id = _id_conversion(columns.columns[0])
         # a mapper takes any name for an attribute, but only an identifier can be a slot
         slots = {"__slots__": tuple(columns.names)} if all(map(str.isidentifier, columns.names)) else {}
@@ -151,35 +153,37 @@ class RowCodec:
         keys = map(attrgetter(self.columns.names[0]), records)
         return list(keys if self._from_id is None else map(self._to_id, keys))
 
-    def carry(self, records: Iterable[Any]) -> tuple[list[list[Any]], dict[int, str]]:
+    def carry(self, records: Iterable[Any]) -> tuple[list[Row], dict[int, str]]:
         """Bring records to their normal forms and return what carries them to the database.
 
         Returns:
-            the values by column; and by place the records that are refused, and why. Those are not among the values.
+            the rows; and by place the records that are refused, and why. Those have no row.
         """
         listed = list(records)
         refused: dict[int, str] = {}
-        columns: list[list[Any]] = []
         if not listed:
-            return [[] for _ in self.codecs], refused
+            return [], refused
         try:
-            by_column: list[Any] = (
-                list(zip(*map(self._get, listed), strict=True))
-                if len(self.codecs) > 1
-                else [list(map(self._get, listed))]
-            )
+            rows: list[Row] = list(map(self._get, listed))
         except AttributeError:  # a handler has deleted an attribute
             return self._carry_singly(listed)
-        for place, (codec, values) in enumerate(zip(self.codecs, by_column, strict=True)):
-            if self._fits(codec, values, self._nullable[place]):
-                columns.append(list(values) if codec.wire is None else list(map(codec.wire, values)))
+        columns: list[Sequence[Any]] = list(zip(*rows, strict=True))
+        as_they_are = True
+        for place, (codec, values) in enumerate(zip(self.codecs, columns, strict=True)):
+            if not self._fits(codec, values, self._nullable[place]):
+                columns[place] = self._normalised(place, codec, values, listed, refused)
+            elif codec.wire is not None:
+                columns[place] = list(map(codec.wire, values))
             else:
-                columns.append(self._normalised(place, codec, values, listed, refused))
+                continue
+            as_they_are = False
+        if not as_they_are:
+            rows = list(zip(*columns, strict=True))
         if refused:
-            columns = [[value for row, value in enumerate(column) if row not in refused] for column in columns]
-        return columns, refused
+            rows = [row for place, row in enumerate(rows) if place not in refused]
+        return rows, refused
 
-    def _carry_singly(self, listed: list[Any]) -> tuple[list[list[Any]], dict[int, str]]:
+    def _carry_singly(self, listed: list[Any]) -> tuple[list[Row], dict[int, str]]:
         refused = {}
         for row, record in enumerate(listed):
             for name in self.columns.names:
@@ -187,8 +191,8 @@ class RowCodec:
                     refused[row] = f"{self.model}.{name} was deleted; set it to None instead"
         kept = [record for row, record in enumerate(listed) if row not in refused]
         places = [row for row in range(len(listed)) if row not in refused]
-        columns, more = self.carry(kept)
-        return columns, {**refused, **{places[row]: why for row, why in more.items()}}
+        rows, more = self.carry(kept)
+        return rows, {**refused, **{places[row]: why for row, why in more.items()}}
 
     def _fits(self, codec: Codec, values: Sequence[Any], nullable: bool) -> bool:
         kinds = set(map(type, values))
@@ -227,6 +231,11 @@ class RowCodec:
                 refused[row] = f"{self.model}.{name} {told}"
                 carried.append(None)
         return carried
+
+
+def _attributes(names: Sequence[str]) -> Callable[[Any], Row]:
+    get = attrgetter(*names)
+    return get if len(names) > 1 else lambda record: (get(record),)
 
 
 def _is_storable(text: str) -> bool:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, insert, select, text
 
 from projections import blame
 from projections.blame import Suspect
-from projections.bulk import Bulk, Row
+from projections.bulk import Bulk
 from projections.database import is_infrastructure
 from projections.errors import Fenced, HandlerFailed, reason
 from projections.fold import Call, Commits, Folded, Plan
@@ -24,6 +24,7 @@ from projections.generations import Generation
 from projections.parked import Key, Letter, Parked
 from projections.projection import Transaction
 from projections.recount import recount
+from projections.row_codec import Row
 from projections.tables import dead_letter
 
 logger = logging.getLogger("eskernel.projections")

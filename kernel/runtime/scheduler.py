@@ -94,6 +94,8 @@ class Scheduler:
                     result = work()
                     if inspect.isawaitable(result):
                         await result
+            except asyncio.CancelledError:
+                pass  # by `stop`; APScheduler would log it as an error of the job
             except Exception as error:
                 job.error = f"{type(error).__name__}: {error}"
                 job.failures += 1
