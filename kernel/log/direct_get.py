@@ -179,6 +179,17 @@ class DirectGets:
             return None
         return links
 
+    async def newest(self, subject: str) -> Stored | None:
+        """Return a subject's last message as some replica has it, or None.
+
+        Raises:
+            Unavailable: there was no answer.
+        """
+        request = orjson.dumps({"last_by_subj": subject})
+        wanted = await self._ask(self._direct, [request], lambda: _Links(1), subject)
+        links = wanted.future.result()
+        return links[0].stored if links else None
+
     async def batch(self, subject: str, after: int) -> tuple[list[Stored], int]:
         """Return up to 1,000 commits of a subject, and how many are left behind them. It is a search for the server.
 
