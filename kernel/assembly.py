@@ -282,7 +282,7 @@ def _assemble(
     app, settings = base.app, base.settings
     tracing: Tracer = open_tracing(app, settings.tracing.enabled)
     outbox = Outbox(connection)
-    keeper = SnapshotKeeper(snapshots, settings.snapshots)
+    keeper = SnapshotKeeper(snapshots, settings.snapshots.every, settings.snapshots.verify)
     gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, keeper, tracing)
     closing.callback(gateway.close)
     admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)

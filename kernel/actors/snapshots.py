@@ -12,7 +12,6 @@ from aggregates.declaration import AggregateType
 from aggregates.snapshot import SnapshotCodec, identical
 from kernel.log.snapshots import SnapshotStore
 from kernel.log.subjects import Address
-from kernel.settings import Snapshots
 from kernel.telemetry.metrics import SNAPSHOTS_TAKEN, SNAPSHOTS_USED
 
 logger = logging.getLogger("eskernel.actors")
@@ -29,11 +28,12 @@ class SnapshotKeeper:
 
     Args:
         store: where they are; None: there are none.
+        every: number of events of an aggregate after which one is taken.
+        verify: share of those that are loaded that are compared with the history.
     """
 
-    def __init__(self, store: SnapshotStore | None, settings: Snapshots) -> None:
-        self._store = store if settings.every else None
-        self._every, self._verify = settings.every, settings.verify
+    def __init__(self, store: SnapshotStore | None, every: int, verify: float) -> None:
+        self._store, self._every, self._verify = store, every, verify
         self._codecs: dict[str, SnapshotCodec[Any]] = {}
         self._next = 0.0
         self._complained: set[str] = set()
@@ -109,5 +109,5 @@ class SnapshotKeeper:
             logger.info("%s: a snapshot was not stored: %s", declared.name, why)
 
 
-NO_SNAPSHOTS = SnapshotKeeper(None, Snapshots())
+NO_SNAPSHOTS = SnapshotKeeper(None, 0, 0.0)
 """Takes none, and has none."""
