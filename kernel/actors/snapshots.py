@@ -19,6 +19,7 @@ SHARE = 0.05
 """Most of the event loop's time that is spent on taking snapshots."""
 BYTES_PER_EVENT = 512
 """A large state is stored less often: so many bytes of snapshots for each event, about as many as the event has."""
+NEVER = 2**63
 SAMPLED = 10_000
 """Longest history that is read to verify a snapshot, in events."""
 
@@ -47,9 +48,16 @@ class SnapshotKeeper:
         return codec
 
     def offer(self, address: Address, cell: Cell[Any]) -> None:
-        """Take a snapshot if one is due, and if there is time for it. Between two decisions only."""
+        """Take a snapshot if one is due, and if there is time for it. Between two decisions only. It never raises."""
+        try:
+            self._offer(address, cell)
+        except Exception:
+            cell.due = NEVER
+            logger.exception("%s: no snapshot could be taken, which is a bug of the kernel", address.subject)
+
+    def _offer(self, address: Address, cell: Cell[Any]) -> None:
         if self._store is None:
-            cell.due = 2**63
+            cell.due = NEVER
             return
         now = time.perf_counter()
         if cell.version < self._every:

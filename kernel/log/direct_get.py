@@ -12,6 +12,7 @@ import orjson
 
 from kernel.errors import Unavailable
 from kernel.log.base import Stored
+from kernel.log.window import Window
 from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
 from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM
 
@@ -20,6 +21,8 @@ BEFORE = b"Eskernel-Before"
 distance between the expected commit and the one before that."""
 _EXPECTED = b"Nats-Expected-Last-Subject-Sequence"
 MAX_BATCH, MAX_BATCH_BYTES = 1_000, 16 << 20
+SEARCH_COST = 64
+"""A search is counted as so many messages: most of them cost the server more, and it says so by its time."""
 ATTEMPTS = 2
 """How often something is asked for that gets no answer."""
 
@@ -140,6 +143,7 @@ class DirectGets:
         self._leader = f"{connection.api}.STREAM.MSG.GET.{stream}".encode()
         self._wanted: dict[bytes, _Wanted] = {}
         self._token = 0
+        self._window = Window()
 
     async def start(self) -> None:
         """Subscribe to answers."""
@@ -199,29 +203,36 @@ class DirectGets:
         request = orjson.dumps(
             {"seq": after + 1, "next_by_subj": subject, "batch": MAX_BATCH, "max_bytes": MAX_BATCH_BYTES}
         )
-        wanted = await self._ask(self._direct, [request], _Batch, subject)
+        wanted = await self._ask(self._direct, [request], _Batch, subject, SEARCH_COST)
         return wanted.found, wanted.future.result()
 
-    async def _ask(self, api: bytes, requests: Sequence[bytes], make: Callable[[], W], subject: str) -> W:
-        """Send requests, once more if there is no answer, and return what was waited for, ended."""
+    async def _ask(
+        self, api: bytes, requests: Sequence[bytes], make: Callable[[], W], subject: str, cost: int = 0
+    ) -> W:
+        """Send requests, once more if there is no answer, and return what was waited for, ended.
+
+        Args:
+            cost: in messages, by default as many as there are requests.
+        """
         attempts = 0
         while attempts < ATTEMPTS:
             self._token += 1
             token = b"%d" % self._token
             reply = b"%b.%b" % (self._inbox, token)
-            wanted = self._wanted[token] = make()
-            self._connection.send(b"".join(publish_frame(api, request, reply=reply) for request in requests))
-            try:
-                async with asyncio.timeout(self._connection.request_timeout):
-                    await wanted.future
-            except TimeoutError:
-                attempts += 1
-            except _Lost:
-                pass
-            else:
-                return wanted
-            finally:
-                del self._wanted[token]
+            async with self._window.room(cost or len(requests)):
+                wanted = self._wanted[token] = make()
+                self._connection.send(b"".join(publish_frame(api, request, reply=reply) for request in requests))
+                try:
+                    async with asyncio.timeout(self._connection.request_timeout):
+                        await wanted.future
+                except TimeoutError:
+                    attempts += 1
+                except _Lost:
+                    pass
+                else:
+                    return wanted
+                finally:
+                    del self._wanted[token]
         raise Unavailable(f"reading {subject}: no answer from the stream")
 
     def _lost_connection(self) -> None:
