@@ -28,15 +28,31 @@ ATTEMPTS = 2
 
 
 class Link(NamedTuple):
-    """A commit, and where the commits of its subject before it are.
-
-    Attributes:
-        before: the stream sequences of the commits before it, the nearest first. None if it does not say so; empty if
-            there are none.
-    """
+    """A commit with its headers, which say where the commits of its subject before it are."""
 
     stored: Stored
-    before: tuple[int, ...] | None
+    headers: bytes
+
+    def before(self) -> tuple[int, ...] | None:
+        """Return the stream sequences of the commits before it, the nearest first.
+
+        It is None if the commit does not say so, and empty if there are none.
+        """
+        expected = header_of(self.headers, _EXPECTED)
+        if expected is None or not expected.isdigit():
+            return None
+        place = int(expected)
+        if not place:
+            return ()
+        if place >= self.stored.sequence:
+            return None  # of the stream that this one was copied from
+        before = [place]
+        for distance in (header_of(self.headers, BEFORE) or b"").split():
+            place -= int(distance) if distance.isdigit() else place
+            if not 0 < place < before[-1]:
+                return None
+            before.append(place)
+        return tuple(before)
 
 
 class _Lost(Exception):
@@ -125,7 +141,7 @@ class _Last:
         answer = _decode(payload)
         if (message := answer.message) is not None:
             stored = Stored(message.seq, message.subject, base64.b64decode(message.data))
-            self.future.set_result(Link(stored, before_of(base64.b64decode(message.hdrs), message.seq)))
+            self.future.set_result(Link(stored, base64.b64decode(message.hdrs)))
         elif answer.error is not None and answer.error.err_code == NO_MESSAGE:
             self.future.set_result(None)
         else:
@@ -254,23 +270,4 @@ def _unexpected(headers: bytes | None) -> Unavailable:
 
 def _link(payload: bytes, headers: bytes) -> Link:
     sequence, subject = int(header_of(headers, b"Nats-Sequence") or 0), header_of(headers, b"Nats-Subject") or b""
-    return Link(Stored(sequence, subject.decode(errors="replace"), payload), before_of(headers, sequence))
-
-
-def before_of(headers: bytes, sequence: int) -> tuple[int, ...] | None:
-    """Return what a commit's headers say about the commits before it; see `Link`."""
-    expected = header_of(headers, _EXPECTED)
-    if expected is None or not expected.isdigit():
-        return None
-    place = int(expected)
-    if not place:
-        return ()
-    if place >= sequence:
-        return None  # of the stream that this one was copied from
-    before = [place]
-    for distance in (header_of(headers, BEFORE) or b"").split():
-        place -= int(distance) if distance.isdigit() else place
-        if not 0 < place < before[-1]:
-            return None
-        before.append(place)
-    return tuple(before)
+    return Link(Stored(sequence, subject.decode(errors="replace"), payload), headers)
