@@ -34,7 +34,7 @@ def environment(**variables: str) -> dict[str, str]:
 )
 def test_a_forked_command_ends_and_prints_as_a_started_one(arguments: list[str], code: int, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
-    variables = environment(COLUMNS="60", ESKERNEL_WORKERS="7", PYTHONDONTWRITEBYTECODE="1")
+    variables = environment(COLUMNS="30", ESKERNEL_WORKERS="7", PYTHONDONTWRITEBYTECODE="1")
     started = subprocess.run(
         [sys.executable, *arguments], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
     )
