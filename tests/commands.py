@@ -78,7 +78,8 @@ class Commands:
 
     def __init__(self) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        # a width that no command is given: output that has it shows what was read too early
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "73"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(theirs.fileno())],
