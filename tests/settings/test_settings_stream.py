@@ -334,7 +334,11 @@ async def test_the_partition_count_is_that_of_the_stream(
 
 
 @pytest.mark.setting("stream.name", "stream.subject_prefix")
-@pytest.mark.parametrize("prefix", ["acme", "acme.billing.v2"])
+@pytest.mark.parametrize(
+    ("url", "database_url", "prefix"),
+    [("2.15", "postgresql", "acme.billing.v2"), ("2.10", "sqlite", "acme.billing.v2"), ("2.10", "postgresql", "acme")],
+    indirect=["url", "database_url"],
+)
 async def test_a_stream_may_have_another_name_and_other_subjects(
     url: str, app_name: str, tmp_path: Path, prefix: str, database_url: str
 ) -> None:

@@ -81,13 +81,19 @@ def send(folder: Path) -> None:
         assert eskernel("send", "Account", f"a{number}", "Deposit", "cents=5", folder=folder).returncode == 0
 
 
-@pytest.mark.parametrize(("server", "workers"), [("embedded", "1"), ("external", "2")])
+# the second start is one of an app that ran before
+@pytest.mark.parametrize(
+    ("server", "workers", "endings"),
+    [("embedded", "1", [signal.SIGINT]), ("external", "2", [signal.SIGTERM, signal.SIGINT])],
+    ids=["embedded, one worker", "external, two workers"],
+)
 def test_a_plain_start_and_stop_log_no_warning(
     start: Start,
     tmp_path: Path,
     environment: dict[str, str],
     workers: str,
     server: str,
+    endings: list[signal.Signals],
     request: pytest.FixtureRequest,
     app_name: str,
 ) -> None:
@@ -95,7 +101,7 @@ def test_a_plain_start_and_stop_log_no_warning(
     if server == "external":
         options += ["--nats", request.getfixturevalue("nats_url"), "--set", f"stream.name={app_name}"]
         options += ["--set", f"stream.subject_prefix={app_name}"]
-    for ending in (signal.SIGTERM, signal.SIGINT):  # the second start is one of an app that ran before
+    for ending in endings:
         service = start("run", "examples.bank:app", *options)
         wait_for(service, tmp_path / "a" / "out", b"stop it with")
         send(tmp_path / "a")
