@@ -22,8 +22,8 @@ $(READY): pyproject.toml requirements.lock
 demo: $(READY) ## real flights through the whole path, then compared number by number (ALL=1: the year; POSTGRES=1)
 	@$(BIN)/python -m examples.flights.demo $(if $(ALL),--months 12) $(if $(POSTGRES),--postgres)
 
-test: $(READY) ## all tests, by two processes: most of them wait for servers
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(READY) ## all tests, by three processes: most of them wait for servers
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## ruff and mypy --strict
 	@$(BIN)/ruff check .

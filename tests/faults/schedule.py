@@ -71,7 +71,6 @@ SHORT = [
     Kind.SERVER_KILL,
     Kind.WORKER_FREEZE,
     Kind.GARBAGE,
-    Kind.WORKERS_KILL,
 ]
 """The faults of the short test. The first one stays first; the seed orders the others."""
 
