@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
     *(f"kernel.cli.{module}" for module in ("run", "config", "send", "query", "rebuild", "projections", "check_log")),
-    *(f"kernel.cli.{module}" for module in ("dead_letters", "limits", "backlog", "jobs", "status")),
+    *(f"kernel.cli.{module}" for module in ("dead_letters", "snapshots", "limits", "backlog", "jobs", "status")),
     *("kernel", "kernel.client", "kernel.preflight", "kernel.projector.rebuild", "kernel.telemetry.opentelemetry"),
     *("migrations", "projections.database_check", "alembic.autogenerate", "aiohttp", "rich.progress"),
     *("sqlalchemy.orm", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql", "psycopg", "nkeys"),
