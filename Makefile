@@ -33,6 +33,9 @@ lint: $(READY) ## ruff and mypy --strict
 faults: $(READY) ## break a service of two workers on purpose, and check everything (SEEDS=20, SEED=n, SECONDS=120)
 	@$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) --seeds $(or $(SEEDS),$(if $(SEED),1,20)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DATABASE),--database $(DATABASE))
 
+cluster-faults: $(READY) ## break a cluster of three servers under two services, and check everything (MINUTES=20, SEED=n)
+	@$(BIN)/python -m tests.faults.cluster_run --minutes $(or $(MINUTES),20) $(if $(SEED),--seed $(SEED))
+
 mutants: $(READY) ## plant bugs in a copy, one by one, and see that each is caught
 	@$(BIN)/python -m tests.mutants
 
@@ -66,4 +69,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults mutants properties soak bench docs overload settings-table lock clean
+.PHONY: help setup demo test lint faults cluster-faults mutants properties soak bench docs overload settings-table lock clean

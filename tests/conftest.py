@@ -90,6 +90,7 @@ LONG = (
     "tests/kernel/governance/",
     "tests/kernel/cli/",
     "tests/test_faults_short.py",
+    "tests/test_cluster_faults_short.py",
     "tests/typing/",
     "tests/failure_modes/",
     "tests/kernel/telemetry/",

@@ -6,7 +6,9 @@
 - `schedule.py`: chooses the faults from a seed. `faults.py`: injects and heals each of them.
 - `clients.py`: the load, and the answers that each sender got.
 - `rules.py`, `checker.py`: the domain once more, as plain functions; the conditions on log, tables and answers.
-- `evidence.py`: reads log, tables and leftovers with nats-py and SQL. `driver.py`, `report.py`: one run; the table.
+- `evidence.py`: reads log, tables and leftovers with nats-py and SQL. `ending.py`: how a run ends and is checked.
+- `driver.py`, `report.py`: one run; the table.
+- `cluster_run.py`, `cluster_faults.py`, `gaps.py`: the same on a cluster of three servers (`make cluster-faults`).
 
 Nothing in `rules.py`, `checker.py` and `evidence.py` imports the product.
 """

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import orjson
 
-from tests.faults.driver import Options, Result, Run
+from tests.faults.driver import Options, Run
+from tests.faults.ending import Result
 from tests.faults.places import postgres_server
 from tests.faults.report import describe, table
 from tests.faults.schedule import plan

@@ -35,9 +35,13 @@ def _tank(chance: random.Random, hot: float = 0.5) -> str:
 
 
 class Load:
-    """Senders on several clients, some connected to the server directly and one through the proxy."""
+    """Senders on several clients, some connected to the server directly and one through the proxy.
 
-    def __init__(self, app: str, direct: str, proxied: str, seed: int) -> None:
+    Args:
+        direct: URL of the server, or those of a cluster, separated by commas.
+    """
+
+    def __init__(self, app: str, direct: str, proxied: str, seed: int, lanes: int = LANES) -> None:
         self.app_name = app
         self.attempts: list[Attempt] = []
         self.garbage: list[Garbage] = []
@@ -46,7 +50,7 @@ class Load:
         self._app = tanks(app)
         self._urls = [direct, direct, direct, proxied]
         self._clients: list[Client] = []
-        self._seed = seed
+        self._seed, self._number = seed, lanes
         self._made = 0
         self._stopping = asyncio.Event()
         self._lanes: list[asyncio.Task[None]] = []
@@ -66,9 +70,9 @@ class Load:
                         raise
                     await asyncio.sleep(0.1)
         self._nats = await nats.connect(
-            self._urls[0], max_reconnect_attempts=-1, reconnect_time_wait=0.25, error_cb=_ignore
+            self._urls[0].split(","), max_reconnect_attempts=-1, reconnect_time_wait=0.25, error_cb=_ignore
         )
-        self._lanes = [asyncio.create_task(self._lane(number)) for number in range(LANES)]
+        self._lanes = [asyncio.create_task(self._lane(number)) for number in range(self._number)]
 
     async def stop(self, timeout: float = 120.0) -> None:
         """Send no new commands; wait until every sent command has an outcome."""
@@ -189,6 +193,20 @@ class Load:
         task = asyncio.ensure_future(work)
         self._later.add(task)
         task.add_done_callback(self._later.discard)
+
+    async def mark(self, tank: str, client: int, timeout: float) -> bool:
+        """Mark a tank, by a command that is accepted at any level; repeat it until its outcome is known.
+
+        Returns whether it was acknowledged: the load may stop before.
+        """
+        self._made += 1
+        number = self._made
+        command = Attempt(f"{self._seed}-{number}", tank, "Mark", {"note": f"{COLOURS[number % 6]} {number}"})
+        while (await self._send(command, client, timeout)).outcome == "unknown":
+            if self._stopping.is_set():
+                return False
+            await self._rest(0.05)
+        return True
 
     # actions for the schedule
 

@@ -87,6 +87,15 @@ async def _consumers(url: str, name: str) -> list[Any]:
         await client.close()
 
 
+async def last_of(url: str, name: str) -> int:
+    """Return a stream's last sequence."""
+    client = await _connect(url)
+    try:
+        return int((await client.jetstream(timeout=10).stream_info(name)).state.last_seq)
+    finally:
+        await client.close()
+
+
 async def keys(url: str, bucket: str) -> list[str]:
     """Return the keys of a key-value bucket that are set; an absent bucket has none."""
     client = await _connect(url)

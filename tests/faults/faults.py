@@ -43,6 +43,7 @@ class Faults:
         self.service, self.server, self.proxy, self.database, self.load = service, server, proxy, database, load
         self.done: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
+        self.injected: Counter[str] = Counter()
         self.violations: list[Violation] = []
         self.notes: list[str] = []
         self._report = report

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,7 @@ from sqlalchemy.engine import make_url
 from tests.faults.app import NAME_VARIABLE
 
 ROOT = Path(__file__).parent.parent.parent
+OWNER_VARIABLE = "FAULTS_SERVICE"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -194,26 +195,36 @@ def postgres_server() -> Iterator[str]:
 class Service:
     """The service as a user starts it: a parent with workers, or (`workers=0`) one process that is the worker.
 
+    Args:
+        directory: for its log and its data; another one for each service.
+        more: further arguments of `eskernel run`.
+
     Attributes:
+        environment: variables for the processes of the next start.
         exits: how the service ended each time that it was not asked to.
     """
 
-    def __init__(self, name: str, nats: str, database: str, directory: Path, workers: int) -> None:
-        self.name, self.workers = name, workers
+    def __init__(
+        self, name: str, nats: str, database: str, directory: Path, workers: int, more: Sequence[str] = ()
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.workers = workers
         self.log = directory / "service.log"
+        self._owner = f"{name} {directory}"
+        self.environment = {NAME_VARIABLE: name, OWNER_VARIABLE: self._owner, "PYTHONUNBUFFERED": "1"}
         self.exits: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._wanted = False
         self._supervisor: asyncio.Task[None] | None = None
         self._arguments = [sys.executable, "-m", "kernel.cli", "run", "tests.faults.app:app", "--nats", nats]
-        self._arguments += ["--database", database, "--data", str(directory / "data"), "--max-actors", "200"]
+        self._arguments += ["--database", database, "--data", str(directory / "data"), "--max-actors", "200", *more]
         if workers:
             self._arguments += ["--workers", str(workers)]
 
     def start(self) -> None:
         """Start the service, and restart it whenever it ends unasked, as a process supervisor does."""
         self._wanted = True
-        self.process = spawn(self._arguments, self.log, {NAME_VARIABLE: self.name, "PYTHONUNBUFFERED": "1"})
+        self.process = spawn(self._arguments, self.log, self.environment)
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
 
@@ -233,6 +244,11 @@ class Service:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return lines[-1] if lines else "no log"
 
+    @property
+    def started(self) -> int:
+        """How often it has said that it runs."""
+        return self.log.read_text(errors="replace").count(" is running") if self.log.exists() else 0
+
     def workers_alive(self) -> list[psutil.Process]:
         """Return the worker processes, in the order of their start."""
         if self.process is None or self.process.poll() is not None:
@@ -247,8 +263,8 @@ class Service:
             return []
 
     def all_processes(self) -> list[psutil.Process]:
-        """Return every process of this run, whatever its parent: each carries the app's name."""
-        return [process for process in psutil.process_iter() if _carries(process, self.name)]
+        """Return every process of this service, whatever its parent: each carries its name."""
+        return [process for process in psutil.process_iter() if _carries(process, self._owner)]
 
     async def kill_parent(self) -> None:
         """Kill the parent with SIGKILL, and do not restart it."""
@@ -258,7 +274,7 @@ class Service:
             await asyncio.to_thread(self.process.wait)
 
     async def none_left(self, timeout: float) -> list[str]:
-        """Wait until no process of the run is left; kill the remaining ones, and return them."""
+        """Wait until no process of the service is left; kill the remaining ones, and return them."""
         deadline = time.monotonic() + timeout
         while (left := await asyncio.to_thread(self.all_processes)) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
@@ -298,8 +314,8 @@ def _is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def _carries(process: psutil.Process, name: str) -> bool:
+def _carries(process: psutil.Process, owner: str) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(NAME_VARIABLE) == name
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(OWNER_VARIABLE) == owner
     except psutil.Error:
         return False

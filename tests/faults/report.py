@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.faults.driver import Result
+from tests.faults.ending import Result
 
 
 def describe(result: Result) -> list[str]:
@@ -14,10 +14,12 @@ def describe(result: Result) -> list[str]:
         f"seed {result.seed} on {result.database}, {result.workers or 'no'} workers, {result.seconds:.0f} s",
         "  faults    " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.faults.items())),
         "  kills     " + ", ".join(f"{count} {victim}" for victim, count in sorted(result.kills.items())),
+        "  injected  " + ", ".join(f"{count} {what}" for what, count in sorted(result.injected.items())),
         f"  commands  {sum(commands.values())} in {result.sendings} sendings: {commands['acknowledged']} acknowledged, "
         f"{commands['refused']} refused, {commands['unknown']} unknown",
         f"  events    {result.events}; {result.letters} dead letters, {result.garbage} pieces of garbage",
     ]
+    lines += [f"  gap       {line}" for line in result.gaps]
     lines += [f"  note      {note}" for note in result.notes]
     lines += [f"  WRONG     {violation}" for violation in result.violations]
     if result.logs:
