@@ -16,6 +16,7 @@ from kernel.app import App
 from kernel.assembly import Foundation, Parts, build
 from kernel.governance.sharing import share_limits
 from kernel.monitoring.alerting import Alerts
+from kernel.monitoring.anchor import EVERY_S as ANCHOR_S
 from kernel.monitoring.health import Health
 from kernel.monitoring.http import HttpServer
 from kernel.monitoring.probes import PROBE_S, RECHECK_S
@@ -119,6 +120,7 @@ class Service:
         self._closing.callback(self._loop_lag.stop)
         self._loop_lag.start()
         await parts.probes.probe()
+        await parts.anchor.move()
         self._closing.callback(self.scheduler.stop)
         self._schedule(parts)
         self._closing.push_async_callback(self.http.stop)
@@ -147,6 +149,7 @@ class Service:
         every(1.0, self._govern)
         every(settings.backlog.interval, parts.detector.measure_pressure)
         every(settings.connection.health_check_interval, parts.probes.probe)
+        every(ANCHOR_S, parts.anchor.move)
         every(RECHECK_S, parts.probes.recheck)
         if self.app.projections:
             every(settings.backlog.interval, parts.detector.detect_backlog)
@@ -266,6 +269,7 @@ class Service:
         await parts.ownership.leave()
         if not await parts.projector.stop(max(LEAVE_S, deadline - time.monotonic())):
             logger.warning("the projection did not finish in time; the next start goes on from its checkpoint")
+        await parts.anchor.leave(LEAVE_S)
         try:
             async with asyncio.timeout(LEAVE_S):
                 await parts.ownership.close()

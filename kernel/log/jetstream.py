@@ -16,11 +16,12 @@ import orjson
 from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
+from kernel.log.certainty import RESTORE, digest_of, make_sure, patience
 from kernel.log.reader import JetStreamReader
 from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
 from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
-from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message, server_version
+from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api, last_message, server_version
 
 logger = logging.getLogger("eskernel.log")
 FORMAT = 1
@@ -42,6 +43,8 @@ class JetStreamLog:
 
     Attributes:
         created: when the stream was created, as it was when the log was opened.
+        anchor: a commit that the stream must contain, by stream sequence and digest; see `digest`.
+        patience: for how many seconds a doubt about the stream must last before it is believed.
         consumers: how many consumers its readers have created.
     """
 
@@ -58,6 +61,8 @@ class JetStreamLog:
         self.subjects = subjects
         self.stream: str = config["name"]
         self.created = str(stream["created"])
+        self.anchor = (0, "")
+        self.patience = patience(int(config.get("num_replicas") or 1))
         self._on_replaced = on_replaced
         self._acknowledged = 0
         self._obstacle = ("", 0)
@@ -205,7 +210,7 @@ class JetStreamLog:
             answer = await self._call(f"STREAM.INFO.{self.stream}", None)
         except ApiError as error:
             if error.code == NO_STREAM:
-                raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
+                raise Replaced(f"the stream {self.stream!r} is gone from the server; {RESTORE}") from None
             raise
         state, config = answer["state"], answer["config"]
         self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.acknowledged
@@ -282,6 +287,16 @@ class JetStreamLog:
     def _note_acknowledged(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
 
+    async def digest(self, sequence: int) -> str:
+        """Return the digest of the commit with this stream sequence, as the leader has it; empty if there is none."""
+        try:
+            answer = await self._call(f"STREAM.MSG.GET.{self.stream}", {"seq": sequence})
+        except ApiError as error:
+            if error.code == NO_MESSAGE:
+                return ""
+            raise
+        return digest_of(answer["message"])
+
     async def verify(self) -> StreamInfo:
         """Make sure that the stream is the one that was opened, and has not lost its end.
 
@@ -290,20 +305,31 @@ class JetStreamLog:
             LogError: that could not be found out.
         """
         # as it is before asking: both grow meanwhile
-        known = max(self._acknowledged, self.appender.highest)
+        known, anchor = max(self._acknowledged, self.appender.highest), self.anchor
         try:
-            info = await self.info()
-            if info.created != self.created:
-                raise Replaced(f"the stream was created at {info.created}, the one at start at {self.created}")
-            if info.last < known:
-                raise Replaced(
-                    f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from "
-                    "an older backup"
-                )
+            return await make_sure(lambda: self._compare(known, *anchor), self.patience)
         except Replaced as error:
             if self._on_replaced is not None:
-                self._on_replaced(f"{error}; restore it, or start with an empty database and data directory")
+                self._on_replaced(str(error))
             raise
+
+    async def _compare(self, known: int, sequence: int, digest: str) -> StreamInfo:
+        info = await self.info()
+        if info.created != self.created:
+            raise Replaced(
+                f"the stream was created at {info.created}, the one at start at {self.created}: it was restored, "
+                "moved, or made again. Start the service again: it compares the stream's commits with the database"
+            )
+        if info.last < known:
+            raise Replaced(
+                f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from an "
+                f"older backup; {RESTORE}"
+            )
+        if sequence and await self.digest(sequence) not in ("", digest):
+            raise Replaced(
+                f"commit {sequence} of the log is not the one that was projected: the stream was restored from an "
+                f"older backup and has gone on, or is another one; {RESTORE}"
+            )
         return info
 
     async def close(self) -> None:
