@@ -289,7 +289,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         # now, so that an answer that fails does not leave the aggregate waiting
         self.phase = _READY
         if isinstance(result, int) and self.cell is not None:
-            self.cell.position = result
+            self.cell.advance(result)
             self.singly = False
             for verdict in verdicts:
                 if verdict.appended:

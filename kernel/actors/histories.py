@@ -59,7 +59,7 @@ class Histories:
                         "%s: passing over stream sequence %d: %s", address.subject, commit.sequence, problem,
                         extra=about(address.aggregate, address.id, stream_sequence=commit.sequence),
                     )  # fmt: skip
-                    cell.position = commit.sequence
+                    cell.advance(commit.sequence)
                     continue
                 cell.replay(envelopes, commit.sequence)
         except LogError as problem:

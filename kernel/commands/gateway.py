@@ -92,7 +92,7 @@ class CommandGateway:
             return
         started = self._begun
         spans = self._tracing.appends(address, decisions)
-        future = self._log.append(address.subject, cell.position, payload)
+        future = self._log.append(address.subject, cell.position, payload, cell.trail)
 
         def done(future: asyncio.Future[int]) -> None:
             error = future.exception()
