@@ -25,6 +25,7 @@ from kernel.runtime.scheduler import Scheduler
 from kernel.settings import Settings
 from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.metrics import APPENDS_IN_FLIGHT, APPENDS_QUEUED, CONSUMERS, READ_BACKS, SHELLS
+from projections.database import is_infrastructure
 
 logger = logging.getLogger("eskernel.service")
 
@@ -55,10 +56,10 @@ class Service:
         self.settings = settings or Settings()
         self.worker = worker_name()
         self.alerts = Alerts(app.on_alert, self.worker)
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(self._waits)
         # a probe may take as long as it does, and come late
         patience = 3 * self.settings.connection.health_check_interval + 2 * PROBE_S
-        self.health = Health(self.alerts, lambda: self.scheduler.idle_for, patience)
+        self.health = Health(self.alerts, lambda: self.scheduler.idle_for, patience, app.name)
         self.directory = DataDirectory(self.settings.data, app.name)
         self.http = HttpServer(self.health, self.settings.http)
         self.stopped = asyncio.Event()
@@ -238,6 +239,12 @@ class Service:
             "alerts": self.alerts.sent,
             "jobs": self.scheduler.report(),
         }
+
+    def _waits(self, error: Exception) -> bool:
+        """Return whether a job failed only because the database is away, which its own check shows."""
+        return is_infrastructure(error) or (
+            isinstance(error, TimeoutError) and not self.health.components["database"].ok
+        )
 
     # the end
 
