@@ -132,11 +132,11 @@ def render_page(app: str) -> bytes:
     """
     quoted = app.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     label = f'app="{quoted}"'
-    return "".join(_labelled(line, label) for line in generate_latest().decode().splitlines(keepends=True)).encode()
+    return "\n".join(_labelled(line, label) for line in generate_latest().decode().split("\n")).encode()
 
 
 def _labelled(line: str, label: str) -> str:
-    if line.startswith("#"):
+    if not line or line.startswith("#"):
         return line
     name, space, rest = line.partition(" ")
     opening = name.find("{")
