@@ -32,9 +32,10 @@ class Cell(Generic[A]):
             so on, back to a milestone. It is stored with the next commit, so that histories can be read backwards.
         commands: receipts of the latest commands by command id: version and stream sequence after the command.
         seen: the ids of all earlier commands.
+        due: the version from which a snapshot is due.
     """
 
-    __slots__ = ("commands", "declared", "position", "seen", "state", "trail", "version")
+    __slots__ = ("commands", "declared", "due", "position", "seen", "state", "trail", "version")
 
     def __init__(self, declared: AggregateType[A], aggregate_id: str) -> None:
         self.declared = declared
@@ -44,6 +45,7 @@ class Cell(Generic[A]):
         self.trail = b""
         self.commands: dict[str, tuple[int, int]] = {}
         self.seen = Seen()
+        self.due = 0
 
     def decide(self, command: Any, context: Context) -> list[EncodedEvent]:
         """Return the events that the command leads to, as they will be stored, without applying them.

@@ -11,6 +11,7 @@ from functools import partial
 
 from sqlalchemy import Engine
 
+from kernel.actors.snapshots import SnapshotKeeper
 from kernel.app import App
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
@@ -20,6 +21,7 @@ from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
 from kernel.log.base import StreamInfo
 from kernel.log.certainty import make_sure
+from kernel.log.snapshots import SnapshotStore, open_snapshots
 from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.anchor import Anchor
 from kernel.monitoring.backlog import BacklogMeter
@@ -107,6 +109,7 @@ class Parts:
     connection: NatsConnection
     outbox: Outbox
     log: JetStreamLog
+    snapshots: SnapshotStore | None
     unknown: UnknownAggregates
     leases: Leases
     governor: Governor
@@ -157,12 +160,25 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     )  # fmt: skip
     unknown = UnknownAggregates(app)
     await unknown.survey(log)
-    leases = await _join_leases(base, connection, log, info, closing)
+    leases = await _join_leases(base, nats_url, log, info, closing)
     async with leases.alone("start"):
         # workers that start together build what is missing one after the other: the second finds it done
         await _prepare_database(base, connection, log, engine, leases)
     places = Places(nats_url, database_url, durability)
-    return _assemble(base, places, engine, connection, log, unknown, leases, governor, closing)
+    snapshots = await _open_snapshots(settings, connection, log, closing)
+    return _assemble(base, places, engine, connection, log, snapshots, unknown, leases, governor, closing)
+
+
+async def _open_snapshots(
+    settings: Settings, connection: NatsConnection, log: JetStreamLog, closing: AsyncExitStack
+) -> SnapshotStore | None:
+    if not settings.snapshots.every:
+        return None
+    stream = settings.stream
+    store = await open_snapshots(connection, log.stream, log.subjects, log.created, stream.storage, stream.replicas)
+    if store is not None:
+        closing.push_async_callback(store.close)
+    return store
 
 
 async def _find_server(base: Foundation, closing: AsyncExitStack) -> str:
@@ -186,19 +202,27 @@ async def _connect(base: Foundation, nats_url: str, closing: AsyncExitStack) -> 
         on_event=events.note,
     )
     events.establish()
-
-    async def close() -> None:
-        if not connection.is_closed:
-            await connection.close()
-
-    closing.push_async_callback(close)
+    closing.push_async_callback(connection.close)
     return connection
 
 
 async def _join_leases(
-    base: Foundation, connection: NatsConnection, log: JetStreamLog, info: StreamInfo, closing: AsyncExitStack
+    base: Foundation, nats_url: str, log: JetStreamLog, info: StreamInfo, closing: AsyncExitStack
 ) -> Leases:
     settings, directory = base.settings, base.directory
+
+    def note(event: str) -> None:
+        if event == "closed" and not base.stopped.is_set():
+            base.lost("the leases' connection to NATS was closed for good; the lines before say why")
+
+    # its own: a renewal that waits behind the answers of histories may come too late
+    connection = await dial(
+        settings,
+        name=f"eskernel {base.app.name} leases",
+        url=nats_url if settings.embedded else "",
+        on_event=note,
+    )
+    closing.push_async_callback(connection.close)
     leases = Leases(
         connection,
         log.stream,
@@ -280,6 +304,7 @@ def _assemble(
     engine: Engine,
     connection: NatsConnection,
     log: JetStreamLog,
+    snapshots: SnapshotStore | None,
     unknown: UnknownAggregates,
     leases: Leases,
     governor: Governor,
@@ -288,7 +313,8 @@ def _assemble(
     app, settings = base.app, base.settings
     tracing: Tracer = open_tracing(app, settings.tracing.enabled)
     outbox = Outbox(connection)
-    gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, tracing)
+    keeper = SnapshotKeeper(snapshots, settings.snapshots.every, settings.snapshots.verify)
+    gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, keeper, tracing)
     closing.callback(gateway.close)
     admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)
     closing.callback(admission.close)
@@ -334,6 +360,7 @@ def _assemble(
         connection=connection,
         outbox=outbox,
         log=log,
+        snapshots=snapshots,
         unknown=unknown,
         leases=leases,
         governor=governor,
