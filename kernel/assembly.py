@@ -290,10 +290,11 @@ async def recognise(log: JetStreamLog, engine: Engine, app: str) -> None:
         digest = await log.digest(origin.anchor) if origin is not None and origin.anchor else ""
         await asyncio.to_thread(register, engine, app, info.created, info.partitions, info.last, digest, origin)
         if origin is not None and origin.created != info.created:
-            logger.warning(
+            logger.info(
                 "the stream was created at %s, and the one that the database was folded from at %s: it was restored or "
                 "moved, and is the same log", info.created, origin.created,
             )  # fmt: skip
+        await log.mark(info)
 
     await make_sure(look, log.patience, (Replaced, SchemaError))
 

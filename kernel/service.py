@@ -150,7 +150,7 @@ class Service:
         every(1.0, self._govern)
         every(settings.backlog.interval, parts.detector.measure_pressure)
         every(settings.connection.health_check_interval, parts.probes.probe)
-        every(ANCHOR_S, parts.anchor.move)
+        every(ANCHOR_S, parts.anchor.move, "keep_anchor")
         every(RECHECK_S, parts.probes.recheck)
         if self.app.projections:
             every(settings.backlog.interval, parts.detector.detect_backlog)

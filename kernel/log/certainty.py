@@ -29,6 +29,15 @@ RESTORE = (
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
 
 
+class _Gone(Replaced):
+    """The stream does not exist. The cluster knows that, and not only the stream's leader: it is certain sooner."""
+
+
+def gone(why: str) -> Replaced:
+    """Return the error that a stream does not exist."""
+    return _Gone(f"{why}; {RESTORE}")
+
+
 def patience(replicas: int) -> float:
     """Return for how many seconds a doubt about a stream must last before it is believed."""
     return REPLICATED_S if replicas > 1 else ALONE_S
@@ -56,7 +65,7 @@ async def make_sure(
         try:
             found = await look()
         except doubts as error:
-            if time.monotonic() - began >= patience:
+            if time.monotonic() - began >= (min(patience, ALONE_S) if isinstance(error, _Gone) else patience):
                 raise
             if pause == FIRST_PAUSE_S:
                 logger.info("the log is looked at again, to be sure: %s", error)

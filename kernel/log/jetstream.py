@@ -15,7 +15,7 @@ from typing import Any
 from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
-from kernel.log.certainty import RESTORE, digest_of, make_sure, patience
+from kernel.log.certainty import RESTORE, digest_of, gone, make_sure, patience
 from kernel.log.chain import follow
 from kernel.log.direct_get import DirectGets
 from kernel.log.reader import JetStreamReader
@@ -41,8 +41,7 @@ class JetStreamLog:
             reading, and is not compared after a reconnect.
 
     Attributes:
-        created: when the stream was created, as it was when the log was opened.
-        anchor: a commit that the stream must contain, by stream sequence and digest; see `digest`.
+        created: when the stream was created, as its leader said last.
         patience: for how many seconds a doubt about the stream must last before it is believed.
         consumers: how many consumers its readers have created.
     """
@@ -60,7 +59,7 @@ class JetStreamLog:
         self.subjects = subjects
         self.stream: str = config["name"]
         self.created = str(stream["created"])
-        self.anchor = (0, "")
+        self._mark = (0, "")
         self.patience = patience(int(config.get("num_replicas") or 1))
         self._on_replaced = on_replaced
         self._acknowledged = 0
@@ -168,7 +167,7 @@ class JetStreamLog:
             answer = await self._call(f"STREAM.INFO.{self.stream}", None)
         except ApiError as error:
             if error.code == NO_STREAM:
-                raise Replaced(f"the stream {self.stream!r} is gone from the server; {RESTORE}") from None
+                raise gone(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
         self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.acknowledged
@@ -262,31 +261,43 @@ class JetStreamLog:
             Replaced: it is not, or it has; `on_replaced` was called.
             LogError: that could not be found out.
         """
-        # as it is before asking: both grow meanwhile
-        known, anchor = max(self._acknowledged, self.appender.highest), self.anchor
+        # as it is before asking: all of it grows meanwhile
+        known, mark = max(self._acknowledged, self.appender.highest), self._mark
         try:
-            return await make_sure(lambda: self._compare(known, *anchor), self.patience)
+            info = await make_sure(lambda: self._compare(known, *mark), self.patience)
         except Replaced as error:
             if self._on_replaced is not None:
                 self._on_replaced(str(error))
             raise
+        await self.mark(info)
+        return info
+
+    async def mark(self, info: StreamInfo) -> None:
+        """Remember the last commit, and when the stream was created, to know the stream by later."""
+        if info.last > self._mark[0] and (digest := await self.digest(info.last)):
+            self._mark = info.last, digest
+        self.created = info.created
 
     async def _compare(self, known: int, sequence: int, digest: str) -> StreamInfo:
         info = await self.info()
-        if info.created != self.created:
-            raise Replaced(
-                f"the stream was created at {info.created}, the one at start at {self.created}: it was restored, "
-                "moved, or made again. Start the service again: it compares the stream's commits with the database"
-            )
+        again = f", or created again (at {info.created}, before at {self.created})"
+        again = again if info.created != self.created else ""
         if info.last < known:
             raise Replaced(
                 f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from an "
-                f"older backup; {RESTORE}"
+                f"older backup{again}; {RESTORE}"
             )
-        if sequence and await self.digest(sequence) not in ("", digest):
+        found = await self.digest(sequence) if sequence else ""
+        if found not in ("", digest):
             raise Replaced(
-                f"commit {sequence} of the log is not the one that was projected: the stream was restored from an "
-                f"older backup and has gone on, or is another one; {RESTORE}"
+                f"commit {sequence} of the log is another one than before: the log was restored from an older backup "
+                f"and has gone on, or is another one{again}; {RESTORE}"
+            )
+        # each server of a cluster has its own time for a stream that was restored: a new leader shows another one
+        if info.created != self.created and not found:
+            raise Replaced(
+                f"the stream was created at {info.created}, and the one before at {self.created}: it was made again; "
+                f"{RESTORE}"
             )
         return info
 

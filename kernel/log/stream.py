@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kernel.errors import Replaced, StreamMismatch, Unavailable
-from kernel.log.certainty import RESTORE, make_sure, patience
+from kernel.errors import StreamMismatch, Unavailable
+from kernel.log.certainty import gone, make_sure, patience
 from kernel.log.jetstream import FORMAT, JetStreamLog, check_keeps_everything, partitions_of
 from kernel.log.subjects import Subjects
 from kernel.settings import Settings, Stream
@@ -198,7 +198,7 @@ async def _find(connection: NatsConnection, name: str, create: bool) -> dict[str
     found = await find_config(connection, name)
     if found is None and not create:
         # an empty stream of this name would prevent a restore
-        raise Replaced(f"the stream {name!r} is gone, and the database was folded from it; {RESTORE}")
+        raise gone(f"the stream {name!r} is gone, and the database was folded from it")
     return found
 
 

@@ -36,13 +36,8 @@ class Anchor:
             origin = await asyncio.to_thread(read_origin, self._engine, self._app.name)
             if origin is None or not origin.furthest:
                 return
-            kept, digest = origin.anchor, origin.digest
-            if origin.furthest > kept:
-                if not (found := await self._log.digest(origin.furthest)):
-                    return
-                kept, digest = origin.furthest, found
-                await asyncio.to_thread(keep_anchor, self._engine, self._app.name, kept, digest)
-            self._log.anchor = kept, digest
+            if origin.furthest > origin.anchor and (digest := await self._log.digest(origin.furthest)):
+                await asyncio.to_thread(keep_anchor, self._engine, self._app.name, origin.furthest, digest)
         except LogError:
             pass  # the log's own check shows it
         except SQLAlchemyError as error:

@@ -592,7 +592,7 @@ MUTANTS = [
         "truncation-believed-at-once",
         "a log is called truncated only after it was asked again",
         "kernel/log/certainty.py",
-        "if time.monotonic() - began >= patience:",
+        "if time.monotonic() - began >= (min(patience, ALONE_S) if isinstance(error, _Gone) else patience):",
         "if patience:",
         (
             "tests/failure_modes/test_backups.py::test_a_log_that_seems_truncated_for_a_moment_stops_nothing",
