@@ -60,6 +60,7 @@ class JetStreamLog:
         self.stream: str = config["name"]
         self.created = str(stream["created"])
         self._mark = (0, "")
+        self._looking: asyncio.Future[StreamInfo] | None = None
         self.patience = patience(int(config.get("num_replicas") or 1))
         self._on_replaced = on_replaced
         self._acknowledged = 0
@@ -160,7 +161,18 @@ class JetStreamLog:
         return reader
 
     async def _call(self, subject: str, body: object) -> dict[str, Any]:
-        return await call_api(self._connection, subject, body)
+        try:
+            return await call_api(self._connection, subject, body)
+        except ApiError as error:
+            if error.code == NO_STREAM and self._on_replaced is not None:
+                self._suspect()
+            raise
+
+    def _suspect(self) -> None:
+        """Have the stream looked at now, and not only when its next check is due."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self.verify())
+            self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def info(self) -> StreamInfo:
         try:
@@ -302,6 +314,8 @@ class JetStreamLog:
         return info
 
     async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         await self.appender.close()
         for reader in list(self._readers):
             await reader.close()
