@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 from kernel.app import App
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
+from kernel.commands.replies import ReplyGuard
 from kernel.governance.governor import Governor
 from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
@@ -47,6 +48,7 @@ from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.tracing import Tracer, open_tracing
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
+from kernel.transport.inboxes import ReplyFilter
 from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
 from projections.checkpoints import knows, register
@@ -107,6 +109,7 @@ class Parts:
     governor: Governor
     gateway: CommandGateway
     admission: Admission
+    guard: ReplyGuard
     projector: Projector
     ownership: Ownership
     detector: Detector
@@ -175,6 +178,8 @@ async def _connect(base: Foundation, nats_url: str, closing: AsyncExitStack) -> 
     events = ConnectionEvents(base.stopped, base.lost)
     connection = await dial(
         settings,
+        app=base.app.name,
+        role="service",
         name=f"eskernel {base.app.name}",
         url=nats_url if settings.embedded else "",
         on_event=events.note,
@@ -267,7 +272,8 @@ def _assemble(
     outbox = Outbox(connection)
     gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, tracing)
     closing.callback(gateway.close)
-    admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)
+    guard = ReplyGuard(ReplyFilter.of(app.name, settings))
+    admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, guard, tracing)
     closing.callback(admission.close)
     projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing, unknown)
     closing.push_async_callback(projector.close)
@@ -316,6 +322,7 @@ def _assemble(
         governor=governor,
         gateway=gateway,
         admission=admission,
+        guard=guard,
         projector=projector,
         ownership=ownership,
         detector=detector,

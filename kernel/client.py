@@ -103,7 +103,7 @@ class Client:
         elif settings.embedded:
             settings = find_running(data or settings.data, app.name).as_settings()
         database = database or settings.database.url
-        connection = await dial(settings, name=f"eskernel client {app.name}")
+        connection = await dial(settings, app=app.name, role="client", name=f"eskernel client {app.name}")
         try:
             log = await find_log(connection, app.name, settings, worker="client")
         except BaseException:

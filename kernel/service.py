@@ -130,14 +130,16 @@ class Service:
 
     async def _listen(self, parts: Parts) -> None:
         """Take commands, and answer the requests that other processes of the app send."""
-        connection, subjects = parts.connection, parts.log.subjects
+        connection, subjects, guarded = parts.connection, parts.log.subjects, parts.guard.guarded
         listening = self._subscriptions
         listening.push_async_callback(
             await connection.listen(subjects.commands(), parts.admission.receive, queue="workers")
         )
         await parts.ownership.start()
-        listening.push_async_callback(await connection.listen(subjects.service("status"), self._answer_status))
-        await share_limits(connection, parts.outbox, subjects.service("limits"), parts.governor, self._names, listening)
+        listening.push_async_callback(await connection.listen(subjects.service("status"), guarded(self._answer_status)))
+        await share_limits(
+            connection, parts.outbox, subjects.service("limits"), parts.governor, self._names, listening, guarded
+        )
 
     def _schedule(self, parts: Parts) -> None:
         settings, every = self.settings, self.scheduler.every

@@ -73,7 +73,7 @@ class Target:
         """Connect to its NATS server."""
         from kernel.transport.dial import dial
 
-        return await dial(self.settings, name=f"eskernel cli {self.app.name}")
+        return await dial(self.settings, app=self.app.name, role="operator", name=f"eskernel cli {self.app.name}")
 
 
 @dataclass(frozen=True, slots=True)

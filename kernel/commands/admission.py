@@ -16,6 +16,7 @@ from kernel.actors.residents import Resident
 from kernel.app import App
 from kernel.commands.answers import RETRY_AFTER_S
 from kernel.commands.gateway import CommandGateway
+from kernel.commands.replies import ReplyGuard
 from kernel.governance.governor import Governor, Refusal
 from kernel.log.subjects import Address, Subjects
 from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request
@@ -46,6 +47,7 @@ class Admission:
     Args:
         governor: says how fast commands may come.
         limits: how many commands may be under way.
+        guard: says to which reply subjects the service answers.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Admission:
         gateway: CommandGateway,
         governor: Governor,
         limits: Commands,
+        guard: ReplyGuard,
         tracing: Tracer = NO_TRACING,
     ) -> None:
         self._app, self._subjects, self._outbox, self._gateway = app, subjects, outbox, gateway
         self._governor, self._tracing = governor, tracing
         self._pending, self._answers = gateway.pending, gateway.answers
         self._most, self._most_per_aggregate = limits.pending, limits.pending_per_aggregate
+        self._guard, self._allows = guard, guard.allows
         self._anywhere = subjects.commands().encode()
         self._partitions: frozenset[int] = frozenset()
         self._stopping = False
@@ -71,6 +75,10 @@ class Admission:
 
     def receive(self, subject: bytes, reply: bytes, payload: bytes, _headers: bytes | None) -> None:
         """Take a request from the connection; it is handled with all others that came at the same time."""
+        if reply and not self._allows(reply):
+            # nobody could be told the outcome
+            self._guard.refuse(subject, reply)
+            return
         if not self._inbox:
             self._loop.call_soon(self._handle_inbox)
         self._inbox.append((subject, reply, payload))

@@ -124,6 +124,7 @@ class NatsConnection(Client):
         max_control_line: most bytes of the line that begins a message and has its subjects. No server announces it:
             it is a server's default until one has refused a shorter line.
         denials: functions that are called with a subject to which the server let this user not publish.
+        answer_prefix: prefix of the inboxes for the answers of an app's workers, where it is not that of all inboxes.
         measure: called after a server has closed the connection, perhaps because of a message that is larger than it
             takes: with which limit, and the size in question. It sets the limits that this server has.
     """
@@ -140,6 +141,7 @@ class NatsConnection(Client):
         self.denials: list[Callable[[str], None]] = []
         self.measure: Callable[[str, int], Awaitable[None]] | None = None
         self.violation = self.error_line = ""
+        self.answer_prefix = ""
         self._hidden_limit = 0
         self._violations: list[float] = []
         self._largest_sent = self._proven = 0
@@ -152,6 +154,11 @@ class NatsConnection(Client):
         """
         announced: int = self._max_payload
         return min(announced, self._hidden_limit or announced)
+
+    def new_answer_inbox(self) -> str:
+        """Return a new inbox for the answers of an app's workers."""
+        inbox = self.new_inbox()
+        return f"{self.answer_prefix}.{inbox.rpartition('.')[2]}" if self.answer_prefix else inbox
 
     def limit_payload(self, most: int) -> None:
         """Note that the server takes less than it announces."""

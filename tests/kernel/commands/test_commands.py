@@ -296,7 +296,7 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
         partition = client.log.subjects.commands(client.log.subjects.partition("Account", "a")).encode()
         for cents in (100, 50):
             request = b'{"aggregate":"Account","id":"a","command":"Withdraw","data":{"cents":%d}}' % cents
-            service.parts.admission.receive(partition, b"reply", request, None)
+            service.parts.admission.receive(partition, b"_INBOX.a.1", request, None)
         async with asyncio.timeout(10):
             while len(answers) < 2:
                 await asyncio.sleep(0)
