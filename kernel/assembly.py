@@ -11,6 +11,7 @@ from functools import partial
 
 from sqlalchemy import Engine
 
+from kernel.actors.snapshots import SnapshotKeeper
 from kernel.app import App
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
@@ -19,6 +20,7 @@ from kernel.governance.governor import Governor
 from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
 from kernel.log.base import StreamInfo
+from kernel.log.snapshots import SnapshotStore, open_snapshots
 from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.backlog import BacklogMeter
 from kernel.monitoring.connection_events import ConnectionEvents
@@ -104,6 +106,7 @@ class Parts:
     connection: NatsConnection
     outbox: Outbox
     log: JetStreamLog
+    snapshots: SnapshotStore | None
     unknown: UnknownAggregates
     leases: Leases
     governor: Governor
@@ -159,7 +162,20 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
         # workers that start together build what is missing one after the other: the second finds it done
         await _prepare_database(base, connection, log, engine, leases)
     places = Places(nats_url, database_url, durability)
-    return _assemble(base, places, engine, connection, log, unknown, leases, governor, closing)
+    snapshots = await _open_snapshots(settings, connection, log, closing)
+    return _assemble(base, places, engine, connection, log, snapshots, unknown, leases, governor, closing)
+
+
+async def _open_snapshots(
+    settings: Settings, connection: NatsConnection, log: JetStreamLog, closing: AsyncExitStack
+) -> SnapshotStore | None:
+    if not settings.snapshots.every:
+        return None
+    stream = settings.stream
+    store = await open_snapshots(connection, log.stream, log.subjects, log.created, stream.storage, stream.replicas)
+    if store is not None:
+        closing.push_async_callback(store.close)
+    return store
 
 
 async def _find_server(base: Foundation, closing: AsyncExitStack) -> str:
@@ -262,6 +278,7 @@ def _assemble(
     engine: Engine,
     connection: NatsConnection,
     log: JetStreamLog,
+    snapshots: SnapshotStore | None,
     unknown: UnknownAggregates,
     leases: Leases,
     governor: Governor,
@@ -270,7 +287,8 @@ def _assemble(
     app, settings = base.app, base.settings
     tracing: Tracer = open_tracing(app, settings.tracing.enabled)
     outbox = Outbox(connection)
-    gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, tracing)
+    keeper = SnapshotKeeper(snapshots, settings.snapshots)
+    gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, keeper, tracing)
     closing.callback(gateway.close)
     guard = ReplyGuard(ReplyFilter.of(app.name, settings))
     admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, guard, tracing)
@@ -317,6 +335,7 @@ def _assemble(
         connection=connection,
         outbox=outbox,
         log=log,
+        snapshots=snapshots,
         unknown=unknown,
         leases=leases,
         governor=governor,

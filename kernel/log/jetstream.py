@@ -6,29 +6,28 @@ import asyncio
 import logging
 import re
 import secrets
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
-import orjson
-
 from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
+from kernel.log.chain import follow
+from kernel.log.direct_get import DirectGets
 from kernel.log.reader import JetStreamReader
 from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
-from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
+from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message, server_version
 
 logger = logging.getLogger("eskernel.log")
 FORMAT = 1
+BEHIND_S = 0.05
+"""Seconds between two questions to a replica that is behind its leader."""
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
-
-
-class _Lost(Exception):
-    """The connection was lost before a request was answered."""
 
 
 class JetStreamLog:
@@ -72,8 +71,9 @@ class JetStreamLog:
         self._checked = settings.stream.existing != "skip"
         self._may_lose = settings.stream.may_lose_events
         jetstream = settings.jetstream
+        self._direct = bool(config.get("allow_direct"))
         # both came to nats-server with a version; before, the server would ignore the fields
-        self._batch_get = server_version(connection) >= (2, 11)
+        self._batch_get = self._direct and server_version(connection) >= (2, 11)
         self.appender = Appender(
             connection,
             self.last,
@@ -84,104 +84,62 @@ class JetStreamLog:
             deadline=jetstream.publish_deadline,
             max_in_flight=jetstream.max_in_flight,
         )
-        self._gets: dict[bytes, tuple[list[Stored], asyncio.Future[int]]] = {}
-        self._get_token = 0
+        self._gets = DirectGets(connection, self.stream)
         self._readers: weakref.WeakSet[JetStreamReader] = weakref.WeakSet()
 
     async def start(self) -> None:
         """Subscribe to answers."""
         await self.appender.start()
-        self._inbox = self._connection.new_inbox()
-        self._stop_listening = await self._connection.listen(f"{self._inbox}.*", self._got)
-        self._connection.reconnections.append(self._lost_connection)
+        await self._gets.start()
 
     @property
     def max_payload(self) -> int:
         return self.appender.max_payload
 
-    def append(self, subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
-        return self.appender.append(subject, expected, payload)
+    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> asyncio.Future[int]:
+        return self.appender.append(subject, expected, payload, trail)
 
     async def last(self, subject: str) -> Stored | None:
         found = await last_message(self._connection, self.stream, subject)
         return None if found is None else Stored(*found)
 
     async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
-        if not self._batch_get:
-            return await self._read_by_consumer(subject, after)
-        found: list[Stored] = []
-        while True:
-            waiting = await self._get_batch(subject, found[-1].sequence if found else after, found)
-            if not waiting:
-                return found
-
-    async def _get_batch(self, subject: str, after: int, into: list[Stored]) -> int:
-        """Fetch up to 1,000 commits in one round trip; return how many are still there behind them."""
-        attempts = 0
-        while attempts < 2:
-            self._get_token += 1
-            token = b"%d" % self._get_token
-            before = len(into)
-            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            self._gets[token] = (into, future)
-            request = orjson.dumps({"seq": after + 1, "next_by_subj": subject, "batch": 1000, "max_bytes": 16 << 20})
-            self._connection.send(
-                publish_frame(
-                    f"{self._connection.api}.DIRECT.GET.{self.stream}".encode(),
-                    request,
-                    reply=b"%b.%b" % (self._inbox.encode(), token),
-                )
-            )
-            try:
-                async with asyncio.timeout(self._connection.request_timeout):
-                    return await future
-            except TimeoutError:
-                attempts += 1
-                del into[before:]
-            except _Lost:
-                del into[before:]
-            finally:
-                self._gets.pop(token, None)
-        raise Unavailable(f"reading {subject}: no answer from the stream")
-
-    def _lost_connection(self) -> None:
-        """After a reconnect: answers to what was asked before will not come."""
-        for _, future in self._gets.values():
-            if not future.done():
-                future.set_exception(_Lost())
-
-    def _got(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        entry = self._gets.get(subject[subject.rfind(b".") + 1 :])
-        if entry is None or entry[1].done():
-            return
-        found, future = entry
-        status = status_of(headers)
-        assert headers is not None
-        if not status:
-            sequence, stored_as = header_of(headers, b"Nats-Sequence"), header_of(headers, b"Nats-Subject")
-            assert sequence is not None and stored_as is not None
-            found.append(Stored(int(sequence), stored_as.decode(), payload))
-        elif status == 204:
-            # the count is of what is left behind this batch
-            future.set_result(int(header_of(headers, b"Nats-Num-Pending") or 0))
-        elif status == 404:
-            future.set_result(0)
-        else:
-            future.set_exception(Unavailable(f"direct get answered {headers[9:60].decode(errors='replace').strip()}"))
-
-    async def _read_by_consumer(self, subject: str, after: int) -> list[Stored]:
-        last = await self.last(subject)
-        if last is None or last.sequence <= after:
+        last = await self._gets.last(subject)
+        if last is None or last.stored.sequence <= after:
             return []
+        found, below = [last.stored], last.stored.sequence
+        if self._direct:
+            found, below = await follow(self._gets, subject, last, after)
+        if below:
+            found = await self._search(subject, after, below) + found
+        return found
+
+    async def _search(self, subject: str, after: int, below: int) -> list[Stored]:
+        """Return the subject's commits between two stream sequences, of which the second is a commit of its."""
+        if not self._batch_get:
+            return await self._read_by_consumer(subject, after, below)
+        found: list[Stored] = []
+        give_up = time.monotonic() + self._connection.request_timeout
+        while True:
+            batch, waiting = await self._gets.batch(subject, found[-1].sequence if found else after)
+            found += batch
+            if found and found[-1].sequence >= below:
+                return [stored for stored in found if stored.sequence < below]
+            if not waiting:  # a replica answered that is behind the leader
+                if time.monotonic() > give_up:
+                    raise Unavailable(f"reading {subject}: the server's replica is behind its leader")
+                await asyncio.sleep(BEHIND_S)
+
+    async def _read_by_consumer(self, subject: str, after: int, below: int) -> list[Stored]:
         reader = await self._reader(after, subject, self._plain)
         try:
             found: list[Stored] = []
-            while not found or found[-1].sequence < last.sequence:
+            while not found or found[-1].sequence < below:
                 batch = await reader.next(10_000, timeout=self._connection.request_timeout)
                 if not batch.commits:
                     raise Unavailable(f"reading {subject}: no answer from the stream")
                 found.extend(batch.commits)
-            return found
+            return [stored for stored in found if stored.sequence < below]
         finally:
             await reader.close()
 
@@ -310,9 +268,7 @@ class JetStreamLog:
         await self.appender.close()
         for reader in list(self._readers):
             await reader.close()
-        if self._lost_connection in self._connection.reconnections:
-            self._connection.reconnections.remove(self._lost_connection)
-        await self._stop_listening()
+        await self._gets.close()
 
 
 OVERHEAD = 512

@@ -32,6 +32,8 @@ SHELLS = Gauge("eskernel_actor_shells", "Existing actors: live ones, and empty o
 ACTIVATIONS = Counter("eskernel_activations_total", "Aggregates activated")
 LOADS = Counter("eskernel_aggregate_loads_total", "Aggregates loaded from the log to decide a command")
 LOAD_SECONDS = Histogram("eskernel_aggregate_load_seconds", "Time to load an aggregate from the log", buckets=_FAST)
+SNAPSHOTS_TAKEN = Counter("eskernel_snapshots_taken_total", "Snapshots of aggregates taken", ["outcome"])
+SNAPSHOTS_USED = Counter("eskernel_snapshots_used_total", "Snapshots of aggregates that were read", ["outcome"])
 PASSIVATIONS = Counter("eskernel_passivations_total", "Aggregates passivated", ["reason"])
 # projections
 EVENTS = Counter("eskernel_events_folded_total", "Events folded into projections and written")

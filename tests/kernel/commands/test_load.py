@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from kernel.actors.snapshots import NO_SNAPSHOTS
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
 from kernel.commands.replies import ReplyGuard
@@ -30,7 +31,7 @@ async def test_the_slowest_append_counts_once_and_until_it_is_measured() -> None
     """Also where the governor, which has a count of its own, has looked in between."""
     app, log, sent = notebooks("books"), MemoryLog("books"), Sent()
     outbox = Outbox(sent)
-    gateway = CommandGateway(app, log, outbox, lambda _partition: True, Passivation())
+    gateway = CommandGateway(app, log, outbox, lambda _partition: True, Passivation(), NO_SNAPSHOTS)
     guard = ReplyGuard(ReplyFilter(("_INBOX",), ()))
     admission = Admission(app, log.subjects, outbox, gateway, Governor(app), Commands(), guard)
     admission.assign(frozenset(range(log.subjects.partitions)))

@@ -409,11 +409,13 @@ async def test_a_log_that_takes_its_time_slows_the_commands(
         service = here.service
         append = service.parts.log.append
 
-        def late(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+        def late(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
             later: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
             def hand_on() -> None:
-                append(subject, expected, payload).add_done_callback(lambda done: later.set_result(done.result()))
+                append(subject, expected, payload, trail).add_done_callback(
+                    lambda done: later.set_result(done.result())
+                )
 
             asyncio.get_running_loop().call_later(0.1, hand_on)
             return later
