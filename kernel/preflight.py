@@ -16,11 +16,12 @@ from kernel.app import App
 from kernel.errors import LogError
 from kernel.log.jetstream import check_keeps_everything, partitions_of
 from kernel.log.stream import ATOMIC, check_server, differences, find_config, treatment_of, wanted_config
+from kernel.permissions import find_missing
 from kernel.runtime.nats_server import find_binary
 from kernel.settings import Settings
 from kernel.settings.fields import shown
 from kernel.settings.sources import changed
-from kernel.transport.connection import NatsConnection
+from kernel.transport.connection import ConnectionTrouble, NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api, version_text
 from projections import SchemaError, schema
@@ -55,7 +56,12 @@ async def examine(app: App, settings: Settings) -> list[Finding]:
     stream_seen = False
     for url in settings.connection.servers:
         try:
-            connection = await dial(changed(settings, {"connection.servers": url}), name=f"eskernel check {app.name}")
+            connection = await dial(
+                changed(settings, {"connection.servers": url}),
+                app=app.name,
+                role="service",
+                name=f"eskernel check {app.name}",
+            )
         except ConnectionError as error:
             found.append(Finding("error", f"server {shown(url)}", str(error), "see connection and security"))
             continue
@@ -64,6 +70,7 @@ async def examine(app: App, settings: Settings) -> list[Finding]:
             if not stream_seen and found[-1].level != "error":
                 stream_seen = True
                 found += await _stream(connection, app, settings)
+            found += await _permissions(connection, app, url, settings)
         finally:
             await connection.close()
     found += await asyncio.to_thread(check_database, app, settings)
@@ -101,6 +108,20 @@ async def _server(connection: NatsConnection, url: str, settings: Settings) -> l
 
 def _why(connection: NatsConnection) -> str:
     return connection.trouble or "enable JetStream on the server and for the account, and allow the user its API"
+
+
+async def _permissions(connection: NatsConnection, app: App, url: str, settings: Settings) -> list[Finding]:
+    what = f"permissions on {shown(url)}"
+    try:
+        missing = await find_missing(connection, app, settings)
+    except (ConnectionTrouble, OSError, TimeoutError) as error:
+        return [Finding("error", what, f"they can't be tried: {error}", "see connection and security")]
+    remedy = "allow it; `eskernel config permissions APP` lists what a service needs"
+    found = [
+        Finding("error" if lack.needed else "warning", what, f"the user may not {lack.verb} to {lack.subject}", remedy)
+        for lack in missing
+    ]
+    return found or [Finding("ok", what, "all that a service needs")]
 
 
 def _account(account: dict[str, Any], url: str, settings: Settings) -> Finding:

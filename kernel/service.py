@@ -14,6 +14,7 @@ import orjson
 
 from kernel.app import App
 from kernel.assembly import Foundation, Parts, build
+from kernel.errors import Unavailable
 from kernel.governance.sharing import share_limits
 from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.health import Health
@@ -119,6 +120,7 @@ class Service:
         self._closing.callback(self._loop_lag.stop)
         self._loop_lag.start()
         await parts.probes.probe()
+        self._check_heard(parts)
         self._closing.callback(self.scheduler.stop)
         self._schedule(parts)
         self._closing.push_async_callback(self.http.stop)
@@ -140,6 +142,14 @@ class Service:
         await share_limits(
             connection, parts.outbox, subjects.service("limits"), parts.governor, self._names, listening, guarded
         )
+
+    def _check_heard(self, parts: Parts) -> None:
+        """Refuse to start where a subscription was refused: the server says so apart, and then nothing comes."""
+        if unheard := sorted(parts.connection.unheard):
+            raise Unavailable(
+                f"the user of this connection may not subscribe to {', '.join(unheard)}: allow the service's subjects "
+                "(`eskernel config permissions APP` lists them)"
+            )
 
     def _schedule(self, parts: Parts) -> None:
         settings, every = self.settings, self.scheduler.every

@@ -36,7 +36,7 @@ def inbox_root(app: str, settings: Settings) -> str:
 
 
 def _check_apart(setting: str, prefix: str, subjects: str) -> None:
-    for own in (f"{subjects}.evt.", f"{subjects}.cmd.", f"{subjects}.svc."):
+    for own in (f"{subjects}.{kind}." for kind in ("evt", "cmd", "svc", "snap")):
         if own.startswith(f"{prefix}.") or f"{prefix}.".startswith(own):
             problem = (
                 f"{setting}: {prefix!r} and the app's own subjects {own}> overlap; answers there would be taken for "
