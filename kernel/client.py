@@ -192,7 +192,8 @@ class Client:
         Raises:
             aggregates.Rejected: the aggregate refused.
             aggregates.InvalidId: the id can't be addressed.
-            CommandError: anything else, with its type; `too-large` before anything is sent.
+            CommandError: anything else, with its type; `too-large`, and what JSON can't carry, before anything is
+                sent.
             CommandTimeout: no answer; the command may or may not have taken effect (send it again with its id).
         """
         spec = spec_of(type(command))
@@ -220,7 +221,11 @@ class Client:
         """
         address = self._subjects.address(request["aggregate"], request["id"])
         subject = self._subjects.commands(None if self._log is None else address.partition).encode()
-        payload = orjson.dumps(request, default=plain)
+        try:
+            payload = orjson.dumps(request, default=plain)
+        except TypeError as error:
+            # an integer beyond 64 bits, a text that is not Unicode, an object that JSON can't represent
+            raise CommandError("invalid-command", f"{request['command']} can't be sent: {error}") from None
         deadline = self._loop.time() + timeout
         attempt = 1
         pause = 0.05

@@ -19,7 +19,7 @@ from kernel.commands.gateway import CommandGateway
 from kernel.commands.replies import ReplyGuard
 from kernel.governance.governor import Governor, Refusal
 from kernel.log.subjects import Address, Subjects
-from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request
+from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request, find_oversized
 from kernel.settings import Commands
 from kernel.telemetry.metrics import REFUSED
 from kernel.telemetry.tracing import NO_TRACING, Tracer
@@ -27,6 +27,9 @@ from kernel.transport.outbox import Outbox
 
 MOVED_RETRY_S = 0.05
 """After so long another worker has the partition, or this one has it again."""
+
+SHOWN = 80
+"""Characters of an unknown name that an error repeats."""
 
 ByAddress = dict[Address, list[Request]]
 
@@ -136,20 +139,24 @@ class Admission:
         try:
             sent = decode_request(payload)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if "out of range" in str(error):  # a number of hundreds of digits
+                raise _Refused("invalid-command", f"{error}; integers are from -2^63 to 2^63 - 1") from None
             raise _Refused("malformed", f"not a command request: {error}") from None
-        if len(sent.command_id) > MAX_COMMAND_ID:
-            raise _Refused("malformed", f"command_id is longer than {MAX_COMMAND_ID} characters")
+        if oversized := find_oversized(sent):
+            raise _Refused("invalid-command", oversized, sent.command_id[:MAX_COMMAND_ID])
         return sent
 
     def _find_class(self, sent: CommandRequest) -> type:
         declared = self._app.types.get(sent.aggregate)
         if declared is None:
             known = ", ".join(sorted(self._app.types))
-            raise _Refused("unknown-aggregate", f"no aggregate {sent.aggregate!r}; there is {known}", sent.command_id)
+            raise _Refused(
+                "unknown-aggregate", f"no aggregate {sent.aggregate[:SHOWN]!r}; there is {known}", sent.command_id
+            )
         command_class = declared.commands.get(sent.command)
         if command_class is None:
             known = ", ".join(sorted(declared.commands))
-            problem = f"{sent.aggregate} has no command {sent.command!r}; it has {known}"
+            problem = f"{sent.aggregate} has no command {sent.command[:SHOWN]!r}; it has {known}"
             raise _Refused("unknown-command", problem, sent.command_id)
         return command_class
 
