@@ -30,6 +30,8 @@ from projections.database_check import check_usable
 from projections.tables import stream
 from projections.urls import database_url, sqlite_file
 
+NEEDED_STREAMS = 2
+"""For the log and the leases; a service without a stream for snapshots works too."""
 Severity = Literal["ok", "warning", "error"]
 
 
@@ -130,12 +132,23 @@ def _account(account: dict[str, Any], url: str, settings: Settings) -> Finding:
     most, used = limits.get(f"max_{kind}", -1), account.get(kind, 0)
     streams, made = limits.get("max_streams", -1), account.get("streams", 0)
     detail = f"enabled; {made} streams of {_limit(streams)}, {used:,} bytes of {_limit(most)} in {_place(kind)}"
+    if most == 0:
+        return Finding("error", what, f"{detail}: the log has no room", f"raise the account's max_{_word(kind)}")
+    if limits.get("max_memory", -1) == 0:
+        return Finding("error", what, f"{detail}; no memory, which the leases need", "raise the account's max_mem")
+    if 0 <= streams < NEEDED_STREAMS:
+        remedy = "raise the account's max_streams: log and leases have one each, and snapshots a third"
+        return Finding("error", what, f"{detail}: an app needs {NEEDED_STREAMS}", remedy)
     if 0 <= most < settings.stream.max_bytes:
         remedy = "raise the account's limit, or lower stream.max_bytes"
         return Finding("error", what, f"{detail}: less than stream.max_bytes", remedy)
     if 0 < most <= used * 1.1 or 0 < streams <= made + 1:
         return Finding("warning", what, detail, "the account's limits are nearly reached; raise them")
     return Finding("ok", what, detail)
+
+
+def _word(kind: str) -> str:
+    return "mem" if kind == "memory" else "file"
 
 
 def _limit(value: int) -> str:

@@ -15,6 +15,16 @@ from kernel.transport.connection import NatsConnection
 
 NO_MESSAGE, NO_STREAM = 10037, 10059
 DEFAULT_PREFIX = "$JS.API"
+_REMEDIES = {
+    10027: "raise max_streams of the NATS account: an app has a stream for its log, one for its leases, and one for "
+    "snapshots",
+    10028: "raise max_mem of the NATS account, or max_memory_store of the server: leases are kept in memory, and so "
+    "is a log with stream.storage = 'memory'",
+    10047: "raise max_file of the NATS account, or max_file_store of the server: the log is kept in files",
+    10023: "raise the limits of the NATS account, or of the servers",
+    10026: "raise max_consumers of the NATS account: each worker reads the log with a consumer of its own",
+}
+"""What helps where the server refuses for want of something, by the API's error code."""
 
 
 class NotPermitted(Unavailable):
@@ -29,8 +39,10 @@ class ApiError(LogError):
     """
 
     def __init__(self, subject: str, error: dict[str, Any]) -> None:
-        super().__init__(f"{subject}: {error.get('description')} ({error.get('err_code')})")
         self.code = int(error.get("err_code", 0))
+        remedy = _REMEDIES.get(self.code, "")
+        why = f"{subject}: {error.get('description')} ({error.get('err_code')})"
+        super().__init__(f"{why}; {remedy}" if remedy else why)
 
 
 async def call_api(
