@@ -51,9 +51,11 @@ async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]])
             f"/{app.name}/{declared.name}", name, [Decision(command_id, events)], cell.version, timestamp()
         )
         cell.evolve(events)
-        futures.append(log.append(log.subjects.address(declared.name, name).subject, cell.position, payload))
+        futures.append(
+            log.append(log.subjects.address(declared.name, name).subject, cell.position, payload, cell.trail)
+        )
         sequence += 1
-        cell.position = sequence
+        cell.advance(sequence)
         count += 1
         if len(futures) == CHUNK:
             assert (await asyncio.gather(*futures))[-1] == sequence

@@ -157,7 +157,7 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     )  # fmt: skip
     unknown = UnknownAggregates(app)
     await unknown.survey(log)
-    leases = await _join_leases(base, connection, log, info, closing)
+    leases = await _join_leases(base, nats_url, log, info, closing)
     async with leases.alone("start"):
         # workers that start together build what is missing one after the other: the second finds it done
         await _prepare_database(base, connection, log, engine, leases)
@@ -201,19 +201,27 @@ async def _connect(base: Foundation, nats_url: str, closing: AsyncExitStack) -> 
         on_event=events.note,
     )
     events.establish()
-
-    async def close() -> None:
-        if not connection.is_closed:
-            await connection.close()
-
-    closing.push_async_callback(close)
+    closing.push_async_callback(connection.close)
     return connection
 
 
 async def _join_leases(
-    base: Foundation, connection: NatsConnection, log: JetStreamLog, info: StreamInfo, closing: AsyncExitStack
+    base: Foundation, nats_url: str, log: JetStreamLog, info: StreamInfo, closing: AsyncExitStack
 ) -> Leases:
     settings, directory = base.settings, base.directory
+
+    def note(event: str) -> None:
+        if event == "closed" and not base.stopped.is_set():
+            base.lost("the leases' connection to NATS was closed for good; the lines before say why")
+
+    # its own: a renewal that waits behind the answers of histories may come too late
+    connection = await dial(
+        settings,
+        name=f"eskernel {base.app.name} leases",
+        url=nats_url if settings.embedded else "",
+        on_event=note,
+    )
+    closing.push_async_callback(connection.close)
     leases = Leases(
         connection,
         log.stream,
@@ -287,7 +295,7 @@ def _assemble(
     app, settings = base.app, base.settings
     tracing: Tracer = open_tracing(app, settings.tracing.enabled)
     outbox = Outbox(connection)
-    keeper = SnapshotKeeper(snapshots, settings.snapshots)
+    keeper = SnapshotKeeper(snapshots, settings.snapshots.every, settings.snapshots.verify)
     gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, keeper, tracing)
     closing.callback(gateway.close)
     guard = ReplyGuard(ReplyFilter.of(app.name, settings))

@@ -25,12 +25,10 @@ from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import LOAD_SECONDS, LOADS
 
 logger = logging.getLogger("eskernel.actors")
-MAX_LOADS = 256
-"""Histories read at the same time."""
 
 
 class Histories:
-    """Reads histories, so many at a time.
+    """Reads histories.
 
     Args:
         send: sends a message to a live aggregate's actor.
@@ -39,7 +37,6 @@ class Histories:
 
     def __init__(self, log: EventLog, send: Callable[[Address, Any], None], snapshots: SnapshotKeeper) -> None:
         self._log, self._send, self._snapshots = log, send, snapshots
-        self._loads = asyncio.Semaphore(MAX_LOADS)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def load(self, declared: AggregateType[Any], address: Address) -> None:
@@ -52,8 +49,7 @@ class Histories:
         started = time.perf_counter()
         error: tuple[ErrorType, str] | None = None
         try:
-            async with self._loads:
-                cell = await self._read(declared, address)
+            cell = await self._read(declared, address)
         except LogError as problem:
             error = ("unavailable", str(problem))
         except NewerEvent as problem:
@@ -104,8 +100,7 @@ class Histories:
     async def _search(self, address: Address, request: Request) -> None:
         """A repeated command that the cell doesn't remember: only the whole history knows."""
         try:
-            async with self._loads:
-                stored = await self._log.read_subject(address.subject)
+            stored = await self._log.read_subject(address.subject)
             version = sequence = 0
             seen = Seen()
             for commit in stored:

@@ -12,7 +12,6 @@ from aggregates.declaration import AggregateType
 from aggregates.snapshot import SnapshotCodec, identical
 from kernel.log.snapshots import SnapshotStore
 from kernel.log.subjects import Address
-from kernel.settings import Snapshots
 from kernel.telemetry.metrics import SNAPSHOTS_TAKEN, SNAPSHOTS_USED
 
 logger = logging.getLogger("eskernel.actors")
@@ -20,6 +19,7 @@ SHARE = 0.05
 """Most of the event loop's time that is spent on taking snapshots."""
 BYTES_PER_EVENT = 512
 """A large state is stored less often: so many bytes of snapshots for each event, about as many as the event has."""
+NEVER = 2**63
 SAMPLED = 10_000
 """Longest history that is read to verify a snapshot, in events."""
 
@@ -29,11 +29,12 @@ class SnapshotKeeper:
 
     Args:
         store: where they are; None: there are none.
+        every: number of events of an aggregate after which one is taken.
+        verify: share of those that are loaded that are compared with the history.
     """
 
-    def __init__(self, store: SnapshotStore | None, settings: Snapshots) -> None:
-        self._store = store if settings.every else None
-        self._every, self._verify = settings.every, settings.verify
+    def __init__(self, store: SnapshotStore | None, every: int, verify: float) -> None:
+        self._store, self._every, self._verify = store, every, verify
         self._codecs: dict[str, SnapshotCodec[Any]] = {}
         self._next = 0.0
         self._complained: set[str] = set()
@@ -47,9 +48,16 @@ class SnapshotKeeper:
         return codec
 
     def offer(self, address: Address, cell: Cell[Any]) -> None:
-        """Take a snapshot if one is due, and if there is time for it. Between two decisions only."""
+        """Take a snapshot if one is due, and if there is time for it. Between two decisions only. It never raises."""
+        try:
+            self._offer(address, cell)
+        except Exception:
+            cell.due = NEVER
+            logger.exception("%s: no snapshot could be taken, which is a bug of the kernel", address.subject)
+
+    def _offer(self, address: Address, cell: Cell[Any]) -> None:
         if self._store is None:
-            cell.due = 2**63
+            cell.due = NEVER
             return
         now = time.perf_counter()
         if cell.version < self._every:
@@ -109,5 +117,5 @@ class SnapshotKeeper:
             logger.info("%s: a snapshot was not stored: %s", declared.name, why)
 
 
-NO_SNAPSHOTS = SnapshotKeeper(None, Snapshots())
+NO_SNAPSHOTS = SnapshotKeeper(None, 0, 0.0)
 """Takes none, and has none."""

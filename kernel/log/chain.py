@@ -29,8 +29,8 @@ async def follow(gets: DirectGets, subject: str, last: Link, after: int) -> tupl
     """
     found = {last.stored.sequence: last.stored}
     lowest, newest, count = last, last.stored.sequence, 0
-    while lowest.before is not None:
-        wanted = [sequence for sequence in lowest.before if sequence > after]
+    while (before := lowest.before()) is not None:
+        wanted = [sequence for sequence in before if sequence > after]
         if not wanted:
             return [found[sequence] for sequence in sorted(found)], 0
         links = await gets.by_sequence(subject, wanted)

@@ -12,6 +12,7 @@ import orjson
 
 from kernel.errors import Unavailable
 from kernel.log.base import Stored
+from kernel.log.window import Window
 from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
 from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM
 
@@ -20,20 +21,38 @@ BEFORE = b"Eskernel-Before"
 distance between the expected commit and the one before that."""
 _EXPECTED = b"Nats-Expected-Last-Subject-Sequence"
 MAX_BATCH, MAX_BATCH_BYTES = 1_000, 16 << 20
+SEARCH_COST = 64
+"""A search is counted as so many messages: most of them cost the server more, and it says so by its time."""
 ATTEMPTS = 2
 """How often something is asked for that gets no answer."""
 
 
 class Link(NamedTuple):
-    """A commit, and where the commits of its subject before it are.
-
-    Attributes:
-        before: the stream sequences of the commits before it, the nearest first. None if it does not say so; empty if
-            there are none.
-    """
+    """A commit with its headers, which say where the commits of its subject before it are."""
 
     stored: Stored
-    before: tuple[int, ...] | None
+    headers: bytes
+
+    def before(self) -> tuple[int, ...] | None:
+        """Return the stream sequences of the commits before it, the nearest first.
+
+        It is None if the commit does not say so, and empty if there are none.
+        """
+        expected = header_of(self.headers, _EXPECTED)
+        if expected is None or not expected.isdigit():
+            return None
+        place = int(expected)
+        if not place:
+            return ()
+        if place >= self.stored.sequence:
+            return None  # of the stream that this one was copied from
+        before = [place]
+        for distance in (header_of(self.headers, BEFORE) or b"").split():
+            place -= int(distance) if distance.isdigit() else place
+            if not 0 < place < before[-1]:
+                return None
+            before.append(place)
+        return tuple(before)
 
 
 class _Lost(Exception):
@@ -122,7 +141,7 @@ class _Last:
         answer = _decode(payload)
         if (message := answer.message) is not None:
             stored = Stored(message.seq, message.subject, base64.b64decode(message.data))
-            self.future.set_result(Link(stored, before_of(base64.b64decode(message.hdrs), message.seq)))
+            self.future.set_result(Link(stored, base64.b64decode(message.hdrs)))
         elif answer.error is not None and answer.error.err_code == NO_MESSAGE:
             self.future.set_result(None)
         else:
@@ -140,6 +159,7 @@ class DirectGets:
         self._leader = f"{connection.api}.STREAM.MSG.GET.{stream}".encode()
         self._wanted: dict[bytes, _Wanted] = {}
         self._token = 0
+        self._window = Window()
 
     async def start(self) -> None:
         """Subscribe to answers."""
@@ -199,29 +219,36 @@ class DirectGets:
         request = orjson.dumps(
             {"seq": after + 1, "next_by_subj": subject, "batch": MAX_BATCH, "max_bytes": MAX_BATCH_BYTES}
         )
-        wanted = await self._ask(self._direct, [request], _Batch, subject)
+        wanted = await self._ask(self._direct, [request], _Batch, subject, SEARCH_COST)
         return wanted.found, wanted.future.result()
 
-    async def _ask(self, api: bytes, requests: Sequence[bytes], make: Callable[[], W], subject: str) -> W:
-        """Send requests, once more if there is no answer, and return what was waited for, ended."""
+    async def _ask(
+        self, api: bytes, requests: Sequence[bytes], make: Callable[[], W], subject: str, cost: int = 0
+    ) -> W:
+        """Send requests, once more if there is no answer, and return what was waited for, ended.
+
+        Args:
+            cost: in messages, by default as many as there are requests.
+        """
         attempts = 0
         while attempts < ATTEMPTS:
             self._token += 1
             token = b"%d" % self._token
             reply = b"%b.%b" % (self._inbox, token)
-            wanted = self._wanted[token] = make()
-            self._connection.send(b"".join(publish_frame(api, request, reply=reply) for request in requests))
-            try:
-                async with asyncio.timeout(self._connection.request_timeout):
-                    await wanted.future
-            except TimeoutError:
-                attempts += 1
-            except _Lost:
-                pass
-            else:
-                return wanted
-            finally:
-                del self._wanted[token]
+            async with self._window.room(cost or len(requests)):
+                wanted = self._wanted[token] = make()
+                self._connection.send(b"".join(publish_frame(api, request, reply=reply) for request in requests))
+                try:
+                    async with asyncio.timeout(self._connection.request_timeout):
+                        await wanted.future
+                except TimeoutError:
+                    attempts += 1
+                except _Lost:
+                    pass
+                else:
+                    return wanted
+                finally:
+                    del self._wanted[token]
         raise Unavailable(f"reading {subject}: no answer from the stream")
 
     def _lost_connection(self) -> None:
@@ -243,23 +270,4 @@ def _unexpected(headers: bytes | None) -> Unavailable:
 
 def _link(payload: bytes, headers: bytes) -> Link:
     sequence, subject = int(header_of(headers, b"Nats-Sequence") or 0), header_of(headers, b"Nats-Subject") or b""
-    return Link(Stored(sequence, subject.decode(errors="replace"), payload), before_of(headers, sequence))
-
-
-def before_of(headers: bytes, sequence: int) -> tuple[int, ...] | None:
-    """Return what a commit's headers say about the commits before it; see `Link`."""
-    expected = header_of(headers, _EXPECTED)
-    if expected is None or not expected.isdigit():
-        return None
-    place = int(expected)
-    if not place:
-        return ()
-    if place >= sequence:
-        return None  # of the stream that this one was copied from
-    before = [place]
-    for distance in (header_of(headers, BEFORE) or b"").split():
-        place -= int(distance) if distance.isdigit() else place
-        if not 0 < place < before[-1]:
-            return None
-        before.append(place)
-    return tuple(before)
+    return Link(Stored(sequence, subject.decode(errors="replace"), payload), headers)

@@ -146,6 +146,7 @@ async def test_without_the_stream_of_snapshots_everything_goes_on(
         assert (await made.client.execute(Notebook, "n", Note("a"))).version == 33
 
 
+@pytest.mark.setting("snapshots.verify")
 async def test_a_sampled_snapshot_that_differs_from_its_history_ends_their_use(
     app_name: str, tmp_path: Path, nats_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +170,7 @@ async def test_a_sampled_snapshot_that_differs_from_its_history_ends_their_use(
         assert [after for _, after in reads] == [0]
 
 
+@pytest.mark.setting("snapshots.every")
 async def test_with_every_0_there_are_none(app_name: str, tmp_path: Path, nats_url: str) -> None:
     async with service(app_name, tmp_path, nats_url, snapshots__every=0) as (made, _):
         before = taken()

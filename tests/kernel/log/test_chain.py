@@ -14,7 +14,7 @@ from kernel.errors import Unavailable
 from kernel.log import JetStreamLog, open_log
 from kernel.log.base import Stored
 from kernel.log.chain import DENSE
-from kernel.log.direct_get import before_of
+from kernel.log.direct_get import Link
 from kernel.log.stream import find_log, wanted_config
 from kernel.settings import Stream
 from kernel.settings.sources import settings_of
@@ -206,4 +206,4 @@ async def test_a_replica_that_is_behind_is_asked_again(log: JetStreamLog, monkey
 def test_a_header_says_where_earlier_commits_are_or_is_passed_over(
     headers: bytes, before: tuple[int, ...] | None
 ) -> None:
-    assert before_of(b"NATS/1.0\r\n" + headers + b"\r\n", 100) == before
+    assert Link(Stored(100, "s", b""), b"NATS/1.0\r\n" + headers + b"\r\n").before() == before
