@@ -217,6 +217,8 @@ async def _join_leases(
     # its own: a renewal that waits behind the answers of histories may come too late
     connection = await dial(
         settings,
+        app=base.app.name,
+        role="service",
         name=f"eskernel {base.app.name} leases",
         url=nats_url if settings.embedded else "",
         on_event=note,
