@@ -109,7 +109,7 @@ class Doors:
 
     Attributes:
         most: how many there may be.
-        connections: those that are open.
+        connections: the open connections.
     """
 
     def __init__(self, settings: Http) -> None:

@@ -22,7 +22,7 @@ class Http(Section):
     """Bearer token. If it is set, `/metrics` and the details of `/readyz` require it. The status codes of `/healthz`
     and `/readyz` don't. It must be set where `http.host` is not a loopback address."""
     public: bool = False
-    """Serve the pages without a token on an address that is not a loopback address. For networks that nobody else can
+    """Serve the pages without a token on an address that is not a loopback address. For networks that no stranger can
     reach."""
     connections: Annotated[int, Ge(4), Le(4096)] = 64
     """Largest number of connections at once; never more than an eighth of the files that the process may open. A new
@@ -37,7 +37,7 @@ class Http(Section):
         if self.token is None and not self.public and not _is_loopback(self.host):
             raise ValueError(
                 f"http.host = {self.host!r} is not a loopback address, and everybody who reaches it could read the "
-                "metrics; set http.token (ESKERNEL_HTTP__TOKEN), or http.public = true for a network that nobody else "
+                "metrics; set http.token (ESKERNEL_HTTP__TOKEN), or http.public = true for a network that no stranger "
                 "reaches"
             )
         return self

@@ -106,7 +106,7 @@ async def _request(connection: NatsConnection, subject: str, request: bytes, tim
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if asking.done():
             return asking.result()
-        raise NotPermitted(f"JetStream API {subject}: {refused.result()}")
+        raise NotPermitted(f"JetStream API {subject.removeprefix(connection.api)[1:]}: {refused.result()}")
     finally:
         connection.denials.remove(note)
         asking.cancel()
