@@ -29,7 +29,7 @@ from kernel.settings.sources import changed
 from kernel.telemetry.tracing import sender_context
 from kernel.transport.connection import NatsConnection, status_of
 from kernel.transport.dial import dial
-from kernel.transport.jetstream_api import NotPermitted
+from kernel.transport.jetstream_api import NOT_ENABLED, ApiError, NotPermitted
 from kernel.transport.outbox import CERTAIN, Outbox
 from projections.checkpoints import reached
 from projections.database import open_database
@@ -121,6 +121,10 @@ class Client:
                 await connection.close()
                 raise
             # a user who only sends commands needs no JetStream: the service finds the partition
+        except ApiError as error:
+            if error.code != NOT_ENABLED:  # the account may import the subject of the commands from another one
+                await connection.close()
+                raise
         except BaseException:
             await connection.close()
             raise

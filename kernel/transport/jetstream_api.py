@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from kernel.errors import LogError, PayloadTooLarge, Unavailable
 from kernel.transport.connection import NatsConnection
 
-NO_MESSAGE, NO_STREAM = 10037, 10059
+NO_MESSAGE, NO_STREAM, NOT_ENABLED = 10037, 10059, 10039
 DEFAULT_PREFIX = "$JS.API"
 _REMEDIES = {
     10027: "raise max_streams of the NATS account: an app has a stream for its log, one for its leases, and one for "

@@ -223,6 +223,23 @@ async def test_readers_of_an_account_of_their_own_read_and_change_nothing(app_na
         assert (await service.parts.log.info()).last == 1
 
 
+async def test_a_client_of_another_account_sends_to_what_it_imports(app_name: str, tmp_path: Path) -> None:
+    app = notebooks(app_name)
+    commands = (f"{app_name}.cmd", f"{app_name}.cmd.>")
+    exports = ", ".join(f'{{ service: "{subject}" }}' for subject in commands)
+    imports = ", ".join(f'{{ service: {{ account: APP, subject: "{subject}" }} }}' for subject in commands)
+    config = (
+        f"accounts {{ APP {{ jetstream: enabled, users: [{{ user: root, password: pw }}], exports: [{exports}] }}\n"
+        f"SHOP {{ users: [{{ user: shop, password: pw }}], imports: [{imports}] }} }}\n"
+    )
+    async with (
+        server(tmp_path / "nats", config) as running,
+        Service(app, settings_of("root", running.url, tmp_path)),
+        await Client.connect(app, settings_of("shop", running.url, tmp_path)) as client,
+    ):
+        assert (await client.execute(Notebook, "n", Note("a"))).version == 1
+
+
 async def test_a_client_without_an_inbox_is_told_which_permission_it_lacks(app_name: str, tmp_path: Path) -> None:
     app = notebooks(app_name)
     config = (
