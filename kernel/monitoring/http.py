@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import socket
 from typing import Any, Protocol
 
 import orjson
@@ -14,6 +15,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from kernel.monitoring.doors import Door, Doors, door_of
 from kernel.settings import Http
 
+BACKLOG = 128
+"""Connections that the system keeps until they are accepted."""
 STOP_S = 2.0
 """For the requests under way when the server stops."""
 
@@ -82,7 +85,13 @@ class HttpServer:
             return Door(doors, runner.server())
 
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(accept, self._settings.host, self._settings.port, backlog=128)
+        # asyncio accepts as many at once as the backlog has, before it closes one of them: a burst must not take more
+        # files than the doors may have
+        at_once = max(1, doors.most // 2)
+        self._server = await loop.create_server(accept, self._settings.host, self._settings.port, backlog=at_once)
+        for listening in self._server.sockets:
+            with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
+                same.listen(BACKLOG)
         host, port = self._server.sockets[0].getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
