@@ -186,6 +186,17 @@ async def test_an_account_that_is_too_small_is_named_with_a_remedy(
         assert reports(check(config, "--nats", nats.url, *user, code=1), "error", "JetStream of", remedy)
 
 
+def test_permissions_are_printed_for_the_kinds_that_are_named(config: Run) -> None:
+    given = ["--set", "connection.inbox_prefix=bank.inbox.alice"]
+    printed = config("permissions", "examples.bank:app", "client", "read-only", *given)
+    assert "bank.inbox.alice.client.>" in printed
+    assert "exports: [" in printed
+    assert "bank.evt" not in printed
+    found = json.loads(config("permissions", "examples.bank:app", "--json"))
+    assert set(found) == {"service", "client", "operator", "monitoring", "read-only"}
+    assert found["client"]["publish"] == ["bank.cmd", "bank.cmd.>"]
+
+
 def test_check_tries_the_database_and_the_directory(
     config: Run, tmp_path: Path, fresh_postgres: str, postgres_url: str
 ) -> None:
