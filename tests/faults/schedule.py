@@ -73,7 +73,6 @@ SHORT = [
     Kind.WORKER_FREEZE,
     Kind.GARBAGE,
     Kind.DEPUTY,
-    Kind.WORKERS_KILL,
 ]
 """The faults of the short test. The first one stays first; the seed orders the others."""
 

@@ -34,6 +34,7 @@ SERVICE = "tests/kernel/test_service.py"
 WAITING = "tests/projections/test_waiting.py"
 UNKNOWN = "tests/kernel/projector/test_unknown.py"
 ROLLING = "tests/kernel/projector/test_rolling.py"
+SNAPSHOTS = "tests/kernel/actors/test_snapshots.py"
 OWN = "tests/test_mutants_caught.py"
 
 MUTANTS = [
@@ -688,5 +689,46 @@ MUTANTS = [
         "if reply and not self.allows(reply):",
         "if False:",
         (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
+    ),
+    # cold aggregates
+    Mutant(
+        "snapshot-of-other-code",
+        "a snapshot is used only with the code that made it",
+        "aggregates/snapshot.py",
+        "(found.format, found.code, found.log, found.aggregate_id) != (FORMAT, self.code, log, aggregate_id)",
+        "(found.format, found.log, found.aggregate_id) != (FORMAT, log, aggregate_id)",
+        (f"{SNAPSHOTS}::test_a_snapshot_of_other_code_is_never_loaded",),
+    ),
+    Mutant(
+        "snapshot-unchecked",
+        "a snapshot is used only if its last commit is in the log",
+        "kernel/actors/histories.py",
+        "and follows(restored, _events_of(stored[0]))",
+        "and bool(stored)",
+        (f"{SNAPSHOTS}::test_a_snapshot_that_does_not_fit_the_log_is_not_used",),
+    ),
+    Mutant(
+        "snapshot-forgets-ids",
+        "a command takes effect once, also if a snapshot knows its id only roughly",
+        "aggregates/seen.py",
+        "if command_id <= self.horizon:",
+        "if not command_id:",
+        (f"{SNAPSHOTS}::test_ids_older_than_the_snapshot_knows_are_searched_for_once",),
+    ),
+    Mutant(
+        "history-searched",
+        "a history is read without a search",
+        "kernel/log/jetstream.py",
+        "found, below = await follow(self._gets, subject, last, after)",
+        "found, below = [last.stored], last.stored.sequence",
+        ("tests/kernel/log/test_chain.py::test_commits_spread_over_a_log_are_read_without_a_search",),
+    ),
+    Mutant(
+        "replica-trusted",
+        "a replica that is behind its leader is asked again",
+        "kernel/log/jetstream.py",
+        "if found and found[-1].sequence >= below:",
+        "if not waiting or (found and found[-1].sequence >= below):",
+        ("tests/kernel/log/test_chain.py::test_a_replica_that_is_behind_is_asked_again",),
     ),
 ]

@@ -114,21 +114,29 @@ async def test_a_snapshot_of_other_code_is_never_loaded(
         assert used("other-code") == before + 1
 
 
-async def test_a_snapshot_that_does_not_fit_the_log_is_not_used(app_name: str, tmp_path: Path, nats_url: str) -> None:
+@pytest.mark.parametrize("differs", ["aggregate", "commit"])
+async def test_a_snapshot_that_does_not_fit_the_log_is_not_used(
+    app_name: str, tmp_path: Path, nats_url: str, differs: str
+) -> None:
     async with service(app_name, tmp_path, nats_url) as (made, _):
-        await fill(made, 12, "one")
+        ids = await fill(made, 12, "one")
         await fill(made, 12, "two")
         store = made.service.parts.snapshots
         assert store is not None
         subjects = [made.service.parts.log.subjects.address("Notebook", name).subject for name in ("one", "two")]
-        other = await store.read(subjects[1])
-        assert other is not None
+        if differs == "aggregate":
+            other = (await store.read(subjects[1]) or b"").replace(b"two", b"one")
+        else:
+            last = ids[EVERY - 1].encode()
+            other = (await store.read(subjects[0]) or b"").replace(last, last[::-1])
         before = store.written
-        store.write(subjects[0], other.replace(b"two", b"one"))  # of a commit that is another aggregate's
+        store.write(subjects[0], other)
         await until(lambda: store.written > before)
+    unfit = used("other-log")
     async with service(app_name, tmp_path, nats_url) as (made, reads):
         assert (await made.client.execute(Notebook, "one", Note("b"))).version == 13
         assert [after for _, after in reads][-1] == 0
+        assert used("other-log") == unfit + 1
 
 
 async def test_without_the_stream_of_snapshots_everything_goes_on(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.commands import ROOT, eskernel
 
 
 class Shell:
@@ -23,7 +23,6 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
         self.log = folder / "service.log"
         self.service: subprocess.Popen[bytes] | None = None
 
@@ -34,7 +33,7 @@ class Shell:
             self.service = subprocess.Popen(
                 [sys.executable, "-m", "kernel.cli", "run", *arguments],
                 cwd=self.folder,
-                env=self.environment,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
                 stdout=log,
                 stderr=log,
             )
@@ -51,14 +50,7 @@ class Shell:
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
         """Run a command; return its standard output, or its standard error where it is expected to fail."""
-        done = subprocess.run(
-            [sys.executable, "-m", "kernel.cli", *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = eskernel(*arguments, folder=self.folder, COLUMNS="120")
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stderr
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ from kernel.errors import LogError
 from kernel.settings.sources import leaves
 from projections.database import open_database
 from tests.apps import notebooks
+from tests.commands import eskernel
 from tests.conftest import OLD_SERVER, settings_for
-from tests.failing import ROOT, api, change_stream, free_port
+from tests.failing import api, change_stream, free_port
 from tests.servers import NO_JETSTREAM, account_config, password_config, server, token_config
 
 Run = Callable[..., str]
@@ -32,14 +30,8 @@ def config(tmp_path: Path, app_name: str) -> Run:
     """Runs `eskernel config` in an empty folder; returns its output, and fails on an unexpected exit code."""
 
     def run(*arguments: str, code: int = 0, **variables: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "kernel.cli", "config", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "FAILING_APP": app_name, **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        given = {"COLUMNS": "200", "FAILING_APP": app_name, **variables}
+        done = eskernel("config", *arguments, folder=tmp_path, **given)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if done.stdout else done.stderr
 
