@@ -15,6 +15,7 @@ from kernel.actors.snapshots import SnapshotKeeper
 from kernel.app import App
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
+from kernel.commands.replies import ReplyGuard
 from kernel.errors import Replaced
 from kernel.governance.governor import Governor
 from kernel.governance.remote_pace import following
@@ -53,6 +54,7 @@ from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.tracing import Tracer, open_tracing
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
+from kernel.transport.inboxes import ReplyFilter
 from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
 from projections.database import open_database
@@ -115,6 +117,7 @@ class Parts:
     governor: Governor
     gateway: CommandGateway
     admission: Admission
+    guard: ReplyGuard
     projector: Projector
     ownership: Ownership
     detector: Detector
@@ -197,6 +200,8 @@ async def _connect(base: Foundation, nats_url: str, closing: AsyncExitStack) -> 
     events = ConnectionEvents(base.stopped, base.lost)
     connection = await dial(
         settings,
+        app=base.app.name,
+        role="service",
         name=f"eskernel {base.app.name}",
         url=nats_url if settings.embedded else "",
         on_event=events.note,
@@ -218,6 +223,8 @@ async def _join_leases(
     # its own: a renewal that waits behind the answers of histories may come too late
     connection = await dial(
         settings,
+        app=base.app.name,
+        role="service",
         name=f"eskernel {base.app.name} leases",
         url=nats_url if settings.embedded else "",
         on_event=note,
@@ -317,7 +324,8 @@ def _assemble(
     keeper = SnapshotKeeper(snapshots, settings.snapshots.every, settings.snapshots.verify)
     gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, keeper, tracing)
     closing.callback(gateway.close)
-    admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)
+    guard = ReplyGuard(ReplyFilter.of(app.name, settings))
+    admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, guard, tracing)
     closing.callback(admission.close)
     projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing, unknown)
     closing.push_async_callback(projector.close)
@@ -367,6 +375,7 @@ def _assemble(
         governor=governor,
         gateway=gateway,
         admission=admission,
+        guard=guard,
         projector=projector,
         ownership=ownership,
         detector=detector,

@@ -14,6 +14,7 @@ import orjson
 
 from kernel.app import App
 from kernel.assembly import Foundation, Parts, build
+from kernel.errors import Unavailable
 from kernel.governance.sharing import share_limits
 from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.anchor import EVERY_S as ANCHOR_S
@@ -122,6 +123,7 @@ class Service:
         self._loop_lag.start()
         await parts.probes.probe()
         await parts.anchor.move()
+        self._check_heard(parts)
         self._closing.callback(self.scheduler.stop)
         self._schedule(parts)
         self._closing.push_async_callback(self.http.stop)
@@ -133,14 +135,24 @@ class Service:
 
     async def _listen(self, parts: Parts) -> None:
         """Take commands, and answer the requests that other processes of the app send."""
-        connection, subjects = parts.connection, parts.log.subjects
+        connection, subjects, guarded = parts.connection, parts.log.subjects, parts.guard.guarded
         listening = self._subscriptions
         listening.push_async_callback(
             await connection.listen(subjects.commands(), parts.admission.receive, queue="workers")
         )
         await parts.ownership.start()
-        listening.push_async_callback(await connection.listen(subjects.service("status"), self._answer_status))
-        await share_limits(connection, parts.outbox, subjects.service("limits"), parts.governor, self._names, listening)
+        listening.push_async_callback(await connection.listen(subjects.service("status"), guarded(self._answer_status)))
+        await share_limits(
+            connection, parts.outbox, subjects.service("limits"), parts.governor, self._names, listening, guarded
+        )
+
+    def _check_heard(self, parts: Parts) -> None:
+        """Refuse to start where a subscription was refused: the server says so apart, and then nothing comes."""
+        if unheard := sorted(parts.connection.unheard):
+            raise Unavailable(
+                f"the user of this connection may not subscribe to {', '.join(unheard)}: allow the service's subjects "
+                "(`eskernel config permissions APP` lists them)"
+            )
 
     def _schedule(self, parts: Parts) -> None:
         settings, every = self.settings, self.scheduler.every

@@ -81,6 +81,9 @@ LEASES_LOST = Counter("eskernel_leases_lost_total", "Partitions lost because a l
 RATE_PRESENT = Gauge("eskernel_rate_present", "Current rate of a lane per second; +Inf: no limit", ["lane"])
 RATE_LIMIT = Gauge("eskernel_rate_limit", "Configured rate of a lane per second, for the app; +Inf: no limit", ["lane"])
 REFUSED = Counter("eskernel_commands_refused_total", "Commands refused as overloaded, by limit", ["limit"])
+REPLIES_REFUSED = Counter(
+    "eskernel_replies_refused_total", "Requests dropped because their reply subject is not an allowed inbox"
+)
 THROTTLED = Counter("eskernel_throttled_seconds_total", "Time that readers waited for a lane's tokens", ["lane"])
 # the kernel itself
 ERRORS = Counter("eskernel_errors_total", "Errors by kind", ["kind"])

@@ -28,6 +28,7 @@ class Mutant:
 UNIT = "tests/projections/test_unit_of_work.py"
 LOG = "tests/kernel/log/test_log_contract.py"
 COMMANDS = "tests/kernel/commands/test_commands.py"
+REPLIES = "tests/kernel/commands/test_replies.py"
 LETTERS = "tests/kernel/projector/test_dead_letters.py"
 SERVICE = "tests/kernel/test_service.py"
 WAITING = "tests/projections/test_waiting.py"
@@ -691,6 +692,23 @@ MUTANTS = [
         "if different := differences(connection, live, trial):",
         "if different := differences(connection, live, live):",
         ("tests/projections/test_schema.py::test_a_model_that_was_changed_without_a_new_version_is_refused",),
+    ),
+    # the service as deputy
+    Mutant(
+        "reply-subject-unchecked",
+        "the service publishes only to inboxes, whatever reply subject a sender names",
+        "kernel/commands/admission.py",
+        "if reply and not self._allows(reply):",
+        "if False:",
+        (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
+    ),
+    Mutant(
+        "reply-subject-of-requests-unchecked",
+        "requests for the status and the limits are answered at inboxes only",
+        "kernel/commands/replies.py",
+        "if reply and not self.allows(reply):",
+        "if False:",
+        (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
     ),
     # cold aggregates
     Mutant(
