@@ -48,6 +48,9 @@ soak: $(READY) ## load with evictions; memory, files, threads, consumers must st
 bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json (YEAR=1, MILLION=1: more)
 	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 
+bench-large: $(READY) ## commands on hot and cold aggregates as the log grows to five million commits (half an hour)
+	@$(BIN)/python -m benchmarks --only aging --out benchmarks/out/bench-large.json
+
 docs: $(READY) ## write the pages that are made of the code: settings, metrics, errors, dashboard
 	@$(BIN)/python docs/configuration.py > docs/configuration.md
 	@$(BIN)/python docs/metrics.py > docs/metrics.md
@@ -69,4 +72,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults cluster-faults mutants properties soak bench docs overload settings-table lock clean
+.PHONY: help setup demo test lint faults cluster-faults mutants properties soak bench bench-large docs overload settings-table lock clean

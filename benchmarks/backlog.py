@@ -25,11 +25,11 @@ def flight_commands(months: int) -> Iterator[tuple[str, Any]]:
         yield step.tail, step.command
 
 
-def deposits(accounts: int, each: int) -> Iterator[tuple[str, Any]]:
+def deposits(accounts: int, each: int, prefix: str = "account-") -> Iterator[tuple[str, Any]]:
     """Yield account names and deposits, round robin."""
     for _ in range(each):
         for number in range(accounts):
-            yield f"account-{number}", bank.Deposit(number + 1)
+            yield f"{prefix}{number}", bank.Deposit(number + 1)
 
 
 async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]]) -> int:

@@ -23,6 +23,8 @@ from kernel.transport.dial import connect
 AGGREGATES, COMMITS, LONG = 2_000, 250, 100_000
 IN_FLIGHT, SECONDS, AIM = 64, 5, 2_000
 AIM_MS = 50
+SIZES = (100_000, 1_000_000, 5_000_000)
+"""Commits in the log while its age is measured."""
 
 
 async def measure(path: Path, million: bool) -> list[Row]:
@@ -33,6 +35,37 @@ async def measure(path: Path, million: bool) -> list[Row]:
     """
     each = 500 if million else COMMITS
     return [await _many(path / "many", each), await _one(path / "one", 1_000_000 if million else LONG)]
+
+
+async def aging(path: Path) -> list[Row]:
+    """Measure commands as the log grows: to aggregates that are in memory, and to cold ones after a kill.
+
+    A cold aggregate was not used since the log began to grow, so that it has no snapshot.
+    """
+    hot, cold = [], []
+    async with places.nats(path / "nats") as url:
+        server, stored = None, 0
+        for size in SIZES:
+            await _fill(url, AGGREGATES, (size - stored) // AGGREGATES, f"{size}-")
+            stored, server = size, server or _server_process(url)
+            async with _service(url, path / "data", path / f"{size}.log", kill=True) as client:
+                rate, _, _ = await _flood(client, server, f"{size}-", AGGREGATES)
+                cold.append(rate)
+                for _ in range(2):
+                    rate, _, _ = await _flood(client, server, f"{size}-", IN_FLIGHT)
+                hot.append(rate)
+            print(f"  {size:,} commits: {hot[-1]:,.0f} commands/s, cold {cold[-1]:,.0f}", flush=True)
+    return [
+        Row(
+            f"age of the log: commands to {what} aggregates with {SIZES[-1]:,} commits against {SIZES[0]:,}",
+            "commands/s",
+            rates[-1],
+            limit=rates[0],
+            limit_is=f"the same with {SIZES[0]:,} commits",
+            extra={f"at_{size}": round(rate) for size, rate in zip(SIZES, rates, strict=True)},
+        )
+        for what, rates in (("hot", hot), ("cold", cold))
+    ]
 
 
 async def _many(path: Path, each: int) -> Row:
@@ -88,10 +121,10 @@ async def _one(path: Path, events: int) -> Row:
     )
 
 
-async def _fill(url: str, aggregates: int, each: int) -> None:
+async def _fill(url: str, aggregates: int, each: int, prefix: str = "account-") -> None:
     connection = await connect(url, name="bench")
     log = await open_log(connection, account.app.name, settings_of({"jetstream.group_commit": "never"}))
-    await backlog.fill(account.app, log, backlog.deposits(aggregates, each))
+    await backlog.fill(account.app, log, backlog.deposits(aggregates, each, prefix))
     await log.close()
     await connection.close()
 
@@ -127,14 +160,16 @@ async def _touch(client: Client, numbers: range) -> None:
         await client.execute(Account, f"account-{number}", Deposit(1), timeout=60)
 
 
-async def _flood(client: Client, server: psutil.Process) -> tuple[float, float, float]:
+async def _flood(
+    client: Client, server: psutil.Process, prefix: str = "account-", aggregates: int = AGGREGATES
+) -> tuple[float, float, float]:
     """Return commands per second, those of the last second, and the cores that nats-server used."""
     begin, used = time.perf_counter(), sum(server.cpu_times()[:2])
     ended: list[float] = []
 
     async def sender() -> None:
         while (now := time.perf_counter()) < begin + SECONDS:
-            name = f"account-{random.randrange(AGGREGATES)}"
+            name = f"{prefix}{random.randrange(aggregates)}"
             with contextlib.suppress(Exception):  # what takes too long is not counted
                 await client.execute(Account, name, Deposit(1), timeout=begin + SECONDS - now + 0.1)
                 ended.append(time.perf_counter())

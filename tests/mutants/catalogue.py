@@ -28,6 +28,7 @@ class Mutant:
 UNIT = "tests/projections/test_unit_of_work.py"
 LOG = "tests/kernel/log/test_log_contract.py"
 COMMANDS = "tests/kernel/commands/test_commands.py"
+REPLIES = "tests/kernel/commands/test_replies.py"
 LETTERS = "tests/kernel/projector/test_dead_letters.py"
 SERVICE = "tests/kernel/test_service.py"
 WAITING = "tests/projections/test_waiting.py"
@@ -584,10 +585,30 @@ MUTANTS = [
     Mutant(
         "truncated-log-accepted",
         "a truncated log is noticed",
-        "projections/checkpoints.py",
-        "if furthest > last:",
-        "if furthest > last + 1_000_000:",
+        "projections/origin.py",
+        "if self.furthest > last:",
+        "if self.furthest > last + 1_000_000:",
         (f"{SERVICE}::test_a_truncated_log_is_noticed_at_start[sqlite]",),
+    ),
+    Mutant(
+        "truncation-believed-at-once",
+        "a log is called truncated only after it was asked again",
+        "kernel/log/certainty.py",
+        "if time.monotonic() - began >= (min(patience, ALONE_S) if isinstance(error, _Gone) else patience):",
+        "if patience:",
+        (
+            "tests/failure_modes/test_backups.py::test_a_log_that_seems_truncated_for_a_moment_stops_nothing",
+            "tests/failure_modes/test_backups.py::"
+            "test_a_log_that_seems_truncated_for_a_moment_at_a_start_is_asked_again",
+        ),
+    ),
+    Mutant(
+        "another-log-accepted",
+        "a log is recognised by what is in it",
+        "projections/origin.py",
+        "if self.digest == digest:",
+        "if self.digest:",
+        ("tests/failure_modes/test_backups.py::test_a_log_restored_from_an_older_backup_that_went_on_is_refused",),
     ),
     Mutant(
         "history-gap-accepted",
@@ -671,6 +692,23 @@ MUTANTS = [
         "if different := differences(connection, live, trial):",
         "if different := differences(connection, live, live):",
         ("tests/projections/test_schema.py::test_a_model_that_was_changed_without_a_new_version_is_refused",),
+    ),
+    # the service as deputy
+    Mutant(
+        "reply-subject-unchecked",
+        "the service publishes only to inboxes, whatever reply subject a sender names",
+        "kernel/commands/admission.py",
+        "if reply and not self._allows(reply):",
+        "if False:",
+        (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
+    ),
+    Mutant(
+        "reply-subject-of-requests-unchecked",
+        "requests for the status and the limits are answered at inboxes only",
+        "kernel/commands/replies.py",
+        "if reply and not self.allows(reply):",
+        "if False:",
+        (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
     ),
     # cold aggregates
     Mutant(

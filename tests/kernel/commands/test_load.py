@@ -7,9 +7,11 @@ import asyncio
 from kernel.actors.snapshots import NO_SNAPSHOTS
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
+from kernel.commands.replies import ReplyGuard
 from kernel.governance.governor import Governor
 from kernel.log import MemoryLog
 from kernel.settings import Commands, Passivation
+from kernel.transport.inboxes import ReplyFilter
 from kernel.transport.outbox import Outbox
 from tests.apps import notebooks
 
@@ -30,10 +32,11 @@ async def test_the_slowest_append_counts_once_and_until_it_is_measured() -> None
     app, log, sent = notebooks("books"), MemoryLog("books"), Sent()
     outbox = Outbox(sent)
     gateway = CommandGateway(app, log, outbox, lambda _partition: True, Passivation(), NO_SNAPSHOTS)
-    admission = Admission(app, log.subjects, outbox, gateway, Governor(app), Commands())
+    guard = ReplyGuard(ReplyFilter(("_INBOX",), ()))
+    admission = Admission(app, log.subjects, outbox, gateway, Governor(app), Commands(), guard)
     admission.assign(frozenset(range(log.subjects.partitions)))
     request = b'{"aggregate":"Notebook","id":"n","command":"Note","data":{"text":"a"}}'
-    admission.receive(b"books.cmd", b"reply", request, None)
+    admission.receive(b"books.cmd", b"_INBOX.a.1", request, None)
     async with asyncio.timeout(10):
         while not sent.frames:
             await asyncio.sleep(0)

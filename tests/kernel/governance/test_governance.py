@@ -171,12 +171,12 @@ async def test_where_a_limit_does_not_reach_for_all_few_commands_come_before_man
         for place, name in enumerate(names):
             request = {"aggregate": "Notebook", "id": name, "command": "Note", "data": {"text": "a"}}
             here.service.parts.admission.receive(
-                subject, f"{name}.{place}".encode(), json.dumps(request).encode(), None
+                subject, f"_INBOX.{name}.{place}".encode(), json.dumps(request).encode(), None
             )
         async with asyncio.timeout(10):
             while len(answers) < len(names):
                 await asyncio.sleep(0)
-        let_in = [token.decode().partition(".")[0] for token, answer in answers.items() if b'"ok"' in answer]
+        let_in = [token.decode().split(".")[1] for token, answer in answers.items() if b'"ok"' in answer]
         assert sorted(let_in) == sorted(["hot"] * 10 + [f"cold{n}" for n in range(20)])
 
 
