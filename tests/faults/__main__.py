@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="the first seed; random otherwise")
     parser.add_argument("--seconds", type=float, default=120.0, help="about how long the faults of one run last")
     parser.add_argument("--database", choices=["sqlite", "postgresql", "both"], default="both", help="both: by turns")
-    parser.add_argument("--workers", type=int, default=2, help="0 starts the service without --workers")
+    parser.add_argument("--workers", type=int, help="0 starts the service without --workers; 2 or 4 otherwise")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--consumers", action="store_true", help="also wait for consumers of killed workers to go")
     parser.add_argument("--keep", action="store_true", help="keep the directories of good runs too")
@@ -44,7 +44,8 @@ async def run_all(chosen: argparse.Namespace, postgres: str) -> list[Result]:
     for seed in range(first, first + chosen.seeds):
         kind = chosen.database if chosen.database != "both" else ["sqlite", "postgresql"][seed % 2]
         options = Options(
-            workers=chosen.workers,
+            workers=(4 if kind == "postgresql" and seed % 4 == 1 else 2) if chosen.workers is None else chosen.workers,
+            snapshots=7 if seed % 3 == 0 else 100,
             postgres=postgres if kind == "postgresql" else "",
             consumers=chosen.consumers,
             keep=chosen.keep,

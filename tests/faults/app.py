@@ -7,6 +7,7 @@ handler is to fail on it.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 
 from sqlalchemy import insert
@@ -17,6 +18,9 @@ from kernel import App
 from projections import Recorded, Rows, Sql, Tallies, Tally, Transaction
 
 NAME_VARIABLE = "FAULTS_APP"
+BROKEN_VARIABLE = "FAULTS_BROKEN"
+"""Set for a program whose handlers fail for a tenth of the tanks."""
+BROKEN_WORDS = "a bad deploy can't take this tank"
 LIMIT = 100
 
 
@@ -147,6 +151,11 @@ def _poisoned(note: str, projection: str) -> None:
         raise ValueError(f"{projection} can't take this")
 
 
+def _broken(tank: str) -> None:
+    if BROKEN_VARIABLE in os.environ and zlib.crc32(tank.encode()) % 10 == 0:
+        raise ValueError(BROKEN_WORDS)
+
+
 class Levels(Rows[Level], of=Tank):
     @applies
     def filled(self, row: Level, event: Filled) -> None:
@@ -161,6 +170,7 @@ class Levels(Rows[Level], of=Tank):
         self._count(row, event.note, 0)
 
     def _count(self, row: Level, note: str, change: int) -> None:
+        _broken(row.tank)
         _poisoned(note, "Levels")
         row.level += change
         row.events += 1
@@ -217,6 +227,7 @@ class Entries(Sql, of=Tank):
             ],
         )
         for recorded, _, _ in made:
+            _broken(recorded.meta.aggregate_id)
             _poisoned(recorded.event.note, "Entries")
 
 

@@ -22,6 +22,9 @@ from tests.faults.rules import PROJECTIONS, Attempt, Garbage, partition_of
 
 LANES = 80
 HOT, COLD = 12, 500
+LONG, HISTORY = 8, 40
+"""Tanks with long histories, and bursts of eight events that each of them gets."""
+FLOOD = 300
 PATIENCE_S = 30.0
 COLOURS = ["red", "green", "blue", "black", "white", "grey"]
 _COMMANDS: dict[str, Any] = {"Fill": Fill, "Drain": Drain, "Burst": Burst, "Mark": Mark}
@@ -222,7 +225,37 @@ class Load:
     async def _insist(self, command: Attempt, client: int) -> None:
         sent = await self._send(command, client, PATIENCE_S)
         while sent.outcome == "unknown" and not self._stopping.is_set():
+            await self._rest(0.05)
             sent = await self._send(command, client, PATIENCE_S)
+
+    async def lengthen_histories(self) -> int:
+        """Append some hundred events to each of a few tanks; return how many events that is."""
+
+        async def lengthen(number: int) -> None:
+            for _ in range(HISTORY):
+                await self._insist(self._still_burst(f"long-{number}", 8), number % 4)
+
+        await asyncio.gather(*(lengthen(number) for number in range(LONG)))
+        return LONG * HISTORY * 8
+
+    async def wake(self, timeout: float) -> int:
+        """Send a command to each of the tanks with long histories; return how many were acknowledged."""
+        marks = [self.mark(f"long-{number}", number % 4, timeout) for number in range(LONG)]
+        return sum(await asyncio.gather(*marks))
+
+    async def flood(self) -> int:
+        """Send bursts whose notes have all colours, in any order, to many tanks at once; return their number."""
+        commands = [self._still_burst(f"cold-{number}", len(COLOURS)) for number in range(FLOOD)]
+        await asyncio.gather(*(self._insist(command, place % 4) for place, command in enumerate(commands)))
+        return len(commands)
+
+    def _still_burst(self, tank: str, steps: int) -> Attempt:
+        """Return a burst that is accepted at any level."""
+        self._made += 1
+        number = self._made
+        colours = random.Random(number).sample(COLOURS * 2, steps)
+        notes = [f"{colour} {number}.{place}" for place, colour in enumerate(colours)]
+        return Attempt(f"{self._seed}-{number}", tank, "Burst", {"notes": notes, "amounts": [0] * steps})
 
     async def publish_garbage(self, choice: int) -> None:
         """Publish bytes that are not a commit, on subjects that no tank has."""
@@ -249,12 +282,13 @@ class Load:
                 pass  # it may have been stored or not
             self.garbage.append(Garbage(subject, payload, sequence))
 
-    async def send_deputies(self, choice: int) -> None:
+    async def send_deputies(self, choice: int) -> int:
         """Send requests whose answers would go to subjects that a sender may not publish to.
 
         Their commands are recorded nowhere: the checker finds each that takes effect, and each message that no sender
-        has published.
+        has published. Returns the number of requests.
         """
+        sent = 0
         assert self._nats is not None
         app, name = self.app_name, f"deputy-{choice}"
         command = {"aggregate": "Tank", "id": name, "command": "Fill", "data": {"amount": 1, "note": name}}
@@ -272,11 +306,16 @@ class Load:
                 f"$KV.{app}-leases.w.{name}",
                 f"$JS.API.STREAM.PURGE.{app}",
                 f"{app}.inbox.service.{name}.1",
+                f"{app}.evt.*.Tank.{name}",
+                f"{app}.evt.>",
+                f"$JS.ACK.{name}",
             ):
                 try:
                     await self._nats.publish(subject, payload, reply=reply)
+                    sent += 1
                 except (nats.errors.Error, ConnectionError):
                     self.problems["a deputy's request was not sent"] += 1
+        return sent
 
 
 async def _ignore(_error: Exception) -> None:

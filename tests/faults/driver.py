@@ -23,12 +23,14 @@ class Options:
     Attributes:
         workers: 0 starts the service without `--workers`: its process is the worker.
         postgres: URL of a PostgreSQL server; SQLite without it.
+        snapshots: events of an aggregate after which a snapshot is taken.
         consumers: wait until consumers of killed workers are gone, too.
         keep: keep the directory even if every promise holds.
     """
 
     workers: int = 2
     postgres: str = ""
+    snapshots: int = 100
     consumers: bool = False
     keep: bool = False
 
@@ -48,7 +50,8 @@ class Run(CheckedRun):
         database = self.database = (
             Postgres(options.postgres, self.app.replace("-", "_")) if options.postgres else Sqlite(self.directory)
         )
-        service = self.service = Service(self.app, self.proxy.url, database.url, self.directory, options.workers)
+        more = ["--set", f"snapshots.every={options.snapshots}"]
+        service = self.service = Service(self.app, self.proxy.url, database.url, self.directory, options.workers, more)
         self.services = [service]
         self.load: Load = Load(self.app, self.url, self.proxy.url, seed)
         self.faults: Faults = Faults(service, self.server, self.proxy, database, self.load, report)

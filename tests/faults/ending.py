@@ -46,6 +46,8 @@ class Result:
     events: int = 0
     letters: int = 0
     garbage: int = 0
+    snapshots: int = 0
+    deadlocks: int = 0
     seconds: float = 0.0
     violations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -176,6 +178,11 @@ class CheckedRun(ABC):
         )
         found = await asyncio.to_thread(check, history)
         self.violations += found
+        self.result.deadlocks = await asyncio.to_thread(reader.deadlocks)
+        for name in (f"{self.app}-snapshots", f"KV_{self.app}-leases"):
+            strays = [subject for subject in await evidence.subjects(self.url, name) if "deputy" in subject]
+            self.violations += [Violation("h", f"the service was a deputy: {subject}") for subject in strays]
+        self.result.snapshots = len(await evidence.subjects(self.url, f"{self.app}-snapshots"))
         self.result.events = sum(message.payload.count(b'"specversion"') for message in stream.messages)
         self.result.garbage = sum(not letter.projection for letter in tables.letters)
         self.result.letters = len(tables.letters) - self.result.garbage
@@ -205,7 +212,7 @@ class CheckedRun(ABC):
         result.seconds = seconds
         logs = [service.log for service in self.services if service.log.exists()]
         log = "\n".join(file.read_text(errors="replace") for file in logs)
-        alerts = [line for line in log.splitlines() if "bug in the kernel" in line]
+        alerts = [line for line in log.splitlines() if _is_alert(line)]
         self.violations += [Violation("g", line) for line in dict.fromkeys(alerts)]
         result.notes += [
             f"the service ended by itself: {ending}" for service in self.services for ending in service.exits
@@ -219,6 +226,14 @@ class CheckedRun(ABC):
             (self.directory / "result.json").write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
         else:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _is_alert(line: str) -> bool:
+    """Return whether a line of the service's log says what must not happen, or what did not happen."""
+    if any(words in line for words in ("bug in the kernel", "differs from its history", "it was truncated")):
+        return True
+    # a deadlock is tried again, and is no error
+    return "deadlock" in line.lower() and ("[error" in line or line.startswith("psycopg.errors"))
 
 
 def _tracebacks(log: str) -> Counter[str]:

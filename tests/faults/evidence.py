@@ -96,6 +96,18 @@ async def last_of(url: str, name: str) -> int:
         await client.close()
 
 
+async def subjects(url: str, name: str) -> list[str]:
+    """Return the subjects that a stream has messages of; an absent stream has none."""
+    client = await _connect(url)
+    try:
+        info = await client.jetstream(timeout=10).stream_info(name, subjects_filter=">")
+        return sorted(info.state.subjects or {})
+    except NotFoundError:
+        return []
+    finally:
+        await client.close()
+
+
 async def keys(url: str, bucket: str) -> list[str]:
     """Return the keys of a key-value bucket that are set; an absent bucket has none."""
     client = await _connect(url)
@@ -149,6 +161,19 @@ class Reader:
         found += [f"partition {partition} has no checkpoint" for partition in sorted(missing)]
         return found + ([f"{kept} of {garbage} pieces of garbage are kept"] if kept < garbage else [])
 
+    def failed(self, words: str) -> int:
+        """Return the number of dead letters whose error has these words."""
+        with self._engine.connect() as connection:
+            found = connection.execute(text(_FAILED), {"words": f"%{words}%"})
+            return int(found.scalar_one())
+
+    def deadlocks(self) -> int:
+        """Return how many deadlocks the database has ended; SQLite has none."""
+        if self._engine.dialect.name == "sqlite":
+            return 0
+        with self._engine.connect() as connection:
+            return int(_rows(connection, _DEADLOCKS)[0][0])
+
     def tables(self) -> Tables:
         """Read every row."""
         with self._engine.connect() as connection:
@@ -163,6 +188,10 @@ class Reader:
 _CHECKPOINTS = """
     SELECT c.projection, c.partition, c.sequence FROM eskernel_checkpoint c
     JOIN eskernel_projection p ON p.name = c.projection AND p.generation = c.generation WHERE p.state = 'live'"""
+_FAILED = """
+    SELECT count(*) FROM eskernel_dead_letter d JOIN eskernel_projection p
+    ON p.name = d.projection AND p.generation = d.generation WHERE p.state = 'live' AND d.error LIKE :words"""
+_DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
 _LETTERS = """
     SELECT d.projection, d.partition, d.aggregate, d.aggregate_id, d.stream_sequence, d.sequence, d.payload
     FROM eskernel_dead_letter d

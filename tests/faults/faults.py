@@ -9,7 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import psutil
+from sqlalchemy.exc import DBAPIError
 
+from tests.faults import evidence
+from tests.faults.app import BROKEN_WORDS
 from tests.faults.checker import Violation
 from tests.faults.clients import Load
 from tests.faults.places import Database, NatsServer, Service
@@ -20,6 +23,9 @@ PROGRESS = 20
 """Commands that must take effect before the service counts as working again."""
 PROGRESS_S = 45.0
 STOP_S = 60.0
+WAKE_S = 90.0
+"""Seconds in which cold histories must answer; other faults may overlap with it."""
+RETRIED_S = 90.0
 
 
 class Faults:
@@ -123,7 +129,17 @@ class Faults:
             case Kind.GARBAGE:
                 await self.load.publish_garbage(fault.choice)
             case Kind.DEPUTY:
-                await self.load.send_deputies(fault.choice)
+                self.injected["deputy requests"] += await self.load.send_deputies(fault.choice)
+            case Kind.COLD:
+                await self._kill_onto_histories(fault)
+            case Kind.BACKLOG:
+                async with self._locks["database"]:
+                    outage = asyncio.to_thread(self.database.outage, fault.seconds)
+                    _, sent = await asyncio.gather(outage, self.load.flood())
+                    self.injected["bursts over shared tallies"] += sent
+            case Kind.BAD_DEPLOY:
+                async with self._locks["service"]:
+                    await self._deploy_badly(fault)
 
     async def _workers(self) -> list[psutil.Process]:
         """Return the workers; wait if there is none at the moment."""
@@ -184,6 +200,55 @@ class Faults:
         if left := await self.service.none_left(5.0):
             self.violations.append(Violation("e", f"processes outlived a stop: {left}"))
         self.service.start()
+
+    async def _kill_onto_histories(self, fault: Fault) -> None:
+        """Kill all workers, and send commands to aggregates whose long histories none has in memory then."""
+        self.injected["events in long histories"] += await self.load.lengthen_histories()
+        await self._kill_workers(fault, 99)
+        killed = time.monotonic()
+        try:
+            async with asyncio.timeout(WAKE_S):
+                self.injected["commands to cold histories"] += await self.load.wake(WAKE_S)
+        except TimeoutError:
+            self.violations.append(Violation("f", f"cold histories did not answer in {WAKE_S:g} s"))
+        self.notes.append(f"cold histories answered {time.monotonic() - killed:.1f} s after a kill of all workers")
+
+    async def _deploy_badly(self, fault: Fault) -> None:
+        """Replace the program by one that fails for a tenth of the tanks, roll it back, and retry what it parked."""
+        reader = evidence.Reader(self.database.url)
+        try:
+            await self._replace_program(broken=True)
+            deadline = time.monotonic() + PROGRESS_S
+            while not await self._parked(reader) and time.monotonic() < deadline:
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(fault.seconds)
+            await self._replace_program(broken=False)
+            self.injected["tanks parked by bad deploys"] += await self._parked(reader)
+            deadline = time.monotonic() + RETRIED_S
+            while await self._parked(reader):
+                if time.monotonic() > deadline:
+                    left = await self._parked(reader)
+                    self.violations.append(Violation("d", f"retries left {left} tanks of a bad deploy parked"))
+                    return
+                await self.service.retry_dead_letters(RETRIED_S)
+                self.injected["retries of dead letters"] += 1
+        finally:
+            reader.close()
+
+    async def _parked(self, reader: evidence.Reader) -> int:
+        """Return how many tanks are parked by the bad program; a database that is away is waited for."""
+        deadline = time.monotonic() + PROGRESS_S
+        while True:
+            try:
+                return await asyncio.to_thread(reader.failed, BROKEN_WORDS)
+            except DBAPIError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+
+    async def _replace_program(self, *, broken: bool) -> None:
+        self.service.deploy(broken=broken)
+        await self._stop_parent()
 
     async def _disturb(self, fault: Fault) -> None:
         match fault.kind:

@@ -24,7 +24,7 @@ import psutil
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from tests.faults.app import NAME_VARIABLE
+from tests.faults.app import BROKEN_VARIABLE, NAME_VARIABLE
 
 ROOT = Path(__file__).parent.parent.parent
 OWNER_VARIABLE = "FAULTS_SERVICE"
@@ -216,8 +216,9 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         self._wanted = False
         self._supervisor: asyncio.Task[None] | None = None
-        self._arguments = [sys.executable, "-m", "kernel.cli", "run", "tests.faults.app:app", "--nats", nats]
-        self._arguments += ["--database", database, "--data", str(directory / "data"), "--max-actors", "200", *more]
+        self._places = ["--nats", nats, "--database", database]
+        self._arguments = [sys.executable, "-m", "kernel.cli", "run", "tests.faults.app:app", *self._places]
+        self._arguments += ["--data", str(directory / "data"), "--max-actors", "200", *more]
         if workers:
             self._arguments += ["--workers", str(workers)]
 
@@ -238,6 +239,21 @@ class Service:
                 await asyncio.sleep(0.4)
                 if self._wanted and self.process is process:
                     self.start()
+
+    def deploy(self, *, broken: bool) -> None:
+        """Let the next start run the program that is right, or one whose handlers fail for a tenth of the tanks."""
+        self.environment.pop(BROKEN_VARIABLE, None)
+        if broken:
+            self.environment[BROKEN_VARIABLE] = "yes"
+
+    async def retry_dead_letters(self, timeout: float) -> None:
+        """Retry all dead letters, as an operator does; some may be left."""
+        command = [sys.executable, "-m", "kernel.cli", "dead-letters", "retry", "--all", *self._places]
+        command += ["--app", "tests.faults.app:app"]
+        process = spawn(command, self.log.with_name("retry.log"), self.environment)
+        if not await gone(process, timeout):
+            process.kill()
+            await asyncio.to_thread(process.wait)
 
     def last_line(self) -> str:
         """Return the last line of its output."""

@@ -17,7 +17,8 @@ def describe(result: Result) -> list[str]:
         "  injected  " + ", ".join(f"{count} {what}" for what, count in sorted(result.injected.items())),
         f"  commands  {sum(commands.values())} in {result.sendings} sendings: {commands['acknowledged']} acknowledged, "
         f"{commands['refused']} refused, {commands['unknown']} unknown",
-        f"  events    {result.events}; {result.letters} dead letters, {result.garbage} pieces of garbage",
+        f"  events    {result.events}; {result.letters} dead letters, {result.garbage} pieces of garbage; "
+        f"{result.snapshots} snapshots, {result.deadlocks} deadlocks",
     ]
     lines += [f"  gap       {line}" for line in result.gaps]
     lines += [f"  note      {note}" for note in result.notes]

@@ -25,6 +25,9 @@ class Kind(StrEnum):
     POISON = "poison events"
     GARBAGE = "garbage in the stream"
     DEPUTY = "deputy attempts"
+    COLD = "all workers killed onto long histories"
+    BACKLOG = "backlog over shared tallies"
+    BAD_DEPLOY = "bad deploy, rolled back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ _LENGTHS = {
     Kind.HALF_OPEN: (2.0, 8.0),
     Kind.DELAY: (2.0, 5.0),
     Kind.DATABASE: (1.0, 3.0),
+    Kind.BACKLOG: (1.0, 3.0),
+    Kind.BAD_DEPLOY: (1.0, 4.0),
     Kind.WORKERS_KILL: (0.0, 1.0),
     Kind.PARENT_KILL: (0.0, 1.0),
 }
@@ -73,6 +78,8 @@ SHORT = [
     Kind.WORKER_FREEZE,
     Kind.GARBAGE,
     Kind.DEPUTY,
+    Kind.COLD,
+    Kind.BACKLOG,
 ]
 """The faults of the short test. The first one stays first; the seed orders the others."""
 
