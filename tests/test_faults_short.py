@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.faults import checker, evidence, rules
+from tests.faults import checker, ending, evidence, rules
 from tests.faults.checker import History, check, verdict_of
 from tests.faults.driver import Options, Run
 from tests.faults.report import describe, table
 from tests.faults.rules import Attempt, Garbage, Letter, Message, Tables
-from tests.faults.schedule import SHORT, Kind, plan, short_plan
+from tests.faults.schedule import BY_TURNS, SHORT, Kind, plan, short_plan
 
 PARTITIONS = 64
 RUBBISH = b"\x00rubbish"
@@ -334,11 +334,27 @@ def test_the_checker_shares_no_code_with_the_product(module: Any) -> None:
     assert {name for name in names if name.startswith("tests")} <= {"tests.faults.rules"}
 
 
+@pytest.mark.parametrize(
+    ("line", "alert"),
+    [
+        ("12:00 [error    ] deadlock detected, parked [eskernel.projector]", True),
+        ("psycopg.errors.DeadlockDetected: deadlock detected", True),
+        ("12:00 [debug    ] deadlock: tried again [eskernel.projector]", False),
+        ("12:00 [error    ] the snapshot of Tank a differs from its history at version 7", True),
+        ("error: the log ends at 3, and had 4 commits before: it was truncated, or restored", True),
+        ("12:00 [error    ] parked for Levels: Tank a, event 1: ValueError", False),
+    ],
+)
+def test_lines_of_the_services_log_that_must_not_be_there_are_noticed(line: str, alert: bool) -> None:
+    assert ending.is_alert(line) is alert
+
+
 def test_a_schedule_follows_from_its_seed_and_has_every_fault() -> None:
     assert plan(7, 90) == plan(7, 90) != plan(8, 90)
     assert {fault.kind for fault in plan(7, 1)} == set(Kind)
     assert plan(7, 1)[0].kind == short_plan(7)[0].kind == Kind.POISON
-    assert sorted(fault.kind for fault in short_plan(3)) == sorted(SHORT)
+    assert sorted(fault.kind for fault in short_plan(1)) == sorted([*SHORT, *BY_TURNS[0]])
+    assert sorted(fault.kind for fault in short_plan(3)) == sorted([*SHORT, *BY_TURNS[1]])
 
 
 @pytest.mark.timeout(180)
@@ -350,4 +366,5 @@ async def test_two_workers_hold_through_a_short_schedule(postgres_url: str) -> N
     print("\n".join(describe(result)))
     assert result.ok, result.violations
     assert result.kills["worker"] and result.kills["server"] and result.letters and result.garbage
+    assert {"deputy requests"} < set(result.injected) and all(result.injected.values())
     assert table([result]).count("holds") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -27,6 +28,7 @@ LONG, HISTORY = 8, 40
 FLOOD = 300
 PATIENCE_S = 30.0
 COLOURS = ["red", "green", "blue", "black", "white", "grey"]
+_NUMBER = re.compile(r"\d[\d.]*")
 _COMMANDS: dict[str, Any] = {"Fill": Fill, "Drain": Drain, "Burst": Burst, "Mark": Mark}
 
 
@@ -136,7 +138,7 @@ class Load:
             attempt.reason = "time-out"
         except CommandError as error:
             attempt.reason = error.type
-            self.problems[f"command error {error.type}: {error.message[:80]}"] += 1
+            self.problems[f"command error {error.type}: {_NUMBER.sub('#', error.message)[:80]}"] += 1
         except (LogError, ConnectionError, nats.errors.Error) as error:
             attempt.reason = type(error).__name__
             self.problems[f"{type(error).__name__}: {str(error)[:80]}"] += 1

@@ -42,7 +42,12 @@ class ClusterKind(StrEnum):
     WORKERS_ROLLED = "workers restarted in turn"
 
 
-OF_SERVERS: Final = [ClusterKind.LEADER_KILL, ClusterKind.QUORUM_LOSS, ClusterKind.SERVER_FREEZE]
+OF_SERVERS: Final = [
+    ClusterKind.LEADER_KILL,
+    ClusterKind.QUORUM_LOSS,
+    ClusterKind.SERVER_FREEZE,
+    ClusterKind.SERVERS_ROLLED,
+]
 """The faults that stop a bare loop of nats-py too."""
 _LENGTHS: Final = {
     ClusterKind.LEADER_KILL: (0.0, 3.0),

@@ -212,7 +212,7 @@ class CheckedRun(ABC):
         result.seconds = seconds
         logs = [service.log for service in self.services if service.log.exists()]
         log = "\n".join(file.read_text(errors="replace") for file in logs)
-        alerts = [line for line in log.splitlines() if _is_alert(line)]
+        alerts = [line for line in log.splitlines() if is_alert(line)]
         self.violations += [Violation("g", line) for line in dict.fromkeys(alerts)]
         result.notes += [
             f"the service ended by itself: {ending}" for service in self.services for ending in service.exits
@@ -228,7 +228,11 @@ class CheckedRun(ABC):
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _is_alert(line: str) -> bool:
+_WHEN_AND_WHICH = re.compile(r"^[-0-9:.,TZ ]+|: Tank .*")
+"""What differs between lines that say the same."""
+
+
+def is_alert(line: str) -> bool:
     """Return whether a line of the service's log says what must not happen, or what did not happen."""
     if any(words in line for words in ("bug in the kernel", "differs from its history", "it was truncated")):
         return True
@@ -243,6 +247,6 @@ def _tracebacks(log: str) -> Counter[str]:
     for place, line in enumerate(lines):
         if line.startswith("Traceback (most recent call last)"):
             end = next((following for following in lines[place + 1 :] if not following.startswith(" ")), "")
-            announced = re.sub(r"^[-0-9: ,]+", "", lines[place - 1]) if place else ""
+            announced = _WHEN_AND_WHICH.sub("", lines[place - 1]) if place else ""
             found[f"{announced[:120]} ... {end[:200]}"] += 1
     return found

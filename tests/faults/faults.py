@@ -223,12 +223,12 @@ class Faults:
                 await asyncio.sleep(0.1)
             await asyncio.sleep(fault.seconds)
             await self._replace_program(broken=False)
-            self.injected["tanks parked by bad deploys"] += await self._parked(reader)
+            self.injected["dead letters of bad deploys"] += await self._parked(reader)
             deadline = time.monotonic() + RETRIED_S
             while await self._parked(reader):
                 if time.monotonic() > deadline:
                     left = await self._parked(reader)
-                    self.violations.append(Violation("d", f"retries left {left} tanks of a bad deploy parked"))
+                    self.violations.append(Violation("d", f"retries left {left} dead letters of a bad deploy"))
                     return
                 await self.service.retry_dead_letters(RETRIED_S)
                 self.injected["retries of dead letters"] += 1
@@ -236,7 +236,7 @@ class Faults:
             reader.close()
 
     async def _parked(self, reader: evidence.Reader) -> int:
-        """Return how many tanks are parked by the bad program; a database that is away is waited for."""
+        """Return how many dead letters the bad program has left; a database that is away is waited for."""
         deadline = time.monotonic() + PROGRESS_S
         while True:
             try:
