@@ -1,7 +1,8 @@
 """A fingerprint of an aggregate's code: it differs wherever the same events might fold into another state.
 
 It errs on the side of a difference. It covers the source of every module that the aggregate's class leads to, the code
-of its methods with all constants that they use, and its events. It can't see what code does that depends on the world
+of its methods with all constants that they use, and its events. Of a library it covers the module that is used, and not
+what that one uses. It can't see what code does that depends on the world
 outside: on time, files or the network. An applier may not use those.
 """
 
@@ -43,7 +44,7 @@ def fingerprint(declared: AggregateType[Any]) -> bytes | None:
 
 
 def _collect(module: ModuleType, modules: dict[str, bytes]) -> None:
-    """Add the source of a module, and of those that its globals lead to, without Python's and the kernel's own."""
+    """Add the source of a module and of the modules that its globals lead to, without Python's and the kernel's."""
     name = module.__name__
     if name in modules or _is_foreign(module):
         return
@@ -52,9 +53,9 @@ def _collect(module: ModuleType, modules: dict[str, bytes]) -> None:
         found = value if isinstance(value, ModuleType) else _module_of(value)
         if found is not None and not _is_foreign(found) and getattr(found, "__file__", None):
             if _is_installed(found) and not _is_installed(module):
-                # a library: it changes as a whole, with its files
-                stat = Path(_file_of(found)).stat()
-                modules.setdefault(found.__name__, repr((stat.st_size, stat.st_mtime_ns)).encode())
+                # a library: where it leads to is not followed
+                if found.__name__ not in modules:
+                    modules[found.__name__] = Path(_file_of(found)).read_bytes()
             else:
                 _collect(found, modules)
 

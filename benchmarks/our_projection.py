@@ -19,8 +19,8 @@ from kernel.projector.rebuild import build_missing
 from kernel.settings import Settings
 from kernel.transport.outbox import Outbox
 from projections import generations
-from projections.checkpoints import register
 from projections.database import open_database
+from projections.origin import register
 
 
 class Discard:

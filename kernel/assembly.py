@@ -16,12 +16,15 @@ from kernel.app import App
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
 from kernel.commands.replies import ReplyGuard
+from kernel.errors import Replaced
 from kernel.governance.governor import Governor
 from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
 from kernel.log.base import StreamInfo
+from kernel.log.certainty import make_sure
 from kernel.log.snapshots import SnapshotStore, open_snapshots
 from kernel.monitoring.alerting import Alerts
+from kernel.monitoring.anchor import Anchor
 from kernel.monitoring.backlog import BacklogMeter
 from kernel.monitoring.connection_events import ConnectionEvents
 from kernel.monitoring.detector import Detector
@@ -39,6 +42,7 @@ from kernel.monitoring.signals import SignalCollector
 from kernel.monitoring.watchdog import Watchdog
 from kernel.partitions.leases import Leases
 from kernel.partitions.ownership import Ownership
+from kernel.projector.committer import AWAY
 from kernel.projector.live import Projector
 from kernel.projector.rebuild import RebuildProgress, build_missing, clean_up
 from kernel.projector.retries import DeadLetterRetries
@@ -53,10 +57,11 @@ from kernel.transport.dial import dial
 from kernel.transport.inboxes import ReplyFilter
 from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
-from projections.checkpoints import knows, register
 from projections.database import open_database
 from projections.database_check import check_usable
+from projections.errors import SchemaError
 from projections.identity import identify, read_identity
+from projections.origin import knows, read_origin, register
 from projections.schema import prepare
 
 logger = logging.getLogger("eskernel.service")
@@ -119,6 +124,7 @@ class Parts:
     signals: SignalCollector
     retries: DeadLetterRetries
     probes: Probes
+    anchor: Anchor
 
 
 async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
@@ -267,8 +273,7 @@ async def _prepare_database(
     await asyncio.to_thread(upgrade)
     if app.projections:
         leases.database = await asyncio.to_thread(identify, engine)
-    info = await log.info()
-    await asyncio.to_thread(register, engine, app.name, info.created, info.partitions, info.last)
+    await recognise(log, engine, app.name)
     found = await asyncio.to_thread(prepare, engine, app.projections)
     for orphan in found.orphans:
         logger.warning(
@@ -280,6 +285,25 @@ async def _prepare_database(
     async with following(connection, log.subjects, base.settings.rates.rebuild) as pace:
         await build_missing(app, log, engine, report, pace)
     await asyncio.to_thread(remove_old)
+
+
+async def recognise(log: JetStreamLog, engine: Engine, app: str) -> None:
+    """Tie the database to the log, or make sure that it was folded from this log."""
+    # before the log's end: meanwhile other workers append and fold
+    origin = await asyncio.to_thread(read_origin, engine, app)
+
+    async def look() -> None:
+        info = await log.info()
+        digest = await log.digest(origin.anchor) if origin is not None and origin.anchor else ""
+        await asyncio.to_thread(register, engine, app, info.created, info.partitions, info.last, digest, origin)
+        if origin is not None and origin.created != info.created:
+            logger.info(
+                "the stream was created at %s, and the one that the database was folded from at %s: it was restored or "
+                "moved, and is the same log", info.created, origin.created,
+            )  # fmt: skip
+        await log.mark(info)
+
+    await make_sure(look, log.patience, (Replaced, SchemaError))
 
 
 def _assemble(
@@ -358,4 +382,5 @@ def _assemble(
         signals=signals,
         retries=DeadLetterRetries(app, engine, log.subjects, leases.holds, settings.dead_letters),
         probes=probes,
+        anchor=Anchor(app, engine, log, lambda: projector.state == AWAY or not base.health.components["database"].ok),
     )

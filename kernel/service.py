@@ -17,6 +17,7 @@ from kernel.assembly import Foundation, Parts, build
 from kernel.errors import Unavailable
 from kernel.governance.sharing import share_limits
 from kernel.monitoring.alerting import Alerts
+from kernel.monitoring.anchor import EVERY_S as ANCHOR_S
 from kernel.monitoring.health import Health
 from kernel.monitoring.http import HttpServer
 from kernel.monitoring.probes import PROBE_S, RECHECK_S
@@ -25,6 +26,7 @@ from kernel.runtime.scheduler import Scheduler
 from kernel.settings import Settings
 from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.metrics import APPENDS_IN_FLIGHT, APPENDS_QUEUED, CONSUMERS, READ_BACKS, SHELLS
+from projections.database import is_infrastructure
 
 logger = logging.getLogger("eskernel.service")
 
@@ -55,10 +57,10 @@ class Service:
         self.settings = settings or Settings()
         self.worker = worker_name()
         self.alerts = Alerts(app.on_alert, self.worker)
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(self._waits)
         # a probe may take as long as it does, and come late
         patience = 3 * self.settings.connection.health_check_interval + 2 * PROBE_S
-        self.health = Health(self.alerts, lambda: self.scheduler.idle_for, patience)
+        self.health = Health(self.alerts, lambda: self.scheduler.idle_for, patience, app.name)
         self.directory = DataDirectory(self.settings.data, app.name)
         self.http = HttpServer(self.health, self.settings.http)
         self.stopped = asyncio.Event()
@@ -120,6 +122,7 @@ class Service:
         self._closing.callback(self._loop_lag.stop)
         self._loop_lag.start()
         await parts.probes.probe()
+        await parts.anchor.move()
         self._check_heard(parts)
         self._closing.callback(self.scheduler.stop)
         self._schedule(parts)
@@ -159,6 +162,7 @@ class Service:
         every(1.0, self._govern)
         every(settings.backlog.interval, parts.detector.measure_pressure)
         every(settings.connection.health_check_interval, parts.probes.probe)
+        every(ANCHOR_S, parts.anchor.move, "keep_anchor")
         every(RECHECK_S, parts.probes.recheck)
         if self.app.projections:
             every(settings.backlog.interval, parts.detector.detect_backlog)
@@ -248,6 +252,12 @@ class Service:
             "jobs": self.scheduler.report(),
         }
 
+    def _waits(self, error: Exception) -> bool:
+        """Return whether a job failed only because the database is away, which its own check shows."""
+        return is_infrastructure(error) or (
+            isinstance(error, TimeoutError) and not self.health.components["database"].ok
+        )
+
     # the end
 
     def _lose(self, why: str) -> None:
@@ -278,6 +288,7 @@ class Service:
         await parts.ownership.leave()
         if not await parts.projector.stop(max(LEAVE_S, deadline - time.monotonic())):
             logger.warning("the projection did not finish in time; the next start goes on from its checkpoint")
+        await parts.anchor.leave(LEAVE_S)
         try:
             async with asyncio.timeout(LEAVE_S):
                 await parts.ownership.close()

@@ -32,11 +32,12 @@ from kernel.runtime.nats_server import EmbeddedServer, find_binary
 from kernel.settings import Settings
 from kernel.settings.sources import settings_of
 from kernel.transport.connection import NatsConnection
-from projections.checkpoints import claim, register
+from projections.checkpoints import claim
 from projections.database import open_database
 from projections.errors import HandlerFailed
 from projections.fold import Folded
 from projections.generations import create, show
+from projections.origin import register
 from projections.unit_of_work import Batch, Write, Writer
 from tests.histories import encode
 

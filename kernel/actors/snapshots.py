@@ -30,7 +30,7 @@ class SnapshotKeeper:
     Args:
         store: where they are; None: there are none.
         every: number of events of an aggregate after which one is taken.
-        verify: share of those that are loaded that are compared with the history.
+        verify: share of the loaded snapshots that are compared with the history.
     """
 
     def __init__(self, store: SnapshotStore | None, every: int, verify: float) -> None:

@@ -19,6 +19,7 @@ from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM
 BEFORE = b"Eskernel-Before"
 """Header of a commit: how far each commit before it is from the next one, in stream sequences, beginning with the
 distance between the expected commit and the one before that."""
+_SEQUENCE = b"\r\nNats-Sequence: "
 _EXPECTED = b"Nats-Expected-Last-Subject-Sequence"
 MAX_BATCH, MAX_BATCH_BYTES = 1_000, 16 << 20
 SEARCH_COST = 64
@@ -71,11 +72,12 @@ W = TypeVar("W", bound=_Wanted)
 
 
 class _Links:
-    """Commits that were asked for by their sequences; None if one of them is not there."""
+    """Commits of a subject that were asked for by their sequences; None if one is not there, or is another one's."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, subject: str, count: int) -> None:
         self.future: asyncio.Future[list[Link] | None] = asyncio.get_running_loop().create_future()
         self._count, self._found = count, list[Link]()
+        self._subject, self._line = subject, b"\r\nNats-Subject: %b\r\n" % subject.encode()
 
     def take(self, payload: bytes, headers: bytes | None) -> None:
         status = status_of(headers)
@@ -83,8 +85,10 @@ class _Links:
             self.future.set_result(None)
         elif status or headers is None:
             self.future.set_exception(_unexpected(headers))
+        elif self._line not in headers:
+            self.future.set_result(None)
         else:
-            self._found.append(_link(payload, headers))
+            self._found.append(Link(Stored(_sequence_of(headers), self._subject, payload), headers))
             if len(self._found) == self._count:
                 self.future.set_result(self._found)
 
@@ -92,9 +96,10 @@ class _Links:
 class _Batch:
     """Commits of one subject in order; the future gets how many are left behind them."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: str) -> None:
         self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.found: list[Stored] = []
+        self._subject = subject
 
     def take(self, payload: bytes, headers: bytes | None) -> None:
         status = status_of(headers)
@@ -105,7 +110,7 @@ class _Batch:
         elif status or headers is None:
             self.future.set_exception(_unexpected(headers))
         else:
-            self.found.append(_link(payload, headers).stored)
+            self.found.append(Stored(_sequence_of(headers), self._subject, payload))
 
 
 class _Message(msgspec.Struct):
@@ -193,11 +198,8 @@ class DirectGets:
             Unavailable: there was no answer.
         """
         requests = [b'{"seq":%d}' % sequence for sequence in sequences]
-        wanted = await self._ask(self._direct, requests, lambda: _Links(len(requests)), subject)
-        links = wanted.future.result()
-        if links is None or any(link.stored.subject != subject for link in links):
-            return None
-        return links
+        wanted = await self._ask(self._direct, requests, lambda: _Links(subject, len(requests)), subject)
+        return wanted.future.result()
 
     async def newest(self, subject: str) -> Stored | None:
         """Return a subject's last message as some replica has it, or None.
@@ -206,7 +208,7 @@ class DirectGets:
             Unavailable: there was no answer.
         """
         request = orjson.dumps({"last_by_subj": subject})
-        wanted = await self._ask(self._direct, [request], lambda: _Links(1), subject)
+        wanted = await self._ask(self._direct, [request], lambda: _Links(subject, 1), subject)
         links = wanted.future.result()
         return links[0].stored if links else None
 
@@ -219,7 +221,7 @@ class DirectGets:
         request = orjson.dumps(
             {"seq": after + 1, "next_by_subj": subject, "batch": MAX_BATCH, "max_bytes": MAX_BATCH_BYTES}
         )
-        wanted = await self._ask(self._direct, [request], _Batch, subject, SEARCH_COST)
+        wanted = await self._ask(self._direct, [request], lambda: _Batch(subject), subject, SEARCH_COST)
         return wanted.found, wanted.future.result()
 
     async def _ask(
@@ -268,6 +270,6 @@ def _unexpected(headers: bytes | None) -> Unavailable:
     return Unavailable(f"the log can't be read: the server answered {status or 'without a status'}")
 
 
-def _link(payload: bytes, headers: bytes) -> Link:
-    sequence, subject = int(header_of(headers, b"Nats-Sequence") or 0), header_of(headers, b"Nats-Subject") or b""
-    return Link(Stored(sequence, subject.decode(errors="replace"), payload), headers)
+def _sequence_of(headers: bytes) -> int:
+    start = headers.find(_SEQUENCE) + len(_SEQUENCE)
+    return int(headers[start : headers.find(b"\r", start)])

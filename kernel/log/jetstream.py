@@ -15,13 +15,14 @@ from typing import Any
 from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
+from kernel.log.certainty import RESTORE, digest_of, gone, make_sure, patience
 from kernel.log.chain import follow
 from kernel.log.direct_get import DirectGets
 from kernel.log.reader import JetStreamReader
 from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
 from kernel.transport.connection import NatsConnection
-from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message, server_version
+from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api, last_message, server_version
 
 logger = logging.getLogger("eskernel.log")
 FORMAT = 1
@@ -40,7 +41,8 @@ class JetStreamLog:
             reading, and is not compared after a reconnect.
 
     Attributes:
-        created: when the stream was created, as it was when the log was opened.
+        created: when the stream was created, as its leader said last.
+        patience: for how many seconds a doubt about the stream must last before it is believed.
         consumers: how many consumers its readers have created.
     """
 
@@ -57,6 +59,9 @@ class JetStreamLog:
         self.subjects = subjects
         self.stream: str = config["name"]
         self.created = str(stream["created"])
+        self._mark = (0, "")
+        self._looking: asyncio.Future[StreamInfo] | None = None
+        self.patience = patience(int(config.get("num_replicas") or 1))
         self._on_replaced = on_replaced
         self._acknowledged = 0
         self._obstacle = ("", 0)
@@ -156,14 +161,25 @@ class JetStreamLog:
         return reader
 
     async def _call(self, subject: str, body: object) -> dict[str, Any]:
-        return await call_api(self._connection, subject, body)
+        try:
+            return await call_api(self._connection, subject, body)
+        except ApiError as error:
+            if error.code == NO_STREAM and self._on_replaced is not None:
+                self._suspect()
+            raise
+
+    def _suspect(self) -> None:
+        """Have the stream looked at now, and not only when its next check is due."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self.verify())
+            self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def info(self) -> StreamInfo:
         try:
             answer = await self._call(f"STREAM.INFO.{self.stream}", None)
         except ApiError as error:
             if error.code == NO_STREAM:
-                raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
+                raise gone(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
         self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.acknowledged
@@ -240,6 +256,16 @@ class JetStreamLog:
     def _note_acknowledged(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
 
+    async def digest(self, sequence: int) -> str:
+        """Return the digest of the commit with this stream sequence, as the leader has it; empty if there is none."""
+        try:
+            answer = await self._call(f"STREAM.MSG.GET.{self.stream}", {"seq": sequence})
+        except ApiError as error:
+            if error.code == NO_MESSAGE:
+                return ""
+            raise
+        return digest_of(answer["message"])
+
     async def verify(self) -> StreamInfo:
         """Make sure that the stream is the one that was opened, and has not lost its end.
 
@@ -247,24 +273,49 @@ class JetStreamLog:
             Replaced: it is not, or it has; `on_replaced` was called.
             LogError: that could not be found out.
         """
-        # as it is before asking: both grow meanwhile
-        known = max(self._acknowledged, self.appender.highest)
+        # as it is before asking: all of it grows meanwhile
+        known, mark = max(self._acknowledged, self.appender.highest), self._mark
         try:
-            info = await self.info()
-            if info.created != self.created:
-                raise Replaced(f"the stream was created at {info.created}, the one at start at {self.created}")
-            if info.last < known:
-                raise Replaced(
-                    f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from "
-                    "an older backup"
-                )
+            info = await make_sure(lambda: self._compare(known, *mark), self.patience)
         except Replaced as error:
             if self._on_replaced is not None:
-                self._on_replaced(f"{error}; restore it, or start with an empty database and data directory")
+                self._on_replaced(str(error))
             raise
+        await self.mark(info)
+        return info
+
+    async def mark(self, info: StreamInfo) -> None:
+        """Remember the last commit, and when the stream was created, to know the stream by later."""
+        if info.last > self._mark[0] and (digest := await self.digest(info.last)):
+            self._mark = info.last, digest
+        self.created = info.created
+
+    async def _compare(self, known: int, sequence: int, digest: str) -> StreamInfo:
+        info = await self.info()
+        again = f", or created again (at {info.created}, before at {self.created})"
+        again = again if info.created != self.created else ""
+        if info.last < known:
+            raise Replaced(
+                f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from an "
+                f"older backup{again}; {RESTORE}"
+            )
+        found = await self.digest(sequence) if sequence else ""
+        if found not in ("", digest):
+            raise Replaced(
+                f"commit {sequence} of the log is another one than before: the log was restored from an older backup "
+                f"and has gone on, or is another one{again}; {RESTORE}"
+            )
+        # each server of a cluster has its own time for a stream that was restored: a new leader shows another one
+        if info.created != self.created and not found:
+            raise Replaced(
+                f"the stream was created at {info.created}, and the one before at {self.created}: it was made again; "
+                f"{RESTORE}"
+            )
         return info
 
     async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         await self.appender.close()
         for reader in list(self._readers):
             await reader.close()

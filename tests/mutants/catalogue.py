@@ -585,10 +585,30 @@ MUTANTS = [
     Mutant(
         "truncated-log-accepted",
         "a truncated log is noticed",
-        "projections/checkpoints.py",
-        "if furthest > last:",
-        "if furthest > last + 1_000_000:",
+        "projections/origin.py",
+        "if self.furthest > last:",
+        "if self.furthest > last + 1_000_000:",
         (f"{SERVICE}::test_a_truncated_log_is_noticed_at_start[sqlite]",),
+    ),
+    Mutant(
+        "truncation-believed-at-once",
+        "a log is called truncated only after it was asked again",
+        "kernel/log/certainty.py",
+        "if time.monotonic() - began >= (min(patience, ALONE_S) if isinstance(error, _Gone) else patience):",
+        "if patience:",
+        (
+            "tests/failure_modes/test_backups.py::test_a_log_that_seems_truncated_for_a_moment_stops_nothing",
+            "tests/failure_modes/test_backups.py::"
+            "test_a_log_that_seems_truncated_for_a_moment_at_a_start_is_asked_again",
+        ),
+    ),
+    Mutant(
+        "another-log-accepted",
+        "a log is recognised by what is in it",
+        "projections/origin.py",
+        "if self.digest == digest:",
+        "if self.digest:",
+        ("tests/failure_modes/test_backups.py::test_a_log_restored_from_an_older_backup_that_went_on_is_refused",),
     ),
     Mutant(
         "history-gap-accepted",
