@@ -710,6 +710,38 @@ MUTANTS = [
         "if False:",
         (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
     ),
+    Mutant(
+        "own-inbox-answered-to",
+        "the service answers nowhere where it reads for itself",
+        "kernel/transport/inboxes.py",
+        "            and not reply.startswith(self._refused)\n",
+        "",
+        ("tests/kernel/transport/test_inboxes.py::test_only_inboxes_are_answered_to",),
+    ),
+    Mutant(
+        "leases-inbox-shared",
+        "what the service reads for itself comes to its own inboxes",
+        "kernel/assembly.py",
+        'role="service",\n        name=f"eskernel {base.app.name} leases"',
+        'role="client",\n        name=f"eskernel {base.app.name} leases"',
+        ("tests/kernel/test_permissions.py::test_what_must_work_works_and_what_must_not_is_refused",),
+    ),
+    Mutant(
+        "slow-connections-kept",
+        "slow HTTP connections keep the pages from nobody",
+        "kernel/monitoring/doors.py",
+        "            waiting.abort()\n",
+        "            pass\n",
+        ("tests/kernel/monitoring/test_doors.py::test_slow_connections_do_not_keep_the_pages_from_others",),
+    ),
+    Mutant(
+        "correlation-unbounded",
+        "what is stored with each event is bounded",
+        "kernel/commands/admission.py",
+        "if oversized := find_oversized(sent):",
+        "if (oversized := find_oversized(sent)) and False:",
+        (f"{COMMANDS}::test_what_is_stored_with_each_event_is_bounded",),
+    ),
     # cold aggregates
     Mutant(
         "snapshot-of-other-code",
