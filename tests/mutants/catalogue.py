@@ -123,8 +123,8 @@ MUTANTS = [
         "expected-not-sent-in-batches",
         "of two appends behind the same commit one is refused",
         "kernel/log/appender.py",
-        "(append.links, batch_id,",
-        r"""(b"Nobody-Reads-This: 1\r\n", batch_id,""",
+        "                append.links,\n",
+        '                b"Nobody-Reads-This: 1\\r\\n",\n',
         (f"{LOG}::test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece",),
     ),
     Mutant(
