@@ -4,8 +4,9 @@
 
 - `app.py`: the app that is run. `places.py`, `proxy.py`: servers, databases, the service's processes, the network.
 - `schedule.py`: chooses the faults from a seed. `faults.py`: injects and heals each of them.
-  Among them are killed workers onto long histories, a bad deploy that is rolled back, and requests that would have the
-  service publish for others. Some seeds have 4 workers on PostgreSQL, some take a snapshot every 7 events.
+  Among them are killed workers onto long histories, a bad deploy that is rolled back, a restored log, and requests
+  that would have the service publish for others. Some seeds have 4 workers on PostgreSQL, some take a snapshot every 7
+  events.
 - `clients.py`: the load, and the answers that each sender got.
 - `rules.py`, `checker.py`: the domain once more, as plain functions; the conditions on log, tables and answers.
 - `evidence.py`: reads log, tables and leftovers with nats-py and SQL. `ending.py`: how a run ends and is checked.

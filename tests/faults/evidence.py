@@ -96,6 +96,15 @@ async def last_of(url: str, name: str) -> int:
         await client.close()
 
 
+async def delete(url: str, name: str) -> None:
+    """Delete a stream."""
+    client = await _connect(url)
+    try:
+        await client.jetstream(timeout=10).delete_stream(name)
+    finally:
+        await client.close()
+
+
 async def subjects(url: str, name: str) -> list[str]:
     """Return the subjects that a stream has messages of; an absent stream has none."""
     client = await _connect(url)

@@ -18,6 +18,7 @@ from tests.faults.clients import Load
 from tests.faults.places import Database, NatsServer, Service
 from tests.faults.proxy import Proxy
 from tests.faults.schedule import Fault, Kind
+from tests.snapshots import restore_snapshot, take_snapshot
 
 PROGRESS = 20
 """Commands that must take effect before the service counts as working again."""
@@ -127,7 +128,8 @@ class Faults:
             case Kind.POISON:
                 self.load.poison(fault.choice)
             case Kind.GARBAGE:
-                await self.load.publish_garbage(fault.choice)
+                async with self._locks["stream"]:
+                    await self.load.publish_garbage(fault.choice)
             case Kind.DEPUTY:
                 self.injected["deputy requests"] += await self.load.send_deputies(fault.choice)
             case Kind.COLD:
@@ -137,6 +139,9 @@ class Faults:
                     outage = asyncio.to_thread(self.database.outage, fault.seconds)
                     _, sent = await asyncio.gather(outage, self.load.flood())
                     self.injected["bursts over shared tallies"] += sent
+            case Kind.RESTORE:
+                async with self._locks["service"], self._locks["server"], self._locks["stream"]:
+                    await self._restore_log()
             case Kind.BAD_DEPLOY:
                 async with self._locks["service"]:
                     await self._deploy_badly(fault)
@@ -190,6 +195,10 @@ class Faults:
         self.service.start()
 
     async def _stop_parent(self) -> None:
+        await self._stop_service()
+        self.service.start()
+
+    async def _stop_service(self) -> None:
         started = time.monotonic()
         code = await self.service.terminate(STOP_S)
         if code is None:
@@ -199,7 +208,6 @@ class Faults:
             self.notes.append(f"stopped with exit code {code} after {took:.1f} s: {self.service.last_line()}")
         if left := await self.service.none_left(5.0):
             self.violations.append(Violation("e", f"processes outlived a stop: {left}"))
-        self.service.start()
 
     async def _kill_onto_histories(self, fault: Fault) -> None:
         """Kill all workers, and send commands to aggregates whose long histories none has in memory then."""
@@ -234,6 +242,15 @@ class Faults:
                 self.injected["retries of dead letters"] += 1
         finally:
             reader.close()
+
+    async def _restore_log(self) -> None:
+        """Take a snapshot of the log, delete the log, and restore it, while the service is stopped."""
+        await self._stop_service()
+        snapshot = await take_snapshot(self.server.url, self.load.app_name)
+        await evidence.delete(self.server.url, self.load.app_name)
+        await restore_snapshot(self.server.url, snapshot)
+        self.injected["messages restored from snapshots"] += int(snapshot.state["messages"])
+        self.service.start()
 
     async def _parked(self, reader: evidence.Reader) -> int:
         """Return how many dead letters the bad program has left; a database that is away is waited for."""

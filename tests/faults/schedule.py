@@ -28,6 +28,7 @@ class Kind(StrEnum):
     COLD = "all workers killed onto long histories"
     BACKLOG = "backlog over shared tallies"
     BAD_DEPLOY = "bad deploy, rolled back"
+    RESTORE = "log restored from its snapshot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ SHORT = [
     Kind.DEPUTY,
 ]
 """The faults of each short test. The first one stays first; the seed orders the others."""
-BY_TURNS = [[Kind.COLD, Kind.BACKLOG], [Kind.BAD_DEPLOY]]
+BY_TURNS = [[Kind.COLD, Kind.BACKLOG], [Kind.BAD_DEPLOY, Kind.RESTORE]]
 """Further faults of the short test, of which a seed has some: all of them would take too long."""
 
 
