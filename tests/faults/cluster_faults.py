@@ -166,12 +166,19 @@ class ClusterFaults:
                 self.violations.append(Violation("f", f"no {PROGRESS} {what} in {PROGRESS_S:g} s after: {after}"))
 
     async def wait_until_healthy(self, after: str) -> None:
-        """Wait until each server has caught up with the others."""
+        """Wait until each server has caught up with the others, and the services run."""
         for member in self.members:
             if not await _true(lambda member=member: _healthy(member), HEALTHY_S):
                 self.violations.append(
                     Violation("f", f"{member.directory.name} is not healthy {HEALTHY_S:g} s after: {after}")
                 )
+
+        for service in self.services:
+            await self._wait_until_running(service, after)
+
+    async def _wait_until_running(self, service: Service, after: str) -> None:
+        if not await _reached(lambda: service.is_running, PROGRESS_S):
+            self.violations.append(Violation("f", f"a service did not run {PROGRESS_S:g} s after: {after}"))
 
     async def _inject(self, fault: ClusterFault) -> None:
         match fault.kind:
@@ -237,10 +244,8 @@ class ClusterFaults:
             self.notes.append(f"stopped with exit code {code}: {service.last_line()}")
         if left := await service.none_left(5.0):
             self.violations.append(Violation("e", f"processes outlived a stop: {left}"))
-        ready = service.started
         service.start()
-        if not await _reached(lambda: service.started > ready, PROGRESS_S):
-            self.violations.append(Violation("f", f"a restarted worker was not ready within {PROGRESS_S:g} s"))
+        await self._wait_until_running(service, "a restart")
 
     async def _align_leaders(self) -> None:
         """Let the server that leads the app's stream lead the bare one too, so that a fault meets both."""

@@ -214,7 +214,7 @@ class Service:
         self.environment = {NAME_VARIABLE: name, OWNER_VARIABLE: self._owner, "PYTHONUNBUFFERED": "1"}
         self.exits: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
-        self._wanted = False
+        self._wanted, self._begin = False, 0
         self._supervisor: asyncio.Task[None] | None = None
         self._places = ["--nats", nats, "--database", database]
         self._arguments = [sys.executable, "-m", "kernel.cli", "run", "tests.faults.app:app", *self._places]
@@ -225,6 +225,7 @@ class Service:
     def start(self) -> None:
         """Start the service, and restart it whenever it ends unasked, as a process supervisor does."""
         self._wanted = True
+        self._begin = self.log.stat().st_size if self.log.exists() else 0
         self.process = spawn(self._arguments, self.log, self.environment)
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
@@ -261,9 +262,13 @@ class Service:
         return lines[-1] if lines else "no log"
 
     @property
-    def started(self) -> int:
-        """How often it has said that it runs."""
-        return self.log.read_text(errors="replace").count(" is running") if self.log.exists() else 0
+    def is_running(self) -> bool:
+        """Whether it has said so since its last start."""
+        if self.process is None or self.process.poll() is not None:
+            return False
+        with self.log.open("rb") as file:
+            file.seek(self._begin)
+            return b" is running" in file.read()
 
     def workers_alive(self) -> list[psutil.Process]:
         """Return the worker processes, in the order of their start."""
