@@ -80,7 +80,15 @@ async def test_what_must_work_works_and_what_must_not_is_refused(
     async with Service(app, settings_of("service", url, tmp_path / "data")) as service:
         parts = service.parts
         database = service.database_url
-        # a client: commands, and queries that have his own writes
+        # a client: commands, and queries that have its own writes; it does not know the partitions
+        sent: list[str] = []
+
+        async def note(message: Any) -> None:
+            sent.append(message.subject)
+
+        root = await nats.connect(url, user="root", password="pw")
+        await root.subscribe(f"{name}.cmd", cb=note)
+        await root.flush()
         own = settings_of("alice", url, tmp_path, connection__inbox_prefix=f"{name}.inbox.alice", database=database)
         for settings in (settings_of("client", url, tmp_path, database=database), own):
             async with await Client.connect(app, settings) as client:
@@ -89,6 +97,8 @@ async def test_what_must_work_works_and_what_must_not_is_refused(
                 assert (receipt.version, found["n"] > 0) == (1, True)
                 with pytest.raises(Unavailable, match="may not read the log"):
                     _ = client.log
+        await wait_until(lambda: len(sent) == 2)
+        await root.close()
         # an operator: status, limits, a rebuild
         operator = settings_of("operator", url, tmp_path)
         connection = await dial(operator, app=name, role="operator", name="operator")

@@ -115,7 +115,7 @@ MUTANTS = [
         "expected-not-sent",
         "of two appends behind the same commit one is refused",
         "kernel/log/appender.py",
-        r"""headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % append.expected""",
+        r"""headers = b"NATS/1.0\r\n%b\r\n" % append.links""",
         r"""headers = b"NATS/1.0\r\n\r\n" """,
         (f"{LOG}::test_an_append_with_a_stale_expected_sequence_conflicts_and_tells_the_actual_one",),
     ),
@@ -123,10 +123,8 @@ MUTANTS = [
         "expected-not-sent-in-batches",
         "of two appends behind the same commit one is refused",
         "kernel/log/appender.py",
-        r"""b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n"
-""",
-        r"""b"NATS/1.0\r\nNobody-Reads-This: %d\r\n"
-""",
+        "                append.links,\n",
+        '                b"Nobody-Reads-This: 1\\r\\n",\n',
         (f"{LOG}::test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece",),
     ),
     Mutant(
@@ -709,6 +707,38 @@ MUTANTS = [
         "if reply and not self.allows(reply):",
         "if False:",
         (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
+    ),
+    Mutant(
+        "own-inbox-answered-to",
+        "the service answers nowhere where it reads for itself",
+        "kernel/transport/inboxes.py",
+        "            and not reply.startswith(self._refused)\n",
+        "",
+        ("tests/kernel/transport/test_inboxes.py::test_only_inboxes_are_answered_to",),
+    ),
+    Mutant(
+        "leases-inbox-shared",
+        "what the service reads for itself comes to its own inboxes",
+        "kernel/assembly.py",
+        'role="service",\n        name=f"eskernel {base.app.name} leases"',
+        'role="client",\n        name=f"eskernel {base.app.name} leases"',
+        ("tests/kernel/test_permissions.py::test_what_must_work_works_and_what_must_not_is_refused",),
+    ),
+    Mutant(
+        "slow-connections-kept",
+        "slow HTTP connections keep the pages from nobody",
+        "kernel/monitoring/doors.py",
+        "            waiting.abort()\n",
+        "            pass\n",
+        ("tests/kernel/monitoring/test_doors.py::test_slow_connections_do_not_keep_the_pages_from_others",),
+    ),
+    Mutant(
+        "correlation-unbounded",
+        "what is stored with each event is bounded",
+        "kernel/commands/admission.py",
+        "if oversized := find_oversized(sent):",
+        "if (oversized := find_oversized(sent)) and False:",
+        (f"{COMMANDS}::test_what_is_stored_with_each_event_is_bounded",),
     ),
     # cold aggregates
     Mutant(

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -124,6 +125,17 @@ def test_rebuild_says_what_it_did(shell: Shell) -> None:
     assert "Balances: generation" in shell("rebuild", "Balances")
     assert json.loads(shell("rebuild", "--all", "--json"))[0]["projection"] == "Balances"
     assert "Balances" in shell("rebuild", "Balanced", code=2)
+
+
+def test_another_database_than_the_services_is_not_rebuilt(shell: Shell, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    with (
+        sqlite3.connect(shell.folder / ".eskernel" / "bank" / "projections.db") as original,
+        sqlite3.connect(copy) as target,
+    ):
+        original.backup(target)
+    refusal = shell("rebuild", "Balances", "--database", f"sqlite:///{copy}", code=1)
+    assert "give all of them the same database" in refusal
 
 
 def test_status_reports_health_and_position(shell: Shell) -> None:
