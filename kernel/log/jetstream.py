@@ -308,7 +308,7 @@ class JetStreamLog:
         # each server of a cluster has its own time for a stream that was restored: a new leader shows another one
         if info.created != self.created and not found:
             raise Replaced(
-                f"the stream was created at {info.created}, and the one before at {self.created}: it was made again; "
+                f"the stream was created at {info.created}, the one at start at {self.created}: it was made again; "
                 f"{RESTORE}"
             )
         return info
