@@ -178,7 +178,7 @@ async def _open_snapshots(
     if not settings.snapshots.every:
         return None
     stream = settings.stream
-    store = await open_snapshots(connection, log.stream, log.subjects, log.created, stream.storage, stream.replicas)
+    store = await open_snapshots(connection, log.stream, log.subjects, stream.storage, stream.replicas)
     if store is not None:
         closing.push_async_callback(store.close)
     return store
