@@ -146,6 +146,9 @@ async def commands(scraped: Scraped) -> None:
     await scraped.until(lambda n: n == 1, "eskernel_commands_total", command="Note", outcome="rejected")
     await scraped.until(lambda n: n == 1, "eskernel_commands_total", outcome="unknown-command")
     await scraped.until(lambda n: n == 1, "eskernel_errors_total", kind="invalid")
+    command = scraped.client.log.subjects.commands()
+    scraped.client.connection.send(publish_frame(command.encode(), b"{}", reply=b"$JS.API.INFO"))
+    await scraped.until(lambda n: n == 1, "eskernel_replies_refused_total")
     await scraped.until(lambda n: n == 1, "eskernel_errors_total", kind="handler")
     await scraped.until(lambda n: n >= 8, "eskernel_command_seconds_count")
     assert await scraped.value("eskernel_command_seconds_sum") > 0
