@@ -6,10 +6,10 @@ bad rows, and only with the logarithm of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -17,20 +17,16 @@ from sqlalchemy.exc import DBAPIError
 from aggregates.commit import Envelope
 from projections.bulk import Bulk
 from projections.codec import Refused
-from projections.database import is_infrastructure
 from projections.errors import FailureKind, HandlerFailed, reason
-from projections.faults import is_about_reference, is_about_schema, may_pass
+from projections.faults import may_pass
 from projections.fold import Call, Folded
 from projections.parked import Key, Letter
 from projections.recount import check_again, events_of, others_than
 from projections.row_codec import Row
+from projections.savepoints import BLOCK, Savepoints
 
 if TYPE_CHECKING:
     from projections.unit_of_work import Write, Writer
-
-T = TypeVar("T")
-BLOCK = 128
-"""Rows of the first parts. It is best where about one row of a hundred is bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ class Care:
     def __init__(self, writer: Writer, connection: Connection, write: Write) -> None:
         self._writer, self._connection, self._batch = writer, connection, write.batch
         self._write, self._plan = write, writer.plan
-        self._cursor: Any = connection.connection.cursor()
+        self._savepoints = Savepoints(connection)
         self.failures: list[HandlerFailed] = []
         self.letters: list[Letter] = []
         self._by_key: dict[int, dict[Key, list[tuple[int, Envelope]]]] = {}
@@ -126,7 +122,7 @@ class Care:
 
     def _write_rows(self, index: int) -> None:
         dropped, pairs = self.rows_of(index)
-        refused = self._refused(dropped, lambda keys: self._writer.delete(self._connection, index, keys))
+        refused = self._savepoints.refused(dropped, lambda keys: self._writer.delete(self._connection, index, keys))
         causes = {dropped[place]: error for place, error in refused.items()}
 
         def insert(part: Sequence[tuple[str, Row]]) -> None:
@@ -137,7 +133,7 @@ class Care:
             savepoint = self._connection.begin_nested()
             if self._writer.bulk(index).replaces:
                 self._writer.delete(self._connection, index, [key for key, _ in pairs])
-            refused = self._refused(pairs, insert)
+            refused = self._savepoints.refused(pairs, insert)
             causes |= {pairs[place][0]: error for place, error in refused.items()}
             if not refused or not self._writer.bulk(index).replaces:
                 savepoint.commit()
@@ -202,7 +198,7 @@ class Care:
         """Try to write a row. Return why that isn't possible, or None."""
         if isinstance(state, str):
             return Refused(state)
-        return self._attempt(partial(self._put, index, aggregate_id, state), keep=False)
+        return self._savepoints.attempt(partial(self._put, index, aggregate_id, state), keep=False)
 
     def _put(self, index: int, aggregate_id: str, state: Any) -> None:
         if state is None:
@@ -219,13 +215,14 @@ class Care:
         added = list(self._added(index))
         while True:
             entries = self._entries(bulk, added)
+            entries = {key: entries[key] for key in bulk.in_order(list(entries))}
             rows, refused = bulk.carry_sums(record for own in entries.values() for record in [_sum(bulk, own)])
             wrong: dict[Row, Exception] = {list(entries)[place]: Refused(why) for place, why in refused.items()}
             keys = [key for key in entries if key not in wrong]
             savepoint = self._connection.begin_nested()
             wrong |= {
                 keys[place]: error
-                for place, error in self._refused(
+                for place, error in self._savepoints.refused(
                     rows, lambda part: self._writer.add(self._connection, index, part)
                 ).items()
             }
@@ -274,7 +271,9 @@ class Care:
         while bad - good > 1:
             middle = (good + bad) // 2
             rows, refused = bulk.carry([_sum(bulk, added[:middle])])
-            if refused or self._attempt(partial(self._writer.add, self._connection, index, rows), keep=False):
+            if refused or self._savepoints.attempt(
+                partial(self._writer.add, self._connection, index, rows), keep=False
+            ):
                 bad = middle
             else:
                 good = middle
@@ -287,7 +286,7 @@ class Care:
         calls = [call for call in calls if call[3].meta.aggregate_id not in parked]
         if not calls:
             return
-        error = self._attempt(partial(self._call_and_check, index, calls), of_kernel=False)
+        error = self._savepoints.attempt(partial(self._call_and_check, index, calls), of_kernel=False)
         if error is None:
             return
         if len(calls) == 1:
@@ -312,70 +311,6 @@ class Care:
         self._writer.call(self._connection, index, calls)
         if postgres:
             self.check_at_once()
-
-    # all kinds
-
-    def _refused(self, items: Sequence[T], execute: Callable[[Sequence[T]], object]) -> dict[int, Exception]:
-        """Execute for all items but those that the database refuses, and return these by place."""
-        if not items:
-            return {}
-        refused = self._bisect(items, list(range(len(items))), execute, len(items))
-        while again := [place for place, error in refused.items() if is_about_reference(error)]:
-            # what they refer to may have been written after them
-            still = self._bisect(items, again, execute, len(again))
-            refused = {place: error for place, error in refused.items() if place not in set(again)} | still
-            if len(still) == len(again):
-                break
-        return refused
-
-    def _bisect(
-        self, items: Sequence[T], places: Sequence[int], execute: Callable[[Sequence[T]], object], block: int
-    ) -> dict[int, Exception]:
-        refused: dict[int, Exception] = {}
-        for start in range(0, len(places), block):
-            part = places[start : start + block]
-            error = self._attempt(partial(execute, [items[place] for place in part]))
-            if error is not None:
-                refused |= self._divide(items, part, execute, error)
-        return refused
-
-    def _divide(
-        self, items: Sequence[T], places: Sequence[int], execute: Callable[[Sequence[T]], object], error: Exception
-    ) -> dict[int, Exception]:
-        """Execute for all of some items that were refused together, but those that are refused alone."""
-        if len(places) == 1:
-            return {places[0]: error}
-        if len(places) > BLOCK:
-            return self._bisect(items, places, execute, BLOCK)
-        half = len(places) // 2
-        left, right = places[:half], places[half:]
-        wrong = self._attempt(partial(execute, [items[place] for place in left]))
-        if wrong is None and len(right) > 1:
-            return self._divide(items, right, execute, error)  # what was wrong is in there
-        refused = {} if wrong is None else self._divide(items, left, execute, wrong)
-        return refused | self._bisect(items, right, execute, len(right))
-
-    def _attempt(self, work: Callable[[], object], *, keep: bool = True, of_kernel: bool = True) -> Exception | None:
-        """Do some work. Return why it failed, if the data is to blame; then nothing is left of it.
-
-        Args:
-            keep: whether anything is left of it if it succeeds.
-            of_kernel: the statements are the kernel's: if a table is gone, no data is to blame.
-        """
-        # by the driver: SQLAlchemy's own savepoints take longer than most of the work
-        self._cursor.execute("SAVEPOINT attempt")
-        try:
-            work()
-        except Exception as error:
-            if is_infrastructure(error) or (of_kernel and is_about_schema(error)):
-                raise
-            self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
-            self._cursor.execute("RELEASE SAVEPOINT attempt")  # otherwise the next one would lie within this one
-            return error
-        if not keep:
-            self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
-        self._cursor.execute("RELEASE SAVEPOINT attempt")
-        return None
 
     def _events(self, index: int) -> dict[Key, list[tuple[int, Envelope]]]:
         """Return the events of each aggregate that a projection has not folded before, in order."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 
 from sqlalchemy import Connection, Engine, func, insert, inspect, select, update
 
+from projections.contention import outlast_contention
 from projections.database import reads
 from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, SchemaError
-from projections.generations import RETIRED_EPOCH, Generation, live_generation, positions
+from projections.generations import RETIRED_EPOCH, Generation, live_generation, lock_checkpoints, positions
 from projections.tables import checkpoint, projection, stream
 
 Move = tuple[str, int, int, int, int]
@@ -60,12 +63,12 @@ class Position:
         return self._steps(generations, to, None)
 
     def _steps(self, generations: Sequence[Generation], to: int, touched: set[int] | None) -> list[Move]:
-        return [
+        return sorted(
             (made.name, made.number, partition, old, to)
             for made, sequences in zip(generations, self._folded, strict=True)
             for partition, old in sequences.items()
             if old < to and (touched is None or partition in touched)
-        ]
+        )
 
     def advance(self, moves: Sequence[Move], generations: Sequence[Generation]) -> None:
         """Take the steps."""
@@ -140,17 +143,21 @@ def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], part
         Fenced: a cut-over came between; claim again.
         SchemaError: a projection has no live generation; it must be built first.
     """
-    owned = sorted(partitions)
+    return outlast_contention(partial(_claim, engine, app, declared, sorted(partitions)))
+
+
+def _claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], owned: Sequence[int]) -> Claim:
     with engine.begin() as connection:
         # the row's lock makes two simultaneous claims take one epoch after the other
         connection.execute(update(stream).where(stream.c.app == app).values(epoch=stream.c.epoch + 1))
         epoch = int(connection.scalar(select(stream.c.epoch).where(stream.c.app == app)) or 0)
-        generations = []
-        for declaration in declared:
+        generations: dict[str, Generation] = {}
+        for declaration in sorted(declared, key=attrgetter("name")):
             live = live_generation(connection, declaration)
             if live is None:
                 raise SchemaError(f"projection {declaration.name} version {declaration.version} has not been built")
-            generations.append(live)
+            generations[live.name] = live
+            lock_checkpoints(connection, live.name, live.number, owned)
             claimed = connection.execute(
                 update(checkpoint)
                 .where(
@@ -164,9 +171,10 @@ def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], part
             if claimed.rowcount != len(owned):
                 # the claim has waited for a cut-over, which has committed since the live generation was looked up
                 raise Fenced(f"{declaration.name} has a new generation since the claim began")
-        folded = [positions(connection, live) for live in generations]
+        in_order = [generations[declaration.name] for declaration in declared]
+        folded = [positions(connection, live) for live in in_order]
         own = [{partition: sequences[partition] for partition in owned} for sequences in folded]
-        return Claim(epoch, generations, Position(own))
+        return Claim(epoch, in_order, Position(own))
 
 
 def reached(connection: Connection, partition: int, names: Sequence[str] = ()) -> dict[str, int]:

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, up
 
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope, decode
+from projections.contention import outlast_contention
 from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import NoSuchLetter, reason
@@ -187,18 +188,23 @@ def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: s
         sqlalchemy.exc.DBAPIError: the database failed; nothing has changed.
     """
     (declared,) = plan.projections
-    with engine.begin() as connection:
-        made = live_generation(connection, declared)
-        if made is None:
-            raise _not_live(declared)
-        _lock(connection, made, aggregate, aggregate_id)
-        rows = _rows(connection, name, aggregate, aggregate_id)
-        writer = Writer(engine, plan, [made], epoch=0)
-        folded, stopped = fold_letters(connection, writer, 0, rows)
-        settle(connection, rows, folded, stopped, pause)
-        if folded:
-            _fence(connection, made, rows[0].partition)
-    return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error, stopped.waits)
+
+    def attempt() -> Retried:
+        plan.parked.clear()
+        with engine.begin() as connection:
+            made = live_generation(connection, declared)
+            if made is None:
+                raise _not_live(declared)
+            _lock(connection, made, aggregate, aggregate_id)
+            rows = _rows(connection, name, aggregate, aggregate_id)
+            writer = Writer(engine, plan, [made], epoch=0)
+            folded, stopped = fold_letters(connection, writer, 0, rows)
+            settle(connection, rows, folded, stopped, pause)
+            if folded:
+                _fence(connection, made, rows[0].partition)
+        return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error, stopped.waits)
+
+    return outlast_contention(attempt)
 
 
 def fold_letters(connection: Connection, writer: Writer, index: int, rows: Sequence[Row[Any]]) -> tuple[int, Stopped]:
@@ -251,8 +257,9 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
 
 def remove(connection: Connection, rows: Sequence[Row[Any]]) -> None:
     """Delete dead letters that were folded."""
-    for start in range(0, len(rows), 500):
-        ids = [row.id for row in rows[start : start + 500]]
+    ordered = sorted(row.id for row in rows)
+    for start in range(0, len(ordered), 500):
+        ids = ordered[start : start + 500]
         connection.execute(delete(dead_letter).where(dead_letter.c.id.in_(ids)))
 
 
@@ -292,16 +299,20 @@ def skip(engine: Engine, plan: Plan, aggregate: str, aggregate_id: str, who: str
         NoSuchLetter: there is no such dead letter.
     """
     (declared,) = plan.projections
-    with engine.begin() as connection:
-        made = live_generation(connection, declared)
-        if made is None:
-            raise _not_live(declared)
-        _lock(connection, made, aggregate, aggregate_id)
-        row = _rows(connection, made.name, aggregate, aggregate_id)[0]
-        _move_to_skipped(connection, row, who, reason)
-        _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
-        _fence(connection, made, row.partition)
-    return _letter(row)
+
+    def attempt() -> StoredLetter:
+        with engine.begin() as connection:
+            made = live_generation(connection, declared)
+            if made is None:
+                raise _not_live(declared)
+            _lock(connection, made, aggregate, aggregate_id)
+            row = _rows(connection, made.name, aggregate, aggregate_id)[0]
+            _move_to_skipped(connection, row, who, reason)
+            _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
+            _fence(connection, made, row.partition)
+        return _letter(row)
+
+    return outlast_contention(attempt)
 
 
 def skip_quarantined(engine: Engine, stream_sequence: int, who: str, reason: str) -> StoredLetter:

@@ -30,6 +30,7 @@ from kernel.projector.unknown import find_unknown
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
+from projections.contention import AT_ONCE, is_contention, outlast_contention
 from projections.database import open_database, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, HandlerFailed, SchemaError
@@ -162,7 +163,7 @@ class Rebuild:
 
     async def _build_generations(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()
-        made = await self._in(partial(self._prepare, info.partitions))
+        made = await self._in(partial(outlast_contention, partial(self._prepare, info.partitions)))
         self._writer = Writer(self._engine, self._plan, made, epoch=0)
         self._build = Build(self._plan, self._writer)
         self._position = Position([dict.fromkeys(range(info.partitions), 0)] * len(made))
@@ -329,7 +330,7 @@ class Rebuild:
 
     async def _take_over(self, connection: Connection, reader: LogReader, made: list[generations.Generation]) -> int:
         """Begin the cut-over's transaction, as often as it takes to have its locks. Return `take_over`'s result."""
-        waiting = LockWait(made)
+        waiting, deadlocks = LockWait(made), 0
         while True:
             try:
                 return await self._in(partial(take_over, connection, made))
@@ -337,6 +338,9 @@ class Rebuild:
                 await self._in(connection.rollback)
                 if not is_locked(error):
                     raise
+                deadlocks += is_contention(error)
+                if is_contention(error) and deadlocks <= AT_ONCE:
+                    continue
             await self._in(partial(waiting.note, connection))
             await asyncio.sleep(PAUSE_S)
             # the live projections have gone on: what they folded is folded before they are stopped again
