@@ -21,6 +21,7 @@ from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog
 from kernel.log.repeats import Repeats
 from kernel.projector.committer import AWAY, Committer
+from kernel.projector.parking import ParkingLog
 from kernel.projector.progress import ReadProgress
 from kernel.projector.session import ProjectorContext, Session
 from kernel.projector.unknown import UnknownAggregates
@@ -96,6 +97,7 @@ class Projector:
             committer=self.committer,
             progress=self.progress,
             unknown=unknown or UnknownAggregates(app),
+            parkings=ParkingLog("for", app.projections),
             readers=ThreadPoolExecutor(1, "eskernel-read"),
             interrupted=self._interrupted,
             running=lambda: self._set_state(RUNNING),

@@ -25,7 +25,7 @@ from kernel.app import App
 from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
 from kernel.projector.cut_over import PAUSE_S, LockWait, is_locked, take_over
-from kernel.projector.parking import log_parked, stored_commit
+from kernel.projector.parking import ParkingLog, stored_commit
 from kernel.projector.unknown import find_unknown
 from projections import generations
 from projections.build import Build
@@ -118,6 +118,7 @@ class Rebuild:
         self._opened = isinstance(database, str)
         self._plan = Plan(list(app.types.values()), projections, self._engine.dialect, app.transient)
         self._wanted = {declared.aggregate for declared in projections}
+        self._parkings = ParkingLog("while building", projections)
         self._pool = ThreadPoolExecutor(1, "eskernel-rebuild")
         self._events = 0
         self._done = 0
@@ -141,6 +142,7 @@ class Rebuild:
             names = ", ".join(declared.name for declared in self._projections)
             raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
         finally:
+            self._parkings.sum_up(at_once=True)
             self._pool.shutdown()
             if self._opened:
                 self._engine.dispose()
@@ -238,8 +240,8 @@ class Rebuild:
 
     def _park(self, failures: Sequence[HandlerFailed], groups: Groups) -> None:
         """Park aggregates that could not be written, and forget their records."""
+        self._parkings.write(failures, groups.items)
         for failure in failures:
-            log_parked("while building", failure, self._projections, groups.items())
             self._plan.park(failure)
         if failures:
             self._build.forget(failure.aggregate for failure in failures)
@@ -294,8 +296,7 @@ class Rebuild:
         if missing := self._build.missing(groups):
             await self._in(partial(self._build.load, missing, connection))
         folded = self._build.fold(groups, sum(len(commit.payload) for commit in window))
-        for failure in folded.failures:
-            log_parked("while building", failure, self._projections, groups.items())
+        self._parkings.write(folded.failures, groups.items)
         self._folded = folded.count
         moves: list[Move] = self._position.quiet_moves(self._writer.generations, window[-1].sequence)
         batch: Batch = [(key, commits, frozenset()) for key, commits in groups.items()]

@@ -25,7 +25,7 @@ from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address
 from kernel.projector.committer import Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
-from kernel.projector.parking import log_parked, log_resumed, stored_commit
+from kernel.projector.parking import ParkingLog, log_resumed, stored_commit
 from kernel.projector.progress import Hand, ReadProgress
 from kernel.projector.reading import read_batch
 from kernel.projector.unknown import UnknownAggregates
@@ -64,6 +64,7 @@ class ProjectorContext:
         plan: the app's projections, compiled for folding.
         progress: what is read, in hand, and written.
         unknown: counts what is passed over, since the app does not declare the aggregate.
+        parkings: writes what was parked to the log.
         readers: the thread that reads from the database.
         interrupted: set while the session at work is to end.
         running: called whenever the session has caught up.
@@ -80,6 +81,7 @@ class ProjectorContext:
     committer: Committer
     progress: ReadProgress
     unknown: UnknownAggregates
+    parkings: ParkingLog
     readers: ThreadPoolExecutor
     interrupted: asyncio.Event
     running: Callable[[], None]
@@ -162,6 +164,7 @@ class Session:
                     await self._advance_quiet()
                     reader.acknowledge(progress.projected)
                     self._context.running()
+                    self._context.parkings.sum_up()
                     last_quiet = time.monotonic()
             await self._settle()
             await self._advance_quiet()
@@ -176,6 +179,7 @@ class Session:
         except Exception as error:
             logger.info("the write under way ended with: %s", str(error).splitlines()[0])
         self._drop_rows(self._context.residents.all())
+        self._context.parkings.sum_up(at_once=True)
 
     async def _next(self, reader: LogReader) -> CommitBatch:
         """Wait for commits, but not past an interruption; meanwhile conclude the write under way."""
@@ -259,8 +263,7 @@ class Session:
             self._context.residents.actors.send(messages)
             if start:
                 await asyncio.sleep(0)
-        for failure in turn.folded.failures:
-            self._note_parked(failure, groups)
+        self._note_parked(turn.folded.failures, groups)
         # the next batch may be at work when the database refuses something of this one
         letter = partial(stored_commit, commits=self._batch, subjects=self._context.log.subjects)
         return turn.folded, self._writer.freeze(turn.folded, moves, letter, batch_of(groups))
@@ -313,7 +316,7 @@ class Session:
                 resident.busy -= 1
         for failure in parked:
             self._plan.park(failure)
-            self._note_parked(failure, under_way.groups)
+        self._note_parked(parked, under_way.groups)
         if parked:
             keys = {failure.aggregate for failure in parked}
             named = zip(under_way.residents, under_way.groups, strict=True)
@@ -337,8 +340,9 @@ class Session:
     def _name(self, index: int) -> str:
         return self._context.app.projections[index].name if index >= 0 else "every projection"
 
-    def _note_parked(self, failure: HandlerFailed, groups: list[Group]) -> None:
-        batch = ((group.key, group.commits) for group in groups)
-        log_parked("for", failure, self._context.app.projections, batch)
-        PARKINGS.labels(reason=failure.kind).inc()
-        ERRORS.labels(kind="handler").inc()
+    def _note_parked(self, failures: list[HandlerFailed], groups: list[Group]) -> None:
+        self._context.parkings.write(failures, lambda: ((group.key, group.commits) for group in groups))
+        for failure in failures:
+            PARKINGS.labels(reason=failure.kind).inc()
+        if failures:
+            ERRORS.labels(kind="handler").inc(len(failures))
