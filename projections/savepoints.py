@@ -22,14 +22,32 @@ class Savepoints:
     def __init__(self, connection: Connection) -> None:
         self._cursor: Any = connection.connection.cursor()
 
-    def refused(self, items: Sequence[T], execute: Callable[[Sequence[T]], object]) -> dict[int, Exception]:
-        """Execute for all items but those that the database refuses, and return these by place."""
+    def refused(
+        self,
+        items: Sequence[T],
+        execute: Callable[[Sequence[T]], object],
+        singly: Callable[[Sequence[T]], dict[int, Exception]] | None = None,
+    ) -> dict[int, Exception]:
+        """Execute for all items but those that the database refuses, and return these by place.
+
+        Args:
+            singly: does the same for items one by one, where all of them together are refused.
+        """
         if not items:
             return {}
-        refused = self._bisect(items, list(range(len(items))), execute, len(items))
+
+        def find(places: Sequence[int]) -> dict[int, Exception]:
+            if singly is None or len(places) == 1:
+                return self._bisect(items, places, execute, len(places))
+            chosen = [items[place] for place in places]
+            if self.attempt(partial(execute, chosen)) is None:
+                return {}
+            return {places[place]: error for place, error in self._checked(singly(chosen)).items()}
+
+        refused = find(range(len(items)))
         while again := [place for place, error in refused.items() if is_about_reference(error)]:
             # what they refer to may have been written after them
-            still = self._bisect(items, again, execute, len(again))
+            still = find(again)
             refused = {place: error for place, error in refused.items() if place not in set(again)} | still
             if len(still) == len(again):
                 break
@@ -61,6 +79,13 @@ class Savepoints:
             return self._divide(items, right, execute, error)  # what was wrong is in there
         refused = {} if wrong is None else self._divide(items, left, execute, wrong)
         return refused | self._bisect(items, right, execute, len(right))
+
+    @staticmethod
+    def _checked(refused: dict[int, Exception]) -> dict[int, Exception]:
+        for error in refused.values():
+            if is_infrastructure(error) or is_about_schema(error):
+                raise error
+        return refused
 
     def attempt(self, work: Callable[[], object], *, keep: bool = True, of_kernel: bool = True) -> Exception | None:
         """Do some work. Return why it failed, if the data is to blame; then nothing is left of it.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -86,6 +86,11 @@ class Unreadable:
 def one_line(error: str) -> str:
     """Return an error's text in a form that every database accepts."""
     return error.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:4_000]
+
+
+@lru_cache(1)
+def _now(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat(timespec="seconds")
 
 
 class Writer:
@@ -197,7 +202,7 @@ class Writer:
             "sequence": letter.sequence,
             "payload": payload,
             "error": one_line(letter.error),
-            "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+            "failed": _now(int(time.time())),
             "attempts": 0 if letter.waits else 1,
             "next_attempt": time.time() + self.retry_after if letter.transient and self.retry_after else None,
         }
@@ -214,7 +219,7 @@ class Writer:
             "sequence": 0,
             "payload": payload,
             "error": one_line(why),
-            "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+            "failed": _now(int(time.time())),
             "attempts": 1,
             "next_attempt": None,
         }
