@@ -27,6 +27,7 @@ from kernel import App
 from kernel.log.memory import MemoryLog
 from projections import Rows, Tallies, Tally, dead_letters
 from projections.database import open_database
+from projections.retrying import retry_all
 
 AGGREGATES, EVENTS, EACH = 20_000, 2, 10
 """Every tenth aggregate is poisoned."""
@@ -133,7 +134,7 @@ class Bench:
         try:
             parked = await asyncio.to_thread(dead_letters.waiting, engine)
             started = time.perf_counter()
-            done = await asyncio.to_thread(dead_letters.retry_all, engine, app.plan(engine.dialect), parked)
+            done = await asyncio.to_thread(retry_all, engine, app.plan(engine.dialect), parked)
             took = time.perf_counter() - started
         finally:
             engine.dispose()

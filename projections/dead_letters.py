@@ -120,8 +120,9 @@ def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
         name: only those of this projection; `""` for the quarantine, None for all.
     """
     with reads(engine).connect() as connection:
+        columns = [column for column in dead_letter.columns if column.name != "payload"]
         rows = connection.execute(
-            select(dead_letter)
+            select(*columns)
             .outerjoin(
                 projection,
                 (projection.c.name == dead_letter.c.projection) & (projection.c.generation == dead_letter.c.generation),
@@ -171,8 +172,13 @@ def due(engine: Engine, now: float) -> list[Waiting]:
 
     An attempt that is planned too far in the future is due as well: the clock has been set back since it was planned.
     """
-    planned = [(parked, parked.next_attempt) for parked in waiting(engine)]
-    return [parked for parked, at in planned if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
+    with reads(engine).connect() as connection:
+        planned = dead_letter.c.next_attempt
+        some = select(dead_letter.c.id).where((planned <= now) | (planned > now + 2 * MAX_PAUSE_S)).limit(1)
+        if connection.scalar(some) is None:
+            return []  # the whole table need not be read
+    found = [(parked, parked.next_attempt) for parked in waiting(engine)]
+    return [parked for parked, at in found if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
 
 
 def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: str, pause: float | None) -> Retried:
@@ -264,7 +270,13 @@ def remove(connection: Connection, rows: Sequence[Row[Any]]) -> None:
 
 
 def settle(
-    connection: Connection, rows: Sequence[Row[Any]], folded: int, stopped: Stopped, pause: float | None
+    connection: Connection,
+    rows: Sequence[Row[Any]],
+    folded: int,
+    stopped: Stopped,
+    pause: float | None,
+    *,
+    removed: bool = False,
 ) -> None:
     """Delete the dead letters that were folded, and note at the others what they wait for.
 
@@ -272,16 +284,20 @@ def settle(
         rows: the dead letters of one aggregate for one projection.
         folded: how many of them were folded.
         pause: seconds until the next automatic attempt, if the error is transient; None for no further attempt.
+        removed: those that were folded are deleted already.
     """
-    remove(connection, rows[:folded])
+    if not removed:
+        remove(connection, rows[:folded])
     if folded == len(rows):
         return
     head = rows[folded]
     attempts = 0 if stopped.waits else head.attempts + 1 if folded == 0 else 1
     again = None if pause is None or not stopped.transient else time.time() + pause
     error = one_line(stopped.error)
-    own = (*_where(head.projection, head.aggregate, head.aggregate_id), dead_letter.c.generation == head.generation)
-    connection.execute(update(dead_letter).where(*own).values(error=error, attempts=min(attempts, 1)))
+    left = [row.id for row in rows[folded:]]
+    for start in range(0, len(left), 500):
+        own = dead_letter.c.id.in_(left[start : start + 500])
+        connection.execute(update(dead_letter).where(own).values(error=error, attempts=min(attempts, 1)))
     connection.execute(
         update(dead_letter)
         .where(dead_letter.c.id == head.id)

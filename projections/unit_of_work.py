@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, insert, select, text
+from sqlalchemy import Connection, Engine, and_, func, insert, select, text
 
 from projections import blame
 from projections.blame import Suspect
@@ -400,7 +400,13 @@ class Writer:
         """Replace the plan's parked aggregates by those that wait behind the stored dead letters."""
         index_of = {(g.name, g.number): index for index, g in enumerate(self.generations)}
         self.plan.parked.clear()
-        for row in connection.execute(select(dead_letter).order_by(dead_letter.c.id)):
+        key = [dead_letter.c[name] for name in ("projection", "generation", "aggregate", "aggregate_id")]
+        firsts = select(*key, func.min(dead_letter.c.sequence).label("first")).group_by(*key).subquery()
+        heads = select(*key, dead_letter.c.sequence, dead_letter.c.error, dead_letter.c.attempts).join(
+            firsts,
+            and_(dead_letter.c.sequence == firsts.c.first, *(column == firsts.c[column.name] for column in key)),
+        )
+        for row in connection.execute(heads.order_by(dead_letter.c.id)):
             index = index_of.get((row.projection, row.generation))
             if index is not None and row.sequence > 0:
                 # not transient: the stored letter itself has the time of the next attempt

@@ -16,6 +16,7 @@ from aggregates.declaration import declare
 from kernel import App
 from projections import DROP, Drop, Fenced, NoSuchLetter, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
 from projections.fold import Folded
+from projections.retrying import retry_all
 from tests.conftest import Commit, ReadSide, batch_of, envelopes
 from tests.histories import encode
 
@@ -404,3 +405,27 @@ def test_a_second_retry_follows_what_was_folded_between_the_two(side: StorySide,
     BROKEN.clear()
     retried = side.retry(name, "b")
     assert (retried.left, retried.error) == (0, "")
+
+
+def test_many_are_retried_together_and_each_gets_as_far_as_alone(side: StorySide) -> None:
+    """Some of them fail again at once, some later, and one of them was skipped before."""
+    BROKEN.update({"row bad", "row worse", "tally bad"})
+    names = [f"s{number}" for number in range(6)]
+    texts = ["bad", "fine", "worse", "end"]
+    side.project([side.commit_of(at, name, texts) for at, name in enumerate(names, 1)])
+    side.skip("Lengths", "s5")
+    BROKEN.clear()
+    BROKEN.add("row worse")
+    parked = dead_letters.waiting(side.engine)
+    done = retry_all(side.engine, side.app.plan(side.engine.dialect), parked)
+    found = {(one.projection, one.aggregate_id): (one.folded, one.left) for one in done}
+    assert {found["Lengths", name] for name in names[:5]} == {(2, 2)}
+    assert found["Lengths", "s5"] == (1, 2)
+    assert {found["Totals", name] for name in names} == {(4, 0)}
+    BROKEN.clear()
+    side.claim()
+    done = retry_all(side.engine, side.app.plan(side.engine.dialect), dead_letters.waiting(side.engine))
+    assert {(one.folded, one.left) for one in done} == {(2, 0)}
+    assert dead_letters.waiting(side.engine) == []
+    assert {row.events for row in side.rows(Length)} == {3, 4}
+    assert {row.text: row.times for row in side.rows(Total)} == dict.fromkeys(("bad", "fine", "worse", "end"), 6)
