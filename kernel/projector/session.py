@@ -26,6 +26,7 @@ from kernel.log.subjects import Address
 from kernel.projector.committer import Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
 from kernel.projector.parking import ParkingLog, log_resumed, stored_commit
+from kernel.projector.pausing import Pauses, ProjectionPaused
 from kernel.projector.progress import Hand, ReadProgress
 from kernel.projector.reading import read_batch
 from kernel.projector.unknown import UnknownAggregates
@@ -41,9 +42,9 @@ from kernel.telemetry.metrics import (
     ROWS,
 )
 from kernel.telemetry.tracing import Tracer
-from projections.checkpoints import Claim, Move, claim
+from projections.checkpoints import Claim, Move, claim, read_epochs
 from projections.database import reads
-from projections.errors import HandlerFailed
+from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Plan
 from projections.unit_of_work import Unreadable, Write, Writer
 from projections.waiting import fold_postponed
@@ -65,6 +66,7 @@ class ProjectorContext:
         progress: what is read, in hand, and written.
         unknown: counts what is passed over, since the app does not declare the aggregate.
         parkings: writes what was parked to the log.
+        pauses: the projections at which too many aggregates fail.
         readers: the thread that reads from the database.
         interrupted: set while the session at work is to end.
         running: called whenever the session has caught up.
@@ -82,6 +84,7 @@ class ProjectorContext:
     progress: ReadProgress
     unknown: UnknownAggregates
     parkings: ParkingLog
+    pauses: Pauses
     readers: ThreadPoolExecutor
     interrupted: asyncio.Event
     running: Callable[[], None]
@@ -113,6 +116,7 @@ class Session:
 
     def __init__(self, context: ProjectorContext, partitions: frozenset[int], claimed: Claim, writer: Writer) -> None:
         self._context, self._plan, self._progress = context, context.plan, context.progress
+        self._partitions = partitions
         self._position = claimed.position
         self._writer = writer
         self._sorter = Sorter(
@@ -143,6 +147,7 @@ class Session:
 
         log_resumed(await context.read(lambda: fold_postponed(writer, partitions)))
         await context.read(load_parked)
+        claimed.position.pause(context.pauses.paused)
         context.progress.begin(claimed.position, partitions)
         return cls(context, partitions, claimed, writer)
 
@@ -165,12 +170,24 @@ class Session:
                     reader.acknowledge(progress.projected)
                     self._context.running()
                     self._context.parkings.sum_up()
+                    await self._notice_resume()
                     last_quiet = time.monotonic()
             await self._settle()
             await self._advance_quiet()
             reader.acknowledge(progress.projected)
         finally:
             await reader.close()
+
+    async def _notice_resume(self) -> None:
+        """Begin again if a paused projection has been fenced, as `eskernel projections resume` does."""
+        paused = self._context.pauses.paused
+        if not paused:
+            return
+        made = [self._writer.generations[index] for index in paused]
+        epochs = await self._context.read(lambda: read_epochs(self._context.engine, made, self._partitions))
+        if epochs != {self._writer.epoch}:
+            self._context.pauses.resume()
+            raise Fenced("a paused projection was resumed")
 
     async def end(self) -> None:
         """Wait for the write under way to end or fail, and forget folded rows."""
@@ -244,7 +261,7 @@ class Session:
 
     async def _fold(self, groups: list[Group], residents: list[Resident], moves: list[Move]) -> tuple[Folded, Write]:
         """Have the actors fold their commits; give the loop a turn between slices."""
-        turn = Turn(self._plan, Folded(self._plan))
+        context, turn = self._context, Turn(self._plan, Folded(self._plan))
         asleep = [resident.address for resident in residents if not resident.has_rows]
         stored, unreadable = await self._load_rows(asleep)
         first = {group.key: group.commits[0][1][0] for group in reversed(groups)}
@@ -263,6 +280,8 @@ class Session:
             self._context.residents.actors.send(messages)
             if start:
                 await asyncio.sleep(0)
+        if context.pauses.note(groups, turn.folded.failures):
+            raise ProjectionPaused
         self._note_parked(turn.folded.failures, groups)
         # the next batch may be at work when the database refuses something of this one
         letter = partial(stored_commit, commits=self._batch, subjects=self._context.log.subjects)
@@ -317,6 +336,7 @@ class Session:
         for failure in parked:
             self._plan.park(failure)
         self._note_parked(parked, under_way.groups)
+        paused = self._context.pauses.note((), parked)
         if parked:
             keys = {failure.aggregate for failure in parked}
             named = zip(under_way.residents, under_way.groups, strict=True)
@@ -326,6 +346,8 @@ class Session:
         EVENTS.inc(under_way.events)
         BATCH_EVENTS.observe(under_way.events)
         POSITION.set(self._progress.projected)
+        if paused:
+            raise ProjectionPaused
         return parked
 
     async def _advance_quiet(self) -> None:

@@ -69,6 +69,7 @@ WAITING = Gauge(
     "eskernel_waiting_aggregates",
     "Aggregates in the whole database whose projections wait for a newer program to read their events",
 )
+PAUSED = Gauge("eskernel_projections_paused", "Projections that this worker has paused: too many aggregates failed")
 QUARANTINED = Gauge("eskernel_quarantined_messages", "Messages on the stream that are not events of the app")
 RETRIES = Counter("eskernel_dead_letter_retries_total", "Automatic retries of dead letters", ["outcome"])
 # connection and leases

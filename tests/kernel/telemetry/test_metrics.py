@@ -179,6 +179,7 @@ async def passivation(scraped: Scraped) -> None:
 
 
 async def dead_letters(scraped: Scraped) -> None:
+    assert await scraped.value("eskernel_projections_paused") == 0
     await scraped.send("sick", Note("poison row"))
     await scraped.until(lambda n: n >= 1, "eskernel_parkings_total")
     await scraped.until(lambda n: n >= 1, "eskernel_dead_letters_total")
