@@ -22,6 +22,7 @@ from projections.generations import (
     numbers,
     positions,
 )
+from projections.heads import mark_keepers
 from projections.tables import checkpoint, projection, stream
 
 Move = tuple[str, int, int, int, int]
@@ -192,6 +193,7 @@ def _claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], own
                 # the claim has waited for a cut-over, which has committed since the live generation was looked up
                 raise Fenced(f"{declaration.name} has a new generation since the claim began")
         in_order = [generations[declaration.name] for declaration in declared]
+        mark_keepers(connection, declared, in_order)
         folded = [positions(connection, live) for live in in_order]
         own = [{partition: sequences[partition] for partition in owned} for sequences in folded]
         return Claim(epoch, in_order, Position(own))

@@ -24,6 +24,7 @@ from projections.database import is_infrastructure
 from projections.errors import Fenced, HandlerFailed, reason
 from projections.fold import Call, Commits, Folded, Plan
 from projections.generations import Generation
+from projections.heads import MARK
 from projections.parked import Key, Letter, Parked
 from projections.projection import Transaction
 from projections.recount import recount
@@ -381,7 +382,9 @@ class Writer:
         return loaded, unreadable
 
     def load_kept(self, connection: Connection, aggregate: str, rows: dict[str, list[Any]]) -> dict[str, int]:
-        """Return the stored sequences of these aggregates, if their keeper has no row.
+        """Return the stored sequences of these aggregates, if their keeper has no row: 0 if none was folded.
+
+        An aggregate is left out if that is unknown.
 
         Args:
             rows: the result of `load_rows`.
@@ -393,8 +396,9 @@ class Writer:
         bare = [aggregate_id for aggregate_id, records in rows.items() if records[keeper] is None]
         if not bare:
             return {}
-        parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps(bare).decode()}
-        return {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
+        parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps([*bare, MARK]).decode()}
+        kept = {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
+        return kept if kept.pop(MARK, None) is None else dict.fromkeys(bare, 0) | kept
 
     def load_parked(self, connection: Connection) -> None:
         """Replace the plan's parked aggregates by those that wait behind the stored dead letters."""

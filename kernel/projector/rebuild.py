@@ -35,6 +35,7 @@ from projections.database import open_database, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.fold import Plan
+from projections.heads import mark_keepers
 from projections.parked import Letter
 from projections.tables import stream
 from projections.unit_of_work import Batch, Write, Writer
@@ -199,6 +200,7 @@ class Rebuild:
             made = [generations.create(connection, declared, range(partitions)) for declared in self._projections]
             for generation in made:
                 generations.check_replaceable(connection, generation)
+            mark_keepers(connection, self._app.projections, made)
             return made
 
     async def _fill(self, reader: LogReader, total: int, last: int, started: float) -> None:

@@ -533,6 +533,14 @@ MUTANTS = [
         (f"{LETTERS}::test_a_gap_is_noticed_where_there_is_no_row_to_tell",),
     ),
     Mutant(
+        "head-not-checked",
+        "an aggregate's first event is number 1",
+        "projections/unit_of_work.py",
+        "dict.fromkeys(bare, 0) | kept",
+        "kept",
+        (f"{LETTERS}::test_an_aggregate_whose_beginning_is_missing_is_parked",),
+    ),
+    Mutant(
         "retry-unfenced",
         "the owner of the partition notices a retry",
         "projections/dead_letters.py",
