@@ -97,8 +97,8 @@ MUTANTS = [
         "stale-folded-again",
         "a projection sees each event once",
         "projections/checkpoints.py",
-        "if sequences[partition] >= sequence)",
-        "if one[partition] < 0)",
+        "if sequences[partition] >= sequence or index in self.paused",
+        "if sequences[partition] < 0 or index in self.paused",
         (f"{OWN}::test_a_projection_that_is_behind_the_others_is_folded_alone",),
     ),
     Mutant(
