@@ -22,8 +22,8 @@ $(READY): pyproject.toml requirements.lock
 demo: $(READY) ## real flights through the whole path, then compared number by number (ALL=1: the year; POSTGRES=1)
 	@$(BIN)/python -m examples.flights.demo $(if $(ALL),--months 12) $(if $(POSTGRES),--postgres)
 
-test: $(READY) ## all tests, by two processes: most of them wait for servers
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(READY) ## all tests, by three processes: most of them wait for servers
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## ruff and mypy --strict
 	@$(BIN)/ruff check .
@@ -44,6 +44,9 @@ soak: $(READY) ## load with evictions; memory, files, threads, consumers must st
 
 bench: $(READY) ## measure against limits and rivals; writes benchmarks/out/bench.json (YEAR=1, MILLION=1: more)
 	@$(BIN)/python -m benchmarks $(if $(YEAR),--year) $(if $(MILLION),--million) $(if $(MARKDOWN),--markdown $(MARKDOWN))
+
+bench-large: $(READY) ## commands on hot and cold aggregates as the log grows to five million commits (half an hour)
+	@$(BIN)/python -m benchmarks --only aging --out benchmarks/out/bench-large.json
 
 docs: $(READY) ## write the pages that are made of the code: settings, metrics, errors, dashboard
 	@$(BIN)/python docs/configuration.py > docs/configuration.md
@@ -66,4 +69,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults mutants properties soak bench docs overload settings-table lock clean
+.PHONY: help setup demo test lint faults mutants properties soak bench bench-large docs overload settings-table lock clean

@@ -17,6 +17,9 @@ A = TypeVar("A", bound=Aggregate)
 REMEMBERED_COMMANDS = 8
 """Number of latest commands whose receipts a cell keeps. For an older command the log is read."""
 
+MILESTONE = 16
+"""Most commits that a commit names as those before it. The next one begins anew."""
+
 
 class Cell(Generic[A]):
     """One aggregate in memory.
@@ -25,19 +28,24 @@ class Cell(Generic[A]):
         state: the user's aggregate object.
         version: number of events folded, equal to the `sequence` of the last event.
         position: stream sequence of the last commit, 0 before the first; the next append expects it.
+        trail: how far in stream sequences the last commit is from the one before it, that one from the one before, and
+            so on, back to a milestone. It is stored with the next commit, so that histories can be read backwards.
         commands: receipts of the latest commands by command id: version and stream sequence after the command.
         seen: the ids of all earlier commands.
+        due: the version from which a snapshot is due.
     """
 
-    __slots__ = ("commands", "declared", "position", "seen", "state", "version")
+    __slots__ = ("commands", "declared", "due", "position", "seen", "state", "trail", "version")
 
     def __init__(self, declared: AggregateType[A], aggregate_id: str) -> None:
         self.declared = declared
         self.state: A = declared.cls(id=aggregate_id)
         self.version = 0
         self.position = 0
+        self.trail = b""
         self.commands: dict[str, tuple[int, int]] = {}
         self.seen = Seen()
+        self.due = 0
 
     def decide(self, command: Any, context: Context) -> list[EncodedEvent]:
         """Return the events that the command leads to, as they will be stored, without applying them.
@@ -97,6 +105,14 @@ class Cell(Generic[A]):
             self._apply(known.decode(envelope.data, envelope.dataversion))
             if envelope.commandid:
                 self.remember(envelope.commandid, self.version, position)
+        self.advance(position)
+
+    def advance(self, position: int) -> None:
+        """Note the stream sequence of the aggregate's next commit."""
+        if not self.position or self.trail.count(b" ") + 2 >= MILESTONE:
+            self.trail = b""
+        else:
+            self.trail = (b"%d %b" % (position - self.position, self.trail)).rstrip()
         self.position = position
 
     def remember(self, command_id: str, version: int, position: int) -> None:

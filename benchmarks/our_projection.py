@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from sqlalchemy import Engine
 
 import migrations
+from kernel.actors.snapshots import NO_SNAPSHOTS
 from kernel.app import App
 from kernel.commands.gateway import CommandGateway
 from kernel.log import JetStreamLog, StreamInfo
@@ -18,8 +19,8 @@ from kernel.projector.rebuild import build_missing
 from kernel.settings import Settings
 from kernel.transport.outbox import Outbox
 from projections import generations
-from projections.checkpoints import register
 from projections.database import open_database
+from projections.origin import register
 
 
 class Discard:
@@ -52,7 +53,9 @@ async def live(app: App, log: JetStreamLog, url: str) -> float:
                 # live though empty: a service would build an empty projection by replay
                 generations.show(connection, generations.create(connection, declared, range(info.partitions)))
         settings = Settings()
-        gateway = CommandGateway(app, log, Outbox(Discard()), lambda _partition: True, settings.passivation)
+        gateway = CommandGateway(
+            app, log, Outbox(Discard()), lambda _partition: True, settings.passivation, NO_SNAPSHOTS
+        )
 
         async def fenced() -> None:
             raise AssertionError("the projector was fenced, but there is no other writer")

@@ -22,6 +22,7 @@ from benchmarks.our_projection import Discard
 from benchmarks.rounds import percentiles
 from examples.bank import Account, Deposited, app
 from kernel.actors.mailbox import Fold, Loaded, Turn
+from kernel.actors.snapshots import NO_SNAPSHOTS
 from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
 from kernel.log.subjects import Address, Subjects
@@ -40,7 +41,7 @@ class Worker:
         self.subjects = Subjects(app.name, 64)
         log = MemoryLog()
         passivation = Passivation(count=limit, idle=3_600.0, memory=0)
-        gateway = CommandGateway(app, log, Outbox(Discard()), lambda _partition: True, passivation)
+        gateway = CommandGateway(app, log, Outbox(Discard()), lambda _partition: True, passivation, NO_SNAPSHOTS)
         self.bugs: list[str] = []
         gateway.report_bug = self.bugs.append  # type: ignore[method-assign]
         self.actors, self.residents = gateway.actors, gateway.residents

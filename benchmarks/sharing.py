@@ -28,8 +28,8 @@ from kernel.settings.sources import settings_of
 from kernel.transport.dial import connect
 from kernel.workers.supervisor import Supervisor
 from projections import generations
-from projections.checkpoints import register
 from projections.database import open_database, reads
+from projections.origin import register
 
 KILLS = 5
 AIM_S = 5.0

@@ -68,7 +68,7 @@ url = "postgresql://bank@db.example.org/bank"
 pool_size = 8
 
 [http]
-host = "0.0.0.0"
+host = "0.0.0.0"  # it needs a token: ESKERNEL_HTTP__TOKEN
 port = 8080
 ```
 """

@@ -45,7 +45,7 @@ DO: Final = {
     "so themselves",
     "PayloadTooLarge": "make the events of one command smaller or fewer, or raise `max_payload` of the server",
     "StreamMismatch": "change the stream or the settings back; the message lists what differs",
-    "Replaced": "restore the stream; if it is lost, start with an empty database",
+    "Replaced": "restore the stream (docs/backup.md); if it is lost, keep the database and name a new one",
     "Unavailable": "try again: nothing was appended. If it lasts, look at the NATS server and at its disk",
     "UnknownOutcome": "send the command again with the same id: it takes effect once",
     "CommandError": "look at `type`: the second table",

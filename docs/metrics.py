@@ -12,10 +12,10 @@ Metric = Counter | Gauge | Histogram
 _HEAD = """# Metrics
 
 `make docs` generates this page from `kernel/telemetry/metrics.py`. `/metrics` shows the metrics in Prometheus's text
-format. With several workers, the supervisor's page contains the metrics of all workers, and each sample has the label
-`worker`. prometheus-client adds metrics about the process and about Python (`process_*`, `python_*`). A test scrapes a
-running service and checks the value of each metric. [docs/monitoring](monitoring/README.md) has a dashboard and alert
-rules.
+format. Each sample has the label `app`. With several workers, the supervisor's page contains the metrics of all
+workers, and each sample has the label `worker`. prometheus-client adds metrics about the process and about Python
+(`process_*`, `python_*`). A test scrapes a running service and checks the value of each metric.
+[docs/monitoring](monitoring/README.md) has a dashboard and alert rules.
 
 | metric | type | labels | unit | meaning |
 |---|---|---|---|---|

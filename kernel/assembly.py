@@ -11,14 +11,20 @@ from functools import partial
 
 from sqlalchemy import Engine
 
+from kernel.actors.snapshots import SnapshotKeeper
 from kernel.app import App
 from kernel.commands.admission import Admission
 from kernel.commands.gateway import CommandGateway
+from kernel.commands.replies import ReplyGuard
+from kernel.errors import Replaced
 from kernel.governance.governor import Governor
 from kernel.governance.remote_pace import following
 from kernel.log import JetStreamLog, open_log
 from kernel.log.base import StreamInfo
+from kernel.log.certainty import make_sure
+from kernel.log.snapshots import SnapshotStore, open_snapshots
 from kernel.monitoring.alerting import Alerts
+from kernel.monitoring.anchor import Anchor
 from kernel.monitoring.backlog import BacklogMeter
 from kernel.monitoring.connection_events import ConnectionEvents
 from kernel.monitoring.detector import Detector
@@ -36,6 +42,7 @@ from kernel.monitoring.signals import SignalCollector
 from kernel.monitoring.watchdog import Watchdog
 from kernel.partitions.leases import Leases
 from kernel.partitions.ownership import Ownership
+from kernel.projector.committer import AWAY
 from kernel.projector.live import Projector
 from kernel.projector.rebuild import RebuildProgress, build_missing, clean_up
 from kernel.projector.retries import DeadLetterRetries
@@ -48,13 +55,15 @@ from kernel.telemetry.metrics import DEADLOCKS
 from kernel.telemetry.tracing import Tracer, open_tracing
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
+from kernel.transport.inboxes import ReplyFilter
 from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
-from projections.checkpoints import knows, register
 from projections.contention import count_contention
 from projections.database import open_database
 from projections.database_check import check_usable
+from projections.errors import SchemaError
 from projections.identity import identify, read_identity
+from projections.origin import knows, read_origin, register
 from projections.schema import prepare
 
 logger = logging.getLogger("eskernel.service")
@@ -104,17 +113,20 @@ class Parts:
     connection: NatsConnection
     outbox: Outbox
     log: JetStreamLog
+    snapshots: SnapshotStore | None
     unknown: UnknownAggregates
     leases: Leases
     governor: Governor
     gateway: CommandGateway
     admission: Admission
+    guard: ReplyGuard
     projector: Projector
     ownership: Ownership
     detector: Detector
     signals: SignalCollector
     retries: DeadLetterRetries
     probes: Probes
+    anchor: Anchor
 
 
 async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
@@ -154,12 +166,25 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     )  # fmt: skip
     unknown = UnknownAggregates(app)
     await unknown.survey(log)
-    leases = await _join_leases(base, connection, log, info, closing)
+    leases = await _join_leases(base, nats_url, log, info, closing)
     async with leases.alone("start"):
         # workers that start together build what is missing one after the other: the second finds it done
         await _prepare_database(base, connection, log, engine, leases)
     places = Places(nats_url, database_url, durability)
-    return _assemble(base, places, engine, connection, log, unknown, leases, governor, closing)
+    snapshots = await _open_snapshots(settings, connection, log, closing)
+    return _assemble(base, places, engine, connection, log, snapshots, unknown, leases, governor, closing)
+
+
+async def _open_snapshots(
+    settings: Settings, connection: NatsConnection, log: JetStreamLog, closing: AsyncExitStack
+) -> SnapshotStore | None:
+    if not settings.snapshots.every:
+        return None
+    stream = settings.stream
+    store = await open_snapshots(connection, log.stream, log.subjects, log.created, stream.storage, stream.replicas)
+    if store is not None:
+        closing.push_async_callback(store.close)
+    return store
 
 
 async def _find_server(base: Foundation, closing: AsyncExitStack) -> str:
@@ -178,24 +203,36 @@ async def _connect(base: Foundation, nats_url: str, closing: AsyncExitStack) -> 
     events = ConnectionEvents(base.stopped, base.lost)
     connection = await dial(
         settings,
+        app=base.app.name,
+        role="service",
         name=f"eskernel {base.app.name}",
         url=nats_url if settings.embedded else "",
         on_event=events.note,
     )
     events.establish()
-
-    async def close() -> None:
-        if not connection.is_closed:
-            await connection.close()
-
-    closing.push_async_callback(close)
+    closing.push_async_callback(connection.close)
     return connection
 
 
 async def _join_leases(
-    base: Foundation, connection: NatsConnection, log: JetStreamLog, info: StreamInfo, closing: AsyncExitStack
+    base: Foundation, nats_url: str, log: JetStreamLog, info: StreamInfo, closing: AsyncExitStack
 ) -> Leases:
     settings, directory = base.settings, base.directory
+
+    def note(event: str) -> None:
+        if event == "closed" and not base.stopped.is_set():
+            base.lost("the leases' connection to NATS was closed for good; the lines before say why")
+
+    # its own: a renewal that waits behind the answers of histories may come too late
+    connection = await dial(
+        settings,
+        app=base.app.name,
+        role="service",
+        name=f"eskernel {base.app.name} leases",
+        url=nats_url if settings.embedded else "",
+        on_event=note,
+    )
+    closing.push_async_callback(connection.close)
     leases = Leases(
         connection,
         log.stream,
@@ -239,8 +276,7 @@ async def _prepare_database(
     await asyncio.to_thread(upgrade)
     if app.projections:
         leases.database = await asyncio.to_thread(identify, engine)
-    info = await log.info()
-    await asyncio.to_thread(register, engine, app.name, info.created, info.partitions, info.last)
+    await recognise(log, engine, app.name)
     found = await asyncio.to_thread(prepare, engine, app.projections)
     for orphan in found.orphans:
         logger.warning(
@@ -254,12 +290,32 @@ async def _prepare_database(
     await asyncio.to_thread(remove_old)
 
 
+async def recognise(log: JetStreamLog, engine: Engine, app: str) -> None:
+    """Tie the database to the log, or make sure that it was folded from this log."""
+    # before the log's end: meanwhile other workers append and fold
+    origin = await asyncio.to_thread(read_origin, engine, app)
+
+    async def look() -> None:
+        info = await log.info()
+        digest = await log.digest(origin.anchor) if origin is not None and origin.anchor else ""
+        await asyncio.to_thread(register, engine, app, info.created, info.partitions, info.last, digest, origin)
+        if origin is not None and origin.created != info.created:
+            logger.info(
+                "the stream was created at %s, and the one that the database was folded from at %s: it was restored or "
+                "moved, and is the same log", info.created, origin.created,
+            )  # fmt: skip
+        await log.mark(info)
+
+    await make_sure(look, log.patience, (Replaced, SchemaError))
+
+
 def _assemble(
     base: Foundation,
     places: Places,
     engine: Engine,
     connection: NatsConnection,
     log: JetStreamLog,
+    snapshots: SnapshotStore | None,
     unknown: UnknownAggregates,
     leases: Leases,
     governor: Governor,
@@ -268,9 +324,11 @@ def _assemble(
     app, settings = base.app, base.settings
     tracing: Tracer = open_tracing(app, settings.tracing.enabled)
     outbox = Outbox(connection)
-    gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, tracing)
+    keeper = SnapshotKeeper(snapshots, settings.snapshots.every, settings.snapshots.verify)
+    gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, keeper, tracing)
     closing.callback(gateway.close)
-    admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, tracing)
+    guard = ReplyGuard(ReplyFilter.of(app.name, settings))
+    admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, guard, tracing)
     closing.callback(admission.close)
     projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing, unknown)
     closing.push_async_callback(projector.close)
@@ -314,15 +372,18 @@ def _assemble(
         connection=connection,
         outbox=outbox,
         log=log,
+        snapshots=snapshots,
         unknown=unknown,
         leases=leases,
         governor=governor,
         gateway=gateway,
         admission=admission,
+        guard=guard,
         projector=projector,
         ownership=ownership,
         detector=detector,
         signals=signals,
         retries=DeadLetterRetries(app, engine, log.subjects, leases.holds, settings.dead_letters),
         probes=probes,
+        anchor=Anchor(app, engine, log, lambda: projector.state == AWAY or not base.health.components["database"].ok),
     )

@@ -19,8 +19,9 @@ from aggregates.aggregate import name_of
 from aggregates.context import uuid7
 from aggregates.messages import plain, spec_of
 from kernel.app import App
-from kernel.errors import CommandError, CommandTimeout, NoDatabase, Overloaded, QueryTimeout
+from kernel.errors import CommandError, CommandTimeout, NoDatabase, Overloaded, QueryTimeout, Unavailable
 from kernel.log import JetStreamLog, find_log
+from kernel.log.subjects import Subjects, subjects_of
 from kernel.protocol import Receipt, decode_answer
 from kernel.runtime.running import find_running
 from kernel.settings import Settings
@@ -28,6 +29,7 @@ from kernel.settings.sources import changed
 from kernel.telemetry.tracing import sender_context
 from kernel.transport.connection import NatsConnection, status_of
 from kernel.transport.dial import dial
+from kernel.transport.jetstream_api import NOT_ENABLED, ApiError, NotPermitted
 from kernel.transport.outbox import CERTAIN, Outbox
 from projections.checkpoints import reached
 from projections.database import open_database
@@ -57,9 +59,16 @@ class Client:
     """
 
     def __init__(
-        self, app: App, connection: NatsConnection, log: JetStreamLog, engine: Engine | None, *, tracing: bool = True
+        self,
+        app: App,
+        connection: NatsConnection,
+        log: JetStreamLog | None,
+        engine: Engine | None,
+        subjects: Subjects,
+        *,
+        tracing: bool = True,
     ) -> None:
-        self.app, self.log = app, log
+        self.app, self._log, self._subjects = app, log, subjects
         self._context = sender_context(tracing)
         self._connection, self._engine = connection, engine
         self._waiting: dict[bytes, _Waiting] = {}
@@ -95,7 +104,7 @@ class Client:
         Raises:
             NotRunning: nothing to look up.
             ConnectionFailed: NATS does not answer.
-            Unavailable: the app's stream does not exist.
+            Unavailable: the app's stream does not exist, or the user may not subscribe to his inbox.
         """
         settings = settings or Settings()
         if nats is not None:
@@ -103,14 +112,25 @@ class Client:
         elif settings.embedded:
             settings = find_running(data or settings.data, app.name).as_settings()
         database = database or settings.database.url
-        connection = await dial(settings, name=f"eskernel client {app.name}")
+        connection = await dial(settings, app=app.name, role="client", name=f"eskernel client {app.name}")
+        log = None
         try:
             log = await find_log(connection, app.name, settings, worker="client")
+        except NotPermitted:
+            if connection.explain_silence():
+                await connection.close()
+                raise
+            # a user who only sends commands needs no JetStream: the service finds the partition
+        except ApiError as error:
+            if error.code != NOT_ENABLED:  # the account may import the subject of the commands from another one
+                await connection.close()
+                raise
         except BaseException:
             await connection.close()
             raise
+        subjects = subjects_of(app.name, settings) if log is None else log.subjects
         engine = open_database(database, read_only=True, **settings.database.options()) if database else None
-        client = cls(app, connection, log, engine, tracing=settings.tracing.enabled)
+        client = cls(app, connection, log, engine, subjects, tracing=settings.tracing.enabled)
         await connection.listen(f"{client._inbox.decode()}.*", client._answered)
         connection.reconnections.append(client._lost_connection)
         connection.denials.append(client._denied)
@@ -129,9 +149,24 @@ class Client:
         """The connection."""
         return self._connection
 
+    @property
+    def log(self) -> JetStreamLog:
+        """The app's log.
+
+        Raises:
+            Unavailable: the user of the connection may not use JetStream.
+        """
+        if self._log is None:
+            raise Unavailable(
+                f"the user of this connection may not read the log of {self.app.name!r}; use a connection with the "
+                "permissions of an operator"
+            )
+        return self._log
+
     async def close(self) -> None:
         """Disconnect."""
-        await self.log.close()
+        if self._log is not None:
+            await self._log.close()
         await self._connection.close()
         if self._engine is not None:
             self._engine.dispose()
@@ -161,7 +196,8 @@ class Client:
         Raises:
             aggregates.Rejected: the aggregate refused.
             aggregates.InvalidId: the id can't be addressed.
-            CommandError: anything else, with its type; `too-large` before anything is sent.
+            CommandError: anything else, with its type; `too-large`, and what JSON can't carry, before anything is
+                sent.
             CommandTimeout: no answer; the command may or may not have taken effect (send it again with its id).
         """
         spec = spec_of(type(command))
@@ -187,9 +223,13 @@ class Client:
         A request that is larger than the server takes is refused here, before each attempt: the server would close the
         connection, and lose what others have under way on it.
         """
-        address = self.log.subjects.address(request["aggregate"], request["id"])
-        subject = self.log.subjects.commands(address.partition).encode()
-        payload = orjson.dumps(request, default=plain)
+        address = self._subjects.address(request["aggregate"], request["id"])
+        subject = self._subjects.commands(None if self._log is None else address.partition).encode()
+        try:
+            payload = orjson.dumps(request, default=plain)
+        except TypeError as error:
+            # an integer beyond 64 bits, a text that is not Unicode, an object that JSON can't represent
+            raise CommandError("invalid-command", f"{request['command']} can't be sent: {error}") from None
         deadline = self._loop.time() + timeout
         attempt = 1
         pause = 0.05

@@ -16,11 +16,12 @@ from kernel.app import App
 from kernel.errors import LogError
 from kernel.log.jetstream import check_keeps_everything, partitions_of
 from kernel.log.stream import ATOMIC, check_server, differences, find_config, treatment_of, wanted_config
+from kernel.permissions import find_missing
 from kernel.runtime.nats_server import find_binary
 from kernel.settings import Settings
 from kernel.settings.fields import shown
 from kernel.settings.sources import changed
-from kernel.transport.connection import NatsConnection
+from kernel.transport.connection import ConnectionTrouble, NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api, version_text
 from projections import SchemaError, schema
@@ -29,6 +30,8 @@ from projections.database_check import check_usable
 from projections.tables import stream
 from projections.urls import database_url, sqlite_file
 
+NEEDED_STREAMS = 2
+"""For the log and the leases; a service without a stream for snapshots works too."""
 Severity = Literal["ok", "warning", "error"]
 
 
@@ -55,7 +58,12 @@ async def examine(app: App, settings: Settings) -> list[Finding]:
     stream_seen = False
     for url in settings.connection.servers:
         try:
-            connection = await dial(changed(settings, {"connection.servers": url}), name=f"eskernel check {app.name}")
+            connection = await dial(
+                changed(settings, {"connection.servers": url}),
+                app=app.name,
+                role="service",
+                name=f"eskernel check {app.name}",
+            )
         except ConnectionError as error:
             found.append(Finding("error", f"server {shown(url)}", str(error), "see connection and security"))
             continue
@@ -64,6 +72,7 @@ async def examine(app: App, settings: Settings) -> list[Finding]:
             if not stream_seen and found[-1].level != "error":
                 stream_seen = True
                 found += await _stream(connection, app, settings)
+            found += await _permissions(connection, app, url, settings)
         finally:
             await connection.close()
     found += await asyncio.to_thread(check_database, app, settings)
@@ -103,18 +112,43 @@ def _why(connection: NatsConnection) -> str:
     return connection.trouble or "enable JetStream on the server and for the account, and allow the user its API"
 
 
+async def _permissions(connection: NatsConnection, app: App, url: str, settings: Settings) -> list[Finding]:
+    what = f"permissions on {shown(url)}"
+    try:
+        missing = await find_missing(connection, app, settings)
+    except (ConnectionTrouble, OSError, TimeoutError) as error:
+        return [Finding("error", what, f"they can't be tried: {error}", "see connection and security")]
+    remedy = "allow it; `eskernel config permissions APP` lists what a service needs"
+    found = [
+        Finding("error" if lack.needed else "warning", what, f"the user may not {lack.verb} to {lack.subject}", remedy)
+        for lack in missing
+    ]
+    return found or [Finding("ok", what, "all that a service needs")]
+
+
 def _account(account: dict[str, Any], url: str, settings: Settings) -> Finding:
     what, limits = f"JetStream of {shown(url)}", account.get("limits") or {}
     kind = "memory" if settings.stream.storage == "memory" else "storage"
     most, used = limits.get(f"max_{kind}", -1), account.get(kind, 0)
     streams, made = limits.get("max_streams", -1), account.get("streams", 0)
     detail = f"enabled; {made} streams of {_limit(streams)}, {used:,} bytes of {_limit(most)} in {_place(kind)}"
+    if most == 0:
+        return Finding("error", what, f"{detail}: the log has no room", f"raise the account's max_{_word(kind)}")
+    if limits.get("max_memory", -1) == 0:
+        return Finding("error", what, f"{detail}; no memory, which the leases need", "raise the account's max_mem")
+    if 0 <= streams < NEEDED_STREAMS:
+        remedy = "raise the account's max_streams: log and leases have one each, and snapshots a third"
+        return Finding("error", what, f"{detail}: an app needs {NEEDED_STREAMS}", remedy)
     if 0 <= most < settings.stream.max_bytes:
         remedy = "raise the account's limit, or lower stream.max_bytes"
         return Finding("error", what, f"{detail}: less than stream.max_bytes", remedy)
     if 0 < most <= used * 1.1 or 0 < streams <= made + 1:
         return Finding("warning", what, detail, "the account's limits are nearly reached; raise them")
     return Finding("ok", what, detail)
+
+
+def _word(kind: str) -> str:
+    return "mem" if kind == "memory" else "file"
 
 
 def _limit(value: int) -> str:

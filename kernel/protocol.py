@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -13,7 +14,7 @@ ErrorType = Literal[
     "malformed",  # not JSON, or not of the request's form
     "unknown-aggregate",
     "unknown-command",
-    "invalid-command",  # a field is missing, unknown, or of the wrong type
+    "invalid-command",  # a field is missing, unknown, of the wrong type, or too long
     "invalid-id",
     "rejected",  # the aggregate refused; the message is its own
     "failed",  # the user's code raised something else
@@ -27,7 +28,11 @@ ErrorType = Literal[
 
 
 MAX_COMMAND_ID = 200
-"""Characters of a command's id."""
+"""Characters of a command's id, and of the ids of its correlation and its cause: they are stored with each event."""
+MAX_TRACEPARENT = 128
+"""Characters of a trace context; version 00 has 55."""
+INTEGERS = -(2**63), 2**63 - 1
+"""Smallest and largest integer of a command: what the integer columns of databases carry."""
 MAX_MESSAGE = 4_000
 """Characters of an error's message; the rest is cut."""
 
@@ -51,6 +56,50 @@ class CommandRequest(msgspec.Struct):
 
 
 decode_request = msgspec.json.Decoder(CommandRequest).decode
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def find_oversized(request: CommandRequest) -> str:
+    """Return what is wrong with the ids of a request, or with a number of its data, in a sentence; empty if nothing is.
+
+    What a sender may make as long as a message would be stored with every event.
+    """
+    for text in (request.command_id, request.correlation_id, request.causation_id, request.traceparent):
+        if text and (len(text) > MAX_TRACEPARENT or not text.isprintable()) and (problem := _find_bad_id(request)):
+            return problem
+    return _find_integer(request.data)
+
+
+def _find_bad_id(request: CommandRequest) -> str:
+    for name, text, most in (
+        ("command_id", request.command_id, MAX_COMMAND_ID),
+        ("correlation_id", request.correlation_id, MAX_COMMAND_ID),
+        ("causation_id", request.causation_id, MAX_COMMAND_ID),
+        ("traceparent", request.traceparent, MAX_TRACEPARENT),
+    ):
+        if text and len(text) > most:
+            return f"{name} has {len(text)} characters, at most {most} are taken"
+        if text and _CONTROL.search(text):
+            return f"{name} {text!r} contains control characters"
+    return ""
+
+
+def _find_integer(data: Any) -> str:
+    """Return a sentence about an integer that events or columns can't carry."""
+    low, high = INTEGERS
+    left = [data]
+    while left:
+        value = left.pop()
+        for item in value.values() if type(value) is dict else value if type(value) is list else (value,):
+            kind = type(item)
+            if kind is int:
+                if not low <= item <= high:
+                    return f"a number has {item.bit_length()} bits; integers are from -2^63 to 2^63 - 1"
+            elif kind is dict or kind is list:
+                left.append(item)
+    return ""
+
+
 _encode = msgspec.json.Encoder().encode
 
 

@@ -14,8 +14,10 @@ import orjson
 
 from kernel.app import App
 from kernel.assembly import Foundation, Parts, build
+from kernel.errors import Unavailable
 from kernel.governance.sharing import share_limits
 from kernel.monitoring.alerting import Alerts
+from kernel.monitoring.anchor import EVERY_S as ANCHOR_S
 from kernel.monitoring.health import Health
 from kernel.monitoring.http import HttpServer
 from kernel.monitoring.probes import PROBE_S, RECHECK_S
@@ -24,6 +26,7 @@ from kernel.runtime.scheduler import Scheduler
 from kernel.settings import Settings
 from kernel.telemetry.loop_lag import LoopLag
 from kernel.telemetry.metrics import APPENDS_IN_FLIGHT, APPENDS_QUEUED, CONSUMERS, READ_BACKS, SHELLS
+from projections.database import is_infrastructure
 
 logger = logging.getLogger("eskernel.service")
 
@@ -54,10 +57,10 @@ class Service:
         self.settings = settings or Settings()
         self.worker = worker_name()
         self.alerts = Alerts(app.on_alert, self.worker)
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(self._waits)
         # a probe may take as long as it does, and come late
         patience = 3 * self.settings.connection.health_check_interval + 2 * PROBE_S
-        self.health = Health(self.alerts, lambda: self.scheduler.idle_for, patience)
+        self.health = Health(self.alerts, lambda: self.scheduler.idle_for, patience, app.name)
         self.directory = DataDirectory(self.settings.data, app.name)
         self.http = HttpServer(self.health, self.settings.http)
         self.stopped = asyncio.Event()
@@ -119,6 +122,8 @@ class Service:
         self._closing.callback(self._loop_lag.stop)
         self._loop_lag.start()
         await parts.probes.probe()
+        await parts.anchor.move()
+        self._check_heard(parts)
         self._closing.callback(self.scheduler.stop)
         self._schedule(parts)
         self._closing.push_async_callback(self.http.stop)
@@ -130,14 +135,24 @@ class Service:
 
     async def _listen(self, parts: Parts) -> None:
         """Take commands, and answer the requests that other processes of the app send."""
-        connection, subjects = parts.connection, parts.log.subjects
+        connection, subjects, guarded = parts.connection, parts.log.subjects, parts.guard.guarded
         listening = self._subscriptions
         listening.push_async_callback(
             await connection.listen(subjects.commands(), parts.admission.receive, queue="workers")
         )
         await parts.ownership.start()
-        listening.push_async_callback(await connection.listen(subjects.service("status"), self._answer_status))
-        await share_limits(connection, parts.outbox, subjects.service("limits"), parts.governor, self._names, listening)
+        listening.push_async_callback(await connection.listen(subjects.service("status"), guarded(self._answer_status)))
+        await share_limits(
+            connection, parts.outbox, subjects.service("limits"), parts.governor, self._names, listening, guarded
+        )
+
+    def _check_heard(self, parts: Parts) -> None:
+        """Refuse to start where a subscription was refused: the server says so apart, and then nothing comes."""
+        if unheard := sorted(parts.connection.unheard):
+            raise Unavailable(
+                f"the user of this connection may not subscribe to {', '.join(unheard)}: allow the service's subjects "
+                "(`eskernel config permissions APP` lists them)"
+            )
 
     def _schedule(self, parts: Parts) -> None:
         settings, every = self.settings, self.scheduler.every
@@ -147,6 +162,7 @@ class Service:
         every(1.0, self._govern)
         every(settings.backlog.interval, parts.detector.measure_pressure)
         every(settings.connection.health_check_interval, parts.probes.probe)
+        every(ANCHOR_S, parts.anchor.move, "keep_anchor")
         every(RECHECK_S, parts.probes.recheck)
         if self.app.projections:
             every(settings.backlog.interval, parts.detector.detect_backlog)
@@ -236,6 +252,12 @@ class Service:
             "jobs": self.scheduler.report(),
         }
 
+    def _waits(self, error: Exception) -> bool:
+        """Return whether a job failed only because the database is away, which its own check shows."""
+        return is_infrastructure(error) or (
+            isinstance(error, TimeoutError) and not self.health.components["database"].ok
+        )
+
     # the end
 
     def _lose(self, why: str) -> None:
@@ -266,6 +288,7 @@ class Service:
         await parts.ownership.leave()
         if not await parts.projector.stop(max(LEAVE_S, deadline - time.monotonic())):
             logger.warning("the projection did not finish in time; the next start goes on from its checkpoint")
+        await parts.anchor.leave(LEAVE_S)
         try:
             async with asyncio.timeout(LEAVE_S):
                 await parts.ownership.close()

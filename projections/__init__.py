@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aggregates import applies
+    from projections.autogenerate import alembic_filter
     from projections.errors import Fenced, HandlerFailed, NoSuchLetter, QueryRefused, SchemaError
     from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
     from projections.scenario import ProjectionScenario, projected
@@ -29,11 +30,13 @@ __all__ = [
     "Tallies",
     "Tally",
     "Transaction",
+    "alembic_filter",
     "applies",
     "projected",
 ]
 
 _HOMES = {
+    "alembic_filter": "projections.autogenerate",
     "applies": "aggregates",
     **dict.fromkeys(("Fenced", "HandlerFailed", "NoSuchLetter", "QueryRefused", "SchemaError"), "projections.errors"),
     **dict.fromkeys(("ProjectionScenario", "projected"), "projections.scenario"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
-from sqlalchemy import Connection, Engine, func, insert, inspect, select, update
+from sqlalchemy import Connection, Engine, select, update
 
 from projections.contention import outlast_contention
 from projections.database import reads
@@ -110,51 +110,6 @@ class Claim:
     epoch: int
     generations: list[Generation]
     position: Position
-
-
-def knows(engine: Engine, app: str) -> bool:
-    """Return whether this database was folded from an app's stream."""
-    if not inspect(engine).has_table(stream.name):
-        return False
-    with reads(engine).connect() as connection:
-        return connection.scalar(select(stream.c.app).where(stream.c.app == app)) is not None
-
-
-def register(engine: Engine, app: str, created: str, partitions: int, last: int) -> None:
-    """Tie this database to the app's stream, or check that it is tied to this stream already.
-
-    Args:
-        created: creation time of the stream, as the log reports it.
-        partitions: the stream's partition count.
-        last: stream sequence of the last commit.
-
-    Raises:
-        SchemaError: this database was folded from another stream, or from more commits than the stream now contains.
-    """
-    with engine.begin() as connection:
-        known = connection.execute(select(stream).where(stream.c.app == app).with_for_update()).first()
-        if known is None:
-            if other := connection.scalar(select(stream.c.app)):
-                raise SchemaError(f"this database belongs to the app {other!r}; give each app its own database")
-            connection.execute(insert(stream).values(app=app, created=created, partitions=partitions, epoch=0))
-            return
-        if known.created != created:
-            raise SchemaError(
-                f"this database was folded from the stream {app!r} created {known.created}, but the log's stream was "
-                f"created {created}: use the database that belongs to the log, or an empty database, which is then "
-                "built from the log"
-            )
-        if known.partitions != partitions:
-            raise SchemaError(
-                f"this database was folded from {known.partitions} partitions, but the stream has {partitions}: use "
-                "the database that belongs to the stream, or an empty database"
-            )
-        furthest = connection.scalar(select(func.max(checkpoint.c.sequence))) or 0
-        if furthest > last:
-            raise SchemaError(
-                f"the projections have folded up to sequence {furthest}, but the log ends at {last}: it was truncated, "
-                "or restored from an older backup. Restore the newer log, or start with an empty database"
-            )
 
 
 def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], partitions: Iterable[int]) -> Claim:

@@ -16,8 +16,11 @@ stream = Table(
     Column("created", String(40), nullable=False),
     Column("partitions", Integer, nullable=False),
     Column("epoch", BigInteger, nullable=False),
+    Column("anchor", BigInteger),
+    Column("digest", String(64)),
 )
-"""The stream that this database was folded from, so that a different stream is noticed, and the newest epoch."""
+"""The stream that this database was folded from, so that a different stream is noticed, and the newest epoch. `anchor`
+is the stream sequence of a folded commit, and `digest` says what the commit is: see `projections.origin`."""
 
 projection = Table(
     "eskernel_projection",

@@ -32,11 +32,12 @@ from kernel.runtime.nats_server import EmbeddedServer, find_binary
 from kernel.settings import Settings
 from kernel.settings.sources import settings_of
 from kernel.transport.connection import NatsConnection
-from projections.checkpoints import claim, register
+from projections.checkpoints import claim
 from projections.database import open_database
 from projections.errors import HandlerFailed
 from projections.fold import Folded
 from projections.generations import create, show
+from projections.origin import register
 from projections.unit_of_work import Batch, Write, Writer
 from tests.histories import encode
 
@@ -79,12 +80,39 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "eskernel"))
 
 
-LONG = ("tests/packaging/", "tests/typing/", "tests/kernel/test_crash.py", "tests/test_faults_short.py", "tests/docs/")
-"""Files that take minutes. They begin first, so that at the end neither of two processes works alone."""
+LONG = (
+    "tests/projections/test_properties_columns.py",
+    "tests/packaging/",
+    "tests/docs/",
+    "tests/test_demo.py",
+    "tests/kernel/test_crash.py",
+    "tests/kernel/cli/test_quiet.py",
+    "tests/settings/test_settings_stream.py",
+    "tests/kernel/governance/",
+    "tests/kernel/cli/",
+    "tests/test_faults_short.py",
+    "tests/typing/",
+    "tests/failure_modes/",
+    "tests/kernel/telemetry/",
+    "tests/kernel/log/test_fuzz.py",
+    "tests/projections/test_folds.py",
+    "tests/settings/",
+)
+"""Files that take half a minute and more, the longest first. They begin first, so that at the end no process works
+alone. pytest-xdist keeps this order with `--no-loadscope-reorder` only."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    def place(item: pytest.Item) -> int:
+        return next((place for place, start in enumerate(LONG) if item.nodeid.startswith(start)), len(LONG))
+
+    items.sort(key=place)
+
+
+def pytest_sessionstart() -> None:
+    gone = [start for start in LONG if not (Path(__file__).parents[1] / start).exists()]
+    if gone:
+        raise pytest.UsageError(f"LONG in tests/conftest.py names {gone}, which is not there")
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

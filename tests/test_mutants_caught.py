@@ -60,9 +60,9 @@ async def test_a_command_is_answered_when_its_append_is_acknowledged_and_not_bef
         held: asyncio.Future[asyncio.Future[int]] = asyncio.get_running_loop().create_future()
         append = log.append
 
-        def hold(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+        def hold(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
             if b'"held"' not in payload or held.done():
-                return append(subject, expected, payload)
+                return append(subject, expected, payload, trail)
             held.set_result(asyncio.get_running_loop().create_future())
             return held.result()
 
@@ -206,10 +206,10 @@ async def test_a_lease_is_given_back_when_its_commands_are_answered_and_not_befo
         append, appending = log.append, asyncio.Event()
         go_on: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def later(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+        def later(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
             async def wait() -> int:
                 await go_on
-                return await append(subject, expected, payload)
+                return await append(subject, expected, payload, trail)
 
             appending.set()
             return asyncio.ensure_future(wait())

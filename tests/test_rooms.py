@@ -43,8 +43,10 @@ ROOMS: dict[str, frozenset[str] | set[str]] = {
     "reactions": _BASE | {"commands", "projector", "governance", "log", "telemetry", "app", "settings", "projections"},
     "partitions": _BASE | {"reactions", "commands", "projector", "log", "transport", "telemetry"},
     "monitoring": ALL_BELOW,
+    "permissions": _BASE | {"partitions", "log", "transport", "app", "settings"},
     "client": _BASE | {"runtime", "log", "transport", "app", "telemetry", "settings", "projections"},
-    "preflight": _BASE | {"runtime", "log", "transport", "app", "telemetry", "settings", "projections", "migrations"},
+    "preflight": _BASE
+    | {"permissions", "runtime", "log", "transport", "app", "telemetry", "settings", "projections", "migrations"},
     "assembly": ALL_BELOW,
     "service": ALL_BELOW,
     "workers": _BASE | {"service", "monitoring", "runtime", "telemetry", "app", "settings"},

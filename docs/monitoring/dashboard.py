@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
@@ -62,7 +63,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
     (
         "Projections",
         [
-            ("Commits behind", "short", [("eskernel_projection_lag_commits", "{{worker}}")]),
+            ("Commits behind", "short", [("eskernel_projection_lag_commits", "{{app}} {{worker}}")]),
             ("Events projected", "ops", [("sum(rate(eskernel_events_folded_total[1m]))", "events")]),
             (
                 "Batch: fold and write",
@@ -97,15 +98,26 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
             ("Components", "short", [("min by (component) (eskernel_component_ok)", "{{component}}")]),
             ("Live aggregates", "short", [("sum(eskernel_actors_live)", "live")]),
             ("Passivations", "ops", [("sum by (reason) (rate(eskernel_passivations_total[1m]))", "{{reason}}")]),
-            ("Partitions", "short", [("eskernel_partitions_held", "{{worker}}")]),
+            ("Partitions", "short", [("eskernel_partitions_held", "{{app}} {{worker}}")]),
             ("Event loop late", "s", [("max(eskernel_loop_lag_seconds)", "late")]),
             ("Errors", "ops", [("sum by (kind) (rate(eskernel_errors_total[1m]))", "{{kind}}")]),
-            ("Jobs that fail", "ops", [('sum by (job) (rate(eskernel_jobs_total{outcome="failed"}[5m]))', "{{job}}")]),
-            ("Memory", "bytes", [("process_resident_memory_bytes", "{{worker}}")]),
+            (
+                "Jobs that fail",
+                "ops",
+                [('sum by (task) (rate(eskernel_jobs_total{outcome="failed"}[5m]))', "{{task}}")],
+            ),
+            ("Memory", "bytes", [("process_resident_memory_bytes", "{{app}} {{worker}}")]),
         ],
     ),
 ]
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
+_APP = 'app=~"$app"'
+_METRIC = re.compile(r"\b((?:eskernel|process)_[a-z_]+)(\{([^}]*)\})?")
+
+
+def _of_app(expression: str) -> str:
+    """Return an expression that shows the app chosen on the dashboard."""
+    return _METRIC.sub(lambda found: f"{found[1]}{{{found[3] + ',' if found[3] else ''}{_APP}}}", expression)
 
 
 def dashboard() -> dict[str, Any]:
@@ -126,7 +138,7 @@ def dashboard() -> dict[str, Any]:
                     "gridPos": {"x": x, "y": y + place // 4 * 7, "w": 6, "h": 7},
                     "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
                     "targets": [
-                        {"refId": chr(65 + n), "expr": expr, "legendFormat": legend, "datasource": _SOURCE}
+                        {"refId": chr(65 + n), "expr": _of_app(expr), "legendFormat": legend, "datasource": _SOURCE}
                         for n, (expr, legend) in enumerate(queries)
                     ],
                 }
@@ -138,7 +150,21 @@ def dashboard() -> dict[str, Any]:
         "schemaVersion": 39,
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
-        "templating": {"list": [{"name": "source", "type": "datasource", "query": "prometheus", "label": "Source"}]},
+        "templating": {
+            "list": [
+                {"name": "source", "type": "datasource", "query": "prometheus", "label": "Source"},
+                {
+                    "name": "app",
+                    "type": "query",
+                    "label": "App",
+                    "datasource": _SOURCE,
+                    "query": "label_values(eskernel_partitions_held, app)",
+                    "refresh": 2,
+                    "multi": True,
+                    "includeAll": True,
+                },
+            ]
+        },
         "panels": panels,
     }
 

@@ -31,6 +31,18 @@ class Facts:
     tails: set[str] = field(default_factory=set)
     without_tail: list[dict[str, str]] = field(default_factory=list)
 
+    def count(self, row: dict[str, str]) -> None:
+        """Count one more row."""
+        departed, arrived, in_air = present(row["dep_time"]), present(row["arr_time"]), present(row["air_time"])
+        self.flights += 1
+        self.never_departed += not departed
+        self.without_arrival += departed and not arrived
+        self.without_air_time += arrived and not in_air
+        if present(row["tailnum"]):
+            self.tails.add(row["tailnum"])
+        else:
+            self.without_tail.append(row)
+
 
 @dataclass(order=True, slots=True)
 class Step:
@@ -63,16 +75,9 @@ def steps(months: int = 12) -> tuple[list[Step], Facts]:
     facts = Facts()
     found: list[Step] = []
     for number, row in enumerate(rows(months)):
-        facts.flights += 1
-        departed, arrived, in_air = present(row["dep_time"]), present(row["arr_time"]), present(row["air_time"])
-        facts.never_departed += not departed
-        facts.without_arrival += departed and not arrived
-        facts.without_air_time += arrived and not in_air
-        if not present(row["tailnum"]):
-            facts.without_tail.append(row)
-            continue
-        facts.tails.add(row["tailnum"])
-        found += _commands(row, number * 2)
+        facts.count(row)
+        if present(row["tailnum"]):
+            found += _commands(row, number * 2)
     found.sort()
     return found, facts
 

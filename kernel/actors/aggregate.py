@@ -206,6 +206,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
     def _searched(self, searched: Searched) -> None:
         self._end_phase()
         request = searched.request
+        if searched.seen is not None and self.cell is not None and self.cell.seen.horizon:
+            self.cell.seen = searched.seen  # the snapshot knew the earlier ids only roughly
         if searched.found is not None:
             self.gateway.succeed(self.address, request, *searched.found, True)
         elif searched.error:
@@ -289,12 +291,14 @@ class AggregateActor(Actor):  # type: ignore[misc]
         # now, so that an answer that fails does not leave the aggregate waiting
         self.phase = _READY
         if isinstance(result, int) and self.cell is not None:
-            self.cell.position = result
+            self.cell.advance(result)
             self.singly = False
             for verdict in verdicts:
                 if verdict.appended:
                     self.cell.remember(verdict.request.sent.command_id, verdict.version, result)
                 self._answer(verdict, result)
+            if self.cell.version >= self.cell.due:
+                self.gateway.snapshot(self.address, self.cell)
         else:
             self.cell = None  # it has folded events that are not in the log, as far as we know
             if again := self._to_decide_again(verdicts, result):

@@ -13,7 +13,10 @@ from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from aggregates.declaration import AggregateType
 from aggregates.errors import NewerEvent
+from aggregates.seen import Seen
+from aggregates.snapshot import follows
 from kernel.actors.mailbox import Loaded, Request, Searched
+from kernel.actors.snapshots import SnapshotKeeper
 from kernel.errors import LogError
 from kernel.log.base import EventLog, Stored
 from kernel.log.subjects import Address
@@ -22,20 +25,18 @@ from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import LOAD_SECONDS, LOADS
 
 logger = logging.getLogger("eskernel.actors")
-MAX_LOADS = 256
-"""Histories read at the same time."""
 
 
 class Histories:
-    """Reads histories, so many at a time.
+    """Reads histories.
 
     Args:
         send: sends a message to a live aggregate's actor.
+        snapshots: of aggregates.
     """
 
-    def __init__(self, log: EventLog, send: Callable[[Address, Any], None]) -> None:
-        self._log, self._send = log, send
-        self._loads = asyncio.Semaphore(MAX_LOADS)
+    def __init__(self, log: EventLog, send: Callable[[Address, Any], None], snapshots: SnapshotKeeper) -> None:
+        self._log, self._send, self._snapshots = log, send, snapshots
         self._tasks: set[asyncio.Task[None]] = set()
 
     def load(self, declared: AggregateType[Any], address: Address) -> None:
@@ -43,25 +44,12 @@ class Histories:
         self._spawn(self._load(declared, address))
 
     async def _load(self, declared: AggregateType[Any], address: Address) -> None:
-        cell = Cell(declared, address.id)
+        cell: Cell[Any] | None = None
         LOADS.inc()
         started = time.perf_counter()
         error: tuple[ErrorType, str] | None = None
         try:
-            async with self._loads:
-                stored = await self._log.read_subject(address.subject)
-            for commit in stored:
-                try:
-                    envelopes = decode(commit.payload)
-                except InvalidMessage as problem:
-                    # no event of anybody's; the projections pass over it too, into the quarantine
-                    logger.warning(
-                        "%s: passing over stream sequence %d: %s", address.subject, commit.sequence, problem,
-                        extra=about(address.aggregate, address.id, stream_sequence=commit.sequence),
-                    )  # fmt: skip
-                    cell.position = commit.sequence
-                    continue
-                cell.replay(envelopes, commit.sequence)
+            cell = await self._read(declared, address)
         except LogError as problem:
             error = ("unavailable", str(problem))
         except NewerEvent as problem:
@@ -71,7 +59,39 @@ class Histories:
         except Exception as problem:
             error = ("failed", f"{type(problem).__name__} while replaying: {problem}")
         LOAD_SECONDS.observe(time.perf_counter() - started)
-        self._send(address, Loaded(None if error else cell, error))
+        self._send(address, Loaded(cell, error))
+
+    async def _read(self, declared: AggregateType[Any], address: Address) -> Cell[Any]:
+        restored = await self._snapshots.restore(declared, address)
+        if restored is not None and not self._snapshots.is_sampled(restored):
+            stored = await self._log.read_subject(address.subject, restored.position - 1)
+            fits = bool(stored) and stored[0].sequence == restored.position and follows(restored, _events_of(stored[0]))
+            self._snapshots.count_use(fits)
+            if fits:
+                for commit in stored[1:]:
+                    self._replay(restored, commit, address)
+                return restored
+            restored = None
+        cell = Cell(declared, address.id)
+        for commit in await self._log.read_subject(address.subject):
+            self._replay(cell, commit, address)
+            if restored is not None and restored.version == cell.version:
+                self._snapshots.compare(restored, cell)
+        self._snapshots.offer(address, cell)
+        return cell
+
+    def _replay(self, cell: Cell[Any], commit: Stored, address: Address) -> None:
+        try:
+            envelopes = decode(commit.payload)
+        except InvalidMessage as problem:
+            # no event of anybody's; the projections pass over it too, into the quarantine
+            logger.warning(
+                "%s: passing over stream sequence %d: %s", address.subject, commit.sequence, problem,
+                extra=about(address.aggregate, address.id, stream_sequence=commit.sequence),
+            )  # fmt: skip
+            cell.advance(commit.sequence)
+            return
+        cell.replay(envelopes, commit.sequence)
 
     def search(self, address: Address, request: Request) -> None:
         """Look for a command in an aggregate's history; its actor is sent `Searched`."""
@@ -80,17 +100,19 @@ class Histories:
     async def _search(self, address: Address, request: Request) -> None:
         """A repeated command that the cell doesn't remember: only the whole history knows."""
         try:
-            async with self._loads:
-                stored = await self._log.read_subject(address.subject)
+            stored = await self._log.read_subject(address.subject)
             version = sequence = 0
+            seen = Seen()
             for commit in stored:
                 for envelope in _events_of(commit):
+                    if envelope.commandid:
+                        seen.add(envelope.commandid)
                     if envelope.commandid == request.sent.command_id:
                         version, sequence = envelope.sequence, commit.sequence
         except Exception as problem:
-            self._send(address, Searched(request, None, str(problem)))
+            self._send(address, Searched(request, None, error=str(problem)))
         else:
-            self._send(address, Searched(request, (version, sequence) if version else None))
+            self._send(address, Searched(request, (version, sequence) if version else None, seen))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope
+from aggregates.seen import Seen
 from kernel.log.subjects import Address
 from kernel.protocol import CommandRequest, ErrorType
 from kernel.telemetry.tracing import Span
@@ -46,6 +47,9 @@ class Gateway(Protocol):
 
     def search(self, address: Address, request: Request) -> None:
         """Look for the command in the whole history; answer with `Searched`."""
+
+    def snapshot(self, address: Address, cell: Cell[Any]) -> None:
+        """Take a snapshot of a cell, unless it is not due yet; then set when it is."""
 
     def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
         """Append the decisions as one commit behind `cell.position`; answer with `Appended`."""
@@ -117,13 +121,20 @@ class Loaded:
 
 
 class Searched:
-    """Version and stream sequence that a repeated command led to, None if it is new, or why that is unknown."""
+    """Version and stream sequence that a repeated command led to, None if it is new, or why that is unknown.
 
-    __slots__ = ("error", "found", "request")
+    Attributes:
+        seen: the ids of all commands, if the history was read.
+    """
 
-    def __init__(self, request: Request, found: tuple[int, int] | None, error: str = "") -> None:
+    __slots__ = ("error", "found", "request", "seen")
+
+    def __init__(
+        self, request: Request, found: tuple[int, int] | None, seen: Seen | None = None, error: str = ""
+    ) -> None:
         self.request = request
         self.found = found
+        self.seen = seen
         self.error = error
 
 

@@ -32,6 +32,7 @@ _COMMANDS: Final = {
     "show": ("query", "Print an aggregate's state and events, now or at an earlier time."),
     "rebuild": ("rebuild", "Rebuild a projection's tables from the log."),
     "projections": ("projections", "List the database's projections, or drop one that the app no longer declares."),
+    "snapshots": ("snapshots", "List the snapshots of aggregates, compare them with the log, or delete them."),
     "dead-letters": ("dead_letters", "List, show, retry, skip or export events that a projection could not fold."),
     "limits": ("limits", "Show rates and limits, or change them while the service runs."),
     "backlog": ("backlog", "Print how far the projections are behind, and the pressure on publishing."),

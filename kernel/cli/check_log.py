@@ -180,7 +180,7 @@ async def examine_log(app: App, settings: Settings, sample: int | None, *, quiet
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     async with _reachable(app, settings) as reachable:
-        connection = await dial(reachable, name=f"eskernel check {app.name}")
+        connection = await dial(reachable, app=app.name, role="operator", name=f"eskernel check {app.name}")
         try:
             log = await find_log(connection, app.name, reachable, worker="check")
             try:

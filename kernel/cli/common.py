@@ -66,14 +66,18 @@ class Target:
     async def client(self) -> Client:
         """Connect to it."""
         from kernel.client import Client
+        from kernel.settings.sources import changed
+        from kernel.transport.inboxes import inbox_prefix
 
-        return await Client.connect(self.app, self.settings)
+        # an operator's client reads the log: its answers are not for other clients
+        prefix = inbox_prefix(self.app.name, self.settings, "operator")
+        return await Client.connect(self.app, changed(self.settings, {"connection.inbox_prefix": prefix}))
 
     async def connection(self) -> NatsConnection:
         """Connect to its NATS server."""
         from kernel.transport.dial import dial
 
-        return await dial(self.settings, name=f"eskernel cli {self.app.name}")
+        return await dial(self.settings, app=self.app.name, role="operator", name=f"eskernel cli {self.app.name}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,12 @@ from kernel.cli.exit_codes import FAILED
 from kernel.cli.options import settings_options
 
 if TYPE_CHECKING:
+    from kernel.permissions import Kind
     from kernel.settings.sources import Loaded
+
+
+KINDS: tuple[Kind, ...] = ("service", "client", "operator", "monitoring")
+READERS = "read-only"
 
 
 @click.group()
@@ -51,6 +56,41 @@ def schema() -> None:
     from kernel.settings import Settings
 
     print_json(Settings.model_json_schema())
+
+
+@config.command(epilog=EXIT_CODES)
+@click.argument("app")
+@click.argument("kinds", nargs=-1, type=click.Choice([*KINDS, READERS]), metavar="[KIND]...")
+@click.option("--json", "as_json", is_flag=True)
+@settings_options
+def permissions(app: str, kinds: tuple[str, ...], as_json: bool, loaded: Loaded) -> None:
+    """Print the permissions that an APP's users need on the NATS servers, as their configuration takes them.
+
+    KIND is service, client, operator, monitoring or read-only; all of them unless given. Readers need an account of
+    their own, which imports a part of JetStream's API from the service's account, called APP here.
+    """
+    from kernel.app import load_app
+    from kernel.permissions import permissions_of, share_of
+
+    try:
+        found = load_app(app)
+    except Exception as error:
+        explain(error)
+    settings = loaded.settings
+    needed = {kind: permissions_of(kind, found, settings) for kind in KINDS if kind in (kinds or KINDS)}
+    share = share_of(found, settings) if READERS in (kinds or (READERS,)) else None
+    if as_json:
+        print_json(
+            {kind: permissions._asdict() for kind, permissions in needed.items()}
+            | ({READERS: share._asdict()} if share is not None else {})
+        )
+        return
+    for kind, permissions in needed.items():
+        click.echo(f"# {kind}\npermissions: {permissions.as_config()}")
+    if share is not None:
+        click.echo(f"# {READERS}: an account with jetstream.api_prefix = {share.prefix!r}")
+        click.echo(f"# of the account APP\nexports: [\n{share.as_exports()}\n]")
+        click.echo(f"# of the readers' account\nimports: [\n{share.as_imports('APP')}\n]")
 
 
 @config.command(epilog=EXIT_CODES)

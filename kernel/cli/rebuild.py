@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from kernel.projector.rebuild import RebuildProgress, Rebuilt
 
+LOOK_AGAIN_S = 0.5
+"""Between two looks at a worker that uses another database: it may be dead."""
+
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("projection", required=False)
@@ -33,8 +36,11 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
     """
     from kernel.governance.remote_pace import following
     from kernel.log.subjects import subjects_of
+    from kernel.partitions.databases import check_database
+    from kernel.partitions.leases import bucket_of
     from kernel.projector.rebuild import Rebuild, clean_up
     from projections import SchemaError
+    from projections.identity import read_identity
 
     if bool(projection) == everything:
         raise click.UsageError("give a projection, or --all")
@@ -48,6 +54,8 @@ async def rebuild(projection: str | None, everything: bool, as_json: bool, where
         await target.client() as client,
         following(client.connection, subjects, target.settings.rates.rebuild) as pace,
     ):
+        database = await asyncio.to_thread(read_identity, engine)
+        await check_database(client.connection, bucket_of(client.log.stream), database, wait=LOOK_AGAIN_S)
         with _bar(as_json) as bar:
             task = bar.add_task(", ".join(declared.name for declared in wanted), total=None, rate="")
 

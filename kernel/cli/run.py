@@ -50,12 +50,14 @@ async def run(app: str, loaded: Loaded) -> None:
     the next start continues from the last written batch.
     """
     from kernel.app import load_app
+    from kernel.runtime.files import allow_files
     from kernel.runtime.memory import settle_memory
     from kernel.service import Service
     from kernel.telemetry.logging import set_up
     from kernel.workers.supervisor import Supervisor
 
     outlive_reader()
+    allow_files()  # workers and the embedded server inherit it
     settings = loaded.settings
     set_up(settings.logging)  # importing an app may log already
     found = load_app(app)

@@ -16,9 +16,10 @@ from kernel.actors.residents import Resident
 from kernel.app import App
 from kernel.commands.answers import RETRY_AFTER_S
 from kernel.commands.gateway import CommandGateway
+from kernel.commands.replies import ReplyGuard
 from kernel.governance.governor import Governor, Refusal
 from kernel.log.subjects import Address, Subjects
-from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request
+from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request, find_oversized
 from kernel.settings import Commands
 from kernel.telemetry.metrics import REFUSED
 from kernel.telemetry.tracing import NO_TRACING, Tracer
@@ -26,6 +27,9 @@ from kernel.transport.outbox import Outbox
 
 MOVED_RETRY_S = 0.05
 """After so long another worker has the partition, or this one has it again."""
+
+SHOWN = 80
+"""Characters of an unknown name that an error repeats."""
 
 ByAddress = dict[Address, list[Request]]
 
@@ -46,6 +50,7 @@ class Admission:
     Args:
         governor: says how fast commands may come.
         limits: how many commands may be under way.
+        guard: says to which reply subjects the service answers.
     """
 
     def __init__(
@@ -56,12 +61,14 @@ class Admission:
         gateway: CommandGateway,
         governor: Governor,
         limits: Commands,
+        guard: ReplyGuard,
         tracing: Tracer = NO_TRACING,
     ) -> None:
         self._app, self._subjects, self._outbox, self._gateway = app, subjects, outbox, gateway
         self._governor, self._tracing = governor, tracing
         self._pending, self._answers = gateway.pending, gateway.answers
         self._most, self._most_per_aggregate = limits.pending, limits.pending_per_aggregate
+        self._guard, self._allows = guard, guard.allows
         self._anywhere = subjects.commands().encode()
         self._partitions: frozenset[int] = frozenset()
         self._stopping = False
@@ -71,6 +78,10 @@ class Admission:
 
     def receive(self, subject: bytes, reply: bytes, payload: bytes, _headers: bytes | None) -> None:
         """Take a request from the connection; it is handled with all others that came at the same time."""
+        if reply and not self._allows(reply):
+            # nobody could be told the outcome
+            self._guard.refuse(subject, reply)
+            return
         if not self._inbox:
             self._loop.call_soon(self._handle_inbox)
         self._inbox.append((subject, reply, payload))
@@ -128,20 +139,24 @@ class Admission:
         try:
             sent = decode_request(payload)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if "out of range" in str(error):  # a number of hundreds of digits
+                raise _Refused("invalid-command", f"{error}; integers are from -2^63 to 2^63 - 1") from None
             raise _Refused("malformed", f"not a command request: {error}") from None
-        if len(sent.command_id) > MAX_COMMAND_ID:
-            raise _Refused("malformed", f"command_id is longer than {MAX_COMMAND_ID} characters")
+        if oversized := find_oversized(sent):
+            raise _Refused("invalid-command", oversized, sent.command_id[:MAX_COMMAND_ID])
         return sent
 
     def _find_class(self, sent: CommandRequest) -> type:
         declared = self._app.types.get(sent.aggregate)
         if declared is None:
             known = ", ".join(sorted(self._app.types))
-            raise _Refused("unknown-aggregate", f"no aggregate {sent.aggregate!r}; there is {known}", sent.command_id)
+            raise _Refused(
+                "unknown-aggregate", f"no aggregate {sent.aggregate[:SHOWN]!r}; there is {known}", sent.command_id
+            )
         command_class = declared.commands.get(sent.command)
         if command_class is None:
             known = ", ".join(sorted(declared.commands))
-            problem = f"{sent.aggregate} has no command {sent.command!r}; it has {known}"
+            problem = f"{sent.aggregate} has no command {sent.command[:SHOWN]!r}; it has {known}"
             raise _Refused("unknown-command", problem, sent.command_id)
         return command_class
 

@@ -13,6 +13,7 @@ from aggregates.commit import Decision, encode, timestamp
 from kernel.actors.histories import Histories
 from kernel.actors.mailbox import Appended, Leave, Request, Unstorable
 from kernel.actors.residents import Residents
+from kernel.actors.snapshots import SnapshotKeeper
 from kernel.actors.system import Actors
 from kernel.app import App
 from kernel.commands.answers import RETRY_AFTER_S, Answers, PendingCommands
@@ -35,8 +36,10 @@ class CommandGateway:
     Args:
         holds: says whether this worker still holds a partition, as far as can be known without asking.
         passivation: which aggregates stay live.
+        snapshots: of aggregates.
 
     Attributes:
+        snapshot: takes a snapshot of a cell if one is due.
         actors, residents: the actor system, and the aggregates that are live in it.
         pending: commands admitted and not answered.
         answers: where answers go.
@@ -51,6 +54,7 @@ class CommandGateway:
         outbox: Outbox,
         holds: Callable[[int], bool],
         passivation: Passivation,
+        snapshots: SnapshotKeeper,
         tracing: Tracer = NO_TRACING,
     ) -> None:
         self._app, self._log, self._tracing = app, log, tracing
@@ -61,7 +65,8 @@ class CommandGateway:
         self.answers = Answers(outbox, self.pending)
         self.appended = self.unappended = 0
         self.slowest_append = self._longest_append = 0.0
-        self._histories = Histories(log, self._send)
+        self._histories = Histories(log, self._send, snapshots)
+        self.snapshot = snapshots.offer
         self._loop = asyncio.get_running_loop()
         self._queued: list[tuple[Any, Any]] = []
         self._counted = 0
@@ -92,7 +97,7 @@ class CommandGateway:
             return
         started = self._begun
         spans = self._tracing.appends(address, decisions)
-        future = self._log.append(address.subject, cell.position, payload)
+        future = self._log.append(address.subject, cell.position, payload, cell.trail)
 
         def done(future: asyncio.Future[int]) -> None:
             error = future.exception()

@@ -10,7 +10,7 @@ import orjson
 
 from kernel.governance.governor import Governor
 from kernel.governance.limits import Overrides
-from kernel.transport.connection import NatsConnection
+from kernel.transport.connection import Listener, NatsConnection
 from kernel.transport.outbox import Outbox
 from kernel.transport.survey import open_survey
 
@@ -22,6 +22,7 @@ async def share_limits(
     governor: Governor,
     names: Callable[[], dict[str, Any]],
     subscriptions: AsyncExitStack,
+    guarded: Callable[[Listener], Listener],
 ) -> None:
     """Answer requests for the limits, and adopt those that the other workers were given while they ran.
 
@@ -29,6 +30,7 @@ async def share_limits(
         subject: where requests for limits come.
         names: returns this worker's name and those of all workers, which are part of an answer.
         subscriptions: ends the subscriptions.
+        guarded: keeps requests away whose reply subject is not allowed.
     """
 
     def answer(_subject: bytes, reply: bytes, payload: bytes, _headers: bytes | None) -> None:
@@ -40,7 +42,7 @@ async def share_limits(
         if (limits := answered.get("limits")) is not None:
             governor.adopt(Overrides(**limits["overrides"]))
 
-    subscriptions.push_async_callback(await connection.listen(subject, answer))
+    subscriptions.push_async_callback(await connection.listen(subject, guarded(answer)))
     request = await open_survey(connection, subject, adopt)
     connection.reconnections.append(request)
     request()

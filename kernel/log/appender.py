@@ -139,7 +139,7 @@ class Appender:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    def append(self, subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> asyncio.Future[int]:
         """See `EventLog.append`."""
         future: asyncio.Future[int] = self._loop.create_future()
         if self._closed:
@@ -147,7 +147,7 @@ class Appender:
         elif len(payload) > self._most or len(subject) > self._longest_subject:
             future.set_exception(self._too_large(subject, payload))
         else:
-            self._waiting.append(Append(subject, expected, payload, future))
+            self._waiting.append(Append(subject, expected, payload, trail, future))
             self._schedule_flush()
         return future
 
@@ -250,7 +250,7 @@ class Appender:
         self._token += 1
         self._in_flight[self._token] = [append]
         self._messages_in_flight += 1
-        headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % append.expected
+        headers = b"NATS/1.0\r\n%b\r\n" % append.links
         reply = b"%b.%d" % (self._inbox, self._token)
         frames.append(publish_frame(append.subject.encode(), append.payload, reply=reply, headers=headers))
 
@@ -279,10 +279,11 @@ class Appender:
             append.sent = now
             append.attempts += 1
             final = number == len(group)
-            headers = (
-                b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n"
-                b"Nats-Batch-Id: %b\r\nNats-Batch-Sequence: %d\r\n%b\r\n"
-                % (append.expected, batch_id, number, b"Nats-Batch-Commit: 1\r\n" if final else b"")
+            headers = b"NATS/1.0\r\n%bNats-Batch-Id: %b\r\nNats-Batch-Sequence: %d\r\n%b\r\n" % (
+                append.links,
+                batch_id,
+                number,
+                b"Nats-Batch-Commit: 1\r\n" if final else b"",
             )
             reply = b"%b.%d" % (self._inbox, self._token) if final else b""
             frames.append(publish_frame(append.subject.encode(), append.payload, reply=reply, headers=headers))
@@ -428,7 +429,7 @@ class Appender:
                 self._messages_in_flight -= len(group)
                 if all(append.future.done() for append in group):
                     continue
-                self._refuse(f"no acknowledgement for {self._timeout:g} s; is the server's disk full?")
+                self._refuse(f"no acknowledgement for {self._timeout:g} s: the server is slow, or its disk is full")
                 self._settler.settle(group, "no acknowledgement")
             self._schedule_flush()
             lapsed = time.perf_counter() - self._deadline

@@ -82,8 +82,11 @@ class EventLog(Protocol):
     @property
     def max_payload(self) -> int: ...
 
-    def append(self, subject: str, expected: int, payload: bytes) -> Future[int]:
+    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> Future[int]:
         """Append a commit if the subject's last commit has the stream sequence `expected` (0: it has no commit).
+
+        Args:
+            trail: where the commits before the expected one are, for those who will read them; see `chain.extend`.
 
         The future's result is the new stream sequence. The future always completes: it raises `Conflict`,
         `PayloadTooLarge`, `Unavailable` (nothing was appended) or `UnknownOutcome`. If the answer to an append is lost,

@@ -6,29 +6,29 @@ import asyncio
 import logging
 import re
 import secrets
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
-import orjson
-
 from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
 from kernel.log.base import LogReader, Stored, StreamInfo
+from kernel.log.certainty import RESTORE, digest_of, gone, make_sure, patience
+from kernel.log.chain import follow
+from kernel.log.direct_get import DirectGets
 from kernel.log.reader import JetStreamReader
 from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
-from kernel.transport.connection import NatsConnection, header_of, publish_frame, status_of
-from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message, server_version
+from kernel.transport.connection import NatsConnection
+from kernel.transport.jetstream_api import NO_MESSAGE, NO_STREAM, ApiError, call_api, last_message, server_version
 
 logger = logging.getLogger("eskernel.log")
 FORMAT = 1
+BEHIND_S = 0.05
+"""Seconds between two questions to a replica that is behind its leader."""
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
-
-
-class _Lost(Exception):
-    """The connection was lost before a request was answered."""
 
 
 class JetStreamLog:
@@ -41,7 +41,8 @@ class JetStreamLog:
             reading, and is not compared after a reconnect.
 
     Attributes:
-        created: when the stream was created, as it was when the log was opened.
+        created: when the stream was created, as its leader said last.
+        patience: for how many seconds a doubt about the stream must last before it is believed.
         consumers: how many consumers its readers have created.
     """
 
@@ -58,6 +59,9 @@ class JetStreamLog:
         self.subjects = subjects
         self.stream: str = config["name"]
         self.created = str(stream["created"])
+        self._mark = (0, "")
+        self._looking: asyncio.Future[StreamInfo] | None = None
+        self.patience = patience(int(config.get("num_replicas") or 1))
         self._on_replaced = on_replaced
         self._acknowledged = 0
         self._obstacle = ("", 0)
@@ -72,8 +76,9 @@ class JetStreamLog:
         self._checked = settings.stream.existing != "skip"
         self._may_lose = settings.stream.may_lose_events
         jetstream = settings.jetstream
+        self._direct = bool(config.get("allow_direct"))
         # both came to nats-server with a version; before, the server would ignore the fields
-        self._batch_get = server_version(connection) >= (2, 11)
+        self._batch_get = self._direct and server_version(connection) >= (2, 11)
         self.appender = Appender(
             connection,
             self.last,
@@ -84,104 +89,62 @@ class JetStreamLog:
             deadline=jetstream.publish_deadline,
             max_in_flight=jetstream.max_in_flight,
         )
-        self._gets: dict[bytes, tuple[list[Stored], asyncio.Future[int]]] = {}
-        self._get_token = 0
+        self._gets = DirectGets(connection, self.stream)
         self._readers: weakref.WeakSet[JetStreamReader] = weakref.WeakSet()
 
     async def start(self) -> None:
         """Subscribe to answers."""
         await self.appender.start()
-        self._inbox = self._connection.new_inbox()
-        self._stop_listening = await self._connection.listen(f"{self._inbox}.*", self._got)
-        self._connection.reconnections.append(self._lost_connection)
+        await self._gets.start()
 
     @property
     def max_payload(self) -> int:
         return self.appender.max_payload
 
-    def append(self, subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
-        return self.appender.append(subject, expected, payload)
+    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> asyncio.Future[int]:
+        return self.appender.append(subject, expected, payload, trail)
 
     async def last(self, subject: str) -> Stored | None:
         found = await last_message(self._connection, self.stream, subject)
         return None if found is None else Stored(*found)
 
     async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
-        if not self._batch_get:
-            return await self._read_by_consumer(subject, after)
-        found: list[Stored] = []
-        while True:
-            waiting = await self._get_batch(subject, found[-1].sequence if found else after, found)
-            if not waiting:
-                return found
-
-    async def _get_batch(self, subject: str, after: int, into: list[Stored]) -> int:
-        """Fetch up to 1,000 commits in one round trip; return how many are still there behind them."""
-        attempts = 0
-        while attempts < 2:
-            self._get_token += 1
-            token = b"%d" % self._get_token
-            before = len(into)
-            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            self._gets[token] = (into, future)
-            request = orjson.dumps({"seq": after + 1, "next_by_subj": subject, "batch": 1000, "max_bytes": 16 << 20})
-            self._connection.send(
-                publish_frame(
-                    f"{self._connection.api}.DIRECT.GET.{self.stream}".encode(),
-                    request,
-                    reply=b"%b.%b" % (self._inbox.encode(), token),
-                )
-            )
-            try:
-                async with asyncio.timeout(self._connection.request_timeout):
-                    return await future
-            except TimeoutError:
-                attempts += 1
-                del into[before:]
-            except _Lost:
-                del into[before:]
-            finally:
-                self._gets.pop(token, None)
-        raise Unavailable(f"reading {subject}: no answer from the stream")
-
-    def _lost_connection(self) -> None:
-        """After a reconnect: answers to what was asked before will not come."""
-        for _, future in self._gets.values():
-            if not future.done():
-                future.set_exception(_Lost())
-
-    def _got(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        entry = self._gets.get(subject[subject.rfind(b".") + 1 :])
-        if entry is None or entry[1].done():
-            return
-        found, future = entry
-        status = status_of(headers)
-        assert headers is not None
-        if not status:
-            sequence, stored_as = header_of(headers, b"Nats-Sequence"), header_of(headers, b"Nats-Subject")
-            assert sequence is not None and stored_as is not None
-            found.append(Stored(int(sequence), stored_as.decode(), payload))
-        elif status == 204:
-            # the count is of what is left behind this batch
-            future.set_result(int(header_of(headers, b"Nats-Num-Pending") or 0))
-        elif status == 404:
-            future.set_result(0)
-        else:
-            future.set_exception(Unavailable(f"direct get answered {headers[9:60].decode(errors='replace').strip()}"))
-
-    async def _read_by_consumer(self, subject: str, after: int) -> list[Stored]:
-        last = await self.last(subject)
-        if last is None or last.sequence <= after:
+        last = await self._gets.last(subject)
+        if last is None or last.stored.sequence <= after:
             return []
+        found, below = [last.stored], last.stored.sequence
+        if self._direct:
+            found, below = await follow(self._gets, subject, last, after)
+        if below:
+            found = await self._search(subject, after, below) + found
+        return found
+
+    async def _search(self, subject: str, after: int, below: int) -> list[Stored]:
+        """Return the subject's commits between two stream sequences, of which the second is a commit of its."""
+        if not self._batch_get:
+            return await self._read_by_consumer(subject, after, below)
+        found: list[Stored] = []
+        give_up = time.monotonic() + self._connection.request_timeout
+        while True:
+            batch, waiting = await self._gets.batch(subject, found[-1].sequence if found else after)
+            found += batch
+            if found and found[-1].sequence >= below:
+                return [stored for stored in found if stored.sequence < below]
+            if not waiting:  # a replica answered that is behind the leader
+                if time.monotonic() > give_up:
+                    raise Unavailable(f"reading {subject}: the server's replica is behind its leader")
+                await asyncio.sleep(BEHIND_S)
+
+    async def _read_by_consumer(self, subject: str, after: int, below: int) -> list[Stored]:
         reader = await self._reader(after, subject, self._plain)
         try:
             found: list[Stored] = []
-            while not found or found[-1].sequence < last.sequence:
+            while not found or found[-1].sequence < below:
                 batch = await reader.next(10_000, timeout=self._connection.request_timeout)
                 if not batch.commits:
                     raise Unavailable(f"reading {subject}: no answer from the stream")
                 found.extend(batch.commits)
-            return found
+            return [stored for stored in found if stored.sequence < below]
         finally:
             await reader.close()
 
@@ -198,14 +161,25 @@ class JetStreamLog:
         return reader
 
     async def _call(self, subject: str, body: object) -> dict[str, Any]:
-        return await call_api(self._connection, subject, body)
+        try:
+            return await call_api(self._connection, subject, body)
+        except ApiError as error:
+            if error.code == NO_STREAM and self._on_replaced is not None:
+                self._suspect()
+            raise
+
+    def _suspect(self) -> None:
+        """Have the stream looked at now, and not only when its next check is due."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self.verify())
+            self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def info(self) -> StreamInfo:
         try:
             answer = await self._call(f"STREAM.INFO.{self.stream}", None)
         except ApiError as error:
             if error.code == NO_STREAM:
-                raise Replaced(f"the stream {self.stream!r} is gone from the server") from None
+                raise gone(f"the stream {self.stream!r} is gone from the server") from None
             raise
         state, config = answer["state"], answer["config"]
         self._obstacle = find_obstacle(config, state, self.subjects.events()), self.appender.acknowledged
@@ -282,6 +256,16 @@ class JetStreamLog:
     def _note_acknowledged(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)
 
+    async def digest(self, sequence: int) -> str:
+        """Return the digest of the commit with this stream sequence, as the leader has it; empty if there is none."""
+        try:
+            answer = await self._call(f"STREAM.MSG.GET.{self.stream}", {"seq": sequence})
+        except ApiError as error:
+            if error.code == NO_MESSAGE:
+                return ""
+            raise
+        return digest_of(answer["message"])
+
     async def verify(self) -> StreamInfo:
         """Make sure that the stream is the one that was opened, and has not lost its end.
 
@@ -289,30 +273,53 @@ class JetStreamLog:
             Replaced: it is not, or it has; `on_replaced` was called.
             LogError: that could not be found out.
         """
-        # as it is before asking: both grow meanwhile
-        known = max(self._acknowledged, self.appender.highest)
+        # as it is before asking: all of it grows meanwhile
+        known, mark = max(self._acknowledged, self.appender.highest), self._mark
         try:
-            info = await self.info()
-            if info.created != self.created:
-                raise Replaced(f"the stream was created at {info.created}, the one at start at {self.created}")
-            if info.last < known:
-                raise Replaced(
-                    f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from "
-                    "an older backup"
-                )
+            info = await make_sure(lambda: self._compare(known, *mark), self.patience)
         except Replaced as error:
             if self._on_replaced is not None:
-                self._on_replaced(f"{error}; restore it, or start with an empty database and data directory")
+                self._on_replaced(str(error))
             raise
+        await self.mark(info)
+        return info
+
+    async def mark(self, info: StreamInfo) -> None:
+        """Remember the last commit, and when the stream was created, to know the stream by later."""
+        if info.last > self._mark[0] and (digest := await self.digest(info.last)):
+            self._mark = info.last, digest
+        self.created = info.created
+
+    async def _compare(self, known: int, sequence: int, digest: str) -> StreamInfo:
+        info = await self.info()
+        again = f", or created again (at {info.created}, before at {self.created})"
+        again = again if info.created != self.created else ""
+        if info.last < known:
+            raise Replaced(
+                f"the log ends at {info.last}, and had {known} commits before: it was truncated, or restored from an "
+                f"older backup{again}; {RESTORE}"
+            )
+        found = await self.digest(sequence) if sequence else ""
+        if found not in ("", digest):
+            raise Replaced(
+                f"commit {sequence} of the log is another one than before: the log was restored from an older backup "
+                f"and has gone on, or is another one{again}; {RESTORE}"
+            )
+        # each server of a cluster has its own time for a stream that was restored: a new leader shows another one
+        if info.created != self.created and not found:
+            raise Replaced(
+                f"the stream was created at {info.created}, and the one before at {self.created}: it was made again; "
+                f"{RESTORE}"
+            )
         return info
 
     async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         await self.appender.close()
         for reader in list(self._readers):
             await reader.close()
-        if self._lost_connection in self._connection.reconnections:
-            self._connection.reconnections.remove(self._lost_connection)
-        await self._stop_listening()
+        await self._gets.close()
 
 
 OVERHEAD = 512

@@ -29,7 +29,7 @@ class MemoryLog:
     def max_payload(self) -> int:
         return self._max_payload
 
-    def append(self, subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> asyncio.Future[int]:  # noqa: ARG002
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         known = self._by_subject.get(subject)
         last = known[-1].sequence if known else 0

@@ -237,7 +237,7 @@ class JetStreamReader:
         reply = b""
         while self._handed and self._handed[0][0] <= sequence:
             reply = self._handed.popleft()[1]
-        if reply and not self._broken:
+        if reply.startswith(b"$JS.ACK.") and not self._broken:  # it may be another one's message
             self._connection.send(publish_frame(reply, b"+ACK"))
 
     async def _drop(self) -> None:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kernel.errors import Replaced, StreamMismatch, Unavailable
+from kernel.errors import StreamMismatch, Unavailable
+from kernel.log.certainty import gone, make_sure, patience
 from kernel.log.jetstream import FORMAT, JetStreamLog, check_keeps_everything, partitions_of
 from kernel.log.subjects import Subjects
 from kernel.settings import Settings, Stream
@@ -129,9 +130,9 @@ async def open_log(
     check_server(connection)
     wanted = wanted_config(app, stream, server_version(connection))
     name = wanted["name"]
-    answer = await find_config(connection, name)
+    answer = await make_sure(lambda: _find(connection, name, create), patience(stream.replicas))
     if answer is None:
-        answer = await _create(connection, wanted, stream, create)
+        answer = await _create(connection, wanted, stream)
     else:
         answer = await _keep(connection, answer, wanted, stream)
     config = answer["config"]
@@ -193,14 +194,16 @@ async def _start(
     return log
 
 
-async def _create(connection: NatsConnection, wanted: dict[str, Any], stream: Stream, create: bool) -> dict[str, Any]:
-    name = wanted["name"]
-    if not create:
+async def _find(connection: NatsConnection, name: str, create: bool) -> dict[str, Any] | None:
+    found = await find_config(connection, name)
+    if found is None and not create:
         # an empty stream of this name would prevent a restore
-        raise Replaced(
-            f"the stream {name!r} is gone, and the database was folded from it: restore the stream, or start with "
-            "an empty database"
-        )
+        raise gone(f"the stream {name!r} is gone, and the database was folded from it")
+    return found
+
+
+async def _create(connection: NatsConnection, wanted: dict[str, Any], stream: Stream) -> dict[str, Any]:
+    name = wanted["name"]
     if stream.existing in ("validate", "skip"):
         raise StreamMismatch(
             f"the stream {name!r} does not exist, and stream.existing = {stream.existing!r} never creates it; create "

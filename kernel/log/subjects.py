@@ -125,6 +125,14 @@ class Subjects:
         """Return the subject filter for all events, or for the events of one partition."""
         return f"{self.prefix}.evt.>" if partition is None else f"{self.prefix}.evt.{partition}.>"
 
+    def snapshot(self, subject: str = "") -> str:
+        """Return the subject of an aggregate's snapshots, given that of its events; or the filter for all of them."""
+        return f"{self.prefix}.snap{subject[len(self.prefix) + 4 :]}" if subject else f"{self.prefix}.snap.>"
+
+    def of_snapshot(self, subject: str) -> str:
+        """Return the subject of an aggregate's events, given that of its snapshots."""
+        return f"{self.prefix}.evt{subject[len(self.prefix) + 5 :]}"
+
     def commands(self, partition: int | str | None = None) -> str:
         """Return the subject of a partition's commands, or of commands whose sender does not know the partition."""
         return f"{self.prefix}.cmd" if partition is None else f"{self.prefix}.cmd.{partition}"

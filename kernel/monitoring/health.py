@@ -8,11 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prometheus_client import generate_latest
-
 from kernel.alerts import Alert
 from kernel.monitoring.alerting import Alerts
-from kernel.telemetry.metrics import COMPONENT_OK
+from kernel.telemetry.metrics import COMPONENT_OK, render_page
 
 logger = logging.getLogger("eskernel.monitoring")
 DEAD_S = 30.0
@@ -72,9 +70,11 @@ class Health:
         alerts: gets an alert when a component's state changes.
         idle: returns the seconds since a scheduled job last began.
         patience: seconds after which the results of the probes are too old to count.
+        app: name of the app, a label of all metrics.
     """
 
-    def __init__(self, alerts: Alerts, idle: Callable[[], float], patience: float) -> None:
+    def __init__(self, alerts: Alerts, idle: Callable[[], float], patience: float, app: str = "") -> None:
+        self._app = app
         self._alerts, self._idle, self._patience = alerts, idle, patience
         self._probed = time.monotonic()
         self.components = {name: Component(name) for name in dict.fromkeys(PUBLISHING + PROJECTING)}
@@ -112,4 +112,4 @@ class Health:
 
     async def metrics(self) -> bytes:
         """Return this process's metrics."""
-        return generate_latest()
+        return render_page(self._app)

@@ -96,7 +96,7 @@ class ProjectorContext:
 
 @dataclass(slots=True)
 class _UnderWay:
-    """A write under way, and what it will have moved."""
+    """A write under way, what it will have moved, and what is to be said of it: not before it is committed."""
 
     task: asyncio.Future[list[HandlerFailed]]
     residents: list[Resident]
@@ -104,6 +104,8 @@ class _UnderWay:
     events: int
     position: int
     hand: Hand
+    failures: list[HandlerFailed]
+    quarantined: list[tuple[int, str, str]]
 
 
 class Session:
@@ -131,6 +133,7 @@ class Session:
         self._under_way: _UnderWay | None = None
         self._batch: list[Stored] = []
         self._garbage: list[dict[str, Any]] = []
+        self._quarantined: list[tuple[int, str, str]] = []
         self._read_to = claimed.position.lowest
 
     @classmethod
@@ -238,6 +241,7 @@ class Session:
             resident.busy += 1  # from here until it is written
         try:
             folded, write = await self._fold(groups, residents, moves)
+            failures = {(failure.aggregate, failure.projection): failure for failure in folded.failures}
             FOLD_SECONDS.observe(time.perf_counter() - arrived)
             for index, count in folded.written().items():
                 ROWS.labels(projection=self._name(index)).inc(count)
@@ -246,6 +250,7 @@ class Session:
                 # they were folded from records that are not in the database
                 self._drop_rows(residents)
                 folded, write = await self._fold(groups, residents, moves)
+                failures |= {(failure.aggregate, failure.projection): failure for failure in folded.failures}
             write.letters += self._garbage
             self._garbage = []
         except BaseException:
@@ -257,7 +262,10 @@ class Session:
         self._writer.park_suspects(write)
         writing = self._context.committer.write(self._writer, write)
         task = asyncio.ensure_future(self._context.tracing.projecting(writing, groups, began))
-        self._under_way = _UnderWay(task, residents, groups, folded.count, self._read_to, hand)
+        self._under_way = _UnderWay(
+            task, residents, groups, folded.count, self._read_to, hand, [*failures.values()], self._quarantined
+        )
+        self._quarantined = []
 
     async def _fold(self, groups: list[Group], residents: list[Resident], moves: list[Move]) -> tuple[Folded, Write]:
         """Have the actors fold their commits; give the loop a turn between slices."""
@@ -282,7 +290,6 @@ class Session:
                 await asyncio.sleep(0)
         if context.pauses.note(groups, turn.folded.failures):
             raise ProjectionPaused
-        self._note_parked(turn.folded.failures, groups)
         # the next batch may be at work when the database refuses something of this one
         letter = partial(stored_commit, commits=self._batch, subjects=self._context.log.subjects)
         return turn.folded, self._writer.freeze(turn.folded, moves, letter, batch_of(groups))
@@ -320,7 +327,7 @@ class Session:
 
     def _quarantine(self, sequence: int, subject: str, partition: int, payload: bytes, why: str) -> None:
         """Keep bytes that are no commit of this app; they concern no projection in particular."""
-        logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
+        self._quarantined.append((sequence, subject, why))
         self._garbage.append(self._writer.garbage(sequence, subject, partition, payload, why))
 
     async def _settle(self) -> list[HandlerFailed]:
@@ -333,9 +340,11 @@ class Session:
         finally:
             for resident in under_way.residents:
                 resident.busy -= 1
+        for sequence, subject, why in under_way.quarantined:
+            logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
         for failure in parked:
             self._plan.park(failure)
-        self._note_parked(parked, under_way.groups)
+        self._note_parked([*under_way.failures, *parked], under_way.groups)
         paused = self._context.pauses.note((), parked)
         if parked:
             keys = {failure.aggregate for failure in parked}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from kernel.errors import Unavailable
+from kernel.runtime.server_files import LOG_BYTES, LOG_FILES, ServerLog, StoreDisk
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 
@@ -25,6 +26,8 @@ SYNCED = "acknowledged events are on disk: they survive a power cut"
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 CHECK_S = 0.2
+DISK_S = 1.0
+"""Seconds between two looks at the disk, while the server runs."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 15.0
 _PR_SET_PDEATHSIG = 1
 
@@ -77,6 +80,9 @@ class EmbeddedServer:
         self._binary = binary
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted = False
+        self._log = ServerLog(self.directory)
+        self._disk = StoreDisk(self.directory / "store")
+        self._full = False
 
     @property
     def pid(self) -> int:
@@ -114,13 +120,14 @@ class EmbeddedServer:
         config.write_text(
             f'listen: "127.0.0.1:{port}"\n'
             f"ports_file_dir: {_quoted(self.directory)}\n"
+            f"log_file: {_quoted(self._log.path)}\nlogfile_size_limit: {LOG_BYTES}\nlogfile_max_num: {LOG_FILES}\n"
             f"jetstream {{\n  store_dir: {_quoted(self.directory / 'store')}\n{sync}}}\n",
             encoding="utf-8",
         )
         binary = self._binary or find_binary()
-        with (self.directory / "nats.log").open("wb") as log:
+        with self._log.begin() as traces:
             try:
-                self._process = self._spawn(binary, config, log)
+                self._process = self._spawn(binary, config, traces)
             except OSError as error:
                 raise Unavailable(f"{binary} can't be run: {error.strerror}") from None
         ports = self.directory / f"nats-server_{self._process.pid}.ports"
@@ -128,29 +135,41 @@ class EmbeddedServer:
         while not (url := _read_ports(ports)):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 await self._end()
-                raise Unavailable(f"nats-server did not start: {self._log_tail()}")
+                raise Unavailable(f"nats-server did not start: {self._log.tail()}")
             await asyncio.sleep(0.01)
         return url
 
-    def _spawn(self, binary: str, config: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _spawn(self, binary: str, config: Path, traces: IO[bytes]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [binary, "-c", str(config)],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=traces,
+            stderr=traces,
             # Ctrl-C in the terminal must reach the kernel only, which drains before it stops the server
             start_new_session=True,
             preexec_fn=end_with_parent(signal.SIGTERM),  # noqa: PLW1509
         )
 
     async def keep(self) -> None:
-        """Restart the server, on the same port and store, whenever it ends without `stop`. It never returns."""
-        pause = MIN_BACKOFF_S
+        """Restart the server, on the same port and store, whenever it ends without `stop`. It never returns.
+
+        It is restarted, too, when there is room again on a disk that was full: else it would go on to refuse commits.
+        """
+        pause, looked = MIN_BACKOFF_S, time.monotonic()
         while True:
             await asyncio.sleep(CHECK_S)
-            if self.pid or not self._wanted:
+            if not self._wanted:
                 continue
-            logger.error("nats-server has ended; starting it again: %s", self._log_tail())
+            if self.pid:
+                if time.monotonic() - looked < DISK_S:
+                    continue
+                looked = time.monotonic()
+                if not await asyncio.to_thread(self._has_room_again):
+                    continue
+                logger.warning("the disk of the log was full and has room again; starting nats-server again")
+                await self._end()
+            else:
+                logger.error("nats-server has ended; starting it again: %s", self._log.tail())
             try:
                 await self._launch(_read_port(self.directory / "nats.port"))
                 pause = MIN_BACKOFF_S
@@ -190,12 +209,18 @@ class EmbeddedServer:
         ending = ["-c", str(self.directory / "nats.conf")]
         return [pid for pid, arguments in _processes() if arguments[-2:] == ending]
 
-    def _log_tail(self) -> str:
-        try:
-            lines = (self.directory / "nats.log").read_text(errors="replace").splitlines()
-        except OSError:
-            return "no log"
-        return " | ".join(lines[-3:]) or "its log is empty"
+    def _has_room_again(self) -> bool:
+        """Return whether the disk was full since the server's start, and takes writes now."""
+        if not self._full:
+            # a full disk may also refuse the server's log
+            self._full = self._log.tells_of_a_full_disk() or self._disk.is_short()
+            if self._full:
+                logger.error("the disk of the log is full (%s); nats-server refuses commits", self.directory)
+            return False
+        if not self._disk.takes_writes():
+            return False
+        self._full = False
+        return True
 
 
 async def start_embedded(data: Path, *, sync: bool) -> tuple[EmbeddedServer, asyncio.Task[None]]:

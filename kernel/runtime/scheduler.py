@@ -65,9 +65,15 @@ class _Steady(AsyncIOScheduler):  # type: ignore[misc]
 
 
 class Scheduler:
-    """Runs jobs at intervals. A job that fails or hangs does not stop the others."""
+    """Runs jobs at intervals. A job that fails or hangs does not stop the others.
 
-    def __init__(self) -> None:
+    Args:
+        waits: says of a job's error that the job only waits for something whose absence is known. It is not counted as
+            a failure, and not logged.
+    """
+
+    def __init__(self, waits: Callable[[Exception], bool] = lambda _error: False) -> None:
+        self._waits = waits
         self._scheduler = _Steady(timezone=UTC)
         self.jobs: dict[str, Job] = {}
         self._began: dict[str, float] = {}
@@ -98,15 +104,18 @@ class Scheduler:
                 pass  # by `stop`; APScheduler would log it as an error of the job
             except Exception as error:
                 job.error = f"{type(error).__name__}: {error}"
-                job.failures += 1
-                JOBS.labels(job=job.name, outcome="failed").inc()
-                logger.warning("job %s failed: %s", job.name, job.error)
+                if self._waits(error):
+                    JOBS.labels(task=job.name, outcome="waiting").inc()
+                else:
+                    job.failures += 1
+                    JOBS.labels(task=job.name, outcome="failed").inc()
+                    logger.warning("job %s failed: %s", job.name, job.error)
             else:
                 job.error = ""
-                JOBS.labels(job=job.name, outcome="ok").inc()
+                JOBS.labels(task=job.name, outcome="ok").inc()
             del self._began[job.name]
             job.duration = time.perf_counter() - started
-            JOB_SECONDS.labels(job=job.name).set(job.duration)
+            JOB_SECONDS.labels(task=job.name).set(job.duration)
 
         self._scheduler.add_job(
             run,

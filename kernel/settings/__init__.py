@@ -16,7 +16,7 @@ from pydantic import AfterValidator, model_validator
 from kernel.settings.connection import Connection, Security
 from kernel.settings.database import Batch, Database, DeadLetters
 from kernel.settings.fields import Section
-from kernel.settings.governance import Backlog, Commands, Limit, Passivation, Rates
+from kernel.settings.governance import Backlog, Commands, Limit, Passivation, Rates, Snapshots
 from kernel.settings.jetstream import Consumer, JetStream
 from kernel.settings.observability import Http, Logging, Tracing
 from kernel.settings.stream import Stream
@@ -38,6 +38,7 @@ __all__ = [
     "Rates",
     "Security",
     "Settings",
+    "Snapshots",
     "Stream",
     "Tracing",
     "load",
@@ -77,6 +78,7 @@ class Settings(Section):
     database: Database = Database()
     batch: Batch = Batch()
     passivation: Passivation = Passivation()
+    snapshots: Snapshots = Snapshots()
     commands: Commands = Commands()
     dead_letters: DeadLetters = DeadLetters()
     backlog: Backlog = Backlog()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -9,6 +10,9 @@ from annotated_types import Ge, Le
 from pydantic import field_validator, model_validator
 
 from kernel.settings.fields import Count, File, Listed, Seconds, Secret, Section
+
+MAX_INBOX_PREFIX = 64
+_INBOX_PREFIX = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 class Connection(Section):
@@ -19,6 +23,14 @@ class Connection(Section):
     Without a URL the service starts its own embedded server."""
     name: str = ""
     """Name of the client in the server's monitoring; `eskernel APP` unless set."""
+    inbox_prefix: str = ""
+    """Prefix of the subjects where this process takes answers; `inbox` below the app's own subjects unless set, such as
+    `bank.inbox`. The kind of process follows it: `service` and `workers`, `client`, or `operator`. Give a client a
+    prefix of its own, such as `bank.inbox.alice`, whose subscription the server allows to nobody else."""
+    reply_prefixes: Annotated[tuple[str, ...], Listed] = ("_INBOX", "_R_")
+    """Prefixes of the reply subjects to which the service answers, beside those of `connection.inbox_prefix`. A request
+    with another reply subject is dropped. `_INBOX` is for clients in other languages; `_R_` for those of other
+    accounts, to which the server maps the subjects."""
     max_reconnects: Annotated[int, Ge(-1)] = -1
     """Number of failed attempts to reconnect to each server, after which the service tries a last time and stops. -1:
     no limit. 0: the service stops when the connection is lost."""
@@ -38,6 +50,18 @@ class Connection(Section):
     """Number of unanswered pings after which the connection is closed and made again."""
     health_check_interval: Seconds = 5.0
     """Interval in seconds between health checks of the log, the database and the other components of `/readyz`."""
+
+    @field_validator("inbox_prefix", "reply_prefixes")
+    @classmethod
+    def _inboxes(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        prefixes = value if isinstance(value, tuple) else (value,) if value else ()
+        for prefix in prefixes:
+            if len(prefix) > MAX_INBOX_PREFIX or not _INBOX_PREFIX.fullmatch(prefix) or prefix.startswith("_GR_"):
+                raise ValueError(
+                    f"{prefix[:40]!r} is not a prefix of inboxes: words of letters, digits, `_` and `-` with dots "
+                    f"between, at most {MAX_INBOX_PREFIX} characters"
+                )
+        return value
 
     @field_validator("servers")
     @classmethod

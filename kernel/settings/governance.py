@@ -22,6 +22,16 @@ class Passivation(Section):
     """Largest measured size of the aggregates' states and rows, in each worker; 0: no limit."""
 
 
+class Snapshots(Section):
+    """Snapshots of aggregates with long histories, in a stream beside the log. They are a cache: used only with the
+    code that has made them, and never needed."""
+
+    every: Annotated[int, Ge(0)] = 100
+    """Number of events of an aggregate after which a snapshot is taken; 0: none are taken, and none are used."""
+    verify: Annotated[float, Ge(0), Le(1)] = 0.01
+    """Share of the loaded snapshots that are compared with the aggregate's whole history."""
+
+
 class Commands(Section):
     """Limits for the commands in progress."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from ipaddress import ip_address
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Le
+from pydantic import model_validator
 
-from kernel.settings.fields import Secret, Section
+from kernel.settings.fields import Seconds, Secret, Section
 
 
 class Http(Section):
@@ -18,7 +20,34 @@ class Http(Section):
     """Port to listen on; 0: any free port."""
     token: Secret | None = None
     """Bearer token. If it is set, `/metrics` and the details of `/readyz` require it. The status codes of `/healthz`
-    and `/readyz` don't."""
+    and `/readyz` don't. It must be set where `http.host` is not a loopback address."""
+    public: bool = False
+    """Serve the pages without a token on an address that is not a loopback address. For networks that no stranger can
+    reach."""
+    connections: Annotated[int, Ge(4), Le(4096)] = 64
+    """Largest number of connections at once; never more than an eighth of the files that the process may open. A new
+    connection beyond it closes the oldest one that has sent no request."""
+    header_timeout: Seconds = 5.0
+    """Time limit in seconds for a request to arrive. A connection carries one request."""
+    timeout: Seconds = 30.0
+    """Time limit in seconds for a request and its answer, also for a client that reads it slowly."""
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if self.token is None and not self.public and not _is_loopback(self.host):
+            raise ValueError(
+                f"http.host = {self.host!r} is not a loopback address, and everybody who reaches it could read the "
+                "metrics; set http.token (ESKERNEL_HTTP__TOKEN), or http.public = true for a network that no stranger "
+                "reaches"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Logging(Section):

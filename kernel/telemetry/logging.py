@@ -10,12 +10,16 @@ import logging
 import os
 import sys
 from collections.abc import MutableMapping
+from copy import copy
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from kernel.settings import Logging
+
+if TYPE_CHECKING:
+    from kernel.log.repeats import Repeats
 
 logger = logging.getLogger("eskernel.telemetry")
 LIBRARIES = ("aiohttp", "alembic", "apscheduler", "asyncio", "nats", "opentelemetry", "sqlalchemy", "thespian")
@@ -29,11 +33,28 @@ def about(aggregate: str, aggregate_id: str, **more: object) -> dict[str, object
 
 
 class _Lines(logging.StreamHandler[Any]):
-    """The one handler of the process, on standard error."""
+    """The one handler of the process, on standard error. Warnings of the kernel that repeat become one a minute."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__(sys.stderr)
         self.as_json = as_json
+        self._repeats: Repeats | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING and record.name.startswith("eskernel"):
+            if self._repeats is None:
+                from kernel.log.repeats import Repeats  # with its room come libraries that a plain command can spare
+
+                self._repeats = Repeats()
+            # numbers with a fraction are measurements: they differ, and the line is the same
+            given = record.args if isinstance(record.args, tuple) else (record.args,)
+            same = [record.name, record.msg, *(part for part in given if not isinstance(part, float))]
+            if (more := self._repeats.due(" ".join(map(str, same)))) is None:
+                return
+            if more:
+                record = copy(record)
+                record.msg, record.args = record.getMessage() + more, None
+        super().emit(record)
 
 
 def writes_json() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _MANY = (1, 10, 100, 1000, 5000, 10000, 50000)
@@ -32,6 +32,8 @@ SHELLS = Gauge("eskernel_actor_shells", "Existing actors: live ones, and empty o
 ACTIVATIONS = Counter("eskernel_activations_total", "Aggregates activated")
 LOADS = Counter("eskernel_aggregate_loads_total", "Aggregates loaded from the log to decide a command")
 LOAD_SECONDS = Histogram("eskernel_aggregate_load_seconds", "Time to load an aggregate from the log", buckets=_FAST)
+SNAPSHOTS_TAKEN = Counter("eskernel_snapshots_taken_total", "Snapshots of aggregates taken", ["outcome"])
+SNAPSHOTS_USED = Counter("eskernel_snapshots_used_total", "Snapshots of aggregates that were read", ["outcome"])
 PASSIVATIONS = Counter("eskernel_passivations_total", "Aggregates passivated", ["reason"])
 # projections
 EVENTS = Counter("eskernel_events_folded_total", "Events folded into projections and written")
@@ -83,12 +85,17 @@ LEASES_LOST = Counter("eskernel_leases_lost_total", "Partitions lost because a l
 RATE_PRESENT = Gauge("eskernel_rate_present", "Current rate of a lane per second; +Inf: no limit", ["lane"])
 RATE_LIMIT = Gauge("eskernel_rate_limit", "Configured rate of a lane per second, for the app; +Inf: no limit", ["lane"])
 REFUSED = Counter("eskernel_commands_refused_total", "Commands refused as overloaded, by limit", ["limit"])
+REPLIES_REFUSED = Counter(
+    "eskernel_replies_refused_total", "Requests dropped because their reply subject is not an allowed inbox"
+)
 THROTTLED = Counter("eskernel_throttled_seconds_total", "Time that readers waited for a lane's tokens", ["lane"])
 # the kernel itself
 ERRORS = Counter("eskernel_errors_total", "Errors by kind", ["kind"])
 COMPONENT_OK = Gauge("eskernel_component_ok", "1 while a component of the health report works", ["component"])
-JOBS = Counter("eskernel_jobs_total", "Runs of scheduled jobs", ["job", "outcome"])
-JOB_SECONDS = Gauge("eskernel_job_seconds", "Duration of a job's last run", ["job"])
+JOBS = Counter(
+    "eskernel_jobs_total", "Runs of scheduled jobs; waiting: for a database that is away", ["task", "outcome"]
+)
+JOB_SECONDS = Gauge("eskernel_job_seconds", "Duration of a job's last run", ["task"])
 LOOP_LAG = Gauge("eskernel_loop_lag_seconds", "Longest delay of the event loop in the last second")
 BUGS = Counter("eskernel_kernel_bugs_total", "Unexpected failures, which are bugs in the kernel")
 
@@ -125,6 +132,26 @@ def count_connection_error(problem: str) -> None:
     denied = "permissions violation" in low or "authorization" in low or "authentication" in low
     kind = "permission" if denied else "timeout" if "time" in low else "connection"
     ERRORS.labels(kind=kind).inc()
+
+
+def render_page(app: str) -> bytes:
+    """Return this process's metrics in Prometheus's text format. Each sample has the label `app`.
+
+    The label is added here, once a scrape: it costs nothing where metrics are counted.
+    """
+    quoted = app.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    label = f'app="{quoted}"'
+    return "\n".join(_labelled(line, label) for line in generate_latest().decode().split("\n")).encode()
+
+
+def _labelled(line: str, label: str) -> str:
+    if not line or line.startswith("#"):
+        return line
+    name, space, rest = line.partition(" ")
+    opening = name.find("{")
+    if opening < 0:
+        return f"{name}{{{label}}}{space}{rest}"
+    return f"{line[:opening]}{{{label},{line[opening + 1 :]}"
 
 
 def observe_all(histogram: Histogram, values: Iterable[float]) -> None:

@@ -47,7 +47,7 @@ _TEMPORARY = (
 """Reasons for which a server closes a connection, but after which it may accept a new one."""
 _VIOLATIONS = {"maximum payload violation": PAYLOAD, "maximum control line exceeded": CONTROL_LINE}
 """Reasons for which a server closes a connection because of one message: it must not be sent again."""
-_DENIED = re.compile(r'permissions violation for publish to "([^"]*)"', re.IGNORECASE)
+_DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
 PATIENCE_S = 60.0
 """Violations within this time of each other make the pause before a reconnect longer."""
 LONGEST_PAUSE_S = 5.0
@@ -123,7 +123,9 @@ class NatsConnection(Client):
         request_timeout: time limit in seconds for an answer of the API.
         max_control_line: most bytes of the line that begins a message and has its subjects. No server announces it:
             it is a server's default until one has refused a shorter line.
-        denials: functions that are called with a subject to which the server let this user not publish.
+        denials: functions that are called with a subject to which the server let this user not publish or subscribe.
+        unheard: subjects to which the server let this user not subscribe, since it was last connected to.
+        answer_prefix: prefix of the inboxes for the answers of an app's workers, where it is not that of all inboxes.
         measure: called after a server has closed the connection, perhaps because of a message that is larger than it
             takes: with which limit, and the size in question. It sets the limits that this server has.
     """
@@ -138,8 +140,10 @@ class NatsConnection(Client):
         self.request_timeout = 5.0
         self.max_control_line = MAX_CONTROL_LINE
         self.denials: list[Callable[[str], None]] = []
+        self.unheard: set[str] = set()
         self.measure: Callable[[str, int], Awaitable[None]] | None = None
         self.violation = self.error_line = ""
+        self.answer_prefix = ""
         self._hidden_limit = 0
         self._violations: list[float] = []
         self._largest_sent = self._proven = 0
@@ -152,6 +156,21 @@ class NatsConnection(Client):
         """
         announced: int = self._max_payload
         return min(announced, self._hidden_limit or announced)
+
+    def new_answer_inbox(self) -> str:
+        """Return a new inbox for the answers of an app's workers."""
+        inbox = self.new_inbox()
+        return f"{self.answer_prefix}.{inbox.rpartition('.')[2]}" if self.answer_prefix else inbox
+
+    def explain_silence(self) -> str:
+        """Return why no answers can arrive, as far as permissions are the reason; empty otherwise."""
+        own = self._inbox_prefix.decode()
+        if not any(subject.startswith(f"{own}.") for subject in self.unheard):
+            return ""
+        return (
+            f"the user of this connection may not subscribe to {own}.>, where answers arrive: allow it, or set "
+            "connection.inbox_prefix"
+        )
 
     def limit_payload(self, most: int) -> None:
         """Note that the server takes less than it announces."""
@@ -204,6 +223,7 @@ class NatsConnection(Client):
             # any other exception would permanently end nats-py's attempts to reconnect
             raise NatsError(f"nats: the answer is not from a NATS server: {error}") from error
         self.trouble = ""
+        self.unheard.clear()
         self._largest_sent = 0
         self._drop_oversized()
         if self._reading_task is not None:
@@ -222,8 +242,10 @@ class NatsConnection(Client):
     async def _process_err(self, err_msg: str) -> None:
         low = err_msg.lower()
         if denied := _DENIED.search(self.error_line or err_msg):
-            for callback in self.denials:
-                callback(denied[1])
+            if denied[1].lower() == "subscription":
+                self.unheard.add(denied[2])
+            for callback in list(self.denials):
+                callback(denied[2])
         self.violation = next((kind for text, kind in _VIOLATIONS.items() if text in low), self.violation)
         if self.violation or any(known in low for known in _TEMPORARY):
             # nats-py would close the connection permanently
@@ -232,6 +254,11 @@ class NatsConnection(Client):
             await self._process_op_err(error)
         else:
             await super()._process_err(err_msg)
+
+    async def flush(self, timeout: int = 10) -> None:
+        """Wait until the server has handled what was sent before. nats-py's PING alone would overtake it."""
+        await self._flush_pending(force_flush=True)
+        await super().flush(timeout)
 
     async def _attempt_reconnect(self) -> None:
         self._abort()

@@ -18,6 +18,7 @@ from kernel.errors import BadCredentials, ConnectionFailed
 from kernel.settings import Connection, JetStream, Security, Settings
 from kernel.settings.fields import shown
 from kernel.transport.connection import NatsConnection
+from kernel.transport.inboxes import Role, inbox_prefix
 from kernel.transport.limits import measuring
 
 logger = logging.getLogger("eskernel.transport")
@@ -28,12 +29,20 @@ _FINAL = ("authorization violation", "certificate", "tls", "nkeys", "maximum con
 
 
 async def dial(
-    settings: Settings, *, name: str, url: str = "", on_event: Callable[[str], None] | None = None
+    settings: Settings,
+    *,
+    name: str,
+    app: str = "",
+    role: Role = "client",
+    url: str = "",
+    on_event: Callable[[str], None] | None = None,
 ) -> NatsConnection:
     """Connect according to the settings.
 
     Args:
         name: name of the client, if the settings have none.
+        app: name of the app, below whose subjects the inboxes are; without it they are below `_INBOX`.
+        role: what the connection is for.
         url: URL of the embedded server, if it is to be used.
 
     Raises:
@@ -51,10 +60,15 @@ async def dial(
     if "tls" not in options and any(server.startswith("tls://") for server in servers):
         # TLS also applies to servers that these servers announce, and after reconnects
         options["tls"] = _context(settings.security)
-    return await connect(
+    if app:
+        options["inbox_prefix"] = inbox_prefix(app, settings, role)
+    connected = await connect(
         servers, name=connection.name or name, on_event=on_event, security=settings.security,
         jetstream=settings.jetstream, **options,
     )  # fmt: skip
+    if app and role == "service":
+        connected.answer_prefix = inbox_prefix(app, settings, "workers")
+    return connected
 
 
 def connection_options(connection: Connection) -> dict[str, Any]:

@@ -8,12 +8,27 @@ from typing import Any, NamedTuple
 
 import nats.errors
 import orjson
+from nats.aio.msg import Msg
 
 from kernel.errors import LogError, PayloadTooLarge, Unavailable
 from kernel.transport.connection import NatsConnection
 
-NO_MESSAGE, NO_STREAM = 10037, 10059
+NO_MESSAGE, NO_STREAM, NOT_ENABLED = 10037, 10059, 10039
 DEFAULT_PREFIX = "$JS.API"
+_REMEDIES = {
+    10027: "raise max_streams of the NATS account: an app has a stream for its log, one for its leases, and one for "
+    "snapshots",
+    10028: "raise max_mem of the NATS account, or max_memory_store of the server: leases are kept in memory, and so "
+    "is a log with stream.storage = 'memory'",
+    10047: "raise max_file of the NATS account, or max_file_store of the server: the log is kept in files",
+    10023: "raise the limits of the NATS account, or of the servers",
+    10026: "raise max_consumers of the NATS account: each worker reads the log with a consumer of its own",
+}
+"""What helps where the server refuses for want of something, by the API's error code."""
+
+
+class NotPermitted(Unavailable):
+    """The server lets the user of the connection not ask JetStream's API, or not hear its answer."""
 
 
 class ApiError(LogError):
@@ -24,8 +39,10 @@ class ApiError(LogError):
     """
 
     def __init__(self, subject: str, error: dict[str, Any]) -> None:
-        super().__init__(f"{subject}: {error.get('description')} ({error.get('err_code')})")
         self.code = int(error.get("err_code", 0))
+        remedy = _REMEDIES.get(self.code, "")
+        why = f"{subject}: {error.get('description')} ({error.get('err_code')})"
+        super().__init__(f"{why}; {remedy}" if remedy else why)
 
 
 async def call_api(
@@ -39,6 +56,7 @@ async def call_api(
     Raises:
         ApiError: the API answered with an error.
         PayloadTooLarge: the request is larger than the server takes.
+        NotPermitted: the server lets this user not ask, or not hear the answer.
         Unavailable: the API did not answer.
     """
     task = asyncio.current_task()
@@ -50,10 +68,8 @@ async def call_api(
             "(max_payload)"
         )
     try:
-        message = await connection.request(
-            f"{connection.api}.{subject}",
-            request,
-            timeout=timeout or connection.request_timeout,
+        message = await _request(
+            connection, f"{connection.api}.{subject}", request, timeout or connection.request_timeout
         )
     except nats.errors.NoRespondersError:
         where = (
@@ -61,7 +77,8 @@ async def call_api(
         )
         raise Unavailable(f"JetStream is not enabled on this server{where}, or not ready yet") from None
     except (nats.errors.Error, TimeoutError, OSError) as error:
-        raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {error or 'no answer'}") from None
+        why: object = connection.explain_silence() or error or "no answer"
+        raise Unavailable(f"JetStream API {subject.split('.', maxsplit=1)[0]}: {why}") from None
     if task is not None and task.cancelling() > cancelled:
         # before Python 3.12 wait_for swallows a cancellation that arrives together with the answer
         raise asyncio.CancelledError
@@ -69,6 +86,30 @@ async def call_api(
     if "error" in answer:
         raise ApiError(subject, answer["error"])
     return answer
+
+
+async def _request(connection: NatsConnection, subject: str, request: bytes, timeout: float) -> Msg:
+    """Send a request and return the answer; a refusal of the server, which it sends apart, ends the wait too."""
+    refused = asyncio.get_running_loop().create_future()
+
+    def note(denied: str) -> None:
+        why = connection.explain_silence()
+        if denied == subject:
+            why = f"the user of this connection may not publish to {subject}: see its permissions"
+        if why and not refused.done():
+            refused.set_result(why)
+
+    connection.denials.append(note)
+    asking = asyncio.ensure_future(connection.request(subject, request, timeout=timeout))
+    waiting: set[asyncio.Future[Any]] = {asking, refused}
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if asking.done():
+            return asking.result()
+        raise NotPermitted(f"JetStream API {subject.removeprefix(connection.api)[1:]}: {refused.result()}")
+    finally:
+        connection.denials.remove(note)
+        asking.cancel()
 
 
 class Message(NamedTuple):

@@ -43,7 +43,7 @@ async def survey(
         if known <= answers.keys():
             complete.set()
 
-    inbox = connection.new_inbox()
+    inbox = connection.new_answer_inbox()
     stop = await connection.listen(inbox, answered)
     try:
         connection.send(publish_frame(subject.encode(), payload, reply=inbox.encode()))
@@ -69,7 +69,7 @@ async def open_survey(
         except Exception as error:  # a wrong answer of another worker must not end the connection
             logger.warning("%s: an answer can't be used: %s", subject, error)
 
-    inbox = connection.new_inbox()
+    inbox = connection.new_answer_inbox()
     await connection.listen(inbox, answered)
 
     def request() -> None:

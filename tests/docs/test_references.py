@@ -29,7 +29,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation.replace("-", "").replace
 
 
 PUBLIC = {"aggregates", "projections", "kernel", "kernel.errors", "kernel.settings", "kernel.log", "examples.bank"}
-OTHERS = {"pytest", "sqlalchemy", "sqlalchemy.orm"}
+OTHERS = {"alembic", "pytest", "sqlalchemy", "sqlalchemy.orm"}
 
 
 def anchors(page: Path) -> set[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kernel.runtime.nats_server import EmbeddedServer
+from tests.commands import shared
 from tests.conftest import run
 from tests.docs.pages import GUIDE, ROOT, read_blocks
 from tests.docs.walk import Walk, matches
-from tests.docs.warm import Warm
 from tests.failing import free_port
 
 PAGES = [ROOT / "README.md", *sorted(GUIDE.glob("*.md"))]
@@ -25,13 +25,10 @@ POSTGRES = "postgresql://bank@db.example.com/bank"
 PORT = "127.0.0.1:9100"
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    """A Python that executes what pages type."""
+def environment() -> dict[str, str]:
+    """Return that of the commands that pages type."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ESKERNEL_", "PYTEST_"))}
-    started = Warm({**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "160"})
-    yield started
-    started.close()
+    return {**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @pytest.fixture
@@ -54,14 +51,14 @@ def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str,
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_snippet_does_what_the_page_says(
-    path: Path, places: dict[str, str], warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "bank"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
-    walk = Walk(path, folder, warm, places)
+    walk = Walk(path, folder, shared(), environment(), places)
     try:
         walk.go()
     finally:

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from tests.commands import Command, Commands
 from tests.docs.pages import Block, files_before, read_blocks, write_block
-from tests.docs.warm import Warm
 
 WAIT_S = 60.0
 _ERROR = re.compile(r"#\s*error: (.*)$")
@@ -28,19 +28,28 @@ class Walk:
     """One page in a folder of its own.
 
     Args:
+        environment: of its commands; a command may have further variables.
         places: what stands in the page for something that is another one here, such as a server's address.
     """
 
-    def __init__(self, path: Path, folder: Path, warm: Warm, places: Mapping[str, str]) -> None:
-        self.path, self.folder, self._warm, self._places = path, folder, warm, places
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        commands: Commands,
+        environment: Mapping[str, str],
+        places: Mapping[str, str],
+    ) -> None:
+        self.path, self.folder, self._places = path, folder, places
+        self._commands, self._environment = commands, environment
         self._files = files_before(path)
         for name in self._files:
             self._write(name)
         self._module = types.ModuleType(f"page_{path.stem.replace('-', '_')}")
         sys.modules[self._module.__name__] = self._module
         self._runner = asyncio.Runner()
-        self._service: int | None = None
-        self._commands = 0
+        self._service: Command | None = None
+        self._services = 0
 
     def go(self) -> None:
         """Take every block in order."""
@@ -133,18 +142,15 @@ class Walk:
     def _type(self, block: Block, line: str) -> str:
         fails = _ERROR.search(line)
         words = shlex.split(self._here(line), comments=True)
-        environment = {"COLUMNS": "80"}
+        environment = {**self._environment, "COLUMNS": "160" if words[0] == "eskernel" else "80"}
         while re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, environment[name] = words.pop(0).partition("=")
         if words[0] == "curl":
             return _get(words[-1])
-        self._commands += 1
-        output = self.folder / f".printed-{self._commands}"
         if (words[:2] == ["eskernel", "run"] or words[-1] == "&") and not fails:
-            self._start_service(block, [word for word in words if word != "&"], output, environment)
-            return output.with_suffix(".out").read_text()
-        code = self._warm.run(words, self.folder, output, environment)
-        printed, errors = (output.with_suffix(kind).read_text() for kind in (".out", ".err"))
+            return self._start_service(block, [word for word in words if word != "&"], environment)
+        done = self._commands.run(words, self.folder, environment)
+        code, printed, errors = done.returncode, done.stdout, done.stderr
         if fails:
             said = " ".join((printed + errors).split())
             assert code != 0 and fails[1].strip() in said, f"{block.place}: {line}\nexit code {code}\n{printed}{errors}"
@@ -152,19 +158,22 @@ class Walk:
             assert code == 0, f"{block.place}: {line}\nexit code {code}\n{printed}{errors}"
         return printed
 
-    def _start_service(self, block: Block, words: list[str], output: Path, environment: dict[str, str]) -> None:
+    def _start_service(self, block: Block, words: list[str], environment: dict[str, str]) -> str:
         self._stop_service()
-        self._service = self._warm.start(words, self.folder, output, environment)
+        self._services += 1
+        printed, errors = (self.folder / f".service-{self._services}.{kind}" for kind in ("out", "err"))
+        with printed.open("w") as out, errors.open("w") as err:
+            self._service = self._commands.start(words, self.folder, environment, out.fileno(), err.fileno())
         deadline = time.monotonic() + WAIT_S
-        printed = output.with_suffix(".out")
-        while not (printed.exists() and "stop it with" in printed.read_text()):
-            assert time.monotonic() < deadline, f"{block.place}\n{output.with_suffix('.err').read_text()}"
+        while "stop it with" not in (text := printed.read_text()):
+            assert time.monotonic() < deadline, f"{block.place}\n{errors.read_text()}"
             time.sleep(0.02)
+        return text
 
     def _stop_service(self) -> None:
         if self._service is not None:
             service, self._service = self._service, None
-            code = self._warm.stop(service)
+            code = service.stop()
             assert code == 0, f"{self.path}: the service ended with {code}"
 
 

@@ -140,7 +140,8 @@ async def stopped(here: Running, *words: str) -> None:
 async def test_a_stream_that_is_deleted_stops_the_service(
     nats_url: str, app_name: str, tmp_path: Path, caplog: Caplog
 ) -> None:
-    async with running(app_name, tmp_path, nats_url) as here:
+    # the readers notice it: no check of the log is due
+    async with running(app_name, tmp_path, nats_url, connection__health_check_interval=60.0) as here:
         await here.note(20)
         async with api(nats_url) as call:
             await call(f"STREAM.DELETE.{app_name}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import nats
 import nats.errors
+import orjson
 from nats.aio.client import Client as Nats
 
 from aggregates import Rejected
@@ -229,6 +230,35 @@ class Load:
             except (nats.errors.Error, TimeoutError, ConnectionError):
                 pass  # it may have been stored or not
             self.garbage.append(Garbage(subject, payload, sequence))
+
+    async def send_deputies(self, choice: int) -> None:
+        """Send requests whose answers would go to subjects that a sender may not publish to.
+
+        Their commands are recorded nowhere: the checker finds each that takes effect, and each message that no sender
+        has published.
+        """
+        assert self._nats is not None
+        app, name = self.app_name, f"deputy-{choice}"
+        command = {"aggregate": "Tank", "id": name, "command": "Fill", "data": {"amount": 1, "note": name}}
+        requests = [
+            (f"{app}.cmd", orjson.dumps(command)),
+            (f"{app}.cmd.{partition_of(name, 64)}", orjson.dumps(command)),
+            (f"{app}.cmd", b"no request"),
+            (f"{app}.svc.status", b""),
+            (f"{app}.svc.limits", b""),
+        ]
+        for subject, payload in requests:
+            for reply in (
+                f"{app}.evt.{partition_of(name, 64)}.Tank.{name}",
+                f"{app}.snap.{partition_of(name, 64)}.Tank.{name}",
+                f"$KV.{app}-leases.w.{name}",
+                f"$JS.API.STREAM.PURGE.{app}",
+                f"{app}.inbox.service.{name}.1",
+            ):
+                try:
+                    await self._nats.publish(subject, payload, reply=reply)
+                except (nats.errors.Error, ConnectionError):
+                    self.problems["a deputy's request was not sent"] += 1
 
 
 async def _ignore(_error: Exception) -> None:

@@ -121,6 +121,8 @@ class Faults:
                 self.load.poison(fault.choice)
             case Kind.GARBAGE:
                 await self.load.publish_garbage(fault.choice)
+            case Kind.DEPUTY:
+                await self.load.send_deputies(fault.choice)
 
     async def _workers(self) -> list[psutil.Process]:
         """Return the workers; wait if there is none at the moment."""

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     DATABASE = "database away"
     POISON = "poison events"
     GARBAGE = "garbage in the stream"
+    DEPUTY = "deputy attempts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ SHORT = [
     Kind.SERVER_KILL,
     Kind.WORKER_FREEZE,
     Kind.GARBAGE,
-    Kind.WORKERS_KILL,
+    Kind.DEPUTY,
 ]
 """The faults of the short test. The first one stays first; the seed orders the others."""
 

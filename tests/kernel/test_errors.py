@@ -30,6 +30,7 @@ INTERNAL = {
     "ApiError": "an answer of JetStream's API, which its caller turns into a public error; a LogError if it escapes",
     "FileReplaced": "between the engine and the projector, which waits; people read it in the health report",
     "NewerEvent": "an InvalidMessage: the aggregate's projections wait, its commands are answered as unavailable",
+    "NotPermitted": "an Unavailable, after which a client sends without knowing the partition",
     "NotWorking": "between a probe and the health report",
     "Refused": "a HandlerFailed: the aggregate whose value a column can't carry is parked",
     "Unsupported": "a SchemaError, at the start",

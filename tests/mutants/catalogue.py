@@ -28,12 +28,14 @@ class Mutant:
 UNIT = "tests/projections/test_unit_of_work.py"
 LOG = "tests/kernel/log/test_log_contract.py"
 COMMANDS = "tests/kernel/commands/test_commands.py"
+REPLIES = "tests/kernel/commands/test_replies.py"
 LETTERS = "tests/kernel/projector/test_dead_letters.py"
 SERVICE = "tests/kernel/test_service.py"
 WAITING = "tests/projections/test_waiting.py"
 CONTENTION = "tests/projections/test_contention.py"
 UNKNOWN = "tests/kernel/projector/test_unknown.py"
 ROLLING = "tests/kernel/projector/test_rolling.py"
+SNAPSHOTS = "tests/kernel/actors/test_snapshots.py"
 OWN = "tests/test_mutants_caught.py"
 
 MUTANTS = [
@@ -114,7 +116,7 @@ MUTANTS = [
         "expected-not-sent",
         "of two appends behind the same commit one is refused",
         "kernel/log/appender.py",
-        r"""headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % append.expected""",
+        r"""headers = b"NATS/1.0\r\n%b\r\n" % append.links""",
         r"""headers = b"NATS/1.0\r\n\r\n" """,
         (f"{LOG}::test_an_append_with_a_stale_expected_sequence_conflicts_and_tells_the_actual_one",),
     ),
@@ -122,10 +124,8 @@ MUTANTS = [
         "expected-not-sent-in-batches",
         "of two appends behind the same commit one is refused",
         "kernel/log/appender.py",
-        r"""b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n"
-""",
-        r"""b"NATS/1.0\r\nNobody-Reads-This: %d\r\n"
-""",
+        "% (append.links, batch_id,",
+        r"""% (b"Nobody-Reads-This: 1\r\n", batch_id,""",
         (f"{LOG}::test_a_conflict_inside_an_atomic_batch_leaves_the_others_in_one_piece",),
     ),
     Mutant(
@@ -608,10 +608,30 @@ MUTANTS = [
     Mutant(
         "truncated-log-accepted",
         "a truncated log is noticed",
-        "projections/checkpoints.py",
-        "if furthest > last:",
-        "if furthest > last + 1_000_000:",
+        "projections/origin.py",
+        "if self.furthest > last:",
+        "if self.furthest > last + 1_000_000:",
         (f"{SERVICE}::test_a_truncated_log_is_noticed_at_start[sqlite]",),
+    ),
+    Mutant(
+        "truncation-believed-at-once",
+        "a log is called truncated only after it was asked again",
+        "kernel/log/certainty.py",
+        "if time.monotonic() - began >= (min(patience, ALONE_S) if isinstance(error, _Gone) else patience):",
+        "if patience:",
+        (
+            "tests/failure_modes/test_backups.py::test_a_log_that_seems_truncated_for_a_moment_stops_nothing",
+            "tests/failure_modes/test_backups.py::"
+            "test_a_log_that_seems_truncated_for_a_moment_at_a_start_is_asked_again",
+        ),
+    ),
+    Mutant(
+        "another-log-accepted",
+        "a log is recognised by what is in it",
+        "projections/origin.py",
+        "if self.digest == digest:",
+        "if self.digest:",
+        ("tests/failure_modes/test_backups.py::test_a_log_restored_from_an_older_backup_that_went_on_is_refused",),
     ),
     Mutant(
         "history-gap-accepted",
@@ -695,5 +715,95 @@ MUTANTS = [
         "if different := differences(connection, live, trial):",
         "if different := differences(connection, live, live):",
         ("tests/projections/test_schema.py::test_a_model_that_was_changed_without_a_new_version_is_refused",),
+    ),
+    # the service as deputy
+    Mutant(
+        "reply-subject-unchecked",
+        "the service publishes only to inboxes, whatever reply subject a sender names",
+        "kernel/commands/admission.py",
+        "if reply and not self._allows(reply):",
+        "if False:",
+        (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
+    ),
+    Mutant(
+        "reply-subject-of-requests-unchecked",
+        "requests for the status and the limits are answered at inboxes only",
+        "kernel/commands/replies.py",
+        "if reply and not self.allows(reply):",
+        "if False:",
+        (f"{REPLIES}::test_the_service_is_nobodys_deputy",),
+    ),
+    Mutant(
+        "own-inbox-answered-to",
+        "the service answers nowhere where it reads for itself",
+        "kernel/transport/inboxes.py",
+        "            and not reply.startswith(self._refused)\n",
+        "",
+        ("tests/kernel/transport/test_inboxes.py::test_only_inboxes_are_answered_to",),
+    ),
+    Mutant(
+        "leases-inbox-shared",
+        "what the service reads for itself comes to its own inboxes",
+        "kernel/assembly.py",
+        'role="service",\n        name=f"eskernel {base.app.name} leases"',
+        'role="client",\n        name=f"eskernel {base.app.name} leases"',
+        ("tests/kernel/test_permissions.py::test_what_must_work_works_and_what_must_not_is_refused",),
+    ),
+    Mutant(
+        "slow-connections-kept",
+        "slow HTTP connections keep the pages from nobody",
+        "kernel/monitoring/doors.py",
+        "            waiting.abort()\n",
+        "            pass\n",
+        ("tests/kernel/monitoring/test_doors.py::test_slow_connections_do_not_keep_the_pages_from_others",),
+    ),
+    Mutant(
+        "correlation-unbounded",
+        "what is stored with each event is bounded",
+        "kernel/commands/admission.py",
+        "if oversized := find_oversized(sent):",
+        "if (oversized := find_oversized(sent)) and False:",
+        (f"{COMMANDS}::test_what_is_stored_with_each_event_is_bounded",),
+    ),
+    # cold aggregates
+    Mutant(
+        "snapshot-of-other-code",
+        "a snapshot is used only with the code that made it",
+        "aggregates/snapshot.py",
+        "(found.format, found.code, found.log, found.aggregate_id) != (FORMAT, self.code, log, aggregate_id)",
+        "(found.format, found.log, found.aggregate_id) != (FORMAT, log, aggregate_id)",
+        (f"{SNAPSHOTS}::test_a_snapshot_of_other_code_is_never_loaded",),
+    ),
+    Mutant(
+        "snapshot-unchecked",
+        "a snapshot is used only if its last commit is in the log",
+        "kernel/actors/histories.py",
+        "and follows(restored, _events_of(stored[0]))",
+        "and bool(stored)",
+        (f"{SNAPSHOTS}::test_a_snapshot_that_does_not_fit_the_log_is_not_used",),
+    ),
+    Mutant(
+        "snapshot-forgets-ids",
+        "a command takes effect once, also if a snapshot knows its id only roughly",
+        "aggregates/seen.py",
+        "if command_id <= self.horizon:",
+        "if not command_id:",
+        (f"{SNAPSHOTS}::test_ids_older_than_the_snapshot_knows_are_searched_for_once",),
+    ),
+    Mutant(
+        "history-searched",
+        "a history is read without a search",
+        "kernel/log/jetstream.py",
+        "found, below = await follow(self._gets, subject, last, after)",
+        "found, below = [last.stored], last.stored.sequence",
+        ("tests/kernel/log/test_chain.py::test_commits_spread_over_a_log_are_read_without_a_search",),
+    ),
+    Mutant(
+        "replica-trusted",
+        "a replica that is behind its leader is asked again",
+        "kernel/log/jetstream.py",
+        "if found and found[-1].sequence >= below:",
+        "if not waiting or (found and found[-1].sequence >= below):",
+        ("tests/kernel/log/test_chain.py::test_a_replica_that_is_behind_is_asked_again",),
     ),
 ]

@@ -16,7 +16,7 @@ from tests.packaging.conftest import Installed, Running, clean_environment
 
 pytestmark = pytest.mark.timeout(300)  # each test starts several processes
 NAMES = ("aggregates", "examples", "kernel", "migrations", "projections")
-WORKERS = ([], ["--workers", "2"])
+WORKERS = ["--workers", "2"]
 TRAP = "raise RuntimeError('the folder of the project was imported instead of the package')\n"
 MEANT = {
     "aggregates": "from aggregates.account import Account",
@@ -41,8 +41,11 @@ def sentence(printed: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("workers", WORKERS, ids=["one worker", "two workers"])
-@pytest.mark.parametrize("start", [["eskernel"], ["python", "-m", "kernel.cli"]], ids=["script", "module"])
+@pytest.mark.parametrize(
+    ("start", "workers"),
+    [(["eskernel"], WORKERS), (["python", "-m", "kernel.cli"], [])],
+    ids=["script, two workers", "module, one worker"],
+)
 def test_folders_that_the_app_does_not_import_are_harmless(
     installed: Installed,
     project: Path,
@@ -75,8 +78,7 @@ def test_each_folder_alone_is_harmless_also_where_pythonpath_leads_to_it(
     assert "error" not in config.stdout
 
 
-@pytest.mark.parametrize("workers", WORKERS, ids=["one worker", "two workers"])
-@pytest.mark.parametrize("name", MEANT)
+@pytest.mark.parametrize(("name", "workers"), [*((name, []) for name in MEANT), ("migrations", WORKERS)])
 def test_an_app_that_imports_such_a_folder_is_told_to_rename_it(
     installed: Installed, project: Path, name: str, workers: list[str]
 ) -> None:

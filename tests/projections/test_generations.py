@@ -14,7 +14,7 @@ import migrations
 from aggregates import Aggregate, applies, event
 from kernel import App
 from projections import Rows, SchemaError
-from projections.checkpoints import reached, register
+from projections.checkpoints import reached
 from projections.declaration import DeclaredProjection
 from projections.generations import (
     RETIRED_EPOCH,
@@ -27,6 +27,7 @@ from projections.generations import (
     retire_live,
     show,
 )
+from projections.origin import register
 from projections.tables import checkpoint, dead_letter, metadata, projection
 
 

@@ -25,9 +25,10 @@ from projections import (
     Transaction,
     dead_letters,
 )
-from projections.checkpoints import Position, claim, reached, register
+from projections.checkpoints import Position, claim, reached
 from projections.fold import Folded
 from projections.generations import retire_live
+from projections.origin import register
 from projections.parked import EVERY, Parked
 from projections.tables import checkpoint, dead_letter
 from tests.conftest import Commit, ReadSide, envelopes

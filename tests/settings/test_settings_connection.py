@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from nats.aio.client import Server as PoolServer
 
+from kernel import Client
+from kernel.errors import CommandTimeout
 from kernel.settings import Connection
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connection_options, dial
+from tests.apps import Note, Notebook
 from tests.conftest import settings_for
 from tests.failing import free_port, running
 from tests.faults.proxy import Proxy
@@ -261,3 +264,20 @@ async def test_health_is_checked_at_the_set_interval(
         log = service.service.health.components["log"]
         log.detail = "not looked at"
         await wait_until(lambda: log.detail != "not looked at")
+
+
+@pytest.mark.setting("connection.inbox_prefix", "connection.reply_prefixes")
+async def test_inboxes_are_where_the_settings_put_them_and_answers_go_nowhere_else(
+    nats_url: str, app_name: str, tmp_path: Path
+) -> None:
+    async with running(app_name, tmp_path, nats_url, connection__reply_prefixes=(f"{app_name}.answers",)) as service:
+        assert service.service.parts.connection.new_inbox().startswith(f"{app_name}.inbox.service.")
+        assert service.service.parts.connection.new_answer_inbox().startswith(f"{app_name}.inbox.workers.")
+        settings = settings_for(tmp_path, nats=nats_url, connection__inbox_prefix=f"{app_name}.answers.alice")
+        async with await Client.connect(service.service.app, settings) as client:
+            assert client.connection.new_inbox().startswith(f"{app_name}.answers.alice.client.")
+            assert (await client.execute(Notebook, "n", Note("a"))).version == 1
+        usual = settings_for(tmp_path, nats=nats_url, connection__inbox_prefix="_INBOX")
+        async with await Client.connect(service.service.app, usual) as client:
+            with pytest.raises(CommandTimeout):
+                await client.execute(Notebook, "n", Note("b"), timeout=0.3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -32,6 +30,7 @@ from kernel.workers.supervisor import Supervisor
 from projections import Rows, dead_letters
 from projections.database import open_database
 from tests.apps import Note, Notebook, Noted, Page, notebooks
+from tests.commands import eskernel
 from tests.conftest import open_log, settings_for
 from tests.failing import NAME_VARIABLE, ROOT, api, running
 
@@ -402,10 +401,8 @@ async def test_a_client_finds_a_service_that_was_given_relative_paths(
 
 
 def test_a_service_that_can_not_start_for_its_settings_says_all_of_them(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kernel.cli", "run", "tests.failing:app", "--set", "stream.replica=3", "--workers", "0"],
-        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    wrong = ["--set", "stream.replica=3", "--workers", "0"]
+    done = eskernel("run", "tests.failing:app", *wrong, folder=tmp_path)
     assert done.returncode == 2
     assert "stream.replica: no such setting" in done.stderr
     assert "workers:" in done.stderr

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,8 +19,9 @@ from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook, notebooks
+from tests.commands import eskernel
 from tests.conftest import open_log, settings_for
-from tests.failing import ROOT, api, change_stream, running
+from tests.failing import api, change_stream, running
 from tests.servers import cluster, server
 
 Wait = Callable[..., Any]
@@ -336,7 +334,11 @@ async def test_the_partition_count_is_that_of_the_stream(
 
 
 @pytest.mark.setting("stream.name", "stream.subject_prefix")
-@pytest.mark.parametrize("prefix", ["acme", "acme.billing.v2"])
+@pytest.mark.parametrize(
+    ("url", "database_url", "prefix"),
+    [("2.15", "postgresql", "acme.billing.v2"), ("2.10", "sqlite", "acme.billing.v2"), ("2.10", "postgresql", "acme")],
+    indirect=["url", "database_url"],
+)
 async def test_a_stream_may_have_another_name_and_other_subjects(
     url: str, app_name: str, tmp_path: Path, prefix: str, database_url: str
 ) -> None:
@@ -364,14 +366,9 @@ async def test_a_stream_may_have_another_name_and_other_subjects(
 async def cli(folder: Path, app: str, url: str, database: str, *arguments: str) -> str:
     """Run a command with the settings of the folder's file."""
     where = ["--app", "tests.failing:app", "--nats", url, "--database", database]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "kernel.cli", *arguments, *where,
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "FAILING_APP": app, "COLUMNS": "200"},
-    )  # fmt: skip
-    out, err = await process.communicate()
-    assert process.returncode == 0, out + err
-    return out.decode()
+    done = await asyncio.to_thread(eskernel, *arguments, *where, folder=folder, FAILING_APP=app, COLUMNS="200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.setting("stream.name", "stream.subject_prefix")

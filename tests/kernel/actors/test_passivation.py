@@ -15,6 +15,7 @@ from kernel import Client, Service
 from kernel.actors.mailbox import Loaded
 from kernel.actors.residents import Residents
 from kernel.actors.sizing import size_of
+from kernel.actors.snapshots import NO_SNAPSHOTS
 from kernel.commands.gateway import CommandGateway
 from kernel.log import MemoryLog
 from kernel.settings import Passivation
@@ -28,7 +29,7 @@ Wait = Callable[..., Coroutine[Any, Any, Any]]
 def residents(limit: int, idle: float, budget: int = 0) -> Residents:
     passivation = Passivation.model_construct(count=limit, idle=idle, memory=budget)
     gateway = CommandGateway(
-        notebooks("books"), MemoryLog("books"), Outbox(Discard()), lambda _partition: True, passivation
+        notebooks("books"), MemoryLog("books"), Outbox(Discard()), lambda _partition: True, passivation, NO_SNAPSHOTS
     )
     return gateway.residents
 

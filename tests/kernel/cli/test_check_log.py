@@ -20,9 +20,7 @@ from examples.bank import app as bank
 from kernel import App
 from kernel.cli.check_log import LogReport, check_log
 from kernel.log import MemoryLog
-
-ROOT = Path(__file__).parents[3]
-CLI = [sys.executable, "-m", "kernel.cli"]
+from tests.commands import ROOT, eskernel
 
 
 @event
@@ -114,13 +112,6 @@ async def test_a_sample_is_spread_over_the_log_up_to_its_end(log: MemoryLog, sam
     assert [problem.aggregate_id for problem in found.problems] == ["newest"]
 
 
-def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CLI, *arguments],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def test_the_command_checks_a_log_whether_its_service_runs_or_not(tmp_path: Path) -> None:
     older = "from examples.bank import *\nfrom kernel import App\n"
     (tmp_path / "older.py").write_text(
@@ -128,12 +119,12 @@ def test_the_command_checks_a_log_whether_its_service_runs_or_not(tmp_path: Path
         "class Account(Aggregate):\n    @applies\n    def deposited(self, event: Deposited) -> None: ...\n"
         'app = App("bank", aggregates=[Account])\n'
     )
-    assert run("check", "older:app", folder=tmp_path).returncode == 0
-    nothing = run("check", "examples.bank:app", "--log", folder=tmp_path)
+    assert eskernel("check", "older:app", folder=tmp_path).returncode == 0
+    nothing = eskernel("check", "examples.bank:app", "--log", folder=tmp_path)
     assert (nothing.returncode, "has no log of 'bank'" in nothing.stderr) == (3, True)
     with (tmp_path / "out").open("wb") as out:
         service = subprocess.Popen(
-            [*CLI, "run", "examples.bank:app"],
+            [sys.executable, "-m", "kernel.cli", "run", "examples.bank:app"],
             cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=out,
         )  # fmt: skip
     try:
@@ -141,16 +132,16 @@ def test_the_command_checks_a_log_whether_its_service_runs_or_not(tmp_path: Path
         while b"stop it with" not in (tmp_path / "out").read_bytes():
             assert service.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
             time.sleep(0.02)
-        assert run("send", "Account", "anna", "Deposit", "cents=5", folder=tmp_path).returncode == 0
-        running = run("check", "examples.bank:app", "--log", folder=tmp_path)
+        assert eskernel("send", "Account", "anna", "Deposit", "cents=5", folder=tmp_path).returncode == 0
+        running = eskernel("check", "examples.bank:app", "--log", folder=tmp_path)
         assert (running.returncode, running.stderr) == (0, "")
         assert "1 event in 1 commit; all decode with this program" in running.stdout
     finally:
         service.send_signal(signal.SIGTERM)
         assert service.wait(60) == 0
-    stopped = run("check", "examples.bank:app", "--log", "--sample", "5", "--json", folder=tmp_path)
+    stopped = eskernel("check", "examples.bank:app", "--log", "--sample", "5", "--json", folder=tmp_path)
     assert (stopped.returncode, json.loads(stopped.stdout)["log"]["events"]) == (0, 1)
-    refused = run("check", "older:app", "--log", folder=tmp_path)
+    refused = eskernel("check", "older:app", "--log", folder=tmp_path)
     assert refused.returncode == 1
     assert "undecodable: Account Deposited version 1, 1 event, first at sequence 1 (anna)" in refused.stdout
     assert "pounds" in refused.stdout

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.commands import ROOT, eskernel
 
 
 class Shell:
@@ -23,7 +24,6 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
         self.log = folder / "service.log"
         self.service: subprocess.Popen[bytes] | None = None
 
@@ -34,7 +34,7 @@ class Shell:
             self.service = subprocess.Popen(
                 [sys.executable, "-m", "kernel.cli", "run", *arguments],
                 cwd=self.folder,
-                env=self.environment,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
                 stdout=log,
                 stderr=log,
             )
@@ -51,14 +51,7 @@ class Shell:
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
         """Run a command; return its standard output, or its standard error where it is expected to fail."""
-        done = subprocess.run(
-            [sys.executable, "-m", "kernel.cli", *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = eskernel(*arguments, folder=self.folder, COLUMNS="120")
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stderr
 
@@ -132,6 +125,17 @@ def test_rebuild_says_what_it_did(shell: Shell) -> None:
     assert "Balances: generation" in shell("rebuild", "Balances")
     assert json.loads(shell("rebuild", "--all", "--json"))[0]["projection"] == "Balances"
     assert "Balances" in shell("rebuild", "Balanced", code=2)
+
+
+def test_another_database_than_the_services_is_not_rebuilt(shell: Shell, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    with (
+        sqlite3.connect(shell.folder / ".eskernel" / "bank" / "projections.db") as original,
+        sqlite3.connect(copy) as target,
+    ):
+        original.backup(target)
+    refusal = shell("rebuild", "Balances", "--database", f"sqlite:///{copy}", code=1)
+    assert "give all of them the same database" in refusal
 
 
 def test_status_reports_health_and_position(shell: Shell) -> None:

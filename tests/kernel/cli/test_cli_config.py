@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,14 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 import migrations
+from kernel import Service
+from kernel.errors import LogError
 from kernel.settings.sources import leaves
 from projections.database import open_database
-from tests.conftest import OLD_SERVER
-from tests.failing import ROOT, api, change_stream, free_port
+from tests.apps import notebooks
+from tests.commands import eskernel
+from tests.conftest import OLD_SERVER, settings_for
+from tests.failing import api, change_stream, free_port
 from tests.servers import NO_JETSTREAM, account_config, password_config, server, token_config
 
 Run = Callable[..., str]
@@ -29,14 +30,8 @@ def config(tmp_path: Path, app_name: str) -> Run:
     """Runs `eskernel config` in an empty folder; returns its output, and fails on an unexpected exit code."""
 
     def run(*arguments: str, code: int = 0, **variables: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "kernel.cli", "config", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "FAILING_APP": app_name, **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        given = {"COLUMNS": "200", "FAILING_APP": app_name, **variables}
+        done = eskernel("config", *arguments, folder=tmp_path, **given)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if done.stdout else done.stderr
 
@@ -166,6 +161,32 @@ async def test_check_reports_credentials_permissions_and_limits(config: Run, tmp
         found = check(config, "--nats", nats.url, *user, "--set", "stream.max_bytes=2000000", code=1)
         assert reports(found, "error", "of 1,000,000 in files", "less than stream.max_bytes")
         assert reports(check(config, "--nats", nats.url, *user), "ok", "of 1,000,000 in files")
+
+
+@pytest.mark.parametrize(
+    ("limits", "remedy"),
+    [("max_mem: 0, max_file: 1GB", "max_mem"), ("max_streams: 1", "max_streams"), ("max_file: 0", "max_file")],
+)
+async def test_an_account_that_is_too_small_is_named_with_a_remedy(
+    config: Run, app_name: str, tmp_path: Path, limits: str, remedy: str
+) -> None:
+    async with server(tmp_path / "nats", account_config("me", "right", limits)) as nats:
+        settings = settings_for(tmp_path, nats=nats.url, security__user="me", security__password="right")
+        with pytest.raises(LogError, match=f"; raise {remedy} of the NATS account"):
+            await Service(notebooks(app_name), settings).start()
+        user = ["--set", "security.user=me", "--set", "security.password=right"]
+        assert reports(check(config, "--nats", nats.url, *user, code=1), "error", "JetStream of", remedy)
+
+
+def test_permissions_are_printed_for_the_kinds_that_are_named(config: Run) -> None:
+    given = ["--set", "connection.inbox_prefix=bank.inbox.alice"]
+    printed = config("permissions", "examples.bank:app", "client", "read-only", *given)
+    assert "bank.inbox.alice.client.>" in printed
+    assert "exports: [" in printed
+    assert "bank.evt" not in printed
+    found = json.loads(config("permissions", "examples.bank:app", "--json"))
+    assert set(found) == {"service", "client", "operator", "monitoring", "read-only"}
+    assert found["client"]["publish"] == ["bank.cmd", "bank.cmd.>"]
 
 
 def test_check_tries_the_database_and_the_directory(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 from sqlalchemy import Engine, inspect, text
 
 from kernel.app import App, load_app
+from tests.commands import eskernel
 from tests.conftest import ReadSide
 
-ROOT = Path(__file__).parents[3]
 SOURCE = """
 from aggregates import Aggregate, applies, event
 from kernel import App
@@ -73,16 +72,11 @@ class Shell:
     def write(self, projections: str = "Pages, Lines", column: str = "number", version: int = 1) -> None:
         source = SOURCE.format(projections=projections, column=column, version=version)
         (self.folder / "books_app.py").write_text(source)
+        # its like of the same size and the same second would be taken for this one
+        shutil.rmtree(self.folder / "__pycache__", ignore_errors=True)
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "kernel.cli", *arguments],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = eskernel(*arguments, folder=self.folder, COLUMNS="200")
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.commands import ROOT, eskernel
+
 CLI = [sys.executable, "-m", "kernel.cli"]
 Start = Callable[..., subprocess.Popen[bytes]]
 DEFAULT_SIGNALS = (
@@ -75,19 +76,24 @@ def complaints(file: Path) -> list[str]:
     return found
 
 
-def send(environment: dict[str, str], folder: Path, *more: str) -> None:
+def send(folder: Path) -> None:
     for number in range(3):
-        arguments = ["send", "Account", f"a{number}", "Deposit", "cents=5", *more]
-        subprocess.run([*CLI, *arguments], cwd=folder, env=environment, check=True, capture_output=True)
+        assert eskernel("send", "Account", f"a{number}", "Deposit", "cents=5", folder=folder).returncode == 0
 
 
-@pytest.mark.parametrize(("server", "workers"), [("embedded", "1"), ("external", "2")])
+# the second start is one of an app that ran before
+@pytest.mark.parametrize(
+    ("server", "workers", "endings"),
+    [("embedded", "1", [signal.SIGINT]), ("external", "2", [signal.SIGTERM, signal.SIGINT])],
+    ids=["embedded, one worker", "external, two workers"],
+)
 def test_a_plain_start_and_stop_log_no_warning(
     start: Start,
     tmp_path: Path,
     environment: dict[str, str],
     workers: str,
     server: str,
+    endings: list[signal.Signals],
     request: pytest.FixtureRequest,
     app_name: str,
 ) -> None:
@@ -95,10 +101,10 @@ def test_a_plain_start_and_stop_log_no_warning(
     if server == "external":
         options += ["--nats", request.getfixturevalue("nats_url"), "--set", f"stream.name={app_name}"]
         options += ["--set", f"stream.subject_prefix={app_name}"]
-    for ending in (signal.SIGTERM, signal.SIGINT):  # the second start is one of an app that ran before
+    for ending in endings:
         service = start("run", "examples.bank:app", *options)
         wait_for(service, tmp_path / "a" / "out", b"stop it with")
-        send(environment, tmp_path / "a")
+        send(tmp_path / "a")
         os.killpg(service.pid, ending)
         assert service.wait(60) == 0
         assert complaints(tmp_path / "a" / "err") == []
@@ -183,7 +189,7 @@ def test_a_service_goes_on_without_a_reader_of_its_output(
     service.stdout.close()
     service.stderr.close()
     try:
-        send(environment, tmp_path)
+        send(tmp_path)
     finally:
         service.send_signal(signal.SIGTERM)
     assert service.wait(60) == 0

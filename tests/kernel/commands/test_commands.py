@@ -118,6 +118,39 @@ async def test_a_bad_request_gets_a_typed_error_that_names_the_culprit(
     assert (await request(service, json.dumps(good).encode()))["ok"]["version"] == 1
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "names"),
+    [
+        ("correlation_id", "x" * 900_000, "900000 characters, at most 200"),
+        ("causation_id", "x" * 201, "at most 200"),
+        ("command_id", "x" * 201, "at most 200"),
+        ("traceparent", "0" * 129, "at most 128"),
+        ("correlation_id", "a\x00b", "control characters"),
+        ("causation_id", "a\nb", "control characters"),
+        ("data", {"text": "a", "more": 2**63}, "64 bits"),
+        ("data", {"text": [{"deep": [-(2**63) - 1]}]}, "64 bits"),
+        ("data", {"text": int("9" * 400)}, "2^63"),
+    ],
+)
+async def test_what_is_stored_with_each_event_is_bounded(
+    service: Service, field: str, value: object, names: str
+) -> None:
+    command = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": {"text": "a"}}
+    error = (await request(service, json.dumps({**command, field: value}).encode()))["error"]
+    assert error["type"] == "invalid-command"
+    assert names in error["message"]
+    longest = {"correlation_id": "\u3000" * 200, "causation_id": "x" * 200, "traceparent": "0" * 128}
+    assert (await request(service, json.dumps({**command, **longest}).encode()))["ok"]["version"] == 1
+
+
+async def test_a_client_says_what_can_not_be_sent(client: Client) -> None:
+    request = {"aggregate": "Notebook", "id": "n", "command": "Note", "command_id": "c"}
+    for text in (2**70, "\ud800", object()):
+        with pytest.raises(CommandError, match="Note can't be sent") as refused:
+            await client.send({**request, "data": {"text": text}})
+        assert refused.value.type == "invalid-command"
+
+
 async def test_any_nats_client_can_send_to_the_app_or_to_the_partition(service: Service) -> None:
     command = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": {"text": "hi"}, "command_id": uuid7()}
     answer = await request(service, json.dumps(command).encode())
@@ -188,7 +221,7 @@ async def test_an_answer_never_exceeds_what_the_server_takes(service: Service) -
     assert error["type"] == "unknown-command"
     assert len(error["message"]) <= 4_000
     long = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": {"text": "a"}, "command_id": "x" * 300}
-    assert (await request(service, json.dumps(long).encode()))["error"]["type"] == "malformed"
+    assert (await request(service, json.dumps(long).encode()))["error"]["type"] == "invalid-command"
 
 
 async def test_an_append_that_may_lie_below_somebody_elses_is_looked_for(service: Service, client: Client) -> None:
@@ -282,9 +315,9 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
         await client.execute(Account, "a", Deposit(100))
         append, failed = service.parts.log.append, []
 
-        def fail_once(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+        def fail_once(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
             if failed:
-                return append(subject, expected, payload)
+                return append(subject, expected, payload, trail)
             failed.append(payload)
             future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             future.set_exception(Unavailable("not now"))
@@ -296,7 +329,7 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
         partition = client.log.subjects.commands(client.log.subjects.partition("Account", "a")).encode()
         for cents in (100, 50):
             request = b'{"aggregate":"Account","id":"a","command":"Withdraw","data":{"cents":%d}}' % cents
-            service.parts.admission.receive(partition, b"reply", request, None)
+            service.parts.admission.receive(partition, b"_INBOX.a.1", request, None)
         async with asyncio.timeout(10):
             while len(answers) < 2:
                 await asyncio.sleep(0)

@@ -171,12 +171,12 @@ async def test_where_a_limit_does_not_reach_for_all_few_commands_come_before_man
         for place, name in enumerate(names):
             request = {"aggregate": "Notebook", "id": name, "command": "Note", "data": {"text": "a"}}
             here.service.parts.admission.receive(
-                subject, f"{name}.{place}".encode(), json.dumps(request).encode(), None
+                subject, f"_INBOX.{name}.{place}".encode(), json.dumps(request).encode(), None
             )
         async with asyncio.timeout(10):
             while len(answers) < len(names):
                 await asyncio.sleep(0)
-        let_in = [token.decode().partition(".")[0] for token, answer in answers.items() if b'"ok"' in answer]
+        let_in = [token.decode().split(".")[1] for token, answer in answers.items() if b'"ok"' in answer]
         assert sorted(let_in) == sorted(["hot"] * 10 + [f"cold{n}" for n in range(20)])
 
 
@@ -409,11 +409,13 @@ async def test_a_log_that_takes_its_time_slows_the_commands(
         service = here.service
         append = service.parts.log.append
 
-        def late(subject: str, expected: int, payload: bytes) -> asyncio.Future[int]:
+        def late(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
             later: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
             def hand_on() -> None:
-                append(subject, expected, payload).add_done_callback(lambda done: later.set_result(done.result()))
+                append(subject, expected, payload, trail).add_done_callback(
+                    lambda done: later.set_result(done.result())
+                )
 
             asyncio.get_running_loop().call_later(0.1, hand_on)
             return later

@@ -35,7 +35,7 @@ from tests.apps import Lines, Note, Notebook, Noted, Pages, Words
 from tests.conftest import settings_for
 from tests.histories import encode
 
-COUNT = 100_000
+COUNT = 30_000
 WINDOW = 1_000
 """Requests in flight; the service accepts ten times as many."""
 KINDS = set(typing.get_args(ErrorType))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,11 +18,11 @@ from sqlalchemy.engine import make_url
 
 from kernel import Alert, App, Service
 from kernel.cli.run import run as run_command
-from kernel.errors import Unavailable
+from kernel.errors import SettingsError, Unavailable
 from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.health import DEAD_S, Health
 from kernel.monitoring.http import HttpServer
-from kernel.settings import Http
+from kernel.settings import Http, load
 from projections.database import open_database
 from projections.tables import stream
 from tests.apps import Lines, Notebook, Pages, Words
@@ -279,6 +281,42 @@ def test_the_kubernetes_example_names_what_there_is() -> None:
         assert container[probe]["httpGet"]["port"] == "http"
     drain = float(arguments[arguments.index("--drain") + 1])
     assert pod["terminationGracePeriodSeconds"] > drain + 15
+
+
+def test_the_kubernetes_example_is_locked_up() -> None:
+    """The settings of its environment start a service, and pods have no more rights than they need."""
+    text = (ROOT / "docs/deploy/kubernetes.yaml").read_text()
+    documents = {found["kind"]: found for found in yaml.safe_load_all(text)}
+    assert set(documents) == {"Deployment", "PodDisruptionBudget", "NetworkPolicy"}
+    labels = documents["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert documents["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    policy = documents["NetworkPolicy"]["spec"]
+    assert (policy["podSelector"]["matchLabels"], policy["policyTypes"]) == (labels, ["Ingress", "Egress"])
+    pod = documents["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert policy["ingress"][0]["ports"][0]["port"] == container["ports"][0]["containerPort"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+    variables = {entry["name"]: entry.get("value", "postgresql://u@h/d") for entry in container["env"]}
+    arguments = container["args"]
+    host = arguments[arguments.index("--host") + 1]
+    assert load(None, {"http.host": host}, variables).settings.http.host == host
+    del variables["ESKERNEL_HTTP__TOKEN"]
+    with pytest.raises(SettingsError, match="http.token"):
+        load(None, {"http.host": host}, variables)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on this machine")
+def test_the_systemd_unit_is_locked_up() -> None:
+    """As systemd itself rates it: from 0, locked up, to 10."""
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", ROOT / "docs/deploy/eskernel.service"]
+    rated = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "nknown option" in rated.stderr or "unrecognized option" in rated.stderr:
+        pytest.skip("an older systemd-analyze")
+    assert rated.returncode == 0, rated.stdout[-300:] + rated.stderr
 
 
 def test_the_systemd_unit_names_what_there_is() -> None:

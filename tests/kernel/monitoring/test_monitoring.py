@@ -12,7 +12,9 @@ import promql_parser
 import pytest
 import yaml
 from prometheus_client import Histogram
+from prometheus_client.parser import text_string_to_metric_families
 
+from kernel.telemetry.metrics import render_page
 from tests.pages import load_page
 
 METRICS = load_page("metrics")
@@ -44,7 +46,7 @@ def expressions() -> Iterator[Any]:
 def test_an_expression_is_promql_and_its_metrics_exist(expression: str) -> None:
     promql_parser.parse(expression)
     named = set(re.findall(r"\b(?:eskernel|process|python)_[a-z_]+\b", expression))
-    assert named
+    assert named or expression.startswith("up{")
     assert named <= scraped()
 
 
@@ -56,8 +58,42 @@ def test_an_invalid_expression_is_noticed() -> None:
 def test_labels_used_in_expressions_are_those_of_the_metric() -> None:
     labels = {METRICS.name_of(metric): set(metric._labelnames) for metric in METRICS.declared()}
     for parameter in expressions():
-        for name, label in re.findall(r"(eskernel_[a-z_]+)\{([a-z]+)[=!]", parameter.values[0]):
-            assert label in labels[name], (name, label)
+        for name, selector in re.findall(r"(eskernel_[a-z_]+)\{([^}]*)\}", parameter.values[0]):
+            used = set(re.findall(r"([a-z]+)[=!]", selector))
+            assert used <= labels[name.removesuffix("_bucket")] | {"app"}, (name, used)
+
+
+def test_no_label_is_one_that_prometheus_gives_to_targets() -> None:
+    """Prometheus would rename ours, and the rules would be about its own."""
+    for metric in METRICS.declared():
+        assert not {"job", "instance", "app", "worker"} & set(metric._labelnames), metric
+
+
+def test_an_instance_that_is_down_raises_an_alert() -> None:
+    (rule,) = [rule for rule in RULES if rule["expr"].startswith("up{")]
+    assert rule["expr"].endswith("== 0")
+    assert rule["labels"]["severity"] == "critical"
+
+
+def test_each_panel_shows_the_chosen_app() -> None:
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            metrics = re.findall(r"\b(?:eskernel|process)_[a-z_]+", target["expr"])
+            assert target["expr"].count('app=~"$app"') == len(metrics)
+
+
+def test_rules_keep_the_app() -> None:
+    """What is summed up over several apps says of none what is wrong."""
+    for rule in RULES:
+        for by in re.findall(r"\b(?:sum|min|max)\b(.{0,8})", rule["expr"]):
+            assert by.startswith(" by (app"), rule["expr"]
+
+
+def test_each_sample_of_a_page_has_the_apps_name() -> None:
+    families = list(text_string_to_metric_families(render_page('a "b"').decode()))
+    samples = [sample for family in families for sample in family.samples]
+    assert len(samples) > 100
+    assert {sample.labels["app"] for sample in samples} == {'a "b"'}
 
 
 def test_each_rule_says_what_is_wrong_and_what_to_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -15,10 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from kernel.errors import Unavailable
+from kernel.errors import LogError, Unavailable
+from kernel.runtime import nats_server
 from kernel.runtime.nats_server import EmbeddedServer, find_binary
+from kernel.runtime.server_files import ServerLog
 from kernel.transport.dial import connect
 from tests.conftest import open_log
+from tests.failing import fill, small_disk
 
 ROOT = Path(__file__).parents[3]
 OWNER = """
@@ -228,6 +232,97 @@ async def test_a_spoilt_port_file_is_no_obstacle(server: EmbeddedServer, content
     (server.directory / "nats.port").write_text(content)
     assert await server.start()
     assert (server.directory / "nats.port").read_text() == server.url.rsplit(":", 1)[1]
+
+
+# its log, and a full disk
+
+
+async def test_its_log_survives_a_start_and_rotates(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nats_server, "LOG_BYTES", 100_000)
+    await server.start()
+    await server.stop()
+    await server.start()
+    log = server.directory / "nats.log"
+    assert log.read_text().count("Server is ready") == 2
+    await server.stop()
+    monkeypatch.setattr(nats_server, "LOG_BYTES", 1_000)
+    monkeypatch.setattr(nats_server, "LOG_FILES", 3)
+    for _ in range(3):
+        await server.start()
+        await server.stop()
+    files = [*server.directory.glob("nats.log*")]
+    assert 1 < len(files) <= 3
+    assert sum(file.stat().st_size for file in files) < 10_000
+
+
+KEEPER = """
+import asyncio, sys
+from pathlib import Path
+from kernel.runtime.nats_server import start_embedded
+
+async def main():
+    server, keeping = await start_embedded(Path(sys.argv[1]), sync=False)
+    print(server.url, flush=True)
+    await keeping
+
+asyncio.run(main())
+"""
+
+
+async def test_after_a_full_disk_has_room_again_commits_are_taken_again(tmp_path: Path) -> None:
+    """The server's log is on the same disk, so the server can't tell."""
+    with small_disk(tmp_path / "nats", 12) as (inside, seen):
+        errors = tmp_path / "errors"
+        with errors.open("wb") as lines:
+            keeper = subprocess.Popen(
+                [*inside, sys.executable, "-c", KEEPER, str(tmp_path)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=lines,
+                text=True,
+                preexec_fn=nats_server.end_with_parent(signal.SIGTERM),  # noqa: PLW1509
+            )
+        assert keeper.stdout is not None
+        try:
+            connection = await connect(keeper.stdout.readline().strip(), name="test")
+            log = await open_log(connection, "app")
+            subject = log.subjects.address("Thing", "a").subject
+            last = await log.append(subject, 0, b"1")
+            fill(seen / "filler")
+            refused = log.append(subject, last, bytes(100_000))
+            async with asyncio.timeout(10):
+                while "is full" not in errors.read_text():
+                    await asyncio.sleep(0.02)
+            assert not refused.done()
+            (seen / "filler").unlink()
+            # it was never answered, and is sent again when the server is back
+            async with asyncio.timeout(20):
+                await asyncio.wait([refused])
+                assert await log.last(subject) is not None
+                while True:
+                    found = await log.last(subject)
+                    try:
+                        await log.append(subject, found.sequence if found else 0, b"2")
+                        break
+                    except LogError:
+                        continue
+            assert "starting nats-server again" in errors.read_text()
+            await log.close()
+            await connection.close()
+        finally:
+            keeper.terminate()
+            await asyncio.to_thread(keeper.wait)
+            keeper.stdout.close()
+
+
+def test_a_quota_is_a_full_disk_too(tmp_path: Path) -> None:
+    log = ServerLog(tmp_path)
+    log.begin().close()
+    log.path.write_text("[ERR] JetStream failed to store a msg: write 1.blk: disk quota exceeded\n")
+    assert log.tells_of_a_full_disk()
+    assert not log.tells_of_a_full_disk()
+    log.begin().close()
+    assert not log.tells_of_a_full_disk()
 
 
 # failures

@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from kernel.runtime.scheduler import Scheduler
+from tests.failing import metric
 
 
 async def test_a_stop_in_the_middle_of_a_job_is_no_error_of_the_job(caplog: pytest.LogCaptureFixture) -> None:
@@ -30,3 +31,27 @@ async def test_a_stop_in_the_middle_of_a_job_is_no_error_of_the_job(caplog: pyte
         await asyncio.sleep(0)  # APScheduler's own coroutine ends after the job's
     assert caplog.records == []
     assert scheduler.jobs["work"].failures == 0
+
+
+async def test_a_job_that_waits_for_a_database_that_is_away_has_not_failed(caplog: pytest.LogCaptureFixture) -> None:
+    async def asks() -> None:
+        raise ConnectionError("away")
+
+    async def breaks() -> None:
+        raise ValueError("a bug")
+
+    scheduler = Scheduler(lambda error: isinstance(error, ConnectionError))
+    scheduler.every(0.01, asks)
+    scheduler.every(0.01, breaks)
+    before = metric("eskernel_jobs_total", task="asks", outcome="failed")
+    with caplog.at_level(logging.WARNING):
+        scheduler.start()
+        async with asyncio.timeout(10):
+            while not scheduler.jobs["asks"].error or not scheduler.jobs["breaks"].error:
+                await asyncio.sleep(0.01)
+        scheduler.stop()
+    assert scheduler.jobs["asks"].failures == 0
+    assert scheduler.jobs["breaks"].failures > 0
+    assert metric("eskernel_jobs_total", task="asks", outcome="failed") == before
+    assert metric("eskernel_jobs_total", task="asks", outcome="waiting") > 0
+    assert {record.getMessage() for record in caplog.records} == {"job breaks failed: ValueError: a bug"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,9 +19,10 @@ import pytest
 
 from kernel import Client
 from kernel.errors import CommandError
+from kernel.log.repeats import Repeats
 from kernel.runtime.nats_server import end_with_parent
 from kernel.settings import Settings
-from kernel.telemetry.logging import about
+from kernel.telemetry.logging import _Lines, about
 from tests.apps import Explode, Note, Notebook, notebooks
 
 DAY = "2026-01-31T00:00:00+00:00"
@@ -211,3 +213,31 @@ def test_fields_that_are_empty_are_left_out(caplog: pytest.LogCaptureFixture) ->
     assert fields == {"aggregate": "Account", "aggregate_id": "alice", "command_id": "c1", "sequence": 0}
     logging.getLogger("eskernel").warning("low", extra=fields)
     assert caplog.records[-1].aggregate_id == "alice"
+
+
+def test_a_warning_that_repeats_is_written_once_a_minute_with_a_count() -> None:
+    now = 0.0
+    handler = _Lines(as_json=False)
+    handler.setStream(written := io.StringIO())
+    handler._repeats = Repeats(clock=lambda: now)
+
+    def log(level: int, text: str, *given: object, name: str = "eskernel.leases") -> None:
+        record = logging.LogRecord(name, level, "", 0, text, given, None)
+        handler.handle(record)
+        assert record.getMessage() == text % given  # other handlers get it as it was
+
+    for _ in range(50):
+        now += 1
+        log(logging.WARNING, "leases: %s; again in %.1f s", "no answer", now)
+        log(logging.WARNING, "leases: %s; again in %.1f s", "refused", 2.0) if now < 2 else None
+        log(logging.INFO, "took %d partitions", 3)
+        log(logging.ERROR, "of the app itself", name="shop")
+    now += 60
+    log(logging.WARNING, "leases: %s; again in %.1f s", "no answer", 1.0)
+    lines = written.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("leases: no answer")] == [
+        "leases: no answer; again in 1.0 s",
+        "leases: no answer; again in 1.0 s (49 times more in the last 109 s)",
+    ]
+    assert sum("refused" in line for line in lines) == 1
+    assert sum("took" in line for line in lines) == sum("of the app" in line for line in lines) == 50

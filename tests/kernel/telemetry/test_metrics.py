@@ -37,6 +37,7 @@ METRICS = load_page("metrics")
 FAST = (
     "passivation.idle=0.3", "jetstream.publish_timeout=0.4", "database.lock_timeout=0.2", "backlog.interval=0.2",
     "connection.health_check_interval=0.3", "dead_letters.retry_after=0.1", "dead_letters.retries=2", "http.port=0",
+    "snapshots.every=3", "snapshots.verify=0",
 )  # fmt: skip
 
 
@@ -197,7 +198,9 @@ async def conflicts(scraped: Scraped) -> None:
     """Another writer appends just before the service does."""
     connection, log = scraped.client.log._connection, scraped.client.log
     address = log.subjects.address("Notebook", "n0")
+    await scraped.until(lambda n: n >= 1, "eskernel_snapshots_taken_total", outcome="ok")
     receipt = await scraped.send("n0", Note("before"))
+    await scraped.until(lambda n: n >= 1, "eskernel_snapshots_used_total", outcome="ok")
     version = receipt.version
     for _ in range(100):
         connection.send(publish_frame(address.subject.encode(), foreign_commit(version)))

@@ -157,7 +157,7 @@ async def test_raw_requests_of_any_size_leave_the_service_connected_and_are_answ
         assert answer["error"]["type"] == "unknown-command"
         rejected = await ask(aggregate="Notebook", id="\x01" * 130, command="Note", data={"text": "a"})
         assert rejected["error"]["type"] == "invalid-id"
-        answer = await ask(aggregate="Notebook", id="a", command="Note", data={"text": "a"}, command_id="\x01" * 30)
+        answer = await ask(aggregate="Notebook", id="a", command="Note", data={"text": "a"}, command_id='"' * 90)
         assert answer["ok"]["version"] == 1
         # the events do not fit beside their headers
         answer = await ask(aggregate="Notebook", id="a", command="Note", data={"text": "x" * 800})

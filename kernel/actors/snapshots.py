@@ -1,0 +1,121 @@
+"""Snapshots of live aggregates: when they are taken, and whether one may be used."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import Any
+
+from aggregates.cell import Cell
+from aggregates.declaration import AggregateType
+from aggregates.snapshot import SnapshotCodec, identical
+from kernel.log.snapshots import SnapshotStore
+from kernel.log.subjects import Address
+from kernel.telemetry.metrics import SNAPSHOTS_TAKEN, SNAPSHOTS_USED
+
+logger = logging.getLogger("eskernel.actors")
+SHARE = 0.05
+"""Most of the event loop's time that is spent on taking snapshots."""
+BYTES_PER_EVENT = 512
+"""A large state is stored less often: so many bytes of snapshots for each event, about as many as the event has."""
+NEVER = 2**63
+SAMPLED = 10_000
+"""Longest history that is read to verify a snapshot, in events."""
+
+
+class SnapshotKeeper:
+    """Takes snapshots, and has aggregates loaded from them.
+
+    Args:
+        store: where they are; None: there are none.
+        every: number of events of an aggregate after which one is taken.
+        verify: share of the loaded snapshots that are compared with the history.
+    """
+
+    def __init__(self, store: SnapshotStore | None, every: int, verify: float) -> None:
+        self._store, self._every, self._verify = store, every, verify
+        self._codecs: dict[str, SnapshotCodec[Any]] = {}
+        self._next = 0.0
+        self._complained: set[str] = set()
+
+    def _codec(self, declared: AggregateType[Any]) -> SnapshotCodec[Any]:
+        codec = self._codecs.get(declared.name)
+        if codec is None:
+            codec = self._codecs[declared.name] = SnapshotCodec(declared)
+            if codec.problem:
+                logger.info("%s: no snapshots: %s", declared.name, codec.problem)
+        return codec
+
+    def offer(self, address: Address, cell: Cell[Any]) -> None:
+        """Take a snapshot if one is due, and if there is time for it. Between two decisions only. It never raises."""
+        try:
+            self._offer(address, cell)
+        except Exception:
+            cell.due = NEVER
+            logger.exception("%s: no snapshot could be taken, which is a bug of the kernel", address.subject)
+
+    def _offer(self, address: Address, cell: Cell[Any]) -> None:
+        if self._store is None:
+            cell.due = NEVER
+            return
+        now = time.perf_counter()
+        if cell.version < self._every:
+            cell.due = self._every
+            return
+        if now < self._next:
+            return
+        data = self._codec(cell.declared).take(cell, self._store.log)
+        cell.due = cell.version + max(self._every, len(data or b"") // BYTES_PER_EVENT)
+        if data is None or len(data) > self._store.most:
+            SNAPSHOTS_TAKEN.labels(outcome="unfit" if data is None else "too-large").inc()
+            self._complain(cell.declared, "not of a state that comes back as the same" if data is None else "too large")
+        else:
+            SNAPSHOTS_TAKEN.labels(outcome="ok").inc()
+            self._store.write(address.subject, data)
+        self._next = time.perf_counter() + (time.perf_counter() - now) / SHARE
+
+    async def restore(self, declared: AggregateType[Any], address: Address) -> Cell[Any] | None:
+        """Return the cell of an aggregate's snapshot if there is one that fits; what was appended since is missing."""
+        if self._store is None:
+            return None
+        codec = self._codec(declared)
+        if codec.problem or (data := await self._store.read(address.subject)) is None:
+            return None
+        cell = codec.restore(data, address.id, self._store.log)
+        if cell is None:
+            SNAPSHOTS_USED.labels(outcome="other-code").inc()
+            return None
+        cell.due = cell.version + self._every
+        return cell
+
+    def is_sampled(self, cell: Cell[Any]) -> bool:
+        """Say whether a restored cell is to be compared with its history."""
+        return cell.version <= SAMPLED and random.random() < self._verify
+
+    def compare(self, restored: Cell[Any], replayed: Cell[Any]) -> None:
+        """Compare a restored cell with what its history leads to; if they differ, use no snapshots of the type."""
+        if identical(restored.state, replayed.state):
+            SNAPSHOTS_USED.labels(outcome="verified").inc()
+            return
+        SNAPSHOTS_USED.labels(outcome="wrong").inc()
+        declared = restored.declared
+        self._codec(declared).problem = "one differs from its history"
+        logger.error(
+            "the snapshot of %s %s differs from its history at version %d, so no snapshots of %s are used any more: do "
+            "its appliers use time, randomness or something outside? `eskernel snapshots verify` compares them all",
+            declared.name, restored.state.id, restored.version, declared.name,
+        )  # fmt: skip
+
+    def count_use(self, fits: bool) -> None:
+        """Count a restored cell that was used, or that did not fit the log."""
+        SNAPSHOTS_USED.labels(outcome="ok" if fits else "other-log").inc()
+
+    def _complain(self, declared: AggregateType[Any], why: str) -> None:
+        if declared.name not in self._complained:
+            self._complained.add(declared.name)
+            logger.info("%s: a snapshot was not stored: %s", declared.name, why)
+
+
+NO_SNAPSHOTS = SnapshotKeeper(None, 0, 0.0)
+"""Takes none, and has none."""
