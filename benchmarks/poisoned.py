@@ -24,6 +24,7 @@ from benchmarks.places import Postgres
 from benchmarks.report import Row
 from benchmarks.rounds import in_turns, rounded
 from kernel import App
+from kernel.log.base import EventLog
 from kernel.log.memory import MemoryLog
 from projections import Rows, Tallies, Tally, dead_letters
 from projections.database import open_database
@@ -31,6 +32,7 @@ from projections.retrying import retry_all
 
 AGGREGATES, EVENTS, EACH = 20_000, 2, 10
 """Every tenth aggregate is poisoned."""
+CHUNK = 5_000
 HARMLESS, RAISES, REFUSED = "harmless", "raises", "refused"
 
 
@@ -85,17 +87,21 @@ class Totals(Tallies[Total], of=Sensor):
 app = App("sensors", aggregates=[Sensor], projections=[Levels, Totals])
 
 
-async def fill(log: MemoryLog, each: int = EACH) -> None:
+async def fill(log: EventLog, each: int = EACH) -> None:
     """Append the events. The first event of every `each`-th sensor is odd."""
     event_type = EventType(Measured, "Measured", 1)
     last = dict.fromkeys(range(AGGREGATES), 0)
     for version in range(EVENTS):
+        futures = []
         for number in last:
             name = f"sensor-{number}"
             measured = event_type.encode(Measured(number, odd=number % each == 0 and version == 0))
             payload = encode("/sensors/Sensor", name, [Decision(uuid7(), [measured])], version, timestamp())
             subject = log.subjects.address("Sensor", name).subject
-            last[number] = await log.append(subject, last[number], payload)
+            futures.append(log.append(subject, last[number], payload))
+            if len(futures) % CHUNK == 0:
+                await asyncio.wait(futures[-CHUNK:])
+        last = dict(zip(last, await asyncio.gather(*futures), strict=True))
 
 
 class Bench:
