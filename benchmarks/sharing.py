@@ -147,10 +147,10 @@ async def _project(app: App, spec: str, settings: Settings, log: JetStreamLog, i
         async with leases.alone("start"):
             # all workers have loaded the app and wait for the lease under which one of them migrates the tables
             starting = asyncio.create_task(supervisor.start())
-            while not all(worker.heartbeat.get("durability") for worker in supervisor.workers):
+            while not all(worker.heartbeat for worker in supervisor.workers):
                 assert not starting.done()
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(2.0)  # they connect meanwhile
         begin = time.perf_counter()
         query = text("SELECT count(*) FROM eskernel_checkpoint WHERE sequence < :last")
         while True:
