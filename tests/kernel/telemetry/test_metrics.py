@@ -183,6 +183,7 @@ async def passivation(scraped: Scraped) -> None:
 
 
 async def dead_letters(scraped: Scraped) -> None:
+    assert await scraped.value("eskernel_projections_paused") == 0
     await scraped.send("sick", Note("poison row"))
     await scraped.until(lambda n: n >= 1, "eskernel_parkings_total")
     await scraped.until(lambda n: n >= 1, "eskernel_dead_letters_total")
@@ -226,6 +227,8 @@ async def database(scraped: Scraped) -> None:
     connection.close()
     await scraped.until(lambda n: n >= 1, "eskernel_fenced_batches_total")
     await scraped.until(lambda n: n >= 1, "eskernel_projection_failures_total", cause="fenced")
+    # on SQLite a writer waits for the other one
+    assert await scraped.value("eskernel_database_deadlocks_total") == 0
     # each session reads with a consumer of its own
     await scraped.until(lambda n: n >= 2, "eskernel_consumers_created_total")
 
