@@ -9,13 +9,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any, Generic, TypeVar
+from hashlib import blake2b
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from aggregates.aggregate import Aggregate
 from aggregates.cell import Cell
-from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType
 from aggregates.fingerprint import fingerprint
 from aggregates.seen import Seen
@@ -30,7 +30,7 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     Attributes:
         format: of this structure.
         code: fingerprint of the aggregate's code.
-        log: which log it is of: when the stream was created.
+        commit: digest of the last commit in it.
         aggregate_id: of the aggregate.
         version, position, trail: as in `Cell`.
         commands: receipts of the latest commands: id, version, stream sequence.
@@ -40,7 +40,7 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
 
     format: int
     code: bytes
-    log: str
+    commit: bytes
     aggregate_id: str
     version: int
     position: int
@@ -48,6 +48,21 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     commands: list[tuple[str, int, int]]
     seen: tuple[bytes, str, str]
     state: bytes
+
+
+class Restored(NamedTuple, Generic[A]):
+    """A cell from a snapshot.
+
+    Attributes:
+        commit: digest of the last commit in it.
+    """
+
+    cell: Cell[A]
+    commit: bytes
+
+    def is_of(self, commit: bytes) -> bool:
+        """Return whether this is the last commit in the cell, and not one that took its place in the log."""
+        return _digest(commit) == self.commit
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -76,11 +91,11 @@ class SnapshotCodec(Generic[A]):
         except Exception as error:  # of any kind: an annotation may be anything
             self.problem = f"its state has a type that can't be stored: {error}"
 
-    def take(self, cell: Cell[A], log: str) -> bytes | None:
+    def take(self, cell: Cell[A], commit: bytes) -> bytes | None:
         """Return a snapshot of a cell, or None if its state would not come back as exactly the same.
 
         Args:
-            log: which log the cell was folded from.
+            commit: the last commit in the cell, as it is stored.
         """
         if self._decode_state is None or set(vars(cell.state)) != self._names:
             return None
@@ -94,7 +109,7 @@ class SnapshotCodec(Generic[A]):
             Snapshot(
                 FORMAT,
                 self.code,
-                log,
+                _digest(commit),
                 cell.state.id,
                 cell.version,
                 cell.position,
@@ -105,13 +120,13 @@ class SnapshotCodec(Generic[A]):
             )
         )
 
-    def restore(self, data: bytes, aggregate_id: str, log: str) -> Cell[A] | None:
-        """Return the cell of a snapshot, or None if it is of other code, of another log, or damaged."""
+    def restore(self, data: bytes, aggregate_id: str) -> Restored[A] | None:
+        """Return what a snapshot holds, or None if it is of other code, of another aggregate, or damaged."""
         if self._decode_state is None:
             return None
         try:
             found = _decode(data)
-            if (found.format, found.code, found.log, found.aggregate_id) != (FORMAT, self.code, log, aggregate_id):
+            if (found.format, found.code, found.aggregate_id) != (FORMAT, self.code, aggregate_id):
                 return None
             state = self._decode_state(found.state)
             seen = Seen.restore(*found.seen)
@@ -123,17 +138,11 @@ class SnapshotCodec(Generic[A]):
         cell.state, cell.version, cell.position = state, found.version, found.position
         cell.trail, cell.seen = found.trail, seen
         cell.commands = {command_id: (version, position) for command_id, version, position in found.commands}
-        return cell
+        return Restored(cell, found.commit)
 
 
-def follows(cell: Cell[Any], last: list[Envelope]) -> bool:
-    """Return whether the commit at a restored cell's position is the last one in the cell.
-
-    Args:
-        last: the events of that commit.
-    """
-    newest = next(reversed(cell.commands), "")
-    return bool(last) and last[-1].sequence == cell.version and last[-1].commandid == newest
+def _digest(commit: bytes) -> bytes:
+    return blake2b(commit, digest_size=16).digest()
 
 
 def identical(one: Any, other: Any) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import appending, cold, commanding, governing, places, projecting, report, residents, sharing
+from benchmarks import appending, cold, commanding, governing, places, poisoned, projecting, report, residents, sharing
 from benchmarks.report import Row
 
 OUT = Path(__file__).parent / "out" / "bench.json"
@@ -27,7 +27,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         action="append",
-        choices=["append", "commands", "projection", "workers", "residents", "cold", "growth", "care", "aging"],
+        choices=[
+            "append",
+            "commands",
+            "projection",
+            "workers",
+            "residents",
+            "cold",
+            "growth",
+            "care",
+            "poisoned",
+            "aging",
+        ],
         default=None,
     )
     parser.add_argument("--markdown", type=Path, help="write the table as Markdown too")
@@ -48,6 +59,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "cold": lambda: cold.measure(path / "cold", arguments.million),
             "aging": lambda: cold.aging(path / "aging"),
             "care": lambda: governing.measure(path / "care"),
+            "poisoned": lambda: poisoned.measure(path / "poisoned", pg),
             "growth": lambda: projecting.growth(path / "growth"),
         }
         for name, part in parts.items():

@@ -66,6 +66,16 @@ class Postgres:
             connection.execute(f'CREATE DATABASE "{name}"')
             if relaxed:
                 connection.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+        return self._url(name)
+
+    def deadlocks(self, name: str) -> int:
+        """Return the number of deadlocks in a database."""
+        with psycopg.connect(self.uri) as connection:
+            query = "SELECT deadlocks FROM pg_stat_database WHERE datname = %s"
+            (found,) = connection.execute(query, (name,)).fetchone() or (0,)
+        return int(found)
+
+    def _url(self, name: str) -> str:
         parts = conninfo.conninfo_to_dict(self.uri)
         return f"postgresql://{parts['user']}@/{name}?host={parts['host']}"
 

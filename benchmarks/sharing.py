@@ -7,16 +7,17 @@ import itertools
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from sqlalchemy import text
 
 import migrations
-from benchmarks import backlog, places
+from benchmarks import backlog, places, poisoned
 from benchmarks.places import Postgres
 from benchmarks.report import Row
-from benchmarks.rounds import in_turns, rounded
+from benchmarks.rounds import in_turns, medians, rounded
 from examples.bank import Account, Deposit
 from examples.bank import app as bank
 from examples.flights import app as flights
@@ -37,7 +38,11 @@ AIM_S = 5.0
 
 async def measure(path: Path, pg: Postgres, months: int) -> list[Row]:
     """Measure projecting by one worker and by two, and the time until a killed worker's partitions move again."""
-    return [await _backlog(path / "backlog", pg, months), await _killed(path / "killed")]
+    return [
+        await _backlog(path / "backlog", pg, months),
+        await _shared_keys(path / "keys", pg),
+        await _killed(path / "killed"),
+    ]
 
 
 async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
@@ -79,6 +84,52 @@ async def _backlog(path: Path, pg: Postgres, months: int) -> Row:
     )
 
 
+async def _shared_keys(path: Path, pg: Postgres) -> Row:
+    """Project a backlog whose aggregates all add to the same hundred tallies, by more and more workers."""
+    async with places.nats(path / "nats") as url:
+        connection = await connect(url, name="bench")
+        log = await open_log(connection, poisoned.app.name, settings_of({}))
+        try:
+            await poisoned.fill(log)
+            info = await log.info()
+            numbers = itertools.count()
+            deadlocks: dict[int, int] = {}
+
+            async def by(workers: int) -> float:
+                name = f"keys{next(numbers)}"
+                settings = settings_of(
+                    {
+                        "data": path / name,
+                        "connection.servers": url,
+                        "database.url": pg.database(name, relaxed=True),
+                        "workers": workers,
+                        "logging.level": "error",
+                    }
+                )
+                took = await _project(poisoned.app, "benchmarks.poisoned:app", settings, log, info)
+                deadlocks[workers] = deadlocks.get(workers, 0) + pg.deadlocks(name)
+                return info.commits / took
+
+            figures = await in_turns(
+                "shared keys", {f"{workers} workers": partial(by, workers) for workers in (1, 2, 4, 8)}
+            )
+        finally:
+            await log.close()
+            await connection.close()
+    found = medians(figures)
+    return Row(
+        f"live projection by 8 worker processes that add to the same tallies on PostgreSQL: {info.commits:,} events",
+        "events/s",
+        found["8 workers"],
+        limit=found["1 workers"],
+        aim="no deadlock",
+        met=not any(deadlocks.values()),
+        limit_is="1 worker process; nats-server, PostgreSQL and the workers share the machine's cores",
+        durability="process crash; after a power cut the rest is folded again (synchronous_commit=off)",
+        extra={"rounds": rounded(figures), "deadlocks": {str(workers): found for workers, found in deadlocks.items()}},
+    )
+
+
 async def _project(app: App, spec: str, settings: Settings, log: JetStreamLog, info: StreamInfo) -> float:
     """Return the seconds from the release of all workers until everything is projected."""
     assert settings.database.url is not None
@@ -96,10 +147,10 @@ async def _project(app: App, spec: str, settings: Settings, log: JetStreamLog, i
         async with leases.alone("start"):
             # all workers have loaded the app and wait for the lease under which one of them migrates the tables
             starting = asyncio.create_task(supervisor.start())
-            while not all(worker.heartbeat.get("durability") for worker in supervisor.workers):
+            while not all(worker.heartbeat for worker in supervisor.workers):
                 assert not starting.done()
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(2.0)  # they connect meanwhile
         begin = time.perf_counter()
         query = text("SELECT count(*) FROM eskernel_checkpoint WHERE sequence < :last")
         while True:

@@ -51,12 +51,14 @@ from kernel.runtime.directory import DataDirectory
 from kernel.runtime.nats_server import SYNCED, embedded_commits, start_embedded
 from kernel.settings import Settings
 from kernel.telemetry.loop_lag import LoopLag
+from kernel.telemetry.metrics import DEADLOCKS
 from kernel.telemetry.tracing import Tracer, open_tracing
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.inboxes import ReplyFilter
 from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
+from projections.contention import count_contention
 from projections.database import open_database
 from projections.database_check import check_usable
 from projections.errors import SchemaError
@@ -144,6 +146,7 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     closing.callback(base.alerts.close)
     engine = open_database(database_url, **settings.database.options())
     closing.callback(engine.dispose)
+    count_contention(engine, DEADLOCKS.inc)
     await asyncio.to_thread(check_usable, engine)
     connection = await _connect(base, nats_url, closing)
     log = await open_log(
@@ -178,7 +181,7 @@ async def _open_snapshots(
     if not settings.snapshots.every:
         return None
     stream = settings.stream
-    store = await open_snapshots(connection, log.stream, log.subjects, log.created, stream.storage, stream.replicas)
+    store = await open_snapshots(connection, log.stream, log.subjects, stream.storage, stream.replicas)
     if store is not None:
         closing.push_async_callback(store.close)
     return store

@@ -116,7 +116,15 @@ class NotRunning(EskernelError):
 
 
 class WorkersFailed(EskernelError):
-    """A worker process could not start; the message has the reason that it gave."""
+    """A worker process could not start; the message has the reason that it gave.
+
+    Attributes:
+        kinds: names of the classes of the worker's own error.
+    """
+
+    def __init__(self, message: str, kinds: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.kinds = frozenset(kinds)
 
 
 class ConnectionFailed(EskernelError, ConnectionError):

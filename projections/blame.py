@@ -6,10 +6,10 @@ bad rows, and only with the logarithm of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -17,20 +17,17 @@ from sqlalchemy.exc import DBAPIError
 from aggregates.commit import Envelope
 from projections.bulk import Bulk
 from projections.codec import Refused
-from projections.database import is_infrastructure
 from projections.errors import FailureKind, HandlerFailed, reason
-from projections.faults import is_about_reference, is_about_schema, may_pass
+from projections.faults import may_pass
 from projections.fold import Call, Folded
 from projections.parked import Key, Letter
 from projections.recount import check_again, events_of, others_than
+from projections.row_by_row import How, refused_rows
 from projections.row_codec import Row
+from projections.savepoints import BLOCK, Savepoints
 
 if TYPE_CHECKING:
     from projections.unit_of_work import Write, Writer
-
-T = TypeVar("T")
-BLOCK = 128
-"""Rows of the first parts. It is best where about one row of a hundred is bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +42,37 @@ class Suspect:
     aggregate_id: str
     error: str
     since: int = 0
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search for the event from which on a row is refused.
+
+    Attributes:
+        states: the row after so many events: None where there is none, a text where it can't be sent.
+        bad: after so many events it is refused.
+        good: after so many it is not.
+    """
+
+    aggregate_id: str
+    states: Sequence[Row | str | None]
+    bad: int
+    good: int = 0
+
+    @property
+    def middle(self) -> Row | str | None:
+        """The state to try."""
+        return self.states[(self.good + self.bad) // 2]
+
+    @property
+    def state(self) -> Row | str | None:
+        """The last state that is not refused."""
+        return self.states[self.good]
+
+    def halve(self, bad: bool) -> None:
+        """Note whether the state that was tried is refused."""
+        middle = (self.good + self.bad) // 2
+        self.good, self.bad = (self.good, middle) if bad else (middle, self.bad)
 
 
 class Added(NamedTuple):
@@ -72,7 +100,8 @@ class Care:
     def __init__(self, writer: Writer, connection: Connection, write: Write) -> None:
         self._writer, self._connection, self._batch = writer, connection, write.batch
         self._write, self._plan = write, writer.plan
-        self._cursor: Any = connection.connection.cursor()
+        self._savepoints = Savepoints(connection)
+        self._apart = writer.plan.apart()
         self.failures: list[HandlerFailed] = []
         self.letters: list[Letter] = []
         self._by_key: dict[int, dict[Key, list[tuple[int, Envelope]]]] = {}
@@ -126,7 +155,7 @@ class Care:
 
     def _write_rows(self, index: int) -> None:
         dropped, pairs = self.rows_of(index)
-        refused = self._refused(dropped, lambda keys: self._writer.delete(self._connection, index, keys))
+        refused = self._savepoints.refused(dropped, lambda keys: self._writer.delete(self._connection, index, keys))
         causes = {dropped[place]: error for place, error in refused.items()}
 
         def insert(part: Sequence[tuple[str, Row]]) -> None:
@@ -137,7 +166,7 @@ class Care:
             savepoint = self._connection.begin_nested()
             if self._writer.bulk(index).replaces:
                 self._writer.delete(self._connection, index, [key for key, _ in pairs])
-            refused = self._refused(pairs, insert)
+            refused = self._savepoints.refused(pairs, insert, partial(self._put_singly, index, "upsert"))
             causes |= {pairs[place][0]: error for place, error in refused.items()}
             if not refused or not self._writer.bulk(index).replaces:
                 savepoint.commit()
@@ -145,23 +174,53 @@ class Care:
             savepoint.rollback()
             pairs = [pair for place, pair in enumerate(pairs) if place not in refused]
         if causes:
-            stored, _ = self._writer.bulk(index).load(self._connection, list(causes))
-            for aggregate_id, cause in causes.items():
-                self._make_again(index, aggregate_id, stored.get(aggregate_id), cause)
+            self._make_again(index, causes)
 
-    def _make_again(self, index: int, aggregate_id: str, stored: Any, cause: Exception) -> None:
-        """Write a row up to the event from which on the database refuses it, and park the aggregate there."""
-        key = self._plan.projections[index].aggregate, aggregate_id
+    def _put_singly(
+        self, index: int, how: How, pairs: Sequence[tuple[str, Row]], *, keep: bool = True
+    ) -> dict[int, Exception]:
+        rows = [row for _, row in pairs]
+        return refused_rows(self._connection, self._writer.bulk(index), rows, how, keep=keep)
+
+    def _make_again(self, index: int, causes: dict[str, Exception]) -> None:
+        """Write rows up to the events from which on the database refuses them, and park the aggregates there."""
+        bulk = self._writer.bulk(index)
+        stored, _ = bulk.load(self._connection, list(causes))
+        name = self._plan.projections[index].aggregate
+        searches = []
+        for aggregate_id in causes:
+            key = name, aggregate_id
+            until = self._since.get((index, key), 0)
+            states = self._states(index, key, stored.get(aggregate_id), self._events(index)[key], until)
+            searches.append(_Search(aggregate_id, states, len(states) - 1))
+        self._search(index, searches)
+        again = [search for search in searches if search.good and search.state is not None]
+        pairs: list[tuple[str, Row]] = [(search.aggregate_id, search.state) for search in again]  # type: ignore[misc]
+
+        def put(part: Sequence[tuple[str, Row]]) -> None:
+            self._writer.put(self._connection, index, [row for _, row in part], [key for key, _ in part])
+
+        # alone each of them was accepted
+        refused = self._savepoints.refused(pairs, put, partial(self._put_singly, index, "put"))
+        late = {again[place].aggregate_id for place in refused}
+        for search in searches:
+            if search.aggregate_id in late:
+                search.good, search.bad = 0, search.good
+                self._search(index, [search])
+                if search.good and search.state is not None:
+                    put([(search.aggregate_id, search.state)])
+            self._conclude(index, search, causes[search.aggregate_id])
+
+    def _conclude(self, index: int, search: _Search, cause: Exception) -> None:
+        key = self._plan.projections[index].aggregate, search.aggregate_id
         events = self._events(index)[key]
-        states = self._states(index, key, stored, events, self._since.get((index, key), 0))
-        good = self._last_good(index, aggregate_id, states)
-        failure = HandlerFailed(index, key, events[good][1].sequence, reason(cause), "refused", may_pass(cause))
+        sequence = events[search.good][1].sequence
+        failure = HandlerFailed(index, key, sequence, reason(cause), "refused", may_pass(cause))
         failure.__cause__ = cause
         self._park(failure)
-        if good:
-            self._put(index, aggregate_id, states[good])
-            if states[good] is None:
-                self._keep(index, key, events[good - 1][1].sequence)
+        if search.good and search.state is None:
+            self._writer.delete(self._connection, index, [search.aggregate_id])
+            self._keep(index, key, events[search.good - 1][1].sequence)
 
     def _keep(self, index: int, key: Key, sequence: int) -> None:
         """Keep the sequence of an aggregate whose row is deleted, if this projection is where it is kept."""
@@ -172,14 +231,16 @@ class Care:
         self, index: int, key: Key, stored: Any, commits: list[tuple[int, Envelope]], until: int
     ) -> list[Row | str | None]:
         """Return the row after each event, from what is stored: None where there is none, a text if it is refused."""
-        apart, others, bulk = self._plan.apart(), others_than(self._plan, index), self._writer.bulk(index)
+        apart, others, bulk = self._apart, others_than(self._plan, index), self._writer.bulk(index)
+        apart.parked.clear()
+        folded = Folded(apart)
         rows: list[Any] = [None] * len(self._plan.projections)
         rows[index] = stored
         states: list[Row | str | None] = [None]
         for stream_sequence, envelope in commits:
             if until and envelope.sequence >= until:
                 break
-            apart.fold(*key, rows, [(stream_sequence, [envelope])], Folded(apart), None, others)
+            apart.fold(*key, rows, [(stream_sequence, [envelope])], folded, None, others)
             if rows[index] is None:
                 states.append(apart.parked[key][index].error if key in apart.parked else None)
                 continue
@@ -187,28 +248,19 @@ class Care:
             states.append(refused[0] if refused else carried[0])
         return states
 
-    def _last_good(self, index: int, aggregate_id: str, states: Sequence[Row | str | None]) -> int:
-        """Return after how many events the row can still be written. After all of them it can't."""
-        good, bad = 0, len(states) - 1
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            if self._why_refused(index, aggregate_id, states[middle]) is None:
-                good = middle
-            else:
-                bad = middle
-        return good
-
-    def _why_refused(self, index: int, aggregate_id: str, state: Row | str | None) -> Exception | None:
-        """Try to write a row. Return why that isn't possible, or None."""
-        if isinstance(state, str):
-            return Refused(state)
-        return self._attempt(partial(self._put, index, aggregate_id, state), keep=False)
-
-    def _put(self, index: int, aggregate_id: str, state: Any) -> None:
-        if state is None:
-            self._writer.delete(self._connection, index, [aggregate_id])
-        else:
-            self._writer.put(self._connection, index, [state], [aggregate_id])
+    def _search(self, index: int, searches: Sequence[_Search]) -> None:
+        """Find out after how many events each row can still be written. After all of them it can't."""
+        while open_ := [search for search in searches if search.bad - search.good > 1]:
+            rows = [search for search in open_ if search.middle is not None and not isinstance(search.middle, str)]
+            pairs: list[tuple[str, Row]] = [(search.aggregate_id, search.middle) for search in rows]  # type: ignore[misc]
+            refused = self._put_singly(index, "put", pairs, keep=False) if pairs else {}
+            wrong = {rows[place].aggregate_id for place in refused}
+            for search in open_:
+                bad = search.aggregate_id in wrong or isinstance(search.middle, str)
+                if search.middle is None:
+                    delete = partial(self._writer.delete, self._connection, index, [search.aggregate_id])
+                    bad = self._savepoints.attempt(delete, keep=False) is not None
+                search.halve(bad)
 
     # tallies
 
@@ -216,17 +268,24 @@ class Care:
         bulk = self._writer.bulk(index)
         if not self._write.tallies.get(index) and index not in self._write.careful:
             return
+        rows = self._write.tallies.get(index, [])
+        add = partial(self._writer.add, self._connection, index, rows)
+        if index not in self._write.careful and self._savepoints.attempt(add) is None:
+            return
         added = list(self._added(index))
         while True:
             entries = self._entries(bulk, added)
+            entries = {key: entries[key] for key in bulk.in_order(list(entries))}
             rows, refused = bulk.carry_sums(record for own in entries.values() for record in [_sum(bulk, own)])
             wrong: dict[Row, Exception] = {list(entries)[place]: Refused(why) for place, why in refused.items()}
             keys = [key for key in entries if key not in wrong]
             savepoint = self._connection.begin_nested()
             wrong |= {
                 keys[place]: error
-                for place, error in self._refused(
-                    rows, lambda part: self._writer.add(self._connection, index, part)
+                for place, error in self._savepoints.refused(
+                    rows,
+                    partial(self._writer.add, self._connection, index),
+                    lambda part: refused_rows(self._connection, bulk, part, "add"),
                 ).items()
             }
             if not wrong:
@@ -274,7 +333,9 @@ class Care:
         while bad - good > 1:
             middle = (good + bad) // 2
             rows, refused = bulk.carry([_sum(bulk, added[:middle])])
-            if refused or self._attempt(partial(self._writer.add, self._connection, index, rows), keep=False):
+            if refused or self._savepoints.attempt(
+                partial(self._writer.add, self._connection, index, rows), keep=False
+            ):
                 bad = middle
             else:
                 good = middle
@@ -287,7 +348,7 @@ class Care:
         calls = [call for call in calls if call[3].meta.aggregate_id not in parked]
         if not calls:
             return
-        error = self._attempt(partial(self._call_and_check, index, calls), of_kernel=False)
+        error = self._savepoints.attempt(partial(self._call_and_check, index, calls), of_kernel=False)
         if error is None:
             return
         if len(calls) == 1:
@@ -312,70 +373,6 @@ class Care:
         self._writer.call(self._connection, index, calls)
         if postgres:
             self.check_at_once()
-
-    # all kinds
-
-    def _refused(self, items: Sequence[T], execute: Callable[[Sequence[T]], object]) -> dict[int, Exception]:
-        """Execute for all items but those that the database refuses, and return these by place."""
-        if not items:
-            return {}
-        refused = self._bisect(items, list(range(len(items))), execute, len(items))
-        while again := [place for place, error in refused.items() if is_about_reference(error)]:
-            # what they refer to may have been written after them
-            still = self._bisect(items, again, execute, len(again))
-            refused = {place: error for place, error in refused.items() if place not in set(again)} | still
-            if len(still) == len(again):
-                break
-        return refused
-
-    def _bisect(
-        self, items: Sequence[T], places: Sequence[int], execute: Callable[[Sequence[T]], object], block: int
-    ) -> dict[int, Exception]:
-        refused: dict[int, Exception] = {}
-        for start in range(0, len(places), block):
-            part = places[start : start + block]
-            error = self._attempt(partial(execute, [items[place] for place in part]))
-            if error is not None:
-                refused |= self._divide(items, part, execute, error)
-        return refused
-
-    def _divide(
-        self, items: Sequence[T], places: Sequence[int], execute: Callable[[Sequence[T]], object], error: Exception
-    ) -> dict[int, Exception]:
-        """Execute for all of some items that were refused together, but those that are refused alone."""
-        if len(places) == 1:
-            return {places[0]: error}
-        if len(places) > BLOCK:
-            return self._bisect(items, places, execute, BLOCK)
-        half = len(places) // 2
-        left, right = places[:half], places[half:]
-        wrong = self._attempt(partial(execute, [items[place] for place in left]))
-        if wrong is None and len(right) > 1:
-            return self._divide(items, right, execute, error)  # what was wrong is in there
-        refused = {} if wrong is None else self._divide(items, left, execute, wrong)
-        return refused | self._bisect(items, right, execute, len(right))
-
-    def _attempt(self, work: Callable[[], object], *, keep: bool = True, of_kernel: bool = True) -> Exception | None:
-        """Do some work. Return why it failed, if the data is to blame; then nothing is left of it.
-
-        Args:
-            keep: whether anything is left of it if it succeeds.
-            of_kernel: the statements are the kernel's: if a table is gone, no data is to blame.
-        """
-        # by the driver: SQLAlchemy's own savepoints take longer than most of the work
-        self._cursor.execute("SAVEPOINT attempt")
-        try:
-            work()
-        except Exception as error:
-            if is_infrastructure(error) or (of_kernel and is_about_schema(error)):
-                raise
-            self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
-            self._cursor.execute("RELEASE SAVEPOINT attempt")  # otherwise the next one would lie within this one
-            return error
-        if not keep:
-            self._cursor.execute("ROLLBACK TO SAVEPOINT attempt")
-        self._cursor.execute("RELEASE SAVEPOINT attempt")
-        return None
 
     def _events(self, index: int) -> dict[Key, list[tuple[int, Envelope]]]:
         """Return the events of each aggregate that a projection has not folded before, in order."""

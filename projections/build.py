@@ -82,7 +82,8 @@ class Build:
                 folded.failures.append(failure)
         for key, commits in groups.items():
             known = cache.get(key)
-            rows, last, kept = known if known is not None else ([None] * width, -1, None)
+            # a build begins with the first event of every aggregate
+            rows, last, kept = known if known is not None else ([None] * width, -1, 0)
             last = plan.fold(key[0], key[1], rows, commits, folded, None if last < 0 else last, kept=kept)
             cache[key] = (rows, last, None)
         return folded

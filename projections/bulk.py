@@ -37,6 +37,8 @@ class Bulk:
         delete: deletes rows by `key_parameters`.
         upsert: writes rows that are there or not. If the table `replaces`, they must have been deleted.
         add: adds to the counters of rows, or writes them.
+        insert_one, delete_one: statements of PL/pgSQL for one row, which is in the variable `eskernel_row`.
+        conflicts: what follows `insert_one`, to `upsert` or to `add`.
         replaces: rows have to be deleted before any of them is written: a value that must be unique may have been
             handed on from one of them to another.
     """
@@ -49,18 +51,23 @@ class Bulk:
         self._columnwise = dialect.name == "postgresql"
         self.replaces = not codec.counting and _has_other_unique(table)
         source = self._source(dialect)
-        insert = f"INSERT INTO {target} ({', '.join(names)}) {source}"
+        into = f"INSERT INTO {target} ({', '.join(names)})"
+        insert = f"{into} {source}"
         conflict = f"ON CONFLICT ({', '.join(names[:keys])}) DO"
         rest = list(zip(names, columns.columns, strict=True))[keys:]
+        upsert = add = f"{conflict} NOTHING"
         if rest:
             replaced = ", ".join(f"{name} = excluded.{name}" for name, _ in rest)
             added = ", ".join(f"{name} = {_sum(dialect, target, name, column)}" for name, column in rest)
-            self.upsert = text(f"{insert} {conflict} UPDATE SET {replaced}")
-            self.add = text(f"{insert} {conflict} UPDATE SET {added}")
-        else:
-            self.upsert = self.add = text(f"{insert} {conflict} NOTHING")
+            upsert, add = f"{conflict} UPDATE SET {replaced}", f"{conflict} UPDATE SET {added}"
         if self.replaces:
-            self.upsert = text(insert)
+            upsert = ""
+        self.upsert, self.add = text(f"{insert} {upsert}"), text(f"{insert} {add}")
+        one = ", ".join(f"CAST(eskernel_row->>{place} AS {codec.cast})" for place, codec in enumerate(codec.codecs))
+        self.insert_one = f"{_unescaped(into)} SELECT {one}"
+        key = f"CAST(eskernel_row->>0 AS {codec.codecs[0].cast})"
+        self.delete_one = f"DELETE FROM {_unescaped(target)} WHERE {_unescaped(names[0])} = {key}"
+        self.conflicts = {"upsert": _unescaped(upsert), "add": _unescaped(add)}
         wanted = f"{names[0]} IN (SELECT value FROM json_each(:keys))"
         if self._columnwise:
             cast = codec.codecs[0].cast
@@ -110,6 +117,14 @@ class Bulk:
             by_key.setdefault(self._key_of(row), []).append(record)
         rows, more = self.carry(map(self.codec.total, by_key.values()))
         return rows, refused or more
+
+    def in_order(self, rows: list[Row]) -> list[Row]:
+        """Return rows in the order of their keys. All writers share it, so that their locks don't cross."""
+        try:
+            return sorted(rows, key=self._key_of)
+        except TypeError:  # values of different types
+            keys = range(self.codec.columns.keys)
+            return sorted(rows, key=lambda row: [(type(row[place]).__name__, row[place]) for place in keys])
 
     def parameters(self, rows: Sequence[Row]) -> list[Parameters]:
         """Return the parameters of `upsert` or `add`."""
@@ -176,6 +191,10 @@ class Bulk:
 
 def _escaped(name: str) -> str:
     return name.replace(":", r"\:")  # it would begin a parameter
+
+
+def _unescaped(sql: str) -> str:
+    return sql.replace(r"\:", ":")
 
 
 def _json(value: Any) -> str:

@@ -17,7 +17,7 @@ from projections.urls import database_url, read_only_url, sqlite_file
 __all__ = ["database_url", "is_infrastructure", "open_database", "reads"]
 
 _READS = "eskernel_reads"
-_FAULTS_OF_DATA = ("0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0")
+FAULTS_OF_DATA = ("0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0")
 """SQLSTATE classes of errors that a statement or its values cause."""
 _INSUFFICIENT_PRIVILEGE, _TRANSACTION_FAILED = "42501", "25P02"
 _SQLITE_ITSELF = {3, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 23, 26}
@@ -165,7 +165,7 @@ def is_infrastructure(error: BaseException) -> bool:
         return False
     state = getattr(error.orig, "sqlstate", None)
     if state:
-        blamed = state[:2] in _FAULTS_OF_DATA or state == _TRANSACTION_FAILED
+        blamed = state[:2] in FAULTS_OF_DATA or state == _TRANSACTION_FAILED
         return not blamed or state == _INSUFFICIENT_PRIVILEGE
     code = getattr(error.orig, "sqlite_errorcode", None)
     if code is not None:

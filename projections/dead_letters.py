@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, up
 
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope, decode
+from projections.contention import outlast_contention
 from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import NoSuchLetter, reason
@@ -119,8 +120,9 @@ def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
         name: only those of this projection; `""` for the quarantine, None for all.
     """
     with reads(engine).connect() as connection:
+        columns = [column for column in dead_letter.columns if column.name != "payload"]
         rows = connection.execute(
-            select(dead_letter)
+            select(*columns)
             .outerjoin(
                 projection,
                 (projection.c.name == dead_letter.c.projection) & (projection.c.generation == dead_letter.c.generation),
@@ -170,8 +172,13 @@ def due(engine: Engine, now: float) -> list[Waiting]:
 
     An attempt that is planned too far in the future is due as well: the clock has been set back since it was planned.
     """
-    planned = [(parked, parked.next_attempt) for parked in waiting(engine)]
-    return [parked for parked, at in planned if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
+    with reads(engine).connect() as connection:
+        planned = dead_letter.c.next_attempt
+        some = select(dead_letter.c.id).where((planned <= now) | (planned > now + 2 * MAX_PAUSE_S)).limit(1)
+        if connection.scalar(some) is None:
+            return []  # the whole table need not be read
+    found = [(parked, parked.next_attempt) for parked in waiting(engine)]
+    return [parked for parked, at in found if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
 
 
 def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: str, pause: float | None) -> Retried:
@@ -187,18 +194,23 @@ def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: s
         sqlalchemy.exc.DBAPIError: the database failed; nothing has changed.
     """
     (declared,) = plan.projections
-    with engine.begin() as connection:
-        made = live_generation(connection, declared)
-        if made is None:
-            raise _not_live(declared)
-        _lock(connection, made, aggregate, aggregate_id)
-        rows = _rows(connection, name, aggregate, aggregate_id)
-        writer = Writer(engine, plan, [made], epoch=0)
-        folded, stopped = fold_letters(connection, writer, 0, rows)
-        settle(connection, rows, folded, stopped, pause)
-        if folded:
-            _fence(connection, made, rows[0].partition)
-    return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error, stopped.waits)
+
+    def attempt() -> Retried:
+        plan.parked.clear()
+        with engine.begin() as connection:
+            made = live_generation(connection, declared)
+            if made is None:
+                raise _not_live(declared)
+            _lock(connection, made, aggregate, aggregate_id)
+            rows = _rows(connection, name, aggregate, aggregate_id)
+            writer = Writer(engine, plan, [made], epoch=0)
+            folded, stopped = fold_letters(connection, writer, 0, rows)
+            settle(connection, rows, folded, stopped, pause)
+            if folded:
+                _fence(connection, made, rows[0].partition)
+        return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error, stopped.waits)
+
+    return outlast_contention(attempt)
 
 
 def fold_letters(connection: Connection, writer: Writer, index: int, rows: Sequence[Row[Any]]) -> tuple[int, Stopped]:
@@ -251,13 +263,20 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
 
 def remove(connection: Connection, rows: Sequence[Row[Any]]) -> None:
     """Delete dead letters that were folded."""
-    for start in range(0, len(rows), 500):
-        ids = [row.id for row in rows[start : start + 500]]
+    ordered = sorted(row.id for row in rows)
+    for start in range(0, len(ordered), 500):
+        ids = ordered[start : start + 500]
         connection.execute(delete(dead_letter).where(dead_letter.c.id.in_(ids)))
 
 
 def settle(
-    connection: Connection, rows: Sequence[Row[Any]], folded: int, stopped: Stopped, pause: float | None
+    connection: Connection,
+    rows: Sequence[Row[Any]],
+    folded: int,
+    stopped: Stopped,
+    pause: float | None,
+    *,
+    removed: bool = False,
 ) -> None:
     """Delete the dead letters that were folded, and note at the others what they wait for.
 
@@ -265,16 +284,20 @@ def settle(
         rows: the dead letters of one aggregate for one projection.
         folded: how many of them were folded.
         pause: seconds until the next automatic attempt, if the error is transient; None for no further attempt.
+        removed: those that were folded are deleted already.
     """
-    remove(connection, rows[:folded])
+    if not removed:
+        remove(connection, rows[:folded])
     if folded == len(rows):
         return
     head = rows[folded]
     attempts = 0 if stopped.waits else head.attempts + 1 if folded == 0 else 1
     again = None if pause is None or not stopped.transient else time.time() + pause
     error = one_line(stopped.error)
-    own = (*_where(head.projection, head.aggregate, head.aggregate_id), dead_letter.c.generation == head.generation)
-    connection.execute(update(dead_letter).where(*own).values(error=error, attempts=min(attempts, 1)))
+    left = [row.id for row in rows[folded:]]
+    for start in range(0, len(left), 500):
+        own = dead_letter.c.id.in_(left[start : start + 500])
+        connection.execute(update(dead_letter).where(own).values(error=error, attempts=min(attempts, 1)))
     connection.execute(
         update(dead_letter)
         .where(dead_letter.c.id == head.id)
@@ -292,16 +315,20 @@ def skip(engine: Engine, plan: Plan, aggregate: str, aggregate_id: str, who: str
         NoSuchLetter: there is no such dead letter.
     """
     (declared,) = plan.projections
-    with engine.begin() as connection:
-        made = live_generation(connection, declared)
-        if made is None:
-            raise _not_live(declared)
-        _lock(connection, made, aggregate, aggregate_id)
-        row = _rows(connection, made.name, aggregate, aggregate_id)[0]
-        _move_to_skipped(connection, row, who, reason)
-        _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
-        _fence(connection, made, row.partition)
-    return _letter(row)
+
+    def attempt() -> StoredLetter:
+        with engine.begin() as connection:
+            made = live_generation(connection, declared)
+            if made is None:
+                raise _not_live(declared)
+            _lock(connection, made, aggregate, aggregate_id)
+            row = _rows(connection, made.name, aggregate, aggregate_id)[0]
+            _move_to_skipped(connection, row, who, reason)
+            _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
+            _fence(connection, made, row.partition)
+        return _letter(row)
+
+    return outlast_contention(attempt)
 
 
 def skip_quarantined(engine: Engine, stream_sequence: int, who: str, reason: str) -> StoredLetter:

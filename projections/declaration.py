@@ -8,7 +8,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -217,3 +217,16 @@ def _unknown_columns(member: Any, columns: Columns, model: type, where: str, kin
             hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(columns.shown)}"
             problems.append(f"{where}: {model.__name__} has no column {node.attr!r}{hint}")
     return problems
+
+
+def keepers_of(projections: Sequence[DeclaredProjection]) -> dict[str, int]:
+    """Return for each aggregate type the projection that stores the sequence of an aggregate's last event, by index.
+
+    It is the first `Rows`, or else the first projection.
+    """
+    keepers: dict[str, int] = {}
+    for kind in ("rows", None):
+        for index, projection in enumerate(projections):
+            if kind in (None, projection.kind):
+                keepers.setdefault(projection.aggregate, index)
+    return keepers

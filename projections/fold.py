@@ -17,7 +17,7 @@ from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType
 from aggregates.errors import NewerEvent
 from projections.codec import Refused
-from projections.declaration import DeclaredProjection, EventHandler
+from projections.declaration import DeclaredProjection, EventHandler, keepers_of
 from projections.errors import FailureKind, HandlerFailed, reason
 from projections.parked import EVERY, Key, Letter, Parked, ParkedAggregates
 from projections.projection import DROP, Meta, Recorded, Tally
@@ -116,11 +116,7 @@ class Plan:
             declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
             for declared in types
         }
-        self.keepers: dict[str, int] = {}
-        for kind in ("rows", None):
-            for index, projection in enumerate(projections):
-                if kind in (None, projection.kind):
-                    self.keepers.setdefault(projection.aggregate, index)
+        self.keepers = keepers_of(projections)
         self._steps = {declared.name: self._compile(declared) for declared in types}
 
     def _compile(
@@ -198,7 +194,8 @@ class Plan:
             folded: the batch's result, to which the result is added.
             last: sequence of the last event folded before, or None if only the rows and `kept` know it.
             skip: projections that have folded these commits already.
-            kept: sequence of the last event folded before, if the keeper has no row that stores it.
+            kept: sequence of the last event folded before, if the keeper has no row that stores it: 0 if there was
+                none, None if that is unknown.
 
         Returns:
             sequence of the last event.
@@ -226,7 +223,7 @@ class Plan:
                 for envelope in envelopes:
                     sequence = envelope.sequence
                     if last is not None and sequence != last + 1:
-                        raise _OutOfSequence(f"event {sequence} after {last}")
+                        raise _OutOfSequence(_gap(sequence, last))
                     last = sequence
                     version, decode_any, decode, steps = steps_by_type[envelope.type]
                     if decode is None:
@@ -317,7 +314,7 @@ class Plan:
                 if folding:
                     try:
                         if last is not None and envelope.sequence != last + 1:
-                            raise _OutOfSequence(f"event {envelope.sequence} after {last}")
+                            raise _OutOfSequence(_gap(envelope.sequence, last))
                         event = self._decode(key[0], envelope)
                     except Exception as error:
                         self._park_event(key, envelope, folding, folded, error)
@@ -424,6 +421,12 @@ class Plan:
 
 class _OutOfSequence(Exception):
     """An event is missing, or is there twice."""
+
+
+def _gap(sequence: int, last: int) -> str:
+    if last:
+        return f"event {sequence} after {last}"
+    return f"the first event is number {sequence}: the beginning was purged or removed from the log"
 
 
 def _no_record(*_values: Any) -> Any:

@@ -230,11 +230,33 @@ def positions(connection: Connection, made: Generation) -> dict[int, int]:
     return {row.partition: row.sequence for row in rows}
 
 
+def lock_checkpoints(
+    connection: Connection, name: str, number: int, partitions: Sequence[int] | None = None
+) -> dict[int, int]:
+    """Lock the checkpoints of a generation until the transaction ends, in an order that all writers share.
+
+    Args:
+        partitions: only those; None for all.
+
+    Returns:
+        the epoch of each partition.
+    """
+    query = select(checkpoint.c.partition, checkpoint.c.epoch).where(
+        checkpoint.c.projection == name, checkpoint.c.generation == number
+    )
+    if partitions is not None:
+        query = query.where(checkpoint.c.partition.in_(partitions))
+    rows = connection.execute(query.order_by(checkpoint.c.partition).with_for_update())
+    return {row.partition: row.epoch for row in rows}
+
+
 def retire_live(connection: Connection, name: str) -> dict[int, int]:
     """Fence the live generation, if there is one, and return how far it has folded: stream sequence by partition."""
     where = (checkpoint.c.projection == name) & checkpoint.c.generation.in_(
         select(projection.c.generation).where(projection.c.name == name, projection.c.state == "live")
     )
+    for number in numbers(connection, name, "live"):
+        lock_checkpoints(connection, name, number)
     connection.execute(update(checkpoint).where(where).values(epoch=RETIRED_EPOCH))
     rows = connection.execute(select(checkpoint.c.partition, checkpoint.c.sequence).where(where))
     folded = {row.partition: row.sequence for row in rows}

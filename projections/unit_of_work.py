@@ -7,20 +7,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, insert, select, text
+from sqlalchemy import Connection, Engine, and_, func, insert, select, text
 
 from projections import blame
 from projections.blame import Suspect
+from projections.bookkeeping import ADVANCE, KEEP, KEPT
 from projections.bulk import Bulk
+from projections.contention import outlast_contention
 from projections.database import is_infrastructure
 from projections.errors import Fenced, HandlerFailed, reason
 from projections.fold import Call, Commits, Folded, Plan
 from projections.generations import Generation
+from projections.heads import MARK
 from projections.parked import Key, Letter, Parked
 from projections.projection import Transaction
 from projections.recount import recount
@@ -33,40 +37,6 @@ Batch = Sequence[tuple[Key, Commits, frozenset[int]]]
 """The commits of each aggregate in a batch, and the projections that have folded them already."""
 StoredCommit = Callable[[Letter], tuple[int, bytes]]
 """Returns the partition and the stored bytes of a dead letter's commit."""
-_ADVANCE = {
-    "sqlite": """
-        UPDATE eskernel_checkpoint SET sequence = given.value->>4
-        FROM json_each(:moves) AS given
-        WHERE projection = given.value->>0 AND generation = given.value->>1 AND partition = given.value->>2
-          AND sequence = given.value->>3 AND epoch = :epoch""",
-    "postgresql": """
-        UPDATE eskernel_checkpoint SET sequence = CAST(given->>4 AS bigint)
-        FROM jsonb_array_elements(CAST(:moves AS jsonb)) AS given
-        WHERE projection = given->>0 AND generation = CAST(given->>1 AS int) AND partition = CAST(given->>2 AS int)
-          AND sequence = CAST(given->>3 AS bigint) AND epoch = :epoch""",
-}
-
-
-_KEEP = {
-    "sqlite": """
-        INSERT INTO eskernel_sequence (projection, generation, aggregate_id, sequence)
-        SELECT :projection, :generation, value->>0, value->>1 FROM json_each(:kept) WHERE true
-        ON CONFLICT (projection, generation, aggregate_id) DO UPDATE SET sequence = excluded.sequence""",
-    "postgresql": """
-        INSERT INTO eskernel_sequence (projection, generation, aggregate_id, sequence)
-        SELECT :projection, :generation, given->>0, CAST(given->>1 AS bigint)
-        FROM jsonb_array_elements(CAST(:kept AS jsonb)) AS given
-        ON CONFLICT (projection, generation, aggregate_id) DO UPDATE SET sequence = excluded.sequence""",
-}
-_KEPT = {
-    "sqlite": """
-        SELECT aggregate_id, sequence FROM eskernel_sequence WHERE projection = :projection
-        AND generation = :generation AND aggregate_id IN (SELECT value FROM json_each(:ids))""",
-    "postgresql": """
-        SELECT aggregate_id, sequence FROM eskernel_sequence WHERE projection = :projection
-        AND generation = :generation
-        AND aggregate_id IN (SELECT value FROM json_array_elements_text(CAST(:ids AS json)))""",
-}
 
 
 @dataclass(slots=True)
@@ -119,6 +89,11 @@ def one_line(error: str) -> str:
     return error.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:4_000]
 
 
+@lru_cache(1)
+def _now(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat(timespec="seconds")
+
+
 class Writer:
     """Writes the live generations of a plan's projections.
 
@@ -136,9 +111,9 @@ class Writer:
         self.plan = plan
         self.generations = list(generations)
         self.epoch = epoch
-        self._advance = text(_ADVANCE[engine.dialect.name])
-        self._keep = text(_KEEP[engine.dialect.name])
-        self._kept = text(_KEPT[engine.dialect.name])
+        self._advance = text(ADVANCE[engine.dialect.name])
+        self._keep = text(KEEP[engine.dialect.name])
+        self._kept = text(KEPT[engine.dialect.name])
         self.bulks = [
             Bulk(codec, next(iter(g.tables.values())), engine.dialect) if codec is not None else None
             for codec, g in zip(plan.codecs, generations, strict=True)
@@ -172,7 +147,8 @@ class Writer:
                 if index in folded.recounted:
                     increments = recount(self.plan, index, batch)
                 if increments:
-                    write.tallies[index], refused = bulk.carry_sums(increments.values())
+                    rows, refused = bulk.carry_sums(increments.values())
+                    write.tallies[index] = bulk.in_order(rows)
                     if refused:
                         write.careful.add(index)
             elif folded.rows[index] or folded.undone[index]:
@@ -197,7 +173,8 @@ class Writer:
             write.suspects += [Suspect(index, ids[place], why) for place, why in refused.items()]
             ids = [key for place, key in enumerate(ids) if place not in refused]
         if rows:
-            write.ids[index], write.rows[index] = ids, rows
+            pairs = sorted(zip(ids, rows, strict=True), key=itemgetter(0))
+            write.ids[index], write.rows[index] = [key for key, _ in pairs], [row for _, row in pairs]
         for aggregate_id, since in folded.undone[index].items():
             write.suspects.append(Suspect(index, aggregate_id, "", since))
 
@@ -226,7 +203,7 @@ class Writer:
             "sequence": letter.sequence,
             "payload": payload,
             "error": one_line(letter.error),
-            "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+            "failed": _now(int(time.time())),
             "attempts": 0 if letter.waits else 1,
             "next_attempt": time.time() + self.retry_after if letter.transient and self.retry_after else None,
         }
@@ -243,7 +220,7 @@ class Writer:
             "sequence": 0,
             "payload": payload,
             "error": one_line(why),
-            "failed": datetime.now(UTC).isoformat(timespec="seconds"),
+            "failed": _now(int(time.time())),
             "attempts": 1,
             "next_attempt": None,
         }
@@ -261,6 +238,9 @@ class Writer:
             Fenced: a checkpoint has changed since this writer's last write. Nothing was written.
             sqlalchemy.exc.DBAPIError: the database failed, and nothing was written; the same write can be tried again.
         """
+        return outlast_contention(partial(self._commit, write))
+
+    def _commit(self, write: Write) -> list[HandlerFailed]:
         try:
             with self.engine.begin() as connection:
                 return self.apply(connection, write)
@@ -273,6 +253,9 @@ class Writer:
 
     def attempt(self, connection: Connection, write: Write) -> list[HandlerFailed]:
         """Write the batch as `commit` does, but in a transaction that the caller commits."""
+        return outlast_contention(partial(self._attempt, connection, write))
+
+    def _attempt(self, connection: Connection, write: Write) -> list[HandlerFailed]:
         try:
             with connection.begin_nested():
                 failures = self.apply(connection, write)
@@ -335,7 +318,7 @@ class Writer:
     def delete(self, connection: Connection, index: int, ids: Sequence[str]) -> None:
         """Delete the rows of aggregates."""
         bulk = self.bulk(index)
-        connection.execute(bulk.delete, bulk.key_parameters(ids))
+        connection.execute(bulk.delete, bulk.key_parameters(sorted(ids)))
 
     def put(self, connection: Connection, index: int, rows: Sequence[Row], ids: Sequence[str]) -> None:
         """Write the rows of aggregates."""
@@ -360,7 +343,13 @@ class Writer:
         tx = Transaction(connection, self.generations[index].tables)
         declared = self.plan.projections[index]
         for place, run in groupby(calls, itemgetter(2)):
-            declared.handlers[place].function(declared.instance, tx, [call[3] for call in run])
+            try:
+                declared.handlers[place].function(declared.instance, tx, [call[3] for call in run])
+            except Exception as error:
+                cause = error.__cause__ or error.__context__
+                if cause is not None and is_infrastructure(cause):
+                    raise cause from error  # the handler made an error of its own from it
+                raise
 
     def keep(self, connection: Connection, index: int, kept: dict[str, int]) -> None:
         """Store the sequences of aggregates without a row."""
@@ -368,7 +357,7 @@ class Writer:
         parameters = {
             "projection": made.name,
             "generation": made.number,
-            "kept": orjson.dumps(list(kept.items())).decode(),
+            "kept": orjson.dumps(sorted(kept.items())).decode(),
         }
         connection.execute(self._keep, parameters)
 
@@ -393,7 +382,9 @@ class Writer:
         return loaded, unreadable
 
     def load_kept(self, connection: Connection, aggregate: str, rows: dict[str, list[Any]]) -> dict[str, int]:
-        """Return the stored sequences of these aggregates, if their keeper has no row.
+        """Return the stored sequences of these aggregates, if their keeper has no row: 0 if none was folded.
+
+        An aggregate is left out if that is unknown.
 
         Args:
             rows: the result of `load_rows`.
@@ -405,14 +396,21 @@ class Writer:
         bare = [aggregate_id for aggregate_id, records in rows.items() if records[keeper] is None]
         if not bare:
             return {}
-        parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps(bare).decode()}
-        return {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
+        parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps([*bare, MARK]).decode()}
+        kept = {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
+        return kept if kept.pop(MARK, None) is None else dict.fromkeys(bare, 0) | kept
 
     def load_parked(self, connection: Connection) -> None:
         """Replace the plan's parked aggregates by those that wait behind the stored dead letters."""
         index_of = {(g.name, g.number): index for index, g in enumerate(self.generations)}
         self.plan.parked.clear()
-        for row in connection.execute(select(dead_letter).order_by(dead_letter.c.id)):
+        key = [dead_letter.c[name] for name in ("projection", "generation", "aggregate", "aggregate_id")]
+        firsts = select(*key, func.min(dead_letter.c.sequence).label("first")).group_by(*key).subquery()
+        heads = select(*key, dead_letter.c.sequence, dead_letter.c.error, dead_letter.c.attempts).join(
+            firsts,
+            and_(dead_letter.c.sequence == firsts.c.first, *(column == firsts.c[column.name] for column in key)),
+        )
+        for row in connection.execute(heads.order_by(dead_letter.c.id)):
             index = index_of.get((row.projection, row.generation))
             if index is not None and row.sequence > 0:
                 # not transient: the stored letter itself has the time of the next attempt

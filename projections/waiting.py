@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from sqlalchemy import Connection, Engine, Row, func, select
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope
 from aggregates.errors import NewerEvent
+from projections.contention import outlast_contention
 from projections.database import is_infrastructure, reads
 from projections.dead_letters import Retried, Stopped, envelope_of, fold_letters, remove, settle
 from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Plan
-from projections.tables import checkpoint, dead_letter, projection
+from projections.generations import lock_checkpoints
+from projections.tables import dead_letter, projection
 from projections.unit_of_work import Writer
 
 CHUNK = 2_000
@@ -86,16 +89,20 @@ def fold_postponed(writer: Writer, partitions: Collection[int]) -> list[Retried]
         reasons = list(_readable(connection, writer, partitions))
     for reason in reasons:
         after = ""
-        while True:
-            with writer.engine.begin() as connection:
-                rows = _next_chunk(connection, writer, reason, partitions, after)
-                if not rows:
-                    break
-                _check_owner(connection, writer, reason.index, {row.partition for row in rows})
-                by_id = [list(own) for _, own in groupby(rows, lambda row: row.aggregate_id)]
-                done += _fold_chunk(connection, writer, reason, by_id)
-                after = rows[-1].aggregate_id
+        while resumed := outlast_contention(partial(_fold_next, writer, reason, partitions, after)):
+            done += resumed
+            after = resumed[-1].aggregate_id
     return done
+
+
+def _fold_next(writer: Writer, reason: _Reason, partitions: Collection[int], after: str) -> list[Retried]:
+    with writer.engine.begin() as connection:
+        rows = _next_chunk(connection, writer, reason, partitions, after)
+        if not rows:
+            return []
+        _check_owner(connection, writer, reason.index, {row.partition for row in rows})
+        by_id = [list(own) for _, own in groupby(rows, lambda row: row.aggregate_id)]
+        return _fold_chunk(connection, writer, reason, by_id)
 
 
 def _readable(connection: Connection, writer: Writer, partitions: Collection[int]) -> Iterator[_Reason]:
@@ -156,17 +163,8 @@ def _next_chunk(
 def _check_owner(connection: Connection, writer: Writer, index: int, partitions: set[int]) -> None:
     """Keep others from the partitions until the transaction ends. Raises `Fenced` if they are another owner's."""
     made = writer.generations[index]
-    epochs = connection.scalars(
-        select(checkpoint.c.epoch)
-        .where(
-            checkpoint.c.projection == made.name,
-            checkpoint.c.generation == made.number,
-            checkpoint.c.partition.in_(sorted(partitions)),
-        )
-        .order_by(checkpoint.c.partition)
-        .with_for_update()
-    ).all()
-    if set(epochs) != {writer.epoch}:
+    epochs = lock_checkpoints(connection, made.name, made.number, sorted(partitions))
+    if set(epochs.values()) != {writer.epoch}:
         raise Fenced(f"partitions of {made.name} have been claimed by another owner since epoch {writer.epoch}")
 
 

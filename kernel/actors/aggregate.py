@@ -121,7 +121,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             elif kind is Decide:
                 self._take(message)
             elif kind is Appended:
-                self._appended(message.result)
+                self._appended(message.result, message.commit)
             elif kind is Loaded:
                 self._loaded(message)
             elif kind is Searched:
@@ -286,7 +286,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         else:
             self._go_on()
 
-    def _appended(self, result: int | Exception) -> None:
+    def _appended(self, result: int | Exception, commit: bytes) -> None:
         verdicts, self.verdicts = self.verdicts, ()
         # now, so that an answer that fails does not leave the aggregate waiting
         self.phase = _READY
@@ -298,7 +298,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
                     self.cell.remember(verdict.request.sent.command_id, verdict.version, result)
                 self._answer(verdict, result)
             if self.cell.version >= self.cell.due:
-                self.gateway.snapshot(self.address, self.cell)
+                self.gateway.snapshot(self.address, self.cell, commit)
         else:
             self.cell = None  # it has folded events that are not in the log, as far as we know
             if again := self._to_decide_again(verdicts, result):

@@ -14,7 +14,6 @@ from aggregates.commit import Envelope, decode
 from aggregates.declaration import AggregateType
 from aggregates.errors import NewerEvent
 from aggregates.seen import Seen
-from aggregates.snapshot import follows
 from kernel.actors.mailbox import Loaded, Request, Searched
 from kernel.actors.snapshots import SnapshotKeeper
 from kernel.errors import LogError
@@ -63,21 +62,24 @@ class Histories:
 
     async def _read(self, declared: AggregateType[Any], address: Address) -> Cell[Any]:
         restored = await self._snapshots.restore(declared, address)
-        if restored is not None and not self._snapshots.is_sampled(restored):
-            stored = await self._log.read_subject(address.subject, restored.position - 1)
-            fits = bool(stored) and stored[0].sequence == restored.position and follows(restored, _events_of(stored[0]))
+        if restored is not None and not self._snapshots.is_sampled(restored.cell):
+            cell = restored.cell
+            stored = await self._log.read_subject(address.subject, cell.position - 1)
+            fits = bool(stored) and stored[0].sequence == cell.position and restored.is_of(stored[0].payload)
             self._snapshots.count_use(fits)
             if fits:
                 for commit in stored[1:]:
-                    self._replay(restored, commit, address)
-                return restored
+                    self._replay(cell, commit, address)
+                return cell
             restored = None
         cell = Cell(declared, address.id)
-        for commit in await self._log.read_subject(address.subject):
+        stored = await self._log.read_subject(address.subject)
+        for commit in stored:
             self._replay(cell, commit, address)
-            if restored is not None and restored.version == cell.version:
-                self._snapshots.compare(restored, cell)
-        self._snapshots.offer(address, cell)
+            if restored is not None and commit.sequence == restored.cell.position and restored.is_of(commit.payload):
+                self._snapshots.compare(restored.cell, cell)
+        if stored:
+            self._snapshots.offer(address, cell, stored[-1].payload)
         return cell
 
     def _replay(self, cell: Cell[Any], commit: Stored, address: Address) -> None:

@@ -48,8 +48,8 @@ class Gateway(Protocol):
     def search(self, address: Address, request: Request) -> None:
         """Look for the command in the whole history; answer with `Searched`."""
 
-    def snapshot(self, address: Address, cell: Cell[Any]) -> None:
-        """Take a snapshot of a cell, unless it is not due yet; then set when it is."""
+    def snapshot(self, address: Address, cell: Cell[Any], commit: bytes) -> None:
+        """Take a snapshot of a cell, whose last commit this is, unless it is not due yet; then set when it is."""
 
     def append(self, address: Address, cell: Cell[Any], version: int, decisions: list[Decision]) -> None:
         """Append the decisions as one commit behind `cell.position`; answer with `Appended`."""
@@ -139,12 +139,13 @@ class Searched:
 
 
 class Appended:
-    """Where the commit is in the stream, or why it is not."""
+    """Where the commit is in the stream, or why it is not; and the commit itself."""
 
-    __slots__ = ("result",)
+    __slots__ = ("commit", "result")
 
-    def __init__(self, result: int | Exception) -> None:
+    def __init__(self, result: int | Exception, commit: bytes = b"") -> None:
         self.result = result
+        self.commit = commit
 
 
 class DropRows:

@@ -9,7 +9,7 @@ from aggregates.cell import Cell
 from aggregates.commit import decode
 from aggregates.declaration import AggregateType
 from aggregates.errors import InvalidMessage
-from aggregates.snapshot import SnapshotCodec, follows, identical
+from aggregates.snapshot import Restored, SnapshotCodec, identical
 from kernel.log.base import EventLog
 from kernel.log.snapshots import SnapshotStore
 from kernel.log.subjects import Address
@@ -42,27 +42,27 @@ async def compare(
     for address in addresses:
         data, restored = await store.read(address.subject), None
         if data is not None and address.aggregate in codecs:
-            restored = codecs[address.aggregate].restore(data, address.id, store.log)
+            restored = codecs[address.aggregate].restore(data, address.id)
         if restored is None:
             yield SnapshotCheck(address, "other", 0)
             continue
         outcome = await _outcome(log, Cell(by_name[address.aggregate], address.id), restored, address)
-        yield SnapshotCheck(address, outcome, restored.version)
+        yield SnapshotCheck(address, outcome, restored.cell.version)
 
 
 async def _outcome(
-    log: EventLog, replayed: Cell[Any], restored: Cell[Any], address: Address
+    log: EventLog, replayed: Cell[Any], restored: Restored[Any], address: Address
 ) -> Literal["ok", "other", "wrong"]:
     for commit in await log.read_subject(address.subject):
-        if commit.sequence > restored.position:
+        if commit.sequence > restored.cell.position:
             break
         try:
             envelopes = decode(commit.payload)
         except InvalidMessage:
             continue
         replayed.replay(envelopes, commit.sequence)
-        if commit.sequence == restored.position:
-            if not follows(restored, envelopes):
+        if commit.sequence == restored.cell.position:
+            if not restored.is_of(commit.payload):
                 return "other"
-            return "ok" if identical(restored.state, replayed.state) else "wrong"
+            return "ok" if identical(restored.cell.state, replayed.state) else "wrong"
     return "other"

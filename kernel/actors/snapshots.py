@@ -9,7 +9,7 @@ from typing import Any
 
 from aggregates.cell import Cell
 from aggregates.declaration import AggregateType
-from aggregates.snapshot import SnapshotCodec, identical
+from aggregates.snapshot import Restored, SnapshotCodec, identical
 from kernel.log.snapshots import SnapshotStore
 from kernel.log.subjects import Address
 from kernel.telemetry.metrics import SNAPSHOTS_TAKEN, SNAPSHOTS_USED
@@ -47,15 +47,19 @@ class SnapshotKeeper:
                 logger.info("%s: no snapshots: %s", declared.name, codec.problem)
         return codec
 
-    def offer(self, address: Address, cell: Cell[Any]) -> None:
-        """Take a snapshot if one is due, and if there is time for it. Between two decisions only. It never raises."""
+    def offer(self, address: Address, cell: Cell[Any], commit: bytes) -> None:
+        """Take a snapshot if one is due, and if there is time for it. Between two decisions only. It never raises.
+
+        Args:
+            commit: the last commit in the cell.
+        """
         try:
-            self._offer(address, cell)
+            self._offer(address, cell, commit)
         except Exception:
             cell.due = NEVER
             logger.exception("%s: no snapshot could be taken, which is a bug of the kernel", address.subject)
 
-    def _offer(self, address: Address, cell: Cell[Any]) -> None:
+    def _offer(self, address: Address, cell: Cell[Any], commit: bytes) -> None:
         if self._store is None:
             cell.due = NEVER
             return
@@ -65,7 +69,7 @@ class SnapshotKeeper:
             return
         if now < self._next:
             return
-        data = self._codec(cell.declared).take(cell, self._store.log)
+        data = self._codec(cell.declared).take(cell, commit)
         cell.due = cell.version + max(self._every, len(data or b"") // BYTES_PER_EVENT)
         if data is None or len(data) > self._store.most:
             SNAPSHOTS_TAKEN.labels(outcome="unfit" if data is None else "too-large").inc()
@@ -75,19 +79,19 @@ class SnapshotKeeper:
             self._store.write(address.subject, data)
         self._next = time.perf_counter() + (time.perf_counter() - now) / SHARE
 
-    async def restore(self, declared: AggregateType[Any], address: Address) -> Cell[Any] | None:
-        """Return the cell of an aggregate's snapshot if there is one that fits; what was appended since is missing."""
+    async def restore(self, declared: AggregateType[Any], address: Address) -> Restored[Any] | None:
+        """Return an aggregate's snapshot if there is one of this code; what was appended since is missing."""
         if self._store is None:
             return None
         codec = self._codec(declared)
         if codec.problem or (data := await self._store.read(address.subject)) is None:
             return None
-        cell = codec.restore(data, address.id, self._store.log)
-        if cell is None:
+        restored = codec.restore(data, address.id)
+        if restored is None:
             SNAPSHOTS_USED.labels(outcome="other-code").inc()
             return None
-        cell.due = cell.version + self._every
-        return cell
+        restored.cell.due = restored.cell.version + self._every
+        return restored
 
     def is_sampled(self, cell: Cell[Any]) -> bool:
         """Say whether a restored cell is to be compared with its history."""

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from aggregates.messages import plain
 from kernel.cli import INTERRUPTED
-from kernel.cli.exit_codes import exit_code_of, is_database_error
+from kernel.cli.exit_codes import exit_code_of, exit_code_of_worker, is_database_error
+from kernel.errors import WorkersFailed
 from kernel.packages import enter
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 def explain(error: BaseException) -> NoReturn:
     """Exit with the error's own words, if it is one that users can cause; raise it again otherwise."""
-    code = exit_code_of(type(error))
+    code = exit_code_of_worker(error.kinds) if isinstance(error, WorkersFailed) else exit_code_of(type(error))
     if code is None:
         raise error
     text = str(getattr(error, "orig", error)) if is_database_error(type(error)) else str(error)

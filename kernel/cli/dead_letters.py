@@ -185,8 +185,8 @@ async def retry(
     """
     from rich.progress import track
 
-    from projections import NoSuchLetter
     from projections import dead_letters as letters
+    from projections.retrying import CHUNK, retry_all
 
     if everything == (aggregate is not None) or (aggregate is None) != (aggregate_id is None):
         raise click.UsageError("give an aggregate and its id, or --all")
@@ -198,18 +198,10 @@ async def retry(
     else:
         chosen = [row for row in await asyncio.to_thread(letters.waiting, engine, projection) if not row.newer]
     plan = loaded.plan(engine.dialect)
-    known = {declared.name for declared in loaded.projections}
-    work = [parked for parked in chosen if parked.projection in known]
-    done = []
-    for parked in track(work, "folding again", console=errors, disable=as_json or len(work) < 20, transient=True):
-        own = letters.plan_of(plan, parked.projection)
-        try:
-            result = await asyncio.to_thread(
-                letters.retry, engine, own, parked.projection, parked.aggregate, parked.aggregate_id, None
-            )
-        except NoSuchLetter:
-            continue  # another retry was faster
-        done.append(result)
+    chunks = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
+    done: list[letters.Retried] = []
+    for chunk in track(chunks, "folding again", console=errors, disable=as_json or len(chunks) < 2, transient=True):
+        done += await asyncio.to_thread(retry_all, engine, plan, chunk)
     left = sum(result.left > 0 for result in done)
     if as_json:
         print_json(done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Final
 
 from aggregates import DeclarationError, EskernelError, InvalidId, InvalidMessage
@@ -41,6 +42,13 @@ def exit_code_of(error: type[BaseException]) -> int | None:
     if is_database_error(error):
         return FAILED
     return next((code for kind, code in _CODES if issubclass(error, kind)), None)
+
+
+def exit_code_of_worker(kinds: Collection[str]) -> int:
+    """Return the exit code of a worker's error, as one worker alone would have it, from the names of its classes."""
+    if not kinds:
+        return UNREACHABLE
+    return next((code for kind, code in _CODES if kind.__name__ in kinds), FAILED)
 
 
 def is_database_error(error: type[BaseException]) -> bool:

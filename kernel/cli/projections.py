@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import Target, Where, asynchronous, console, print_json, target_options
+from kernel.cli.common import Target, Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def projections() -> None:
-    """List the projections of the database, or drop one that the app no longer declares."""
+    """List the projections of the database, drop one that the app no longer declares, or resume one that is paused."""
 
 
 @projections.command("list", epilog=EXIT_CODES)
@@ -57,6 +58,27 @@ async def drop(name: str, where: Where) -> None:
         f"{name} is dropped: views {', '.join(map(str, dropped.views)) or 'none'}; "
         f"tables {', '.join(dropped.tables) or 'none'}"
     )
+
+
+@projections.command(epilog=EXIT_CODES)
+@click.argument("name")
+@target_options
+@asynchronous
+async def resume(name: str, where: Where) -> None:
+    """Have the service fold the projection NAME again, which it has paused because too many aggregates failed.
+
+    If they still fail, it is paused again. A start of the service does the same by itself.
+    """
+    from projections import checkpoints
+
+    target = where.find()
+    target.app.projection(name)
+    engine = target.engine()
+    live = await asyncio.to_thread(checkpoints.resume, engine, name)
+    engine.dispose()
+    if not live:
+        fail(f"{name} has not been built; start the service, or rebuild the projection", FAILED)
+    _line(f"{name} is folded again, from where it was paused")
 
 
 def _read(target: Target, engine: Engine) -> list[dict[str, Any]]:

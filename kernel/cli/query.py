@@ -14,6 +14,7 @@ from rich.table import Table
 
 from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
+from aggregates.errors import InvalidMessage, NewerEvent, SequenceError
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, fail, print_json, reported, target_options
 from kernel.cli.exit_codes import FAILED
@@ -92,8 +93,18 @@ async def show(aggregate: str, id: str, history: bool, at: str | None, as_json: 
     cell = Cell(declared, id)
     events: list[dict[str, Any]] = []
     for commit in stored:
-        envelopes = [envelope for envelope in decode(commit.payload) if until(envelope)]
-        cell.replay(envelopes, commit.sequence)
+        try:
+            envelopes = [envelope for envelope in decode(commit.payload) if until(envelope)]
+            cell.replay(envelopes, commit.sequence)
+        except NewerEvent as error:
+            fail(f"{aggregate} {id!r}: {error}. Up to event {cell.version}: --at {cell.version}", FAILED)
+        except (SequenceError, InvalidMessage) as error:
+            sound = (
+                f"up to event {cell.version} it is sound: --at {cell.version}"
+                if cell.version
+                else "it has no beginning"
+            )
+            fail(f"the history is damaged at stream sequence {commit.sequence}: {error}; {sound}", FAILED)
         events += [_event(envelope, commit.sequence) for envelope in envelopes]
     if not events:
         first = decode(stored[0].payload)[0].time

@@ -117,7 +117,7 @@ async def drop(aggregate: str | None, where: Where) -> None:
 def _store(client: Client) -> SnapshotStore:
     from kernel.log.snapshots import SnapshotStore
 
-    return SnapshotStore(client.connection, client.log.stream, client.log.subjects, client.log.created)
+    return SnapshotStore(client.connection, client.log.stream, client.log.subjects)
 
 
 async def _addresses(client: Client, store: SnapshotStore) -> list[Address]:

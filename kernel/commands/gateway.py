@@ -109,7 +109,7 @@ class CommandGateway:
                 self.appended += 1
                 for span in spans:
                     span.end("ok", stream_sequence=future.result())
-                self._send(address, Appended(future.result()))
+                self._send(address, Appended(future.result(), payload))
                 return
             if isinstance(error, Unavailable):
                 self.unappended += 1

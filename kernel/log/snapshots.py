@@ -30,15 +30,14 @@ class SnapshotStore:
 
     Args:
         stream: name of the log's stream.
-        log: which log the snapshots are of: when its stream was created.
 
     Attributes:
         name: name of the snapshots' stream.
         written: number of snapshots that the server took.
     """
 
-    def __init__(self, connection: NatsConnection, stream: str, subjects: Subjects, log: str) -> None:
-        self.name, self.log = snapshots_of(stream), log
+    def __init__(self, connection: NatsConnection, stream: str, subjects: Subjects) -> None:
+        self.name = snapshots_of(stream)
         self._connection, self._subjects = connection, subjects
         self._gets = DirectGets(connection, self.name)
         self._repeats = Repeats(60.0)
@@ -167,10 +166,10 @@ class SnapshotStore:
 
 
 async def open_snapshots(
-    connection: NatsConnection, stream: str, subjects: Subjects, log: str, storage: str, replicas: int
+    connection: NatsConnection, stream: str, subjects: Subjects, storage: str, replicas: int
 ) -> SnapshotStore | None:
     """Return the store of a log's snapshots, or None if the server does not let us have one; that is logged."""
-    store = SnapshotStore(connection, stream, subjects, log)
+    store = SnapshotStore(connection, stream, subjects)
     try:
         await store.start(storage, replicas)
     except LogError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from projections import Fenced, generations, views
+from projections.contention import is_contention
 from projections.generations import Generation
 
 logger = logging.getLogger("eskernel.projector")
@@ -19,7 +21,7 @@ LOCK_MS = 200
 PAUSE_S = 1.0
 """Between two tries. The live projections and the queries go on meanwhile."""
 WARN_EVERY_S = 10.0
-_LOCK_NOT_AVAILABLE, _DEADLOCK = "55P03", "40P01"
+_LOCK_NOT_AVAILABLE = "55P03"
 _SQLITE_BUSY = 5
 
 
@@ -40,7 +42,7 @@ def take_over(connection: Connection, made: Sequence[Generation]) -> int:
     if postgresql:
         views.execute(connection, f"SET LOCAL lock_timeout = {LOCK_MS}")
     furthest = 0
-    for generation in made:
+    for generation in sorted(made, key=attrgetter("name")):  # as every claim locks the checkpoints
         if generation.number not in generations.numbers(connection, generation.name, "building", lock=True):
             raise Fenced(f"another rebuild has dropped generation {generation.number} of {generation.name}")
         furthest = max(furthest, *generations.retire_live(connection, generation.name).values(), 0)
@@ -54,7 +56,7 @@ def take_over(connection: Connection, made: Sequence[Generation]) -> int:
 
 def is_locked(error: DBAPIError) -> bool:
     """Return whether the database failed because another transaction holds a lock."""
-    if getattr(error.orig, "sqlstate", None) in (_LOCK_NOT_AVAILABLE, _DEADLOCK):
+    if is_contention(error) or getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
         return True
     return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == _SQLITE_BUSY
 

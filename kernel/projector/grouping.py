@@ -66,14 +66,14 @@ class Sorter:
 
     async def sort(self, commits: list[Stored]) -> list[Group]:
         """Decode a batch and sort it by aggregate; gives the loop a turn now and then."""
-        highest = self._position.highest
+        highest, paused = self._position.highest, self._position.paused
         # a subject alone is the key where nothing has been folded before, which is nearly always
         groups: dict[str | tuple[str, frozenset[int]], Group] = {}
         for number, (sequence, subject, payload) in enumerate(commits):
             if number % 2_000 == 1_999:
                 await asyncio.sleep(0)
             try:
-                key = subject if sequence > highest else (subject, self._folded(subject, sequence))
+                key = subject if sequence > highest and not paused else (subject, self._folded(subject, sequence))
                 group = groups.get(key)
                 if group is None:
                     group = groups[key] = self._new_group(key)

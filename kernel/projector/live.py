@@ -21,6 +21,8 @@ from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog
 from kernel.log.repeats import Repeats
 from kernel.projector.committer import AWAY, Committer
+from kernel.projector.parking import ParkingLog
+from kernel.projector.pausing import Pauses, ProjectionPaused
 from kernel.projector.progress import ReadProgress
 from kernel.projector.session import ProjectorContext, Session
 from kernel.projector.unknown import UnknownAggregates
@@ -54,6 +56,7 @@ class Projector:
         trouble: why the last session ended, until something is written again; empty otherwise.
         progress: what is read, in hand, and written.
         committer: writes the batches.
+        pauses: the projections at which too many aggregates fail.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Projector:
         self.state = STARTING
         self.trouble = ""
         self._repeats = Repeats()
+        self.pauses = Pauses(app.projections, settings.dead_letters)
         self.progress = ReadProgress(log.subjects.partitions)
         self.committer = Committer(settings.consumer.backoff, self._interrupted, self._set_state)
         self._context = ProjectorContext(
@@ -96,13 +100,15 @@ class Projector:
             committer=self.committer,
             progress=self.progress,
             unknown=unknown or UnknownAggregates(app),
+            parkings=ParkingLog("for", app.projections),
+            pauses=self.pauses,
             readers=ThreadPoolExecutor(1, "eskernel-read"),
             interrupted=self._interrupted,
             running=lambda: self._set_state(RUNNING),
         )
 
     def _set_state(self, state: str) -> None:
-        self.state = state
+        self.state = (self.pauses.describe() or RUNNING) if state == RUNNING else state
         if state == RUNNING:
             self.trouble = ""
 
@@ -149,6 +155,8 @@ class Projector:
             began_at = self.position
             try:
                 await self._project()
+            except ProjectionPaused:
+                continue
             except Fenced as error:
                 self._note("fenced", error, logging.INFO, "projection goes on (a rebuild, or another worker)")
                 FENCED.inc()

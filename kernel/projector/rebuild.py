@@ -25,15 +25,17 @@ from kernel.app import App
 from kernel.governance.pace import Pace, unpaced
 from kernel.log.base import EventLog, LogReader, Stored
 from kernel.projector.cut_over import PAUSE_S, LockWait, is_locked, take_over
-from kernel.projector.parking import log_parked, stored_commit
+from kernel.projector.parking import ParkingLog, stored_commit
 from kernel.projector.unknown import find_unknown
 from projections import generations
 from projections.build import Build
 from projections.checkpoints import Move, Position
+from projections.contention import AT_ONCE, is_contention, outlast_contention
 from projections.database import open_database, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import Fenced, HandlerFailed, SchemaError
 from projections.fold import Plan
+from projections.heads import mark_keepers
 from projections.parked import Letter
 from projections.tables import stream
 from projections.unit_of_work import Batch, Write, Writer
@@ -117,6 +119,7 @@ class Rebuild:
         self._opened = isinstance(database, str)
         self._plan = Plan(list(app.types.values()), projections, self._engine.dialect, app.transient)
         self._wanted = {declared.aggregate for declared in projections}
+        self._parkings = ParkingLog("while building", projections)
         self._pool = ThreadPoolExecutor(1, "eskernel-rebuild")
         self._events = 0
         self._done = 0
@@ -140,6 +143,7 @@ class Rebuild:
             names = ", ".join(declared.name for declared in self._projections)
             raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
         finally:
+            self._parkings.sum_up(at_once=True)
             self._pool.shutdown()
             if self._opened:
                 self._engine.dispose()
@@ -162,7 +166,7 @@ class Rebuild:
 
     async def _build_generations(self, started: float) -> list[generations.Generation]:
         info = await self._log.info()
-        made = await self._in(partial(self._prepare, info.partitions))
+        made = await self._in(partial(outlast_contention, partial(self._prepare, info.partitions)))
         self._writer = Writer(self._engine, self._plan, made, epoch=0)
         self._build = Build(self._plan, self._writer)
         self._position = Position([dict.fromkeys(range(info.partitions), 0)] * len(made))
@@ -196,6 +200,7 @@ class Rebuild:
             made = [generations.create(connection, declared, range(partitions)) for declared in self._projections]
             for generation in made:
                 generations.check_replaceable(connection, generation)
+            mark_keepers(connection, self._app.projections, made)
             return made
 
     async def _fill(self, reader: LogReader, total: int, last: int, started: float) -> None:
@@ -237,8 +242,8 @@ class Rebuild:
 
     def _park(self, failures: Sequence[HandlerFailed], groups: Groups) -> None:
         """Park aggregates that could not be written, and forget their records."""
+        self._parkings.write(failures, groups.items)
         for failure in failures:
-            log_parked("while building", failure, self._projections, groups.items())
             self._plan.park(failure)
         if failures:
             self._build.forget(failure.aggregate for failure in failures)
@@ -293,8 +298,7 @@ class Rebuild:
         if missing := self._build.missing(groups):
             await self._in(partial(self._build.load, missing, connection))
         folded = self._build.fold(groups, sum(len(commit.payload) for commit in window))
-        for failure in folded.failures:
-            log_parked("while building", failure, self._projections, groups.items())
+        self._parkings.write(folded.failures, groups.items)
         self._folded = folded.count
         moves: list[Move] = self._position.quiet_moves(self._writer.generations, window[-1].sequence)
         batch: Batch = [(key, commits, frozenset()) for key, commits in groups.items()]
@@ -329,7 +333,7 @@ class Rebuild:
 
     async def _take_over(self, connection: Connection, reader: LogReader, made: list[generations.Generation]) -> int:
         """Begin the cut-over's transaction, as often as it takes to have its locks. Return `take_over`'s result."""
-        waiting = LockWait(made)
+        waiting, deadlocks = LockWait(made), 0
         while True:
             try:
                 return await self._in(partial(take_over, connection, made))
@@ -337,6 +341,9 @@ class Rebuild:
                 await self._in(connection.rollback)
                 if not is_locked(error):
                     raise
+                deadlocks += is_contention(error)
+                if is_contention(error) and deadlocks <= AT_ONCE:
+                    continue
             await self._in(partial(waiting.note, connection))
             await asyncio.sleep(PAUSE_S)
             # the live projections have gone on: what they folded is folded before they are stopped again

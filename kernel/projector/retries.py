@@ -11,10 +11,12 @@ from sqlalchemy import Engine
 
 from kernel.app import App
 from kernel.log.subjects import Subjects
+from kernel.projector.parking import WHOLE
 from kernel.settings import DeadLetters
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import PARKED, QUARANTINED, RETRIES, WAITING
-from projections import NoSuchLetter, dead_letters
+from projections import dead_letters
+from projections.retrying import retry_all
 from projections.waiting import Postponed, postponed
 
 logger = logging.getLogger("eskernel.projector")
@@ -34,14 +36,19 @@ class DeadLetterRetries:
         self, app: App, engine: Engine, subjects: Subjects, holds: Callable[[int], bool], settings: DeadLetters
     ) -> None:
         self._app, self._engine, self._subjects, self._holds, self._settings = app, engine, subjects, holds, settings
-        self._names = {declared.name for declared in app.projections}
         self.postponed: list[Postponed] = []
         self._warned: set[tuple[str, str]] = set()
 
     async def retry_dead_letters(self) -> None:
         """Retry what is due, and count what waits."""
-        for retried in await asyncio.to_thread(self._retry_due):
+        done = await asyncio.to_thread(self._retry_due)
+        if len(done) > WHOLE:
+            left = sum(retried.left > 0 for retried in done)
+            level = logging.WARNING if left else logging.INFO
+            logger.log(level, "retried %d aggregates: %d of them are still parked; %d follow", len(done), left, WHOLE)
+        for retried in done:
             RETRIES.labels(outcome="failed" if retried.left else "ok").inc()
+        for retried in done[:WHOLE]:
             logger.log(
                 logging.WARNING if retried.left else logging.INFO,
                 "retried %s %s for %s: %d folded, %d left%s",
@@ -64,21 +71,14 @@ class DeadLetterRetries:
         QUARANTINED.set(quarantined)
         self.postponed = postponed(self._engine)
         WAITING.set(sum(waiting.aggregates for waiting in self.postponed))
-        done = []
-        for letter in dead_letters.due(self._engine, time.time()) if parked else ():
-            partition = self._subjects.partition(letter.aggregate, letter.aggregate_id)
-            if not self._holds(partition) or letter.projection not in self._names:
-                continue
-            pause = None
-            if letter.attempts < self._settings.retries:
-                pause = min(self._settings.retry_after * 2**letter.attempts, dead_letters.MAX_PAUSE_S)
-            plan = dead_letters.plan_of(self._app.plan(self._engine.dialect), letter.projection)
-            try:
-                done.append(
-                    dead_letters.retry(
-                        self._engine, plan, letter.projection, letter.aggregate, letter.aggregate_id, pause
-                    )
-                )
-            except NoSuchLetter:
-                pass  # an operator was faster
-        return done
+        due = [
+            letter
+            for letter in (dead_letters.due(self._engine, time.time()) if parked else ())
+            if self._holds(self._subjects.partition(letter.aggregate, letter.aggregate_id))
+        ]
+        return retry_all(self._engine, self._app.plan(self._engine.dialect), due, self._pause) if due else []
+
+    def _pause(self, attempts: int) -> float | None:
+        if attempts >= self._settings.retries:
+            return None
+        return min(self._settings.retry_after * float(2**attempts), dead_letters.MAX_PAUSE_S)

@@ -25,7 +25,8 @@ from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
 from kernel.log.subjects import Address
 from kernel.projector.committer import Committer
 from kernel.projector.grouping import Group, Sorter, batch_of
-from kernel.projector.parking import log_parked, log_resumed, stored_commit
+from kernel.projector.parking import ParkingLog, log_resumed, stored_commit
+from kernel.projector.pausing import Pauses, ProjectionPaused
 from kernel.projector.progress import Hand, ReadProgress
 from kernel.projector.reading import read_batch
 from kernel.projector.unknown import UnknownAggregates
@@ -41,9 +42,9 @@ from kernel.telemetry.metrics import (
     ROWS,
 )
 from kernel.telemetry.tracing import Tracer
-from projections.checkpoints import Claim, Move, claim
+from projections.checkpoints import Claim, Move, claim, read_epochs
 from projections.database import reads
-from projections.errors import HandlerFailed
+from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Plan
 from projections.unit_of_work import Unreadable, Write, Writer
 from projections.waiting import fold_postponed
@@ -64,6 +65,8 @@ class ProjectorContext:
         plan: the app's projections, compiled for folding.
         progress: what is read, in hand, and written.
         unknown: counts what is passed over, since the app does not declare the aggregate.
+        parkings: writes what was parked to the log.
+        pauses: the projections at which too many aggregates fail.
         readers: the thread that reads from the database.
         interrupted: set while the session at work is to end.
         running: called whenever the session has caught up.
@@ -80,6 +83,8 @@ class ProjectorContext:
     committer: Committer
     progress: ReadProgress
     unknown: UnknownAggregates
+    parkings: ParkingLog
+    pauses: Pauses
     readers: ThreadPoolExecutor
     interrupted: asyncio.Event
     running: Callable[[], None]
@@ -113,6 +118,7 @@ class Session:
 
     def __init__(self, context: ProjectorContext, partitions: frozenset[int], claimed: Claim, writer: Writer) -> None:
         self._context, self._plan, self._progress = context, context.plan, context.progress
+        self._partitions = partitions
         self._position = claimed.position
         self._writer = writer
         self._sorter = Sorter(
@@ -144,6 +150,7 @@ class Session:
 
         log_resumed(await context.read(lambda: fold_postponed(writer, partitions)))
         await context.read(load_parked)
+        claimed.position.pause(context.pauses.paused)
         context.progress.begin(claimed.position, partitions)
         return cls(context, partitions, claimed, writer)
 
@@ -165,12 +172,25 @@ class Session:
                     await self._advance_quiet()
                     reader.acknowledge(progress.projected)
                     self._context.running()
+                    self._context.parkings.sum_up()
+                    await self._notice_resume()
                     last_quiet = time.monotonic()
             await self._settle()
             await self._advance_quiet()
             reader.acknowledge(progress.projected)
         finally:
             await reader.close()
+
+    async def _notice_resume(self) -> None:
+        """Begin again if a paused projection has been fenced, as `eskernel projections resume` does."""
+        paused = self._context.pauses.paused
+        if not paused:
+            return
+        made = [self._writer.generations[index] for index in paused]
+        epochs = await self._context.read(lambda: read_epochs(self._context.engine, made, self._partitions))
+        if epochs != {self._writer.epoch}:
+            self._context.pauses.resume()
+            raise Fenced("a paused projection was resumed")
 
     async def end(self) -> None:
         """Wait for the write under way to end or fail, and forget folded rows."""
@@ -179,6 +199,7 @@ class Session:
         except Exception as error:
             logger.info("the write under way ended with: %s", str(error).splitlines()[0])
         self._drop_rows(self._context.residents.all())
+        self._context.parkings.sum_up(at_once=True)
 
     async def _next(self, reader: LogReader) -> CommitBatch:
         """Wait for commits, but not past an interruption; meanwhile conclude the write under way."""
@@ -248,7 +269,7 @@ class Session:
 
     async def _fold(self, groups: list[Group], residents: list[Resident], moves: list[Move]) -> tuple[Folded, Write]:
         """Have the actors fold their commits; give the loop a turn between slices."""
-        turn = Turn(self._plan, Folded(self._plan))
+        context, turn = self._context, Turn(self._plan, Folded(self._plan))
         asleep = [resident.address for resident in residents if not resident.has_rows]
         stored, unreadable = await self._load_rows(asleep)
         first = {group.key: group.commits[0][1][0] for group in reversed(groups)}
@@ -267,6 +288,8 @@ class Session:
             self._context.residents.actors.send(messages)
             if start:
                 await asyncio.sleep(0)
+        if context.pauses.note(groups, turn.folded.failures):
+            raise ProjectionPaused
         # the next batch may be at work when the database refuses something of this one
         letter = partial(stored_commit, commits=self._batch, subjects=self._context.log.subjects)
         return turn.folded, self._writer.freeze(turn.folded, moves, letter, batch_of(groups))
@@ -319,11 +342,10 @@ class Session:
                 resident.busy -= 1
         for sequence, subject, why in under_way.quarantined:
             logger.error("quarantined stream sequence %d (%s): %s", sequence, subject, why)
-        for failure in under_way.failures:
-            self._note_parked(failure, under_way.groups)
         for failure in parked:
             self._plan.park(failure)
-            self._note_parked(failure, under_way.groups)
+        self._note_parked([*under_way.failures, *parked], under_way.groups)
+        paused = self._context.pauses.note((), parked)
         if parked:
             keys = {failure.aggregate for failure in parked}
             named = zip(under_way.residents, under_way.groups, strict=True)
@@ -333,6 +355,8 @@ class Session:
         EVENTS.inc(under_way.events)
         BATCH_EVENTS.observe(under_way.events)
         POSITION.set(self._progress.projected)
+        if paused:
+            raise ProjectionPaused
         return parked
 
     async def _advance_quiet(self) -> None:
@@ -347,8 +371,9 @@ class Session:
     def _name(self, index: int) -> str:
         return self._context.app.projections[index].name if index >= 0 else "every projection"
 
-    def _note_parked(self, failure: HandlerFailed, groups: list[Group]) -> None:
-        batch = ((group.key, group.commits) for group in groups)
-        log_parked("for", failure, self._context.app.projections, batch)
-        PARKINGS.labels(reason=failure.kind).inc()
-        ERRORS.labels(kind="handler").inc()
+    def _note_parked(self, failures: list[HandlerFailed], groups: list[Group]) -> None:
+        self._context.parkings.write(failures, lambda: ((group.key, group.commits) for group in groups))
+        for failure in failures:
+            PARKINGS.labels(reason=failure.kind).inc()
+        if failures:
+            ERRORS.labels(kind="handler").inc(len(failures))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import AfterValidator, ByteSize, Field
 
 from kernel.settings.fields import MIB, Count, Seconds, Section
@@ -71,3 +71,8 @@ class DeadLetters(Section):
     retry, up to five minutes."""
     retries: Annotated[int, Ge(0)] = 10
     """Number of automatic retries. Then the event waits for `eskernel dead-letters`."""
+    pause_above: Annotated[float, Ge(0), Le(1)] = 0.25
+    """If a larger share of the aggregates that were folded within a minute failed in a projection, it pauses: it parks
+    no more of them, and the other projections go on. 1 never pauses."""
+    pause_minimum: Annotated[int, Ge(1)] = 100
+    """Number of failed aggregates below which a projection does not pause, however large their share."""

@@ -43,6 +43,9 @@ FOLD_SECONDS = Histogram(
 BATCHES = Counter("eskernel_batches_total", "Batches written to the database", ["outcome"])
 BATCH_SECONDS = Histogram("eskernel_batch_write_seconds", "Time of a batch's database transaction", buckets=_FAST)
 BATCH_EVENTS = Histogram("eskernel_batch_events", "Events in a batch", buckets=_MANY)
+DEADLOCKS = Counter(
+    "eskernel_database_deadlocks_total", "Transactions that the database ended for another one's sake; tried again"
+)
 ROWS = Counter("eskernel_rows_written_total", "Rows and tallies written or deleted", ["projection"])
 FENCED = Counter("eskernel_fenced_batches_total", "Batches that the fence refused")
 SESSIONS_FAILED = Counter(
@@ -68,6 +71,7 @@ WAITING = Gauge(
     "eskernel_waiting_aggregates",
     "Aggregates in the whole database whose projections wait for a newer program to read their events",
 )
+PAUSED = Gauge("eskernel_projections_paused", "Projections that this worker has paused: too many aggregates failed")
 QUARANTINED = Gauge("eskernel_quarantined_messages", "Messages on the stream that are not events of the app")
 RETRIES = Counter("eskernel_dead_letter_retries_total", "Automatic retries of dead letters", ["outcome"])
 # connection and leases

@@ -22,7 +22,7 @@ from kernel.runtime.nats_server import SYNCED, EmbeddedServer, embedded_commits,
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 from kernel.workers.scrape import merge, scrape
-from kernel.workers.worker import REFUSED, describe
+from kernel.workers.worker import GAVE_UP, REFUSED, describe
 
 logger = logging.getLogger("eskernel.workers")
 FROZEN_S = 15.0
@@ -42,6 +42,7 @@ class Worker:
         heartbeat: the worker's last heartbeat, empty before the first.
         received: when the last message of the worker was received, in monotonic time.
         failed: the error that the worker reported.
+        kinds: names of its classes.
         ready: set when the worker has started, or could not start.
     """
 
@@ -50,6 +51,7 @@ class Worker:
     heartbeat: dict[str, Any] = field(default_factory=dict)
     received: float = 0.0
     failed: str = ""
+    kinds: list[str] = field(default_factory=list)
     restarts: int = -1
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -117,7 +119,7 @@ class Supervisor:
         for worker in self.workers:
             await worker.ready.wait()
             if worker.failed:
-                raise WorkersFailed(worker.failed)
+                raise WorkersFailed(worker.failed, worker.kinds)
         self.durability = SYNCED if settings.stream.sync else self.workers[0].heartbeat.get("durability", "")
         await self.http.start()
         self.directory.describe(
@@ -134,6 +136,11 @@ class Supervisor:
                 return
             if code == REFUSED and not worker.ready.is_set():
                 worker.ready.set()  # the worker refuses to start: let `start` raise at once
+                return
+            if code == GAVE_UP:
+                worker.ready.set()
+                self.failure = worker.failed
+                self.stopped.set()
                 return
             steady = time.monotonic() - started > STEADY_S
             pause = MIN_BACKOFF_S if steady else min(pause * 2, MAX_BACKOFF_S)
@@ -172,7 +179,7 @@ class Supervisor:
                 continue
             worker.received = time.monotonic()
             if "failed" in message:
-                worker.failed = message["failed"]
+                worker.failed, worker.kinds = message["failed"], message.get("kinds", [])
             else:
                 worker.heartbeat = message
                 if message.get("started"):

@@ -28,6 +28,8 @@ from kernel.telemetry.logging import set_up
 
 REFUSED = 4
 """Exit code of a worker that could not start, and would not start the next time either."""
+GAVE_UP = 5
+"""Exit code of a worker that stopped by itself for a reason that a new start does not remove: its stream is gone."""
 BEAT_S = 1.0
 
 
@@ -93,7 +95,8 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
         await asyncio.wait({starting})
         return 0
     if (error := starting.exception()) is not None:
-        parent.send(failed=str(error) or type(error).__name__)
+        text = str(getattr(error, "orig", error)).strip()  # of a database: without the statement
+        parent.send(failed=text or type(error).__name__, kinds=[kind.__name__ for kind in type(error).__mro__])
         return REFUSED
     settle_memory()
     beat()
@@ -104,7 +107,7 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
     beats.stop()
     if service.failure:
         parent.send(failed=service.failure)
-    return 1 if service.failure else 0
+    return GAVE_UP if service.failure else 0
 
 
 def _orphaned(stop: asyncio.Event) -> None:

@@ -21,7 +21,7 @@ from aggregates.context import Context, uuid7
 from aggregates.declaration import declare
 from aggregates.fingerprint import fingerprint
 from aggregates.seen import LATEST, Seen
-from aggregates.snapshot import SnapshotCodec, follows, identical
+from aggregates.snapshot import SnapshotCodec, identical
 from tests.programs import program
 
 
@@ -83,10 +83,11 @@ def test_a_cell_comes_back_with_everything_that_it_was() -> None:
     declared = declare(Basket)
     codec, cell = SnapshotCodec(declared), Cell(declared, "b")
     play(cell, [Add(f"n{number % 3}", datetime(2026, 1, 1, tzinfo=UTC)) for number in range(30)])
-    data = codec.take(cell, "log")
+    data = codec.take(cell, b"commit")
     assert data is not None
-    restored = codec.restore(data, "b", "log")
-    assert restored is not None
+    found = codec.restore(data, "b")
+    assert found is not None
+    restored = found.cell
     assert restored.state == cell.state
     assert (restored.version, restored.position, restored.trail) == (cell.version, cell.position, cell.trail)
     assert restored.commands == cell.commands
@@ -97,27 +98,25 @@ def test_a_cell_comes_back_with_everything_that_it_was() -> None:
     assert restored.trail == cell.trail
 
 
-def test_a_snapshot_of_another_log_or_aggregate_or_of_damaged_bytes_is_not_used() -> None:
+def test_a_snapshot_of_another_aggregate_or_of_damaged_bytes_is_not_used() -> None:
     declared = declare(Basket)
     codec, cell = SnapshotCodec(declared), Cell(declared, "b")
     play(cell, [Add("a", datetime.now(UTC))])
-    data = codec.take(cell, "log") or b""
-    assert codec.restore(data, "b", "log") is not None
-    assert codec.restore(data, "b", "another log") is None
-    assert codec.restore(data, "c", "log") is None
+    data = codec.take(cell, b"commit") or b""
+    assert codec.restore(data, "b") is not None
+    assert codec.restore(data, "c") is None
     for damaged in (b"", b"{}", data[:-1], data[1:], data.replace(b"red", b"rad")):
-        assert codec.restore(damaged, "b", "log") is None
+        assert codec.restore(damaged, "b") is None
 
 
-def test_a_snapshot_that_is_not_of_the_commit_at_its_place_does_not_follow() -> None:
+def test_a_snapshot_knows_its_last_commit() -> None:
     cell = Cell(declare(Basket), "b")
-    added = cell.decide(Add("a", datetime.now(UTC)), Context("c"))
-    commit = decode(encode("/test", "b", [Decision("one", added)], 0, NOW))
-    cell.replay(commit, 7)
-    assert follows(cell, commit)
-    assert not follows(cell, decode(encode("/test", "b", [Decision("two", added)], 0, NOW)))
-    assert not follows(cell, decode(encode("/test", "b", [Decision("one", added)], 1, NOW)))
-    assert not follows(cell, [])
+    play(cell, [Add("a", datetime.now(UTC))])
+    codec = SnapshotCodec(cell.declared)
+    restored = codec.restore(codec.take(cell, b"commit") or b"", "b")
+    assert restored is not None
+    assert restored.is_of(b"commit")
+    assert not restored.is_of(b"another commit")
 
 
 @event
@@ -155,14 +154,14 @@ _SHARED: list[int] = []
 )
 def test_a_state_that_would_come_back_as_another_is_not_taken(value: Any, annotation: Any) -> None:
     cell = _holds(value, annotation)
-    assert SnapshotCodec(cell.declared).take(cell, "log") is None
+    assert SnapshotCodec(cell.declared).take(cell, b"commit") is None
 
 
 def test_an_attribute_that_is_no_field_is_not_lost() -> None:
     cell = _holds(1, int)
-    assert SnapshotCodec(cell.declared).take(cell, "log") is not None
+    assert SnapshotCodec(cell.declared).take(cell, b"commit") is not None
     cell.state.cache = {}
-    assert SnapshotCodec(cell.declared).take(cell, "log") is None
+    assert SnapshotCodec(cell.declared).take(cell, b"commit") is None
 
 
 def test_identical_means_equal_in_type_and_order_too() -> None:

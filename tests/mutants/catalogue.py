@@ -32,6 +32,7 @@ REPLIES = "tests/kernel/commands/test_replies.py"
 LETTERS = "tests/kernel/projector/test_dead_letters.py"
 SERVICE = "tests/kernel/test_service.py"
 WAITING = "tests/projections/test_waiting.py"
+CONTENTION = "tests/projections/test_contention.py"
 UNKNOWN = "tests/kernel/projector/test_unknown.py"
 ROLLING = "tests/kernel/projector/test_rolling.py"
 SNAPSHOTS = "tests/kernel/actors/test_snapshots.py"
@@ -42,7 +43,7 @@ MUTANTS = [
     Mutant(
         "fence-epoch-sqlite",
         "who has an older epoch writes nothing",
-        "projections/unit_of_work.py",
+        "projections/bookkeeping.py",
         "AND sequence = given.value->>3 AND epoch = :epoch",
         "AND sequence = given.value->>3 AND (epoch = :epoch OR 1)",
         (f"{UNIT}::test_a_write_of_another_epoch_is_fenced_and_leaves_nothing",),
@@ -50,7 +51,7 @@ MUTANTS = [
     Mutant(
         "fence-epoch-postgresql",
         "who has an older epoch writes nothing",
-        "projections/unit_of_work.py",
+        "projections/bookkeeping.py",
         "AND sequence = CAST(given->>3 AS bigint) AND epoch = :epoch",
         "AND sequence = CAST(given->>3 AS bigint) AND (epoch = :epoch OR true)",
         (f"{UNIT}::test_a_write_of_another_epoch_is_fenced_and_leaves_nothing",),
@@ -98,8 +99,8 @@ MUTANTS = [
         "stale-folded-again",
         "a projection sees each event once",
         "projections/checkpoints.py",
-        "if sequences[partition] >= sequence)",
-        "if one[partition] < 0)",
+        "if sequences[partition] >= sequence or index in self.paused",
+        "if sequences[partition] < 0 or index in self.paused",
         (f"{OWN}::test_a_projection_that_is_behind_the_others_is_folded_alone",),
     ),
     Mutant(
@@ -231,6 +232,22 @@ MUTANTS = [
         "if read != event and (problem := difference(event, read, name)):",
         'if problem := "":',
         ("tests/aggregates/test_encoding.py",),
+    ),
+    Mutant(
+        "tallies-unsorted",
+        "writers of the same keys lock them in one order",
+        "projections/unit_of_work.py",
+        "write.tallies[index] = bulk.in_order(rows)",
+        "write.tallies[index] = rows",
+        (f"{CONTENTION}::test_writers_of_the_same_keys_do_not_deadlock",),
+    ),
+    Mutant(
+        "deadlock-waits",
+        "a deadlock is tried again at once",
+        "projections/contention.py",
+        "            if not is_contention(error):",
+        "            if error:",
+        (f"{CONTENTION}::test_a_deadlock_is_tried_again_and_parks_nothing",),
     ),
     # equations
     Mutant(
@@ -461,7 +478,7 @@ MUTANTS = [
         "waiting-folded-on-by-anybody",
         "only the owner of a partition folds on what waited",
         "projections/waiting.py",
-        "if set(epochs) != {writer.epoch}:",
+        "if set(epochs.values()) != {writer.epoch}:",
         "if not epochs:",
         (f"{WAITING}::test_a_partition_of_another_owner_is_not_folded_on",),
     ),
@@ -514,6 +531,14 @@ MUTANTS = [
         "keeper not in skip and keeper not in waiting:\n                last = kept",
         "keeper not in skip and keeper not in waiting:\n                pass",
         (f"{LETTERS}::test_a_gap_is_noticed_where_there_is_no_row_to_tell",),
+    ),
+    Mutant(
+        "head-not-checked",
+        "an aggregate's first event is number 1",
+        "projections/unit_of_work.py",
+        "dict.fromkeys(bare, 0) | kept",
+        "kept",
+        (f"{LETTERS}::test_an_aggregate_whose_beginning_is_missing_is_parked",),
     ),
     Mutant(
         "retry-unfenced",
@@ -745,16 +770,16 @@ MUTANTS = [
         "snapshot-of-other-code",
         "a snapshot is used only with the code that made it",
         "aggregates/snapshot.py",
-        "(found.format, found.code, found.log, found.aggregate_id) != (FORMAT, self.code, log, aggregate_id)",
-        "(found.format, found.log, found.aggregate_id) != (FORMAT, log, aggregate_id)",
+        "(found.format, found.code, found.aggregate_id) != (FORMAT, self.code, aggregate_id)",
+        "(found.format, found.aggregate_id) != (FORMAT, aggregate_id)",
         (f"{SNAPSHOTS}::test_a_snapshot_of_other_code_is_never_loaded",),
     ),
     Mutant(
         "snapshot-unchecked",
         "a snapshot is used only if its last commit is in the log",
         "kernel/actors/histories.py",
-        "and follows(restored, _events_of(stored[0]))",
-        "and bool(stored)",
+        "and restored.is_of(stored[0].payload)\n",
+        "and bool(stored)\n",
         (f"{SNAPSHOTS}::test_a_snapshot_that_does_not_fit_the_log_is_not_used",),
     ),
     Mutant(

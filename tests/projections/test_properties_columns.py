@@ -25,7 +25,7 @@ from tests.conftest import Commit, ReadSide, batch_of, envelopes
 from tests.projections.samples import SAMPLES, Sample, shown
 
 SEED = int(os.environ.get("ESKERNEL_SEED", "0")) or random.randrange(2**32)
-EXAMPLES = int(os.environ.get("ESKERNEL_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("ESKERNEL_EXAMPLES", "200"))
 MODELS = 5
 WIDTH = 5
 LOSSY = {

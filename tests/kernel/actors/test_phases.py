@@ -36,7 +36,7 @@ class Desk:
     def search(self, address: Address, _request: Request) -> None:
         self.asked.append(("search", address.id))
 
-    def snapshot(self, address: Address, cell: Cell[Any]) -> None:
+    def snapshot(self, address: Address, cell: Cell[Any], commit: bytes) -> None:
         pass
 
     def append(self, address: Address, _cell: Cell[Any], _version: int, decisions: list[Any]) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from kernel.runtime.running import find_running
+from tests.conftest import run
+from tests.failing import api
 from tests.kernel.cli.test_cli import Shell
 
 APP = """
@@ -193,6 +196,30 @@ def test_workers_that_cannot_start_say_why_at_once(shell: Shell) -> None:
     assert "can't connect to NATS" in output
 
 
+def test_workers_that_cannot_start_exit_as_one_worker_does(shell: Shell) -> None:
+    said = [
+        shell("run", "tills:app", "--workers", workers, "--database", "postgresql://nobody@127.0.0.1:1/x", code=1)
+        for workers in ("1", "2")
+    ]
+    assert all("port 1 failed" in output for output in said)
+    assert "sqlalche.me" not in "".join(said)
+    assert "starting it again" not in said[1]
+
+
 def test_every_command_explains_its_options(shell: Shell) -> None:
     for command in ("list", "show", "retry", "skip", "export"):
         assert "--data" in shell("dead-letters", command, "--help")
+
+
+def test_workers_whose_stream_is_deleted_exit_as_one_worker_does(shell: Shell) -> None:
+    shell.start("tills:app", "--workers", "2")
+    running = until(lambda: status(shell)) and find_running(shell.folder / ".eskernel")
+
+    async def delete() -> None:
+        async with api(running.nats) as call:
+            await call(f"STREAM.DELETE.{running.app}")
+
+    run(delete())
+    assert shell.service is not None
+    assert shell.service.wait(20) == 1
+    assert "is gone from the server" in shell.log.read_text()

@@ -15,7 +15,7 @@ from tests.kernel.cli.test_cli import Shell
 async def _spoil(folder: Path) -> None:
     """Change the balance in the account's snapshot."""
     async with await Client.connect(bank("bank"), data=folder / ".eskernel") as client:
-        store = SnapshotStore(client.connection, client.log.stream, client.log.subjects, client.log.created)
+        store = SnapshotStore(client.connection, client.log.stream, client.log.subjects)
         await store.listen()
         subject = client.log.subjects.address("Account", "anna").subject
         data = await store.read(subject)

@@ -16,6 +16,7 @@ from aggregates.declaration import declare
 from kernel import App
 from projections import DROP, Drop, Fenced, NoSuchLetter, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
 from projections.fold import Folded
+from projections.retrying import retry_all
 from tests.conftest import Commit, ReadSide, batch_of, envelopes
 from tests.histories import encode
 
@@ -404,3 +405,54 @@ def test_a_second_retry_follows_what_was_folded_between_the_two(side: StorySide,
     BROKEN.clear()
     retried = side.retry(name, "b")
     assert (retried.left, retried.error) == (0, "")
+
+
+def test_many_are_retried_together_and_each_gets_as_far_as_alone(side: StorySide) -> None:
+    """Some of them fail again at once, some later, and one of them was skipped before."""
+    BROKEN.update({"row bad", "row worse", "tally bad"})
+    names = [f"s{number}" for number in range(6)]
+    texts = ["bad", "fine", "worse", "end"]
+    side.project([side.commit_of(at, name, texts) for at, name in enumerate(names, 1)])
+    side.skip("Lengths", "s5")
+    BROKEN.clear()
+    BROKEN.add("row worse")
+    parked = dead_letters.waiting(side.engine)
+    done = retry_all(side.engine, side.app.plan(side.engine.dialect), parked)
+    found = {(one.projection, one.aggregate_id): (one.folded, one.left) for one in done}
+    assert {found["Lengths", name] for name in names[:5]} == {(2, 2)}
+    assert found["Lengths", "s5"] == (1, 2)
+    assert {found["Totals", name] for name in names} == {(4, 0)}
+    BROKEN.clear()
+    side.claim()
+    done = retry_all(side.engine, side.app.plan(side.engine.dialect), dead_letters.waiting(side.engine))
+    assert {(one.folded, one.left) for one in done} == {(2, 0)}
+    assert dead_letters.waiting(side.engine) == []
+    assert {row.events for row in side.rows(Length)} == {3, 4}
+    assert {row.text: row.times for row in side.rows(Total)} == dict.fromkeys(("bad", "fine", "worse", "end"), 6)
+
+
+def test_an_aggregate_whose_beginning_is_missing_is_parked(side: StorySide) -> None:
+    """Its first events were purged or removed from the log: there is no row, and its first event is not number 1."""
+    side.project([side.commit_of(1, "whole", ["a"]), side.commit_of(2, "headless", ["c"], 2)])
+    assert {(waiting.aggregate_id, waiting.sequence) for waiting in dead_letters.waiting(side.engine)} == {
+        ("headless", 3)
+    }
+    (error,) = {waiting.error for waiting in dead_letters.waiting(side.engine)}
+    assert "first event is number 3" in error
+    side.claim()
+    side.project([side.commit_of(3, "whole", ["b"], 1), side.commit_of(4, "late", ["b"], 1)])
+    assert {waiting.aggregate_id for waiting in dead_letters.waiting(side.engine)} == {"headless", "late"}
+    assert lengths(side) == [("whole", 2, "b")]
+
+
+def test_a_projection_that_did_not_keep_sequences_blames_nobody_for_a_missing_beginning(engine: Engine) -> None:
+    """The projection that kept them was removed: the other one can't know what came before."""
+    BROKEN.clear()
+    side = StorySide(engine, App("stories", aggregates=[Story], projections=[Lengths, Totals]))
+    side.project([side.commit_of(1, "a", ["x"])])
+    fewer = App("stories", aggregates=[Story], projections=[Totals])
+    side.app = fewer
+    side.claim()
+    side.project([side.commit_of(2, "a", ["y"], 1)])
+    assert dead_letters.waiting(engine) == []
+    assert {row.text for row in side.rows(Total)} == {"x", "y"}

@@ -146,6 +146,9 @@ async def commands(scraped: Scraped) -> None:
     await scraped.until(lambda n: n == 1, "eskernel_commands_total", command="Note", outcome="rejected")
     await scraped.until(lambda n: n == 1, "eskernel_commands_total", outcome="unknown-command")
     await scraped.until(lambda n: n == 1, "eskernel_errors_total", kind="invalid")
+    command = scraped.client.log.subjects.commands()
+    scraped.client.connection.send(publish_frame(command.encode(), b"{}", reply=b"$JS.API.INFO"))
+    await scraped.until(lambda n: n == 1, "eskernel_replies_refused_total")
     await scraped.until(lambda n: n == 1, "eskernel_errors_total", kind="handler")
     await scraped.until(lambda n: n >= 8, "eskernel_command_seconds_count")
     assert await scraped.value("eskernel_command_seconds_sum") > 0
@@ -180,6 +183,7 @@ async def passivation(scraped: Scraped) -> None:
 
 
 async def dead_letters(scraped: Scraped) -> None:
+    assert await scraped.value("eskernel_projections_paused") == 0
     await scraped.send("sick", Note("poison row"))
     await scraped.until(lambda n: n >= 1, "eskernel_parkings_total")
     await scraped.until(lambda n: n >= 1, "eskernel_dead_letters_total")
@@ -223,6 +227,8 @@ async def database(scraped: Scraped) -> None:
     connection.close()
     await scraped.until(lambda n: n >= 1, "eskernel_fenced_batches_total")
     await scraped.until(lambda n: n >= 1, "eskernel_projection_failures_total", cause="fenced")
+    # on SQLite a writer waits for the other one
+    assert await scraped.value("eskernel_database_deadlocks_total") == 0
     # each session reads with a consumer of its own
     await scraped.until(lambda n: n >= 2, "eskernel_consumers_created_total")
 

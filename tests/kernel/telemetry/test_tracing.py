@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
 NO_TRACEPARENTS = [
-    "", "00-ab", "x" * 5_000, SAMPLED.upper(), SAMPLED + "\n", f"ff-{TRACE}-{SPAN}-01", f"00-{'0' * 32}-{SPAN}-01",
+    "", "00-ab", "x" * 128, SAMPLED.upper(), SAMPLED + " ", f"ff-{TRACE}-{SPAN}-01", f"00-{'0' * 32}-{SPAN}-01",
     f"00-{TRACE}-{'0' * 16}-01", f"00-{TRACE}-{SPAN}-1", f"00-{TRACE}-{SPAN}-zz",
 ]  # fmt: skip
 
