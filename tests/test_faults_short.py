@@ -362,7 +362,7 @@ async def test_two_workers_hold_through_a_short_schedule(postgres_url: str) -> N
     seed = int(os.environ.get("TEST_SEED", random.randrange(1 << 30)))
     print(f"TEST_SEED={seed}")
     postgres = postgres_url if seed % 2 else ""  # one database in each run; the long harness uses both
-    result = await Run(seed, short_plan(seed), Options(postgres=postgres), print).run()
+    result = await Run(seed, short_plan(seed), Options(postgres=postgres, pausing=bool(seed // 4 % 2)), print).run()
     print("\n".join(describe(result)))
     assert result.ok, result.violations
     assert result.kills["worker"] and result.kills["server"] and result.letters and result.garbage

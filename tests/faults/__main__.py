@@ -46,6 +46,7 @@ async def run_all(chosen: argparse.Namespace, postgres: str) -> list[Result]:
         options = Options(
             workers=(4 if kind == "postgresql" and seed % 4 == 1 else 2) if chosen.workers is None else chosen.workers,
             snapshots=7 if seed % 3 == 0 else 100,
+            pausing=seed % 3 == 1,
             postgres=postgres if kind == "postgresql" else "",
             consumers=chosen.consumers,
             keep=chosen.keep,

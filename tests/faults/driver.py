@@ -24,6 +24,7 @@ class Options:
         workers: 0 starts the service without `--workers`: its process is the worker.
         postgres: URL of a PostgreSQL server; SQLite without it.
         snapshots: events of an aggregate after which a snapshot is taken.
+        pausing: let projections pause at a bad deploy; otherwise its aggregates are parked.
         consumers: wait until consumers of killed workers are gone, too.
         keep: keep the directory even if every promise holds.
     """
@@ -31,6 +32,7 @@ class Options:
     workers: int = 2
     postgres: str = ""
     snapshots: int = 100
+    pausing: bool = False
     consumers: bool = False
     keep: bool = False
 
@@ -51,6 +53,8 @@ class Run(CheckedRun):
             Postgres(options.postgres, self.app.replace("-", "_")) if options.postgres else Sqlite(self.directory)
         )
         more = ["--set", f"snapshots.every={options.snapshots}"]
+        if options.pausing:
+            more += ["--set", "dead_letters.pause_above=0.02", "--set", "dead_letters.pause_minimum=4"]
         service = self.service = Service(self.app, self.proxy.url, database.url, self.directory, options.workers, more)
         self.services = [service]
         self.load: Load = Load(self.app, self.url, self.proxy.url, seed)

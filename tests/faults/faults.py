@@ -27,6 +27,8 @@ STOP_S = 60.0
 WAKE_S = 90.0
 """Seconds in which cold histories must answer; other faults may overlap with it."""
 RETRIED_S = 90.0
+PAUSED = " is paused, and not folded any further"
+"""The words of a worker that pauses a projection instead of parking more aggregates."""
 
 
 class Faults:
@@ -222,14 +224,19 @@ class Faults:
         self.notes.append(f"cold histories answered {time.monotonic() - killed:.1f} s after a kill of all workers")
 
     async def _deploy_badly(self, fault: Fault) -> None:
-        """Replace the program by one that fails for a tenth of the tanks, roll it back, and retry what it parked."""
+        """Replace the program by one that fails for a tenth of the tanks, roll it back, and retry what it parked.
+
+        Either it parks them, or so many fail that the projections are paused until the roll-back.
+        """
         reader = evidence.Reader(self.database.url)
         try:
             await self._replace_program(broken=True)
             deadline = time.monotonic() + PROGRESS_S
-            while not await self._parked(reader) and time.monotonic() < deadline:
+            while not (self.service.count(PAUSED) or await self._parked(reader)) and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
             await asyncio.sleep(fault.seconds)
+            if paused := self.service.count(PAUSED):
+                self.injected["projections of workers paused at bad deploys"] += paused
             await self._replace_program(broken=False)
             self.injected["dead letters of bad deploys"] += await self._parked(reader)
             deadline = time.monotonic() + RETRIED_S

@@ -264,11 +264,13 @@ class Service:
     @property
     def is_running(self) -> bool:
         """Whether it has said so since its last start."""
-        if self.process is None or self.process.poll() is not None:
-            return False
+        return self.process is not None and self.process.poll() is None and self.count(" is running") > 0
+
+    def count(self, words: str) -> int:
+        """Return how often its log has these words since the last start."""
         with self.log.open("rb") as file:
             file.seek(self._begin)
-            return b" is running" in file.read()
+            return file.read().count(words.encode())
 
     def workers_alive(self) -> list[psutil.Process]:
         """Return the worker processes, in the order of their start."""
