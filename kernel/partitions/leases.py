@@ -289,8 +289,9 @@ class Leases:
         )
 
     async def _keys(self) -> list[str]:
+        # a bucket without a leader does not answer: a long wait would outlast the election of the next one
         answer = await call_api(
-            self._connection, f"STREAM.INFO.{self._stream}", {"subjects_filter": f"$KV.{self._bucket}.>"}
+            self._connection, f"STREAM.INFO.{self._stream}", {"subjects_filter": f"$KV.{self._bucket}.>"}, self.ttl / 3
         )
         return [subject.split(".", 2)[2] for subject in answer["state"].get("subjects") or {}]
 
