@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kernel.errors import StreamMismatch
+from kernel.errors import StreamMismatch, Unavailable
 from kernel.partitions.leases import Leases, Members, clock
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
@@ -70,6 +70,20 @@ async def test_shares_are_even_and_surplus_is_given_back(connection: NatsConnect
             await a.release(a.surplus(members))
             assert len(await acquire(b)) + len(await acquire(c)) == PARTITIONS - len(a.held)
             assert a.surplus(await a.members()) == []
+
+
+async def test_a_bucket_that_has_no_leader_and_gives_no_answer_is_asked_again_before_a_lease_runs_out(
+    connection: NatsConnection, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with worker(connection, app_name, "a", ttl=1.5) as a:
+        silence = await connection.subscribe(f"{app_name}.silence.>")
+        with monkeypatch.context() as patch:
+            patch.setattr(connection, "api", f"{app_name}.silence")
+            async with asyncio.timeout(a.ttl):
+                with pytest.raises(Unavailable):
+                    await a.members()
+        await silence.unsubscribe()
+        assert (await a.members()).workers == ("a",)
 
 
 async def test_a_lease_that_is_renewed_stays_and_one_that_is_not_runs_out(
