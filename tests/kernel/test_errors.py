@@ -32,6 +32,7 @@ INTERNAL = {
     "NewerEvent": "an InvalidMessage: the aggregate's projections wait, its commands are answered as unavailable",
     "NotPermitted": "an Unavailable, after which a client sends without knowing the partition",
     "NotWorking": "between a probe and the health report",
+    "ProjectionPaused": "between a session and the projector, which begins another one without that projection",
     "Refused": "a HandlerFailed: the aggregate whose value a column can't carry is parked",
     "Unsupported": "a SchemaError, at the start",
     "Unstorable": "between an actor and its gateway",

@@ -155,7 +155,9 @@ def test_a_row_that_was_dropped_and_then_refused_goes_on_after_it(engine: Engine
     side.project([commit(2, "a", 2, Named("two"), Gone(), Named(bad))])
     assert letters(engine) == [("Things", "a", 5)]
     with engine.connect() as connection:
-        kept = connection.execute(text("SELECT aggregate_id, sequence FROM eskernel_sequence")).all()
+        kept = connection.execute(
+            text("SELECT aggregate_id, sequence FROM eskernel_sequence WHERE aggregate_id <> ''")
+        ).all()
     assert [tuple(row) for row in kept] == [("a", 4)]
 
 

@@ -22,12 +22,13 @@ from kernel import App, Client, Service
 from kernel.governance.pace import unpaced
 from kernel.log.base import LogReader
 from kernel.partitions.leases import bucket_of
+from kernel.projector import retries as automatic
 from kernel.projector.reading import read_batch
 from kernel.projector.session import Session
 from kernel.settings import Batch, Database
 from kernel.transport.dial import dial
 from kernel.workers.supervisor import Supervisor
-from projections import Rows, dead_letters
+from projections import Rows
 from projections.database import open_database
 from tests.apps import Note, Notebook, Noted, Page, notebooks
 from tests.commands import eskernel
@@ -343,13 +344,16 @@ async def test_a_transient_failure_is_retried_as_often_as_set_with_growing_pause
     values: dict[str, Any] = {"nats": nats_url, "retries": retries, "retry_after": 0.01, "drain": 2.0}
     service = Service(app, settings_for(tmp_path, **values))
     pauses: list[float | None] = []
-    retry = dead_letters.retry
+    retry_all = automatic.retry_all  # type: ignore[attr-defined]
 
-    def noted(engine: Engine, plan: Any, projection: str, aggregate: str, id: str, pause: float | None) -> Any:
-        pauses.append(pause)
-        return retry(engine, plan, projection, aggregate, id, pause)
+    def noted(engine: Engine, plan: Any, due: Any, pause: Callable[[int], float | None]) -> Any:
+        def pause_after(attempts: int) -> float | None:
+            pauses.append(pause(attempts))
+            return pauses[-1]
 
-    monkeypatch.setattr(dead_letters, "retry", noted)
+        return retry_all(engine, plan, due, pause_after)
+
+    monkeypatch.setattr(automatic, "retry_all", noted)
     await service.start()
     try:
         engine, letters = service.parts.engine, service.parts.retries
