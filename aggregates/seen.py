@@ -25,12 +25,14 @@ class Seen:
         horizon: the greatest of the ids that are not known one by one, or nothing.
     """
 
-    __slots__ = ("_edge", "_greatest", "_latest", "_left", "_older", "_tables", "horizon")
+    __slots__ = ("_edge", "_fresh", "_greatest", "_latest", "_left", "_older", "_stored", "_tables", "horizon")
 
     def __init__(self) -> None:
         self._tables: tuple[array[int], ...] = ()
         self._left = 0
-        self._latest = array("Q")
+        self._stored: frozenset[int] = frozenset()  # digests of what was restored
+        self._latest = array("Q")  # digests of the latest ids, but for the fresh ones
+        self._fresh: list[str] = []
         self._greatest = ""  # of all ids
         self._edge = ""  # the greatest when the latest were half as many as they can be
         self._older = ""  # the greatest of those before the latest
@@ -38,35 +40,36 @@ class Seen:
 
     def add(self, command_id: str) -> None:
         """Add an id."""
-        self._greatest = max(self._greatest, command_id)
-        self._add(value := _hash(command_id))
-        self._latest.append(value)
-        count = len(self._latest)
-        if count == LATEST:
-            self._edge = self._greatest
-        elif count == 2 * LATEST:
-            del self._latest[:LATEST]
-            self._older, self._edge = self._edge, self._greatest
-
-    def _add(self, value: int) -> None:
+        self._fresh.append(command_id)
+        if len(self._fresh) == FRESH:
+            self._condense()
         if not self._left:
             # add a table instead of enlarging one: no entry has to move
             size = len(self._tables[0]) * 4 if self._tables else _FIRST
             self._tables = (array("I", bytes(4 * size)), *self._tables)
             self._left = size // 2
         self._left -= 1
-        table = self._tables[0]
+        value, table = hash(command_id), self._tables[0]
         mask = len(table) - 1
         place = value & mask
         while table[place]:
             place = (place + 1) & mask
-        table[place] = value >> 32 or 1  # 0 marks a free place
+        table[place] = (value >> 32) & 0xFFFFFFFF or 1  # 0 marks a free place
+
+    def _condense(self) -> None:
+        for command_id in self._fresh:
+            self._latest.append(_digest(command_id))
+            self._greatest = max(self._greatest, command_id)
+            if len(self._latest) == LATEST:
+                self._edge = self._greatest
+            elif len(self._latest) == 2 * LATEST:
+                del self._latest[:LATEST]
+                self._older, self._edge = self._edge, self._greatest
+        self._fresh.clear()
 
     def __contains__(self, command_id: str) -> bool:
-        if command_id <= self.horizon:
-            return True
-        value = _hash(command_id)
-        mark = value >> 32 or 1
+        value = hash(command_id)
+        mark = (value >> 32) & 0xFFFFFFFF or 1
         for table in self._tables:
             mask = len(table) - 1
             place = value & mask
@@ -74,10 +77,11 @@ class Seen:
                 if found == mark:
                     return True
                 place = (place + 1) & mask
-        return False
+        return command_id <= self.horizon or (bool(self._stored) and _digest(command_id) in self._stored)
 
     def store(self) -> tuple[bytes, str, str]:
         """Return what `restore` takes."""
+        self._condense()
         return self._latest.tobytes(), self._greatest, self._older
 
     @classmethod
@@ -85,17 +89,18 @@ class Seen:
         """Return a set of which only the latest ids are known one by one."""
         made = cls()
         made._latest.frombytes(latest)
-        for value in made._latest:
-            made._add(value)
+        made._stored = frozenset(made._latest)
         made._greatest = made._edge = greatest
         made._older = made.horizon = older
         return made
 
 
-def _hash(command_id: str) -> int:
-    """Return 64 bits that are the same in every process, unlike Python's own hash of a text."""
+def _digest(command_id: str) -> int:
+    """Return 64 bits that are the same in every process, unlike Python's hash of a text."""
     return int.from_bytes(blake2b(command_id.encode(), digest_size=8).digest(), "little")
 
 
+FRESH = 128
+"""So many ids wait to be digested together: without snapshots, nobody asks for their digests."""
 _FIRST = 32
 """Number of places in the first table. Each further table has four times as many."""
