@@ -59,15 +59,21 @@ decode_request = msgspec.json.Decoder(CommandRequest).decode
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def find_oversized(request: CommandRequest) -> str:
+_MANY_DIGITS = re.compile(rb"\d{19}")
+"""What a payload has in which a number may be out of range."""
+
+
+def find_oversized(request: CommandRequest, payload: bytes) -> str:
     """Return what is wrong with the ids of a request, or with a number of its data, in a sentence; empty if nothing is.
 
     What a sender may make as long as a message would be stored with every event.
     """
-    for text in (request.command_id, request.correlation_id, request.causation_id, request.traceparent):
-        if text and (len(text) > MAX_TRACEPARENT or not text.isprintable()) and (problem := _find_bad_id(request)):
-            return problem
-    return _find_integer(request.data)
+    text = request.command_id
+    if request.correlation_id or request.causation_id or request.traceparent:
+        text = f"{text}{request.correlation_id}{request.causation_id}{request.traceparent}"
+    if (len(text) > MAX_TRACEPARENT or not text.isprintable()) and (problem := _find_bad_id(request)):
+        return problem
+    return _find_integer(request.data) if _MANY_DIGITS.search(payload) else ""
 
 
 def _find_bad_id(request: CommandRequest) -> str:

@@ -142,7 +142,7 @@ class Admission:
             if "out of range" in str(error):  # a number of hundreds of digits
                 raise _Refused("invalid-command", f"{error}; integers are from -2^63 to 2^63 - 1") from None
             raise _Refused("malformed", f"not a command request: {error}") from None
-        if oversized := find_oversized(sent):
+        if oversized := find_oversized(sent, payload):
             raise _Refused("invalid-command", oversized, sent.command_id[:MAX_COMMAND_ID])
         return sent
 

@@ -761,8 +761,8 @@ MUTANTS = [
         "correlation-unbounded",
         "what is stored with each event is bounded",
         "kernel/commands/admission.py",
-        "if oversized := find_oversized(sent):",
-        "if (oversized := find_oversized(sent)) and False:",
+        "if oversized := find_oversized(sent, payload):",
+        "if (oversized := find_oversized(sent, payload)) and False:",
         (f"{COMMANDS}::test_what_is_stored_with_each_event_is_bounded",),
     ),
     # cold aggregates
@@ -786,8 +786,8 @@ MUTANTS = [
         "snapshot-forgets-ids",
         "a command takes effect once, also if a snapshot knows its id only roughly",
         "aggregates/seen.py",
-        "if command_id <= self.horizon:",
-        "if not command_id:",
+        "return command_id <= self.horizon or ",
+        "return ",
         (f"{SNAPSHOTS}::test_ids_older_than_the_snapshot_knows_are_searched_for_once",),
     ),
     Mutant(
