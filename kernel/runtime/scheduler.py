@@ -61,7 +61,8 @@ class _Steady(AsyncIOScheduler):  # type: ignore[misc]
                 for job in self.get_jobs():
                     job.modify(next_run_time=datetime.now(UTC))
         wait = super()._process_jobs()
-        return min(wait or JUMP_S, JUMP_S)
+        # 0: a job is due again already; None: there are no jobs
+        return JUMP_S if wait is None else min(wait, JUMP_S)
 
 
 class Scheduler:

@@ -6,8 +6,9 @@ import asyncio
 import logging
 
 import pytest
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from kernel.runtime.scheduler import Scheduler
+from kernel.runtime.scheduler import JUMP_S, Scheduler
 from tests.failing import metric
 
 
@@ -55,3 +56,12 @@ async def test_a_job_that_waits_for_a_database_that_is_away_has_not_failed(caplo
     assert metric("eskernel_jobs_total", task="asks", outcome="failed") == before
     assert metric("eskernel_jobs_total", task="asks", outcome="waiting") > 0
     assert {record.getMessage() for record in caplog.records} == {"job breaks failed: ValueError: a bug"}
+
+
+@pytest.mark.parametrize(("due_in", "waits"), [(0.0, 0.0), (0.2, 0.2), (60.0, JUMP_S), (None, JUMP_S)])
+def test_a_job_that_is_due_already_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, due_in: float | None, waits: float
+) -> None:
+    """A busy loop comes late to a job that runs often."""
+    monkeypatch.setattr(AsyncIOScheduler, "_process_jobs", lambda _self: due_in)
+    assert Scheduler()._scheduler._process_jobs() == waits
