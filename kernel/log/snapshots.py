@@ -157,12 +157,9 @@ class SnapshotStore:
 
     async def drop(self, aggregate: str = "") -> int:
         """Delete all snapshots, or those of one aggregate type; return how many."""
-        filters = [self._subjects.snapshot()]
-        if aggregate:
-            prefix = self._subjects.prefix
-            filters = [f"{prefix}.snap.*.{aggregate}.*"]
-        answers = [await call_api(self._connection, f"STREAM.PURGE.{self.name}", {"filter": each}) for each in filters]
-        return sum(int(answer.get("purged", 0)) for answer in answers)
+        wanted = f"{self._subjects.prefix}.snap.*.{aggregate}.*" if aggregate else self._subjects.snapshot()
+        answer = await call_api(self._connection, f"STREAM.PURGE.{self.name}", {"filter": wanted})
+        return int(answer.get("purged", 0))
 
 
 async def open_snapshots(
