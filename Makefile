@@ -40,7 +40,10 @@ mutants: $(READY) ## plant bugs in a copy, one by one, and see that each is caug
 	@$(BIN)/python -m tests.mutants
 
 properties: $(READY) ## random histories over random models of all column types, 5,000 per database; prints its seed
-	@ESKERNEL_EXAMPLES=5000 $(BIN)/python -m pytest -q -s -n 2 tests/projections/test_properties_columns.py
+	@seed=$${ESKERNEL_SEED:-$$($(BIN)/python -c "import random; print(random.randrange(1, 2**32))")}; \
+	echo "again with: ESKERNEL_SEED=$$seed make properties"; \
+	ESKERNEL_SEED=$$seed ESKERNEL_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --timeout 3600 \
+		tests/projections/test_properties_columns.py
 
 soak: $(READY) ## load with evictions; memory, files, threads, consumers must stay flat (MINUTES=20)
 	@$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),20) --markdown docs/soak.md --picture docs/soak.svg

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
+from operator import sub
 from typing import Any, Generic, TypeVar
 
 from aggregates.aggregate import Aggregate
@@ -17,8 +19,13 @@ A = TypeVar("A", bound=Aggregate)
 REMEMBERED_COMMANDS = 8
 """Number of latest commands whose receipts a cell keeps. For an older command the log is read."""
 
-MILESTONE = 16
-"""Most commits that a commit names as those before it. The next one begins anew."""
+LINKED = 16
+"""So many commits are named by one that names those before it."""
+MILESTONE = 4
+"""One of so many commits names those before it. The oldest that it names is such a commit as well."""
+
+NEVER = 2**63
+"""For `Cell.due`: no snapshot is taken."""
 
 
 class Cell(Generic[A]):
@@ -28,8 +35,7 @@ class Cell(Generic[A]):
         state: the user's aggregate object.
         version: number of events folded, equal to the `sequence` of the last event.
         position: stream sequence of the last commit, 0 before the first; the next append expects it.
-        trail: how far in stream sequences the last commit is from the one before it, that one from the one before, and
-            so on, back to a milestone. It is stored with the next commit, so that histories can be read backwards.
+        trail: stream sequences of the latest commits, ascending.
         commands: receipts of the latest commands by command id: version and stream sequence after the command.
         seen: the ids of all earlier commands.
         due: the version from which a snapshot is due.
@@ -42,7 +48,7 @@ class Cell(Generic[A]):
         self.state: A = declared.cls(id=aggregate_id)
         self.version = 0
         self.position = 0
-        self.trail = b""
+        self.trail = array("Q")
         self.commands: dict[str, tuple[int, int]] = {}
         self.seen = Seen()
         self.due = 0
@@ -81,12 +87,10 @@ class Cell(Generic[A]):
 
     def evolve(self, events: Iterable[EncodedEvent]) -> None:
         """Fold events into the state, as they are read back from what is stored, and count them."""
-        for event in events:
-            self._apply(event.event)
-
-    def _apply(self, event: Any) -> None:
-        self.declared.appliers[type(event)](self.state, event)
-        self.version += 1
+        appliers, state = self.declared.appliers, self.state
+        for encoded in events:
+            appliers[type(encoded.event)](state, encoded.event)
+            self.version += 1
 
     def replay(self, envelopes: Iterable[Envelope], position: int) -> None:
         """Fold one stored commit.
@@ -102,18 +106,35 @@ class Cell(Generic[A]):
                     f"{self.declared.name} {self.state.id}: event {envelope.sequence} after {self.version}"
                 )
             known = self.declared.events.get(envelope.type) or self.declared.stored_event(envelope.type)
-            self._apply(known.decode(envelope.data, envelope.dataversion))
+            event = known.decode(envelope.data, envelope.dataversion)
+            self.declared.appliers[type(event)](self.state, event)
+            self.version += 1
             if envelope.commandid:
                 self.remember(envelope.commandid, self.version, position)
         self.advance(position)
 
     def advance(self, position: int) -> None:
         """Note the stream sequence of the aggregate's next commit."""
-        if not self.position or self.trail.count(b" ") + 2 >= MILESTONE:
-            self.trail = b""
-        else:
-            self.trail = (b"%d %b" % (position - self.position, self.trail)).rstrip()
+        trail = self.trail
+        trail.append(position)
+        if len(trail) == 2 * LINKED:
+            del trail[:LINKED]
         self.position = position
+
+    @property
+    def links(self) -> bytes:
+        """What is stored with the next commit, so that histories can be read backwards.
+
+        How far in stream sequences the last commit is from the one before it, that one from the one before, and so on.
+        It is empty for most commits: they lead to one that names many.
+        """
+        count = len(self.trail)
+        if not count or count % MILESTONE:
+            return b""
+        named = self.trail[-LINKED:]
+        named.reverse()
+        distances = tuple(map(sub, named, named[1:]))
+        return (b"%d " * len(distances))[:-1] % distances
 
     def remember(self, command_id: str, version: int, position: int) -> None:
         """Keep the receipt of a command. Beyond the limit, reduce the oldest receipt to its id in `seen`."""

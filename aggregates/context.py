@@ -32,8 +32,8 @@ def uuid7() -> str:
         text = f"{before + 1:012x}"
         _prefix = f"{text[:8]}-{text[8:]}-7"
         _last = (before + 1, 0)
-    low = f"{random.getrandbits(62) | 0x8000_0000_0000_0000:016x}"
-    return f"{_prefix}{count:03x}-{low[:4]}-{low[4:]}"
+    low = hex(random.getrandbits(62) | 0x8000_0000_0000_0000)
+    return f"{_prefix}{count:03x}-{low[2:6]}-{low[6:]}"
 
 
 class Context:

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from aggregates.errors import InvalidEvent
 from aggregates.messages import dumps
@@ -14,7 +16,7 @@ from aggregates.messages import dumps
 _PLACE = re.compile(r" - at `(?:key in )?\$(?P<path>.*)`$")
 
 
-class EncodedEvent(NamedTuple):
+class EncodedEvent(msgspec.Struct, gc=False):
     """An event as it is stored.
 
     Attributes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -25,7 +25,12 @@ SIZE = 16
 
 def fingerprint(declared: AggregateType[Any]) -> bytes | None:
     """Return the fingerprint of an aggregate's code, or None if its source can't be found."""
-    classes = [declared.cls, *declared.event_types]
+    return fingerprint_code(declared, [])
+
+
+def fingerprint_code(declared: AggregateType[Any], more: Sequence[type]) -> bytes | None:
+    """Return the fingerprint of an aggregate's code and of more classes, or None if a source can't be found."""
+    classes = [declared.cls, *declared.event_types, *more]
     hashed = blake2b(repr((sys.version_info[:2], sys.implementation.name)).encode(), digest_size=SIZE)
     for name, event in sorted(declared.events.items()):
         hashed.update(repr((name, event.version, event.cls.__qualname__)).encode())
@@ -36,6 +41,7 @@ def fingerprint(declared: AggregateType[Any]) -> bytes | None:
         for name, source in sorted(modules.items()):
             hashed.update(repr((name, len(source))).encode() + source)
         functions = [member for event in declared.events.values() for member in _functions(event.cls)]
+        functions += [function for cls in more for function in _functions(cls)]
         for part in _describe([*_functions(declared.cls), *functions]):
             hashed.update(part)
     except (OSError, KeyError, AttributeError):

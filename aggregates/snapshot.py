@@ -7,6 +7,7 @@ made it.
 from __future__ import annotations
 
 import enum
+from array import array
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
@@ -21,7 +22,7 @@ from aggregates.fingerprint import fingerprint
 from aggregates.seen import Seen
 
 A = TypeVar("A", bound=Aggregate)
-FORMAT = 1
+FORMAT = 2
 
 
 class Snapshot(msgspec.Struct, array_like=True, frozen=True):
@@ -44,7 +45,7 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     aggregate_id: str
     version: int
     position: int
-    trail: bytes
+    trail: list[int]
     commands: list[tuple[str, int, int]]
     seen: tuple[bytes, str, str]
     state: bytes
@@ -113,7 +114,7 @@ class SnapshotCodec(Generic[A]):
                 cell.state.id,
                 cell.version,
                 cell.position,
-                cell.trail,
+                cell.trail.tolist(),
                 [(command_id, *receipt) for command_id, receipt in cell.commands.items()],
                 cell.seen.store(),
                 state,
@@ -136,7 +137,7 @@ class SnapshotCodec(Generic[A]):
             return None
         cell = Cell(self._declared, aggregate_id)
         cell.state, cell.version, cell.position = state, found.version, found.position
-        cell.trail, cell.seen = found.trail, seen
+        cell.trail, cell.seen = array("Q", found.trail), seen
         cell.commands = {command_id: (version, position) for command_id, version, position in found.commands}
         return Restored(cell, found.commit)
 

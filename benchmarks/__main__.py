@@ -14,7 +14,19 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import appending, cold, commanding, governing, places, poisoned, projecting, report, residents, sharing
+from benchmarks import (
+    appending,
+    cold,
+    commanding,
+    deploying,
+    governing,
+    places,
+    poisoned,
+    projecting,
+    report,
+    residents,
+    sharing,
+)
 from benchmarks.report import Row
 
 OUT = Path(__file__).parent / "out" / "bench.json"
@@ -31,6 +43,7 @@ def _arguments() -> argparse.Namespace:
             "append",
             "commands",
             "projection",
+            "deploying",
             "workers",
             "residents",
             "cold",
@@ -54,6 +67,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "append": lambda: appending.measure(path / "append"),
             "commands": lambda: commanding.measure(path / "commands", pg),
             "projection": lambda: projecting.measure(path / "projection", pg, 12 if arguments.year else 3),
+            "deploying": lambda: deploying.measure(path / "deploying", pg, 12 if arguments.year else 3),
             "workers": lambda: sharing.measure(path / "workers", pg, 12 if arguments.year else 3),
             "residents": lambda: residents.measure(arguments.million),
             "cold": lambda: cold.measure(path / "cold", arguments.million),

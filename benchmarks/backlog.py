@@ -52,7 +52,7 @@ async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]])
         )
         cell.evolve(events)
         futures.append(
-            log.append(log.subjects.address(declared.name, name).subject, cell.position, payload, cell.trail)
+            log.append(log.subjects.address(declared.name, name).subject, cell.position, payload, cell.links)
         )
         sequence += 1
         cell.advance(sequence)

@@ -7,7 +7,7 @@ import contextlib
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ from kernel.transport.dial import connect
 
 AGGREGATES, COMMITS, LONG = 2_000, 250, 100_000
 IN_FLIGHT, SECONDS, AIM = 64, 5, 2_000
+AGING_SECONDS = 30
 AIM_MS = 50
 SIZES = (100_000, 1_000_000, 5_000_000)
 """Commits in the log while its age is measured."""
@@ -40,7 +41,8 @@ async def measure(path: Path, million: bool) -> list[Row]:
 async def aging(path: Path) -> list[Row]:
     """Measure commands as the log grows: to aggregates that are in memory, and to cold ones after a kill.
 
-    A cold aggregate was not used since the log began to grow, so that it has no snapshot.
+    A cold aggregate was not used since the log began to grow, so that it has no snapshot: its whole history is read,
+    which grows with the log, since the aggregates do not become more.
     """
     hot, cold = [], []
     async with places.nats(path / "nats") as url:
@@ -49,10 +51,10 @@ async def aging(path: Path) -> list[Row]:
             await _fill(url, AGGREGATES, (size - stored) // AGGREGATES, f"{size}-")
             stored, server = size, server or _server_process(url)
             async with _service(url, path / "data", path / f"{size}.log", kill=True) as client:
-                rate, _, _ = await _flood(client, server, f"{size}-", AGGREGATES)
+                rate, _, _ = await _flood(client, server, f"{size}-", AGGREGATES, AGING_SECONDS)
                 cold.append(rate)
-                for _ in range(2):
-                    rate, _, _ = await _flood(client, server, f"{size}-", IN_FLIGHT)
+                await asyncio.gather(*(_touch(client, [number], f"{size}-") for number in range(IN_FLIGHT)))
+                rate, _, _ = await _flood(client, server, f"{size}-", IN_FLIGHT)
                 hot.append(rate)
             print(f"  {size:,} commits: {hot[-1]:,.0f} commands/s, cold {cold[-1]:,.0f}", flush=True)
     return [
@@ -155,26 +157,30 @@ async def _service(url: str, data: Path, log: Path, *, kill: bool) -> AsyncItera
             await process.wait()
 
 
-async def _touch(client: Client, numbers: range) -> None:
+async def _touch(client: Client, numbers: Iterable[int], prefix: str = "account-") -> None:
     for number in numbers:
-        await client.execute(Account, f"account-{number}", Deposit(1), timeout=60)
+        await client.execute(Account, f"{prefix}{number}", Deposit(1), timeout=120)
 
 
 async def _flood(
-    client: Client, server: psutil.Process, prefix: str = "account-", aggregates: int = AGGREGATES
+    client: Client,
+    server: psutil.Process,
+    prefix: str = "account-",
+    aggregates: int = AGGREGATES,
+    seconds: int = SECONDS,
 ) -> tuple[float, float, float]:
     """Return commands per second, those of the last second, and the cores that nats-server used."""
     begin, used = time.perf_counter(), sum(server.cpu_times()[:2])
     ended: list[float] = []
 
     async def sender() -> None:
-        while (now := time.perf_counter()) < begin + SECONDS:
+        while (now := time.perf_counter()) < begin + seconds:
             name = f"{prefix}{random.randrange(aggregates)}"
             with contextlib.suppress(Exception):  # what takes too long is not counted
-                await client.execute(Account, name, Deposit(1), timeout=begin + SECONDS - now + 0.1)
+                await client.execute(Account, name, Deposit(1), timeout=begin + seconds - now + 0.1)
                 ended.append(time.perf_counter())
 
     await asyncio.gather(*(sender() for _ in range(IN_FLIGHT)))
     cores = (sum(server.cpu_times()[:2]) - used) / (time.perf_counter() - begin)
-    last = sum(moment > begin + SECONDS - 1 for moment in ended if moment <= begin + SECONDS)
-    return len(ended) / SECONDS, float(last), cores
+    last = sum(moment > begin + seconds - 1 for moment in ended if moment <= begin + seconds)
+    return len(ended) / seconds, float(last), cores

@@ -15,7 +15,8 @@ from kernel.app import App
 from kernel.commands.gateway import CommandGateway
 from kernel.log import JetStreamLog, StreamInfo
 from kernel.projector.live import Projector
-from kernel.projector.rebuild import build_missing
+from kernel.projector.rebuild import Rebuild
+from kernel.projector.verification import Verification
 from kernel.settings import Settings
 from kernel.transport.outbox import Outbox
 from projections import generations
@@ -86,5 +87,21 @@ async def rebuild(app: App, log: JetStreamLog, url: str) -> float:
     info = await log.info()
     with _database(app, url, info) as engine:
         started = time.perf_counter()
-        await build_missing(app, log, engine)
+        await Rebuild(app, log, engine, app.projections).run()
         return info.commits / (time.perf_counter() - started)
+
+
+async def verify(app: App, log: JetStreamLog, url: str, *, same: bool = True) -> float:
+    """Build every projection, then compare the tables with a second fold; return the log's commits per second.
+
+    Args:
+        same: verify. Otherwise rehearse, with the program that the tables are of.
+    """
+    info = await log.info()
+    with _database(app, url, info) as engine:
+        await Rebuild(app, log, engine, app.projections).run()
+        started = time.perf_counter()
+        found = await Verification(app, log, engine, app.projections, same=same).run()
+        rate = info.commits / (time.perf_counter() - started)
+        assert not any(verified.differing for verified in found), found
+        return rate

@@ -100,7 +100,7 @@ async def fill(log: EventLog, each: int = EACH) -> None:
             subject = log.subjects.address("Sensor", name).subject
             futures.append(log.append(subject, last[number], payload))
             if len(futures) % CHUNK == 0:
-                await asyncio.wait(futures[-CHUNK:])
+                await asyncio.gather(*futures[-CHUNK:], return_exceptions=True)
         last = dict(zip(last, await asyncio.gather(*futures), strict=True))
 
 
@@ -132,7 +132,7 @@ class Bench:
             return await run(app, log, self.url(database))
 
     async def retry(self, database: str) -> float:
-        """Return the parked events per second of a retry after the program was mended."""
+        """Return the parked events per second of a retry after the program was corrected."""
         url = self.url(database)
         with _doing(RAISES):
             await our_projection.rebuild(app, await self.log(EACH), url)

@@ -96,6 +96,8 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
         "own wire": lambda: bench.by_hand(database),
         "live": lambda: our_projection.live(flights, bench.log, bench.url(database)),
         "rebuild": lambda: our_projection.rebuild(flights, bench.log, bench.url(database)),
+        "verify": lambda: our_projection.verify(flights, bench.log, bench.url(database)),
+        "rehearse": lambda: our_projection.verify(flights, bench.log, bench.url(database), same=False),
         "limit": lambda: bench.by_hand(database, plain=True),
     }
     if database == "SQLite" or find_spec("psycopg_pool") is not None:
@@ -131,6 +133,19 @@ async def _database(bench: Bench, database: str, sample: list[object], what: str
             found["rebuild"],
             aim_limit=0.8,
             **common,  # type: ignore[arg-type]
+        ),
+        *(
+            Row(
+                f"{kind} on {database}: {what}",
+                "events/s",
+                found[kind],
+                limit=found["rebuild"],
+                aim_limit=0.8 if kind == "verify" else None,
+                limit_is="the rebuild above",
+                durability="nothing is written",
+                extra={"rounds": rounded({kind: figures[kind], "rebuild": figures["rebuild"]})},
+            )
+            for kind in ("verify", "rehearse")
         ),
         *(
             Row(f"{kind} on {database}, against a loop on our own wire", "events/s", found[kind], **own_wire)  # type: ignore[arg-type]

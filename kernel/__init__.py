@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from kernel.alerts import Alert
     from kernel.app import App, load_app
     from kernel.client import Client
-    from kernel.projector.rebuild import Rebuild, RebuildProgress, Rebuilt
+    from kernel.log.history import LoadedAggregate
+    from kernel.projector.rebuild import Rebuild, Rebuilt
+    from kernel.projector.replay import RebuildProgress
     from kernel.protocol import Receipt
     from kernel.service import Service
     from kernel.settings import Settings
@@ -22,6 +24,7 @@ __all__ = [
     "Alert",
     "App",
     "Client",
+    "LoadedAggregate",
     "Rebuild",
     "RebuildProgress",
     "Rebuilt",
@@ -36,8 +39,9 @@ _HOMES = {
     "App": "app",
     "load_app": "app",
     "Client": "client",
+    "LoadedAggregate": "log.history",
     "Rebuild": "projector.rebuild",
-    "RebuildProgress": "projector.rebuild",
+    "RebuildProgress": "projector.replay",
     "Rebuilt": "projector.rebuild",
     "Receipt": "protocol",
     "Service": "service",

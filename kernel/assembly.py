@@ -41,11 +41,13 @@ from kernel.monitoring.progress import AppendCheck, ProjectionCheck
 from kernel.monitoring.signals import SignalCollector
 from kernel.monitoring.watchdog import Watchdog
 from kernel.partitions.leases import Leases
+from kernel.partitions.members import program_of
 from kernel.partitions.ownership import Ownership
 from kernel.projector.committer import AWAY
+from kernel.projector.deployment import Deployment
 from kernel.projector.live import Projector
-from kernel.projector.rebuild import RebuildProgress, build_missing, clean_up
 from kernel.projector.retries import DeadLetterRetries
+from kernel.projector.sampling import TablePatrol
 from kernel.projector.unknown import UnknownAggregates
 from kernel.runtime.directory import DataDirectory
 from kernel.runtime.nats_server import SYNCED, embedded_commits, start_embedded
@@ -64,6 +66,7 @@ from projections.database_check import check_usable
 from projections.errors import SchemaError
 from projections.identity import identify, read_identity
 from projections.origin import knows, read_origin, register
+from projections.revision import is_current
 from projections.schema import prepare
 
 logger = logging.getLogger("eskernel.service")
@@ -95,7 +98,7 @@ class Places:
     """Where a worker's log and database are.
 
     Attributes:
-        nats_url, database_url: as the service was told, or as it has made them itself.
+        nats_url, database_url: from the settings, or of the server and the file that the service has made.
         durability: a sentence for people: what survives which failure.
     """
 
@@ -125,6 +128,8 @@ class Parts:
     detector: Detector
     signals: SignalCollector
     retries: DeadLetterRetries
+    patrol: TablePatrol
+    deployment: Deployment
     probes: Probes
     anchor: Anchor
 
@@ -169,10 +174,13 @@ async def build(base: Foundation, closing: AsyncExitStack) -> Parts:
     leases = await _join_leases(base, nats_url, log, info, closing)
     async with leases.alone("start"):
         # workers that start together build what is missing one after the other: the second finds it done
-        await _prepare_database(base, connection, log, engine, leases)
+        await _prepare_database(base, log, engine, leases)
     places = Places(nats_url, database_url, durability)
     snapshots = await _open_snapshots(settings, connection, log, closing)
-    return _assemble(base, places, engine, connection, log, snapshots, unknown, leases, governor, closing)
+    parts = _assemble(base, places, engine, connection, log, snapshots, unknown, leases, governor, closing)
+    if app.projections:
+        await parts.deployment.begin()
+    return parts
 
 
 async def _open_snapshots(
@@ -239,6 +247,7 @@ async def _join_leases(
         base.worker,
         info.partitions,
         ttl=settings.lease,
+        program=program_of(base.app),
         replicas=settings.stream.replicas,
         on_mismatch=base.lost,
     )
@@ -252,23 +261,16 @@ async def _join_leases(
     return leases
 
 
-async def _prepare_database(
-    base: Foundation, connection: NatsConnection, log: JetStreamLog, engine: Engine, leases: Leases
-) -> None:
-    """Bring the kernel's tables up to date, compare the database with the log, and build what is missing."""
+async def _prepare_database(base: Foundation, log: JetStreamLog, engine: Engine, leases: Leases) -> None:
+    """Bring the kernel's tables up to date, and compare the database with the log and with the program."""
     app = base.app
 
     def upgrade() -> None:
+        if is_current(engine):
+            return
         from migrations import upgrade  # Alembic takes its time to load, and this is the one place for it
 
         upgrade(engine)
-
-    def remove_old() -> None:
-        for declared in app.projections:
-            clean_up(engine, declared)
-
-    def report(progress: RebuildProgress) -> None:
-        logger.info("building projections: %d of %d commits", progress.done, progress.total)
 
     # in threads, and loaded there too: meanwhile the lease is renewed
     if app.projections:
@@ -281,13 +283,9 @@ async def _prepare_database(
     for orphan in found.orphans:
         logger.warning(
             "the database has the projection %s, which the app does not declare: its views%s are not kept up to date; "
-            "drop it with `eskernel projections drop %s`",
+            "if no other program declares it, drop it with `eskernel projections drop %s`",
             orphan.name, "".join(f" {view}" for view in orphan.views), orphan.name,
         )  # fmt: skip
-    # other workers may be at work, and live projection goes before
-    async with following(connection, log.subjects, base.settings.rates.rebuild) as pace:
-        await build_missing(app, log, engine, report, pace)
-    await asyncio.to_thread(remove_old)
 
 
 async def recognise(log: JetStreamLog, engine: Engine, app: str) -> None:
@@ -327,6 +325,7 @@ def _assemble(
     keeper = SnapshotKeeper(snapshots, settings.snapshots.every, settings.snapshots.verify)
     gateway = CommandGateway(app, log, outbox, leases.holds, settings.passivation, keeper, tracing)
     closing.callback(gateway.close)
+    closing.push_async_callback(gateway.stop_reading)
     guard = ReplyGuard(ReplyFilter.of(app.name, settings))
     admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, guard, tracing)
     closing.callback(admission.close)
@@ -340,7 +339,7 @@ def _assemble(
         settings,
         backlog,
         projector.progress,
-        lambda: leases.held,
+        lambda: projector.partitions,
         log.appender,
         gateway.measure_load,
         base.alerts,
@@ -348,7 +347,18 @@ def _assemble(
     database_check = DatabaseCheck(engine, projector, base.worker)
     closing.callback(database_check.close)
     appends = AppendCheck(log, detector)
-    projection = ProjectionCheck(projector, log, detector, lambda: leases.held, governor.live)
+    projection = ProjectionCheck(projector, log, detector, lambda: projector.partitions, governor.live)
+    deployment = Deployment(
+        app,
+        log,
+        engine,
+        settings,
+        leases.alone,
+        # other workers may be at work, and live projection goes before
+        partial(following, connection, log.subjects, settings.rates.rebuild),
+        projector.begin_again,
+    )
+    closing.push_async_callback(deployment.close)
     watchdog = Watchdog(app, base.loop_lag)
     closing.callback(watchdog.stop)
     watchdog.start()
@@ -360,6 +370,7 @@ def _assemble(
             "database": database_check.check,
             "leases": partial(check_leases, ownership),
             "projection": projection.check,
+            "builds": deployment.check,
             "commands": check_commands,
             "loop": partial(check_loop, base.loop_lag, watchdog),
         },
@@ -383,7 +394,9 @@ def _assemble(
         ownership=ownership,
         detector=detector,
         signals=signals,
-        retries=DeadLetterRetries(app, engine, log.subjects, leases.holds, settings.dead_letters),
+        retries=DeadLetterRetries(app, engine, log.subjects, projector.projects, settings.dead_letters),
+        patrol=TablePatrol(app, log, engine, settings.verification.rows),
+        deployment=deployment,
         probes=probes,
         anchor=Anchor(app, engine, log, lambda: projector.state == AWAY or not base.health.components["database"].ok),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,13 +21,24 @@ from aggregates.aggregate import name_of
 from aggregates.context import uuid7
 from aggregates.messages import plain, spec_of
 from kernel.app import App
-from kernel.errors import CommandError, CommandTimeout, NoDatabase, Overloaded, QueryTimeout, Unavailable
+from kernel.errors import (
+    CommandError,
+    CommandTimeout,
+    NoDatabase,
+    NotProjected,
+    Overloaded,
+    QueryTimeout,
+    Unavailable,
+)
 from kernel.log import JetStreamLog, find_log
+from kernel.log.history import A, LoadedAggregate, load_aggregate
 from kernel.log.subjects import Subjects, subjects_of
 from kernel.protocol import Receipt, decode_answer
+from kernel.runtime.directory import worker_name
 from kernel.runtime.running import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed
+from kernel.staleness import watch_projected
 from kernel.telemetry.tracing import sender_context
 from kernel.transport.connection import NatsConnection, status_of
 from kernel.transport.dial import dial
@@ -42,10 +55,20 @@ JITTER = 0.25
 
 
 class _Waiting(NamedTuple):
-    """A request that has no answer yet."""
+    """A request that has no answer yet.
+
+    Attributes:
+        until: when it is given up, by the event loop's clock; infinite if it has a timer of its own.
+    """
 
     future: asyncio.Future[Receipt]
     subject: bytes
+    until: float
+
+
+def _expire(future: asyncio.Future[Receipt]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
 
 
 class _Denied(CommandError):
@@ -72,6 +95,7 @@ class Client:
         self._context = sender_context(tracing)
         self._connection, self._engine = connection, engine
         self._waiting: dict[bytes, _Waiting] = {}
+        self._watching = False
         self._token = 0
         self._inbox = connection.new_inbox().encode()
         self._outbox = Outbox(connection)
@@ -115,7 +139,7 @@ class Client:
         connection = await dial(settings, app=app.name, role="client", name=f"eskernel client {app.name}")
         log = None
         try:
-            log = await find_log(connection, app.name, settings, worker="client")
+            log = await find_log(connection, app.name, settings, worker=f"client-{worker_name()}")
         except NotPermitted:
             if connection.explain_silence():
                 await connection.close()
@@ -283,20 +307,35 @@ class Client:
         self._token += 1
         token = b"%d" % self._token
         future: asyncio.Future[Receipt] = self._loop.create_future()
-        self._waiting[token] = _Waiting(future, subject)
+        handle: asyncio.TimerHandle | None = None
+        until = math.inf
+        if timeout < RESEND_S:
+            handle = self._loop.call_later(max(timeout, 0.001), _expire, future)
+        else:
+            # one timer for all of them: most commands are answered long before
+            until = self._loop.time() + RESEND_S
+            if not self._watching:
+                self._watching = True
+                self._loop.call_at(until, self._expire_oldest)
+        self._waiting[token] = _Waiting(future, subject, until)
         self._outbox.publish(subject, payload, reply=b"%b.%b" % (self._inbox, token))
-        # cheaper than a time-out context: most commands are answered long before
-        handle = self._loop.call_later(max(timeout, 0.001), self._expire, token)
         try:
             return await future
         finally:
-            handle.cancel()
+            if handle is not None:
+                handle.cancel()
             self._waiting.pop(token, None)
 
-    def _expire(self, token: bytes) -> None:
-        waiting = self._waiting.get(token)
-        if waiting is not None and not waiting.future.done():
-            waiting.future.set_exception(TimeoutError())
+    def _expire_oldest(self) -> None:
+        """Give up the requests whose time is over, and look again when the next one's will be."""
+        now = self._loop.time()
+        for waiting in self._waiting.values():
+            if waiting.until <= now:
+                _expire(waiting.future)
+            elif waiting.until < math.inf:
+                self._loop.call_at(waiting.until, self._expire_oldest)
+                return
+        self._watching = False
 
     def _answered(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
         waiting = self._waiting.get(subject[subject.rfind(b".") + 1 :])
@@ -314,6 +353,23 @@ class Client:
             future.set_exception(error)
         else:
             future.set_result(receipt)
+
+    async def load(
+        self, aggregate: type[A], aggregate_id: str, *, at: int | datetime | None = None
+    ) -> LoadedAggregate[A]:
+        """Return an aggregate's state, now or in the past, folded from the log.
+
+        Args:
+            at: sequence of the last event, or a time (UTC if it has no zone).
+
+        Raises:
+            NotDeclared: the app has no such aggregate.
+            aggregates.InvalidId: the id can't be addressed.
+            UnreadableHistory: the program can't read the events.
+            ValueError: `at` is negative.
+            Unavailable: the log can't be read.
+        """
+        return await load_aggregate(self.log, self.app.type_of(aggregate), aggregate_id, at)
 
     async def query(
         self,
@@ -333,12 +389,13 @@ class Client:
 
         Raises:
             QueryTimeout: the projections did not get there in time.
+            NotProjected: no running program keeps a projection up to date that readers see, or it is not built yet.
             projections.QueryRefused: the text is not one statement that only reads.
             NoDatabase: the client was connected without a database.
             NotDeclared: the app has no projection of this name.
         """
         engine = self._database()
-        # the database may have projections of other versions of the app, which nobody keeps up to date
+        # the database may have projections of other versions of the app, which no worker keeps up to date
         names = [self.app.projection(name).name for name in projections] or [p.name for p in self.app.projections]
         for receipt in [after] if isinstance(after, Receipt) else after or []:
             await self._include(engine, receipt, names, timeout)
@@ -348,6 +405,8 @@ class Client:
     async def _include(self, engine: Engine, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
         deadline = time.monotonic() + timeout
         pause = 0.002
+        waiting: list[str] = []
+        watching: asyncio.Future[NotProjected] | None = None
 
         def read_positions() -> dict[str, int]:
             if not names:
@@ -355,20 +414,32 @@ class Client:
             with engine.connect() as connection:
                 return reached(connection, receipt.partition, names)
 
-        while True:
-            stands = await asyncio.to_thread(read_positions)
-            missing = [name for name in names if name not in stands]
-            behind = {name: at for name, at in stands.items() if at < receipt.sequence}
-            if not behind and not missing:
-                return
-            if time.monotonic() + pause > deadline:
-                where = ", ".join([f"{name} at {at}" for name, at in behind.items()]
-                                  + [f"{name} is not built" for name in missing])  # fmt: skip
-                raise QueryTimeout(
-                    f"waited {timeout:g} s for sequence {receipt.sequence} of partition {receipt.partition}: {where}"
-                )
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, 0.1)
+        try:
+            while True:
+                stands = await asyncio.to_thread(read_positions)
+                missing = [name for name in names if name not in stands]
+                behind = {name: at for name, at in stands.items() if at < receipt.sequence}
+                waiting[:] = [*behind, *missing]
+                if not waiting:
+                    return
+                if watching is None:
+                    # beside the waiting: an answer of the workers may take longer than what is waited for
+                    watch = watch_projected(self._connection, self._subjects, engine, waiting, deadline)
+                    watching = asyncio.ensure_future(watch)
+                elif watching.done():
+                    raise watching.result()
+                if time.monotonic() + pause > deadline:
+                    where = ", ".join([f"{name} at {at}" for name, at in behind.items()]
+                                      + [f"{name} is not built" for name in missing])  # fmt: skip
+                    raise QueryTimeout(
+                        f"waited {timeout:g} s for sequence {receipt.sequence} of partition {receipt.partition}: "
+                        f"{where}"
+                    )
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, 0.1)
+        finally:
+            if watching is not None:
+                watching.cancel()
 
     def _database(self) -> Engine:
         if self._engine is None:

@@ -8,6 +8,8 @@
     ├── aggregates.DeclarationError     the declarations of an app cannot work
     ├── aggregates.SequenceError        an aggregate's events do not follow each other 1, 2, 3, ...
     ├── projections.SchemaError         the database is not as this program needs it
+    ├── projections.TooManyFailures     a projection that was built fails at too many aggregates
+    ├── projections.NotReproducible     two folds of the same log came to different rows
     ├── projections.HandlerFailed       an event could not be folded into a projection
     ├── projections.Fenced              another owner moved the checkpoints on
     ├── projections.NoSuchLetter        no such dead letter
@@ -29,10 +31,12 @@
     │   ├── Replaced                    the stream is not the one that the service works on
     │   └── Unavailable                 the log cannot be reached, or is full
     │       └── UnknownOutcome          an append may or may not have taken effect
+    ├── UnreadableHistory               the program can't read an aggregate's events
     ├── CommandError                    a command was not carried out
     │   └── Overloaded                  the service takes no more commands at the moment
     ├── CommandTimeout                  no answer to a command in time (also a TimeoutError)
     ├── QueryTimeout                    the projections did not include a receipt in time (also a TimeoutError)
+    │   └── NotProjected                no running program keeps a projection up to date that readers see
     └── NoDatabase                      the client was connected without a database (also a RuntimeError)
 
 The errors of the domain are importable from `aggregates`, those of the read side from `projections`, the others from
@@ -59,6 +63,7 @@ __all__ = [
     "LogError",
     "NoDatabase",
     "NotDeclared",
+    "NotProjected",
     "NotRunning",
     "Overloaded",
     "PayloadTooLarge",
@@ -68,6 +73,7 @@ __all__ = [
     "StreamMismatch",
     "Unavailable",
     "UnknownOutcome",
+    "UnreadableHistory",
     "WorkersFailed",
 ]
 
@@ -77,7 +83,7 @@ class AppNotFound(EskernelError):
 
 
 class NotDeclared(EskernelError, KeyError):
-    """The app has no aggregate, command or projection of that name; the message lists those that it has."""
+    """The app has no aggregate, command or projection of that name; the message lists what it has."""
 
     def __str__(self) -> str:
         """Return the message; a KeyError would print it in quotes."""
@@ -176,6 +182,18 @@ class UnknownOutcome(Unavailable):
     """An append was sent, and whether it took effect could not be found out."""
 
 
+class UnreadableHistory(EskernelError):
+    """The program can't read an aggregate's history; the message names the event, and says why.
+
+    Attributes:
+        version: the last event up to which it can be read, 0 if there is none.
+    """
+
+    def __init__(self, message: str, version: int = 0) -> None:
+        super().__init__(message)
+        self.version = version
+
+
 # commands and queries
 
 
@@ -205,6 +223,13 @@ class CommandTimeout(EskernelError, TimeoutError):
 
 class QueryTimeout(EskernelError, TimeoutError):
     """The projections did not include a receipt in time; the message says how far they got."""
+
+
+class NotProjected(QueryTimeout):
+    """No running program keeps up to date what readers see of a projection; the message says what is built meanwhile.
+
+    It is raised at once, before the time-out.
+    """
 
 
 class NoDatabase(EskernelError, RuntimeError):

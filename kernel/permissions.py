@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from kernel.app import App
 from kernel.log.snapshots import snapshots_of
 from kernel.log.subjects import subjects_of
-from kernel.partitions.leases import bucket_of
+from kernel.partitions.bucket import bucket_of
 from kernel.settings import Settings
 from kernel.transport.connection import NatsConnection
 from kernel.transport.inboxes import inbox_root
@@ -137,13 +137,14 @@ def _reading(app: App, settings: Settings) -> tuple[str, ...]:
 def _writing(app: App, settings: Settings) -> tuple[str, ...]:
     """Return the subjects with which a service keeps its stream and its leases."""
     api, stream = settings.jetstream.prefix, settings.stream.name or app.name
-    bucket = bucket_of(stream)
+    bucket, snapshots = bucket_of(stream), _snapshots(app, settings)
     kept = settings.stream.existing
     changes = {"create": ("CREATE",), "update": ("CREATE", "UPDATE")}.get(kept, ())
     return (
         *(f"{api}.STREAM.{verb}.{stream}" for verb in changes),
         f"{api}.STREAM.CREATE.KV_{bucket}",
-        f"{api}.STREAM.CREATE.{_snapshots(app, settings)}",
+        f"{api}.STREAM.CREATE.{snapshots}",
+        *(f"{api}.CONSUMER.{verb}.{snapshots}.*" for verb in ("CREATE", "DELETE", "MSG.NEXT")),
         f"{api}.STREAM.MSG.DELETE.KV_{bucket}",
         f"$KV.{bucket}.>",
     )
@@ -172,13 +173,14 @@ async def find_missing(connection: NatsConnection, app: App, settings: Settings)
     optional = tuple(f"{prefix}." for prefix in settings.connection.reply_prefixes)
     made = settings.stream.name or app.name
     creation = [f"{settings.jetstream.prefix}.STREAM.{verb}.{made}" for verb in ("CREATE", "UPDATE")]
-    snapshots = subjects.snapshot(), _snapshots(app, settings)
+    snapshots = _snapshots(app, settings)
     denied: set[str] = set()
     connection.denials.append(denied.add)
     tried: dict[str, Missing] = {}
     for subject in wanted.publish:
         trial = subject.replace(">", f"0.{CHECK}.0" if subject == events else f"{CHECK}.0").replace("*", CHECK)
-        needed = not subject.startswith(optional) and subject not in creation and not subject.endswith(snapshots)
+        needed = not subject.startswith(optional) and subject not in creation
+        needed = needed and subject != subjects.snapshot() and snapshots not in subject.split(".")
         tried[trial] = Missing("publish", subject, needed)
         await connection.publish(trial, b"-", headers={"Nats-Expected-Stream": CHECK})
     listening = []

@@ -97,8 +97,7 @@ class Service:
 
         Raises:
             AlreadyRunning, ConnectionFailed, DatabaseMismatch, DeclarationError, LogError, SchemaError, SettingsError,
-            OSError: what
-                stands in the way, and what to do. Nothing is left running.
+            TooManyFailures, OSError: what stands in the way, and what to do. Nothing is left running.
         """
         try:
             await self._start()
@@ -118,6 +117,7 @@ class Service:
         self._parts = parts = await build(foundation, self._closing)
         if self.app.projections:
             parts.projector.start(parts.ownership.verify)
+            parts.deployment.start()
         await self._listen(parts)
         self._closing.callback(self._loop_lag.stop)
         self._loop_lag.start()
@@ -167,6 +167,9 @@ class Service:
         if self.app.projections:
             every(settings.backlog.interval, parts.detector.detect_backlog)
             every(min(1.0, settings.dead_letters.retry_after), parts.retries.retry_dead_letters)
+            if settings.verification.interval:
+                every(settings.verification.interval, parts.patrol.compare_rows)
+            every(min(3600.0, settings.deployment.retention), self._drop_expired)
         self.scheduler.start()
 
     def _publish_metrics(self) -> None:
@@ -181,6 +184,11 @@ class Service:
         queued, in_flight = appender.pressure
         APPENDS_QUEUED.set(queued)
         APPENDS_IN_FLIGHT.set(in_flight)
+
+    async def _drop_expired(self) -> None:
+        others = self.parts.ownership.members.others
+        versions = [each.program.versions or {} for each in others]
+        await self.parts.deployment.drop_expired([pair for known in versions for pair in known.items()])
 
     def _govern(self) -> None:
         leases = self.parts.leases
@@ -236,6 +244,7 @@ class Service:
             "partition_count": parts.leases.partitions,
             "durability": self.durability,
             "health": self.health.report(),
+            "end": parts.projector.progress.end,
             "actors": len(residents),
             "memory": {"bytes": residents.memory, "limit": int(self.settings.passivation.memory)},
             "commands_pending": parts.gateway.pending.total,
@@ -244,6 +253,7 @@ class Service:
                 "position": parts.projector.position,
                 "behind": parts.detector.behind,
             },
+            "deployment": parts.deployment.report() | {"mixed": parts.ownership.mixed},
             "unknown_aggregates": parts.unknown.report(),
             "waiting_aggregates": [waiting._asdict() for waiting in parts.retries.postponed],
             "limits": parts.governor.show(),
@@ -253,7 +263,7 @@ class Service:
         }
 
     def _waits(self, error: Exception) -> bool:
-        """Return whether a job failed only because the database is away, which its own check shows."""
+        """Return whether a job failed only because the database is unreachable, which its own check shows."""
         return is_infrastructure(error) or (
             isinstance(error, TimeoutError) and not self.health.components["database"].ok
         )
@@ -285,6 +295,9 @@ class Service:
         if not await parts.admission.stop(self.settings.drain):
             logger.warning("%d commands were not answered in time; their outcome is in the log", pending.total)
         await self._subscriptions.aclose()
+        if parts.ownership.mixed:
+            # perhaps only this program can read what it has decided
+            await parts.projector.catch_up(LEAVE_S)
         await parts.ownership.leave()
         if not await parts.projector.stop(max(LEAVE_S, deadline - time.monotonic())):
             logger.warning("the projection did not finish in time; the next start goes on from its checkpoint")

@@ -1,4 +1,4 @@
-"""Alembic migrations of the kernel's own tables. Projection tables are never altered: they are built anew."""
+"""Alembic migrations of the kernel's own tables. Projection tables are never altered: they are rebuilt."""
 
 from __future__ import annotations
 

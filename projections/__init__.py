@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aggregates import applies
     from projections.autogenerate import alembic_filter
-    from projections.errors import Fenced, HandlerFailed, NoSuchLetter, QueryRefused, SchemaError
+    from projections.errors import (
+        Fenced,
+        HandlerFailed,
+        NoSuchLetter,
+        NotReproducible,
+        QueryRefused,
+        SchemaError,
+        TooManyFailures,
+    )
     from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
     from projections.scenario import ProjectionScenario, projected
 
@@ -20,6 +28,7 @@ __all__ = [
     "HandlerFailed",
     "Meta",
     "NoSuchLetter",
+    "NotReproducible",
     "Projection",
     "ProjectionScenario",
     "QueryRefused",
@@ -29,6 +38,7 @@ __all__ = [
     "Sql",
     "Tallies",
     "Tally",
+    "TooManyFailures",
     "Transaction",
     "alembic_filter",
     "applies",
@@ -38,7 +48,18 @@ __all__ = [
 _HOMES = {
     "alembic_filter": "projections.autogenerate",
     "applies": "aggregates",
-    **dict.fromkeys(("Fenced", "HandlerFailed", "NoSuchLetter", "QueryRefused", "SchemaError"), "projections.errors"),
+    **dict.fromkeys(
+        (
+            "Fenced",
+            "HandlerFailed",
+            "NoSuchLetter",
+            "NotReproducible",
+            "QueryRefused",
+            "SchemaError",
+            "TooManyFailures",
+        ),
+        "projections.errors",
+    ),
     **dict.fromkeys(("ProjectionScenario", "projected"), "projections.scenario"),
 }
 

@@ -19,8 +19,9 @@ from projections.bulk import Bulk
 from projections.codec import Refused
 from projections.errors import FailureKind, HandlerFailed, reason
 from projections.faults import may_pass
-from projections.fold import Call, Folded
+from projections.fold import Commits, Folded
 from projections.parked import Key, Letter
+from projections.projection import Recorded
 from projections.recount import check_again, events_of, others_than
 from projections.row_by_row import How, refused_rows
 from projections.row_codec import Row
@@ -104,7 +105,7 @@ class Care:
         self._apart = writer.plan.apart()
         self.failures: list[HandlerFailed] = []
         self.letters: list[Letter] = []
-        self._by_key: dict[int, dict[Key, list[tuple[int, Envelope]]]] = {}
+        self._commits: dict[Key, list[tuple[Commits, frozenset[int]]]] = {}
         self.kept = {index: dict(kept) for index, kept in write.kept.items()}
         self._since: dict[tuple[int, Key], int] = dict(write.waiting_from)
 
@@ -135,10 +136,10 @@ class Care:
         again: list[tuple[str, Row]] = []
         suspects = [suspect for suspect in write.suspects if suspect.index == index]
         if suspects:
-            stored, _ = self._writer.bulk(index).load(self._connection, [one.aggregate_id for one in suspects])
+            stored, _ = self._writer.bulk(index).load(self._connection, [suspect.aggregate_id for suspect in suspects])
         for suspect in suspects:
             key = self._plan.projections[index].aggregate, suspect.aggregate_id
-            events = self._events(index)[key]
+            events = self._events(index, key)
             states = self._states(index, key, stored.get(suspect.aggregate_id), events, suspect.since)
             good = next((place for place, state in enumerate(states) if isinstance(state, str)), len(states)) - 1
             if good < len(events) and not (suspect.since and good == len(states) - 1):
@@ -162,7 +163,7 @@ class Care:
             self._writer.insert(self._connection, index, [row for _, row in part])
 
         while pairs:
-            # where rows are deleted before they are written, those that are refused have to stay as they were
+            # where rows are deleted before they are written, the refused rows have to stay as they were
             savepoint = self._connection.begin_nested()
             if self._writer.bulk(index).replaces:
                 self._writer.delete(self._connection, index, [key for key, _ in pairs])
@@ -191,7 +192,7 @@ class Care:
         for aggregate_id in causes:
             key = name, aggregate_id
             until = self._since.get((index, key), 0)
-            states = self._states(index, key, stored.get(aggregate_id), self._events(index)[key], until)
+            states = self._states(index, key, stored.get(aggregate_id), self._events(index, key), until)
             searches.append(_Search(aggregate_id, states, len(states) - 1))
         self._search(index, searches)
         again = [search for search in searches if search.good and search.state is not None]
@@ -213,7 +214,7 @@ class Care:
 
     def _conclude(self, index: int, search: _Search, cause: Exception) -> None:
         key = self._plan.projections[index].aggregate, search.aggregate_id
-        events = self._events(index)[key]
+        events = self._events(index, key)
         sequence = events[search.good][1].sequence
         failure = HandlerFailed(index, key, sequence, reason(cause), "refused", may_pass(cause))
         failure.__cause__ = cause
@@ -297,7 +298,11 @@ class Care:
                 transient = may_pass(error)
                 self._park(HandlerFailed(index, found.aggregate, found.sequence, reason(error), "refused", transient))
             since = self._since
-            added = [one for one in added if one.sequence < since.get((index, one.aggregate), one.sequence + 1)]
+            added = [
+                addition
+                for addition in added
+                if addition.sequence < since.get((index, addition.aggregate), addition.sequence + 1)
+            ]
 
     def _added(self, index: int) -> Iterator[Added]:
         """Yield what each event adds, in stream order. Park the aggregates of events that add what can't be carried."""
@@ -322,9 +327,9 @@ class Care:
 
     def _entries(self, bulk: Bulk, added: Sequence[Added]) -> dict[Row, list[Added]]:
         entries: dict[Row, list[Added]] = {}
-        for one in added:
-            rows, _ = bulk.carry([one.record])
-            entries.setdefault(tuple(rows[0][: bulk.codec.columns.keys]), []).append(one)
+        for addition in added:
+            rows, _ = bulk.carry([addition.record])
+            entries.setdefault(tuple(rows[0][: bulk.codec.columns.keys]), []).append(addition)
         return entries
 
     def _first_bad(self, index: int, bulk: Bulk, added: Sequence[Added]) -> Added:
@@ -343,20 +348,21 @@ class Care:
 
     # handlers of Sql projections
 
-    def _call(self, index: int, calls: Sequence[Call], parked: set[str], block: int = BLOCK) -> None:
-        """Call handlers with as many events at once as go through. Park the aggregates of those that do not."""
-        calls = [call for call in calls if call[3].meta.aggregate_id not in parked]
+    def _call(self, index: int, calls: Sequence[Recorded[Any]], parked: set[str], block: int = BLOCK) -> None:
+        """Call handlers with as many events at once as go through. Park the aggregates of the other events."""
+        calls = [call for call in calls if call.meta.aggregate_id not in parked]
         if not calls:
             return
         error = self._savepoints.attempt(partial(self._call_and_check, index, calls), of_kernel=False)
         if error is None:
             return
         if len(calls) == 1:
-            (_, sequence, _, recorded) = calls[0]
-            key = self._plan.projections[index].aggregate, recorded.meta.aggregate_id
+            meta = calls[0].meta
+            key = self._plan.projections[index].aggregate, meta.aggregate_id
             transient = isinstance(error, self._plan.transient) or may_pass(error)
             kind: FailureKind = "refused" if isinstance(error, DBAPIError) else "handler"
-            failure = HandlerFailed(index, key, sequence, f"{type(error).__name__}: {_said(error)}", kind, transient)
+            why = f"{type(error).__name__}: {_said(error)}"
+            failure = HandlerFailed(index, key, meta.sequence, why, kind, transient)
             failure.__cause__ = error
             parked.add(key[1])
             self._park(failure)
@@ -365,7 +371,7 @@ class Care:
         for start in range(0, len(calls), size):
             self._call(index, calls[start : start + size], parked, block)
 
-    def _call_and_check(self, index: int, calls: Sequence[Call]) -> None:
+    def _call_and_check(self, index: int, calls: Sequence[Recorded[Any]]) -> None:
         """Call handlers, and check then what is otherwise checked at the commit: a handler may rely on that."""
         postgres = self._connection.dialect.name == "postgresql"
         if postgres:
@@ -374,16 +380,18 @@ class Care:
         if postgres:
             self.check_at_once()
 
-    def _events(self, index: int) -> dict[Key, list[tuple[int, Envelope]]]:
-        """Return the events of each aggregate that a projection has not folded before, in order."""
-        if index not in self._by_key:
-            found = self._by_key[index] = {}
-            for key, commits, skip in self._batch:
-                if index not in skip:
-                    found.setdefault(key, []).extend(
-                        (stream_sequence, envelope) for stream_sequence, envelopes in commits for envelope in envelopes
-                    )
-        return self._by_key[index]
+    def _events(self, index: int, key: Key) -> list[tuple[int, Envelope]]:
+        """Return the events of an aggregate that a projection has not folded before, in order."""
+        if not self._commits:
+            for of, commits, skip in self._batch:
+                self._commits.setdefault(of, []).append((commits, skip))
+        return [
+            (stream_sequence, envelope)
+            for commits, skip in self._commits[key]
+            if index not in skip
+            for stream_sequence, envelopes in commits
+            for envelope in envelopes
+        ]
 
     def _park(self, failure: HandlerFailed) -> None:
         """Make dead letters of the aggregate's events from the failed one on, unless they are."""
@@ -393,7 +401,7 @@ class Care:
             return
         self._since[index, key] = since
         self.failures.append(failure)
-        events = self._events(index)[key]
+        events = self._events(index, key)
         for stream_sequence, envelope in events:
             sequence = envelope.sequence
             if since <= sequence and (not before or sequence < before):
@@ -407,7 +415,7 @@ class Care:
 
 
 def _sum(bulk: Bulk, added: Sequence[Added]) -> Any:
-    return bulk.codec.total([one.record for one in added])
+    return bulk.codec.total([addition.record for addition in added])
 
 
 def _said(error: Exception) -> object:

@@ -29,12 +29,13 @@ class Build:
     Args:
         plan: plan of this one projection.
         writer: writer of the new generation.
+        empty: nothing has been folded into it yet.
     """
 
-    def __init__(self, plan: Plan, writer: Writer) -> None:
+    def __init__(self, plan: Plan, writer: Writer, empty: bool = True) -> None:
         self.plan, self.writer = plan, writer
         self._cache: dict[tuple[str, str], tuple[list[Any], int, int | None]] = {}
-        self._complete = True
+        self._complete = empty
         self._size = 0
         self.unreadable: list[Unreadable] = []
 
@@ -63,13 +64,12 @@ class Build:
                 for aggregate_id, rows in loaded.items():
                     self._cache[aggregate, aggregate_id] = (rows, -1, kept.get(aggregate_id))
 
-    def fold(self, groups: Groups, size: int = 0) -> Folded:
-        """Fold a window, sorted by aggregate. Aggregates that fail are parked in the plan, and folded no further.
-
-        Args:
-            size: bytes of the window's commits: the records may hold as much of them.
-        """
+    def note_read(self, size: int) -> None:
+        """Note that so many bytes of commits are going to be folded: the records may hold as much of them."""
         self._size += size
+
+    def fold(self, groups: Groups) -> Folded:
+        """Fold a window, sorted by aggregate. Aggregates that fail are parked in the plan, and folded no further."""
         plan, cache = self.plan, self._cache
         folded = Folded(plan)
         width = len(plan.projections)

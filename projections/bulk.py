@@ -31,24 +31,28 @@ class Bulk:
     Args:
         codec: the model's columns, which are also the table's.
         table: the physical table of one generation.
+        alone: only one transaction at a time writes to the table.
 
     Attributes:
         codec: the codec of the table's records.
         delete: deletes rows by `key_parameters`.
         upsert: writes rows that are there or not. If the table `replaces`, they must have been deleted.
         add: adds to the counters of rows, or writes them.
-        insert_one, delete_one: statements of PL/pgSQL for one row, which is in the variable `eskernel_row`.
+        insert_one, delete_one: statements for one row. On PostgreSQL they are PL/pgSQL, and the row is in the variable
+            `eskernel_row`; on SQLite it is the parameters.
         conflicts: what follows `insert_one`, to `upsert` or to `add`.
+        many_writers: several transactions may write to the table at the same time.
         replaces: rows have to be deleted before any of them is written: a value that must be unique may have been
             handed on from one of them to another.
     """
 
-    def __init__(self, codec: RowCodec, table: Table, dialect: Dialect) -> None:
+    def __init__(self, codec: RowCodec, table: Table, dialect: Dialect, alone: bool = False) -> None:
         columns, keys = codec.columns, codec.columns.keys
         names = [_escaped(quoted(column.name)) for column in columns.columns]
         target = _escaped(quoted(table.schema, table.name))
         self.codec, self._key_of = codec, itemgetter(*range(keys))
         self._columnwise = dialect.name == "postgresql"
+        self.many_writers = self._columnwise and not alone
         self.replaces = not codec.counting and _has_other_unique(table)
         source = self._source(dialect)
         into = f"INSERT INTO {target} ({', '.join(names)})"
@@ -66,6 +70,8 @@ class Bulk:
         one = ", ".join(f"CAST(eskernel_row->>{place} AS {codec.cast})" for place, codec in enumerate(codec.codecs))
         self.insert_one = f"{_unescaped(into)} SELECT {one}"
         key = f"CAST(eskernel_row->>0 AS {codec.codecs[0].cast})"
+        if not self._columnwise:
+            self.insert_one, key = f"{_unescaped(into)} VALUES ({', '.join('?' * len(names))})", "?"
         self.delete_one = f"DELETE FROM {_unescaped(target)} WHERE {_unescaped(names[0])} = {key}"
         self.conflicts = {"upsert": _unescaped(upsert), "add": _unescaped(add)}
         wanted = f"{names[0]} IN (SELECT value FROM json_each(:keys))"
@@ -120,6 +126,8 @@ class Bulk:
 
     def in_order(self, rows: list[Row]) -> list[Row]:
         """Return rows in the order of their keys. All writers share it, so that their locks don't cross."""
+        if not self.many_writers:
+            return rows
         try:
             return sorted(rows, key=self._key_of)
         except TypeError:  # values of different types

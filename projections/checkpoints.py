@@ -12,12 +12,13 @@ from sqlalchemy import Connection, Engine, select, update
 from projections.contention import outlast_contention
 from projections.database import reads
 from projections.declaration import DeclaredProjection
-from projections.errors import Fenced, SchemaError
+from projections.errors import Fenced
+from projections.following import followed
 from projections.generations import (
     FENCE,
-    RETIRED_EPOCH,
+    PAUSED,
     Generation,
-    live_generation,
+    generation,
     lock_checkpoints,
     numbers,
     positions,
@@ -25,23 +26,32 @@ from projections.generations import (
 from projections.heads import mark_keepers
 from projections.tables import checkpoint, projection, stream
 
+ABSENT = -1
+"""Number of a generation that stands for one that is not built: no generation of the database has it."""
 Move = tuple[str, int, int, int, int]
 """A step of a checkpoint: projection, generation, partition, sequence before, sequence after."""
 
 
 class Position:
-    """How far each live generation has folded each partition.
+    """How far each generation has folded each partition.
 
     Args:
-        folded: stream sequence by partition, for each projection in the plan's order.
+        folded: stream sequence by partition, for each projection in the plan's order. A partition that is not among
+            those of a projection is somebody else's.
 
     Attributes:
+        owned: the partitions of any projection.
         paused: projections that stay where they are.
         lowest, highest: lowest and highest sequence at the claim, of projections that are not paused.
     """
 
     def __init__(self, folded: Sequence[dict[int, int]]) -> None:
         self._folded = [dict(sequences) for sequences in folded]
+        self.owned = frozenset().union(*self._folded)
+        self._elsewhere = {
+            partition: frozenset(index for index, places in enumerate(self._folded) if partition not in places)
+            for partition in self.owned
+        }
         self._touched: set[int] = set()
         self.paused: frozenset[int] = frozenset()
         self.pause(self.paused)
@@ -56,19 +66,23 @@ class Position:
 
     def least(self, partition: int) -> int:
         """Return the sequence up to which every projection that is not paused has folded a partition."""
-        return min((sequences[partition] for sequences in self._active), default=0)
+        return min((sequences[partition] for sequences in self._active if partition in sequences), default=0)
 
     def of(self, projection: int) -> Mapping[int, int]:
         """Return how far a projection has folded, by partition."""
         return self._folded[projection]
 
     def folded(self, partition: int, sequence: int) -> frozenset[int]:
-        """Return the projections that have folded this stream sequence already."""
+        """Return the projections that have folded this stream sequence already, or leave it to somebody else."""
         return frozenset(
             index
             for index, sequences in enumerate(self._folded)
-            if sequences[partition] >= sequence or index in self.paused
+            if sequences.get(partition, sequence) >= sequence or index in self.paused
         )
+
+    def elsewhere(self, partition: int) -> frozenset[int]:
+        """Return the projections that leave a partition to somebody else."""
+        return self._elsewhere[partition]
 
     def touch(self, partition: int) -> None:
         """Note that the batch contains a commit of this partition."""
@@ -104,54 +118,78 @@ class Claim:
 
     Attributes:
         epoch: higher than the epoch of any earlier claim. A batch is written only while the checkpoints carry it.
+        generations: in the declared order; one without tables where the projection is `absent`.
         position: how far the partitions were folded at the claim.
+        absent: projections of which nothing was claimed: they are not built, or a person has paused them.
     """
 
     epoch: int
     generations: list[Generation]
     position: Position
+    absent: frozenset[int] = frozenset()
 
 
-def claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], partitions: Iterable[int]) -> Claim:
-    """Put a new epoch on these partitions of the live generations: it fences their previous owner.
+def claim(
+    engine: Engine,
+    app: str,
+    declared: Sequence[DeclaredProjection],
+    partitions: Iterable[int],
+    shares: Mapping[str, Collection[int]] | None = None,
+) -> Claim:
+    """Put a new epoch on these partitions of the generations that this program follows: it fences the previous owner.
+
+    Args:
+        partitions: those of each projection.
+        shares: those of some projections instead, by name.
 
     Raises:
         Fenced: a cut-over came between; claim again.
-        SchemaError: a projection has no live generation; it must be built first.
     """
-    return outlast_contention(partial(_claim, engine, app, declared, sorted(partitions)))
+    owned = {each.name: sorted((shares or {}).get(each.name, partitions)) for each in declared}
+    return outlast_contention(partial(_claim, engine, app, declared, owned))
 
 
-def _claim(engine: Engine, app: str, declared: Sequence[DeclaredProjection], owned: Sequence[int]) -> Claim:
+def _claim(
+    engine: Engine, app: str, declared: Sequence[DeclaredProjection], owned: Mapping[str, Sequence[int]]
+) -> Claim:
     with engine.begin() as connection:
         # the row's lock makes two simultaneous claims take one epoch after the other
         connection.execute(update(stream).where(stream.c.app == app).values(epoch=stream.c.epoch + 1))
         epoch = int(connection.scalar(select(stream.c.epoch).where(stream.c.app == app)) or 0)
         generations: dict[str, Generation] = {}
+        absent: set[int] = set()
+        index_of = {declaration.name: index for index, declaration in enumerate(declared)}
         for declaration in sorted(declared, key=attrgetter("name")):
-            live = live_generation(connection, declaration)
-            if live is None:
-                raise SchemaError(f"projection {declaration.name} version {declaration.version} has not been built")
-            generations[live.name] = live
-            lock_checkpoints(connection, live.name, live.number, owned)
-            claimed = connection.execute(
-                update(checkpoint)
-                .where(
-                    checkpoint.c.projection == live.name,
-                    checkpoint.c.generation == live.number,
-                    checkpoint.c.partition.in_(owned),
-                    checkpoint.c.epoch != RETIRED_EPOCH,
-                )
-                .values(epoch=epoch)
-            )
-            if claimed.rowcount != len(owned):
-                # the claim has waited for a cut-over, which has committed since the live generation was looked up
+            made = followed(connection, declaration)
+            if made is None:
+                absent.add(index_of[declaration.name])
+                generations[declaration.name] = generation(declaration, ABSENT)
+                continue
+            generations[made.name] = made
+            partitions = owned[made.name]
+            epochs = lock_checkpoints(connection, made.name, made.number, partitions)
+            if _number(followed(connection, declaration)) != made.number or len(epochs) != len(partitions):
+                # the claim has waited for a cut-over, which has committed since the generation was looked up
                 raise Fenced(f"{declaration.name} has a new generation since the claim began")
+            if PAUSED in epochs.values():
+                absent.add(index_of[declaration.name])
+                continue
+            own = (checkpoint.c.projection == made.name) & (checkpoint.c.generation == made.number)
+            connection.execute(
+                update(checkpoint).where(own, checkpoint.c.partition.in_(partitions)).values(epoch=epoch)
+            )
         in_order = [generations[declaration.name] for declaration in declared]
-        mark_keepers(connection, declared, in_order)
-        folded = [positions(connection, live) for live in in_order]
-        own = [{partition: sequences[partition] for partition in owned} for sequences in folded]
-        return Claim(epoch, in_order, Position(own))
+        there = [made for index, made in enumerate(in_order) if index not in absent]
+        mark_keepers(connection, declared, there)
+        own_places: list[dict[int, int]] = []
+        for index, made in enumerate(in_order):
+            folded = {} if index in absent else positions(connection, made)
+            own_places.append({partition: folded[partition] for partition in owned[made.name] if folded})
+        return Claim(epoch, in_order, Position(own_places), frozenset(absent))
+
+
+def _number(made: Generation | None) -> int:
+    return ABSENT if made is None else made.number
 
 
 def reached(connection: Connection, partition: int, names: Sequence[str] = ()) -> dict[str, int]:
@@ -187,16 +225,35 @@ def read_epochs(engine: Engine, made: Sequence[Generation], partitions: Collecti
         return found
 
 
+def is_followed(engine: Engine, declared: DeclaredProjection) -> bool:
+    """Return whether there is a generation of a projection for this program to keep up to date."""
+    with reads(engine).connect() as connection:
+        return followed(connection, declared) is not None
+
+
 def resume(engine: Engine, name: str) -> bool:
-    """Have the owners of a projection's partitions start again from the database, where they have paused it.
+    """Have the owners of a projection's partitions start again from the database, where it is paused.
 
     Returns:
         whether the projection is live.
     """
+    return _set_live_epochs(engine, name, FENCE)
+
+
+def pause(engine: Engine, name: str) -> bool:
+    """Have nobody fold a projection until `resume`, or until a new generation takes its place.
+
+    Returns:
+        whether the projection is live.
+    """
+    return _set_live_epochs(engine, name, PAUSED)
+
+
+def _set_live_epochs(engine: Engine, name: str, epoch: int) -> bool:
     with engine.begin() as connection:
         live = numbers(connection, name, "live", lock=True)
         for number in live:
             lock_checkpoints(connection, name, number)
             own = (checkpoint.c.projection == name) & (checkpoint.c.generation == number)
-            connection.execute(update(checkpoint).where(own).values(epoch=FENCE))
+            connection.execute(update(checkpoint).where(own).values(epoch=epoch))
         return bool(live)

@@ -21,9 +21,10 @@ from projections.contention import outlast_contention
 from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
 from projections.errors import NoSuchLetter, reason
+from projections.exclusions import skipped_of
 from projections.faults import may_pass
 from projections.fold import Folded, Plan
-from projections.generations import FENCE, Generation, live_generation
+from projections.generations import Generation, fence, live_generation
 from projections.tables import checkpoint, dead_letter, projection, skipped_letter
 from projections.unit_of_work import Writer, one_line
 
@@ -207,7 +208,7 @@ def retry(engine: Engine, plan: Plan, name: str, aggregate: str, aggregate_id: s
             folded, stopped = fold_letters(connection, writer, 0, rows)
             settle(connection, rows, folded, stopped, pause)
             if folded:
-                _fence(connection, made, rows[0].partition)
+                fence(connection, made, [rows[0].partition])
         return Retried(name, aggregate, aggregate_id, folded, len(rows) - folded, stopped.error, stopped.waits)
 
     return outlast_contention(attempt)
@@ -229,12 +230,15 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
     if unreadable:
         return 0, Stopped(unreadable[0].error)
     records = loaded[aggregate_id]
-    last = _last_skipped(connection, made, aggregate, aggregate_id)
+    skipped = skipped_of(connection, made.name, aggregate, [aggregate_id]).get(aggregate_id, set())
+    last = max((sequence for sequence in skipped if sequence < rows[0].sequence), default=None)
     # what another projection keeps goes on without this plan: here it would grow old
     kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id) if plan.keeps else None
     if last is not None:
         last = max(last, records[index].eskernel_sequence if records[index] is not None else 0, kept or 0)
     for done, row in enumerate(rows):
+        while last is not None and last + 1 in skipped:
+            last += 1
         try:
             commits = [(row.stream_sequence, [envelope_of(row)])]
             folded = Folded(plan)
@@ -284,7 +288,7 @@ def settle(
         rows: the dead letters of one aggregate for one projection.
         folded: how many of them were folded.
         pause: seconds until the next automatic attempt, if the error is transient; None for no further attempt.
-        removed: those that were folded are deleted already.
+        removed: the folded letters are deleted already.
     """
     if not removed:
         remove(connection, rows[:folded])
@@ -325,7 +329,7 @@ def skip(engine: Engine, plan: Plan, aggregate: str, aggregate_id: str, who: str
             row = _rows(connection, made.name, aggregate, aggregate_id)[0]
             _move_to_skipped(connection, row, who, reason)
             _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
-            _fence(connection, made, row.partition)
+            fence(connection, made, [row.partition])
         return _letter(row)
 
     return outlast_contention(attempt)
@@ -395,18 +399,6 @@ def _lock(connection: Connection, made: Generation, aggregate: str, aggregate_id
     )
 
 
-def _fence(connection: Connection, made: Generation, partition: int) -> None:
-    connection.execute(
-        update(checkpoint)
-        .where(
-            checkpoint.c.projection == made.name,
-            checkpoint.c.generation == made.number,
-            checkpoint.c.partition == partition,
-        )
-        .values(epoch=FENCE)
-    )
-
-
 def _where(name: str, aggregate: str, aggregate_id: str) -> tuple[Any, ...]:
     return (
         dead_letter.c.projection == name,
@@ -432,18 +424,6 @@ def _not_live(declared: DeclaredProjection) -> NoSuchLetter:
         f"{declared.name} version {declared.version} is not live, so it has no dead letters; "
         "start the service, or rebuild the projection"
     )
-
-
-def _last_skipped(connection: Connection, made: Generation, aggregate: str, aggregate_id: str) -> int | None:
-    last: int | None = connection.scalar(
-        select(func.max(skipped_letter.c.sequence)).where(
-            skipped_letter.c.projection == made.name,
-            skipped_letter.c.generation == made.number,
-            skipped_letter.c.aggregate == aggregate,
-            skipped_letter.c.aggregate_id == aggregate_id,
-        )
-    )
-    return last
 
 
 def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, aggregate_id: str, sequence: int) -> None:
@@ -479,11 +459,3 @@ def _event(row: Row[Any]) -> dict[str, Any] | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def plan_of(plan: Plan, name: str) -> Plan:
-    """Return a plan with only the projection of this name."""
-    chosen = [projection for projection in plan.projections if projection.name == name]
-    alone = Plan(list(plan.types.values()), chosen, plan.dialect, plan.transient)
-    alone.keeps = all(plan.projections[plan.keepers[declared.aggregate]] is declared for declared in chosen)
-    return alone

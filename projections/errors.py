@@ -56,6 +56,14 @@ class SchemaError(EskernelError):
     """The database does not fit this program or its log; the message says what to do."""
 
 
+class NotReproducible(EskernelError):
+    """Two folds of the same log came to different rows, so that the new tables are not shown."""
+
+
+class TooManyFailures(EskernelError):
+    """A projection that was built is not shown: its program fails at too many aggregates."""
+
+
 class NoSuchLetter(EskernelError):
     """There is no such dead letter; the message says how to list the dead letters."""
 

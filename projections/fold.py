@@ -28,8 +28,6 @@ TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
 function, and a retry would fail in the same way."""
 Commits = Sequence[tuple[int, Sequence[Envelope]]]
 """Stream sequence and events of each commit of one aggregate, in stream order."""
-Call = tuple[int, int, int, Recorded[Any]]
-"""An event for an `Sql` handler: stream sequence, sequence in the aggregate, the handler's place, the event."""
 Step = Callable[[list[Any], str, Any, Envelope, int, "Folded"], None]
 
 
@@ -54,7 +52,7 @@ class Folded:
     def __init__(self, plan: Plan) -> None:
         self.rows: list[dict[str, Any]] = [{} for _ in plan.projections]
         self.tallies: list[Tally[Any]] = [Tally(make) for make in plan.makers]
-        self.calls: list[list[Call]] = [[] for _ in plan.projections]
+        self.calls: list[list[Recorded[Any]]] = [[] for _ in plan.projections]
         self.kept: list[dict[str, int]] = [{} for _ in plan.projections]
         self.letters: list[Letter] = []
         self.failures: list[HandlerFailed] = []
@@ -170,8 +168,7 @@ class Plan:
         def collect(
             _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
         ) -> None:
-            recorded = Recorded(event, envelope, aggregate_id, stream_sequence)
-            folded.calls[index].append((stream_sequence, envelope.sequence, place, recorded))
+            folded.calls[index].append(Recorded(event, envelope, aggregate_id, stream_sequence, place))
 
         return {"rows": fold_row, "tallies": fold_tally, "sql": collect}[projection.kind]
 
@@ -212,7 +209,7 @@ class Plan:
                     last = max(last or 0, rows[index].eskernel_sequence)
             if last is None and keeper not in skip and keeper not in waiting:
                 last = kept
-        if skip or waiting:
+        if skip or waiting or key in self.parked.skipped:
             self._fold_slowly(key, rows, commits, folded, last, skip)
             return self._finish(keeper, key, rows, commits, folded, skip)
         steps_by_type = self._steps[aggregate]
@@ -309,7 +306,7 @@ class Plan:
         for stream_sequence, envelopes in commits:
             for envelope in envelopes:
                 folding: Sequence[int] = projections
-                if key in self.parked:
+                if key in self.parked or key in self.parked.skipped:
                     folding = self.parked.divide(key, envelope, stream_sequence, projections, folded.letters)
                 if folding:
                     try:
@@ -415,7 +412,7 @@ class Plan:
     def apart(self) -> Plan:
         """Return the same plan with no aggregate parked, to fold something again."""
         plan = copy.copy(self)
-        plan.parked = ParkedAggregates()
+        plan.parked = ParkedAggregates(self.parked.skipped)
         return plan
 
 

@@ -3,7 +3,7 @@ model's name shows the live generation, and a cut-over moves the view. No table 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -38,9 +38,8 @@ FENCE = -2
 """Epoch of a checkpoint after a change that its owner did not make: the owner is fenced, and reads its state again."""
 LAYOUT = 2
 """Layout of a generation's tables. Generations with an older layout are rebuilt at start. 2: rows have a sequence."""
-RETIRED_EPOCH = -1
-"""Epoch of a checkpoint after a cut-over. No owner ever has it, so a worker that still writes the old generation is
-fenced."""
+PAUSED = -3
+"""Epoch of a checkpoint of a projection that a person has paused. No owner claims it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +150,13 @@ def is_built(connection: Connection, declared: DeclaredProjection) -> bool:
     return live is not None and all(inspect(connection).has_table(table.name) for table in live.tables.values())
 
 
-def create(connection: Connection, declared: DeclaredProjection, partitions: Sequence[int]) -> Generation:
+def create(
+    connection: Connection, declared: DeclaredProjection, partitions: Sequence[int], code: str | None = None
+) -> Generation:
     """Create the tables of a new generation. It is empty, and its checkpoints are at the beginning of the log.
+
+    Args:
+        code: fingerprint of the program that builds it: only the same program may go on with a build.
 
     Raises:
         SchemaError: a table of that name exists already.
@@ -177,7 +181,8 @@ def create(connection: Connection, declared: DeclaredProjection, partitions: Seq
             version=declared.version,
             layout=LAYOUT,
             state="building",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=now(),
+            code=code,
         )
     )
     connection.execute(
@@ -188,6 +193,11 @@ def create(connection: Connection, declared: DeclaredProjection, partitions: Seq
         ],
     )
     return made
+
+
+def now() -> str:
+    """Return the present time as it is stored."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _next_number(connection: Connection, declared: DeclaredProjection) -> int:
@@ -250,18 +260,37 @@ def lock_checkpoints(
     return {row.partition: row.epoch for row in rows}
 
 
+def fence(connection: Connection, made: Generation, partitions: Sequence[int]) -> None:
+    """Have the owners of the partitions start again from the database."""
+    connection.execute(
+        update(checkpoint)
+        .where(
+            checkpoint.c.projection == made.name,
+            checkpoint.c.generation == made.number,
+            checkpoint.c.partition.in_(partitions),
+            checkpoint.c.epoch != PAUSED,
+        )
+        .values(epoch=FENCE)
+    )
+
+
 def retire_live(connection: Connection, name: str) -> dict[int, int]:
-    """Fence the live generation, if there is one, and return how far it has folded: stream sequence by partition."""
+    """Fence the live generation, if there is one, and return how far it has folded: stream sequence by partition.
+
+    Programs that declare its version claim it again, and keep it up to date beside the one that readers see then.
+    """
     where = (checkpoint.c.projection == name) & checkpoint.c.generation.in_(
         select(projection.c.generation).where(projection.c.name == name, projection.c.state == "live")
     )
     for number in numbers(connection, name, "live"):
         lock_checkpoints(connection, name, number)
-    connection.execute(update(checkpoint).where(where).values(epoch=RETIRED_EPOCH))
+    connection.execute(update(checkpoint).where(where).values(epoch=FENCE))
     rows = connection.execute(select(checkpoint.c.partition, checkpoint.c.sequence).where(where))
     folded = {row.partition: row.sequence for row in rows}
     connection.execute(
-        update(projection).where(projection.c.name == name, projection.c.state == "live").values(state="retired")
+        update(projection)
+        .where(projection.c.name == name, projection.c.state == "live")
+        .values(state="retired", retired=now())
     )
     return folded
 
@@ -285,7 +314,7 @@ def check_replaceable(connection: Connection, made: Generation) -> None:
     """
     for view, table in made.views.items():
         views.check_replaceable(connection, view, table, shown(table))
-    for view in _abandoned(connection, made):
+    for view in _abandoned(connection, made.name, made.views):
         views.check_droppable(connection, view, f"projection {made.name} no longer has this table")
 
 
@@ -296,15 +325,20 @@ def shown(table: Table) -> list[str]:
 
 def views_of(connection: Connection, made: Generation) -> list[View]:
     """Return the views that `show` replaces or drops."""
-    return [*made.views, *_abandoned(connection, made)]
+    return all_views(connection, made.name, made.views)
 
 
-def _abandoned(connection: Connection, made: Generation) -> list[View]:
-    """Return the views of earlier generations whose tables the projection no longer has."""
-    gone = {before.view for before in recorded(connection, made.name)} - set(made.views)
-    of_others = select(generation_table.c.schema, generation_table.c.view).where(
-        generation_table.c.projection != made.name
-    )
+def all_views(connection: Connection, name: str, shown: Collection[View]) -> list[View]:
+    """Return the views that are replaced or dropped when a generation with these views is shown."""
+    return [*shown, *_abandoned(connection, name, shown)]
+
+
+def _abandoned(connection: Connection, name: str, shown: Collection[View]) -> list[View]:
+    """Return the views of other generations whose tables a projection does not have in the one that is shown."""
+    # a frozen table has a view of its own, which no cut-over touches
+    frozen = {*numbers(connection, name, "frozen"), *numbers(connection, name, "freezing")}
+    gone = {before.view for before in recorded(connection, name) if before.generation not in frozen} - set(shown)
+    of_others = select(generation_table.c.schema, generation_table.c.view).where(generation_table.c.projection != name)
     kept = {View(schema or None, name) for schema, name in connection.execute(of_others)}
     return sorted(gone - kept, key=str)
 
@@ -317,23 +351,35 @@ def show(connection: Connection, made: Generation) -> None:
     Raises:
         SchemaError: a table has the name of a view, or a view can't be replaced or dropped because others depend on it.
     """
-    for view, table in made.views.items():
+    show_tables(connection, made.name, made.number, made.views)
+
+
+def show_tables(connection: Connection, name: str, number: int, tables: Mapping[View, Table]) -> None:
+    """Point the views at the tables of a generation, as `show` does, whether the program knows its models or not."""
+    for view, table in tables.items():
         views.replace(connection, view, table, shown(table))
-    own = {before.physical for before in recorded(connection, made.name)}
-    for view in _abandoned(connection, made):
-        views.check_droppable(connection, view, f"projection {made.name} no longer has this table")
+    own = {before.physical for before in recorded(connection, name)}
+    for view in _abandoned(connection, name, tables):
+        views.check_droppable(connection, view, f"projection {name} no longer has this table")
         views.drop(connection, view, own.__contains__)
     connection.execute(
         update(projection)
-        .where(projection.c.name == made.name, projection.c.generation == made.number)
-        .values(state="live")
+        .where(projection.c.name == name, projection.c.generation == number)
+        .values(state="live", retired=None, code=None)
     )
 
 
-def drop(connection: Connection, declared: DeclaredProjection, number: int) -> None:
-    """Drop a generation that no view shows, with its checkpoints and its dead letters."""
-    adopt(connection, [declared])
-    drop_generation(connection, declared.name, number)
+def stored_tables(connection: Connection, name: str, number: int) -> dict[View, Table]:
+    """Return the tables of a generation by the view that shows them, with the columns that they have."""
+    there = inspect(connection)
+    return {
+        found.view: Table(
+            found.physical,
+            MetaData(),
+            *(Column(column["name"], column["type"]) for column in there.get_columns(found.physical)),
+        )
+        for found in recorded(connection, name, number)
+    }
 
 
 def drop_generation(connection: Connection, name: str, number: int) -> None:
@@ -362,49 +408,6 @@ def drop_generation(connection: Connection, name: str, number: int) -> None:
     ):
         kernel_columns: Any = kernel_table.c
         connection.execute(delete(kernel_table).where(column == name, kernel_columns.generation == number))
-
-
-def adopt(connection: Connection, projections: Sequence[DeclaredProjection]) -> None:
-    """Record the tables of generations that a program before this list of tables has made."""
-    listed = select(generation_table.c.projection, generation_table.c.generation)
-    known = {(row.projection, row.generation) for row in connection.execute(listed)}
-    every = [
-        (row.name, row.generation) for row in connection.execute(select(projection.c.name, projection.c.generation))
-    ]
-    unlisted = [key for key in every if key not in known]
-    if not unlisted:
-        return
-    there = set(inspect(connection).get_table_names())
-    by_name = {declared.name: declared for declared in projections}
-    rows = []
-    for name, number in unlisted:
-        if name in by_name:
-            own = generation(by_name[name], number).views
-            rows += [(name, number, view, table.name) for view, table in own.items() if table.name in there]
-    for name, number in _shown_by_no_other(connection, {key for key in unlisted if key[0] not in by_name}):
-        for table_name in sorted(there - {row[3] for row in rows}):
-            view = View(None, table_name.rpartition("__")[0])
-            # a table without this column may be the user's own; it is left alone
-            if (
-                table_name == f"{view.name}__{number}"
-                and SEQUENCE in {column["name"] for column in inspect(connection).get_columns(table_name)}
-                and views.shows(connection, view) == table_name
-            ):
-                numbered = {own: f"{view.name}__{own}" for own in (key[1] for key in unlisted if key[0] == name)}
-                rows += [(name, own, view, table) for own, table in numbered.items() if table in there]
-    for name, number, view, physical in rows:
-        connection.execute(
-            insert(generation_table).values(
-                projection=name, generation=number, schema=view.schema or "", view=view.name, physical=physical
-            )
-        )
-
-
-def _shown_by_no_other(connection: Connection, unlisted: set[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Return the live generations among these whose number no other one has: only their views tell whose they are."""
-    live = select(projection.c.name, projection.c.generation).where(projection.c.state == "live")
-    found = [(row.name, row.generation) for row in connection.execute(live) if (row.name, row.generation) in unlisted]
-    return [key for key in found if [number for _, number in found].count(key[1]) == 1]
 
 
 def numbers(connection: Connection, name: str, state: str, *, lock: bool = False) -> list[int]:

@@ -52,7 +52,19 @@ class Letter(NamedTuple):
 
 
 class ParkedAggregates(dict[Key, dict[int, Parked]]):
-    """The aggregates that wait behind a dead letter, by aggregate and projection index."""
+    """The aggregates that wait behind a dead letter, by aggregate and projection index.
+
+    Attributes:
+        skipped: events that a person has skipped, by aggregate: projection index and sequence. Nothing waits for them.
+    """
+
+    def __init__(self, skipped: dict[Key, set[tuple[int, int]]] | None = None) -> None:
+        super().__init__()
+        self.skipped = {} if skipped is None else skipped
+
+    def skip(self, aggregate: Key, index: int, sequence: int) -> None:
+        """Leave out an event of an aggregate for one projection."""
+        self.skipped.setdefault(aggregate, set()).add((index, sequence))
 
     def add(self, aggregate: Key, index: int, parked: Parked) -> None:
         """Park an aggregate for one projection, unless it is parked from an earlier event on already."""
@@ -68,9 +80,11 @@ class ParkedAggregates(dict[Key, dict[int, Parked]]):
         Returns:
             the other projections, which fold the event.
         """
-        waiting = self[key]
+        waiting, skipped = self.get(key, {}), self.skipped.get(key, ())
         folding = []
         for index in projections:
+            if (index, envelope.sequence) in skipped:
+                continue
             parked = waiting.get(index)
             if parked is None or envelope.sequence < parked.since:
                 folding.append(index)

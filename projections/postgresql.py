@@ -128,6 +128,12 @@ def check_parameters(engine: Engine) -> None:
         raise SchemaError(f"database.url sets {unknown[0]!r}, which PostgreSQL's connections don't have; remove it")
 
 
+def keeps_session(connection: Connection) -> bool:
+    """Return whether all transactions of the connection are in one session of the server, as far as can be known."""
+    found = connection.exec_driver_sql("SELECT current_setting(%s, true)", (_MARK,)).scalar()
+    return bool(found == "1")
+
+
 class Sessions:
     """Gives every session or transaction of an engine its settings.
 

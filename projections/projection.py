@@ -8,6 +8,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Generic, Never, TypeVar
 
+import msgspec
 from sqlalchemy import Connection, CursorResult, Delete, Executable, Insert, Table, Update
 
 from aggregates import Aggregate, DeclarationError
@@ -68,20 +69,18 @@ class Meta:
         return self._envelope.correlation_id or self._envelope.commandid
 
 
-class Recorded(Generic[E]):
+class Recorded(msgspec.Struct, Generic[E], frozen=True, eq=False, gc=False):
     """An event with its metadata, as `Sql` handlers receive it.
 
     Attributes:
         event: the decoded event.
     """
 
-    __slots__ = ("_aggregate_id", "_envelope", "_stream_sequence", "event")
-
-    def __init__(self, event: E, envelope: Envelope, aggregate_id: str, stream_sequence: int) -> None:
-        self.event = event
-        self._envelope = envelope
-        self._aggregate_id = aggregate_id
-        self._stream_sequence = stream_sequence
+    event: E
+    _envelope: Envelope
+    _aggregate_id: str
+    _stream_sequence: int
+    _place: int
 
     @property
     def meta(self) -> Meta:

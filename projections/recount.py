@@ -41,7 +41,7 @@ def recount(plan: Plan, index: int, batch: Batch) -> Tally[Any]:
 def check_again(folded: Folded) -> None:
     """Raise the error of a handler that has failed at an event which it had folded before.
 
-    What it would have added is in no other place: the batch has to be folded anew.
+    Only this call has its increments: the batch has to be folded again.
     """
     if folded.failures:
         raise folded.failures[0]

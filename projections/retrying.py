@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, func, select, update
+from sqlalchemy import Connection, Engine, Row, select
 
 from aggregates import InvalidMessage
 from projections.contention import outlast_contention
@@ -18,19 +18,19 @@ from projections.dead_letters import (
     Waiting,
     envelope_of,
     fold_letters,
-    plan_of,
     remove,
     settle,
 )
+from projections.exclusions import plan_of, skipped_of
 from projections.fold import Folded, Plan
-from projections.generations import FENCE, Generation, live_generation, lock_checkpoints
-from projections.tables import checkpoint, dead_letter, skipped_letter
+from projections.generations import fence, live_generation, lock_checkpoints
+from projections.tables import dead_letter
 from projections.unit_of_work import Batch, Writer
 
 CHUNK = 1_000
 """Aggregates in one transaction."""
 TRIES = 3
-"""Times that a chunk is folded together, each time without those that failed; then each aggregate alone."""
+"""Times that a chunk is folded together, each time without the failed aggregates; then each aggregate alone."""
 Pause = Callable[[int], float | None]
 """Returns the seconds until the next automatic attempt, from the number of attempts so far; None for no further one."""
 Letters = Sequence[Row[Any]]
@@ -91,7 +91,8 @@ def _retry(engine: Engine, plan: Plan, aggregate: str, ids: Sequence[str], pause
                 folded_in.add(letters[0].partition)
             left = len(letters) - folded
             done.append(Retried(made.name, aggregate, key, folded, left, stopped.error, stopped.waits))
-        _fence(connection, made, sorted(folded_in))
+        if folded_in:
+            fence(connection, made, sorted(folded_in))
         return done
 
 
@@ -129,7 +130,7 @@ def _fold_together(
     records, unreadable = writer.load_rows(connection, aggregate, list(by_id))
     alone = {row.aggregate[1] for row in unreadable}
     kept = writer.load_kept(connection, aggregate, records) if plan.keeps else {}
-    skipped = _last_skipped(connection, writer.generations[0], aggregate, list(by_id))
+    skipped = skipped_of(connection, writer.generations[0].name, aggregate, list(by_id))
     folded, batch = Folded(plan), []
     for key, letters in by_id.items():
         try:
@@ -137,10 +138,10 @@ def _fold_together(
         except InvalidMessage:
             alone.add(key)
             continue
-        last = None
-        if key in skipped:
+        last = max((sequence for sequence in skipped.get(key, ()) if sequence < letters[0].sequence), default=None)
+        if last is not None:
             row = records[key][0]
-            last = max(skipped[key], row.eskernel_sequence if row is not None else 0, kept.get(key) or 0)
+            last = max(last, row.eskernel_sequence if row is not None else 0, kept.get(key) or 0)
         batch.append(((aggregate, key), commits, frozenset[int]()))
         plan.fold(aggregate, key, records[key], commits, folded, last, kept=kept.get(key))
     if not plan.keeps:
@@ -160,7 +161,7 @@ def _fold_together(
 def _refolded(
     connection: Connection, writer: Writer, by_id: dict[str, Letters], results: dict[str, Result]
 ) -> list[str]:
-    """Fold those that are left when all that failed are known."""
+    """Fold the aggregates that are left when all failed ones are known."""
     return _fold_together(connection, writer, {key: own for key, own in by_id.items() if key not in results}, results)
 
 
@@ -181,31 +182,3 @@ def _write(
     savepoint.commit()
     results |= {key: (len(letters), Stopped("")) for key, letters in by_id.items()}
     return []
-
-
-def _last_skipped(connection: Connection, made: Generation, aggregate: str, ids: Sequence[str]) -> dict[str, int]:
-    query = (
-        select(skipped_letter.c.aggregate_id, func.max(skipped_letter.c.sequence))
-        .where(
-            skipped_letter.c.projection == made.name,
-            skipped_letter.c.generation == made.number,
-            skipped_letter.c.aggregate == aggregate,
-            skipped_letter.c.aggregate_id.in_(ids),
-        )
-        .group_by(skipped_letter.c.aggregate_id)
-    )
-    return {row[0]: row[1] for row in connection.execute(query)}
-
-
-def _fence(connection: Connection, made: Generation, partitions: Sequence[int]) -> None:
-    """Have the owners of the partitions start again from the database."""
-    if partitions:
-        connection.execute(
-            update(checkpoint)
-            .where(
-                checkpoint.c.projection == made.name,
-                checkpoint.c.generation == made.number,
-                checkpoint.c.partition.in_(partitions),
-            )
-            .values(epoch=FENCE)
-        )

@@ -6,7 +6,7 @@ smaller parts takes more statements where many rows are refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import orjson
@@ -94,27 +94,57 @@ def _on_postgresql(
 def _on_sqlite(
     connection: Connection, cursor: Any, bulk: Bulk, rows: Sequence[Row], how: How, keep: bool
 ) -> dict[int, Exception]:
+    insert = f"{bulk.insert_one} {bulk.conflicts['add' if how == 'add' else 'upsert']}"
+    delete = bulk.delete_one if how == "put" and bulk.replaces else ""
+    # in the form in which statements for many rows carry them
+    carried = orjson.loads(orjson.dumps(rows))
+    if delete or not keep:
+        return _each_undone(connection, cursor, carried, delete, insert, keep)
     driver = connection.dialect.loaded_dbapi
-    insert = str((bulk.add if how == "add" else bulk.upsert).compile(dialect=connection.dialect))
-    delete = str(bulk.delete.compile(dialect=connection.dialect)) if how == "put" and bulk.replaces else ""
     refused: dict[int, Exception] = {}
-    undoes = bool(delete) or not keep  # one statement that fails leaves nothing behind as it is
+    place = -1
+
+    def given() -> Iterator[Row]:
+        nonlocal place
+        for place, row in enumerate(carried):  # noqa: B007 - the place at which the driver stops
+            yield row
+
+    left = given()
+    while len(refused) <= len(rows):
+        try:
+            # each row is a statement of its own: one that fails leaves nothing behind, and those before it stay
+            cursor.executemany(insert, left)
+            break
+        except driver.Error as error:
+            refused[place] = _refusal(connection, cursor, insert, error)
+    return refused
+
+
+def _each_undone(
+    connection: Connection, cursor: Any, rows: Sequence[Row], delete: str, insert: str, keep: bool
+) -> dict[int, Exception]:
+    """Write rows of which nothing is left if they are refused, or if none is to be kept."""
+    driver = connection.dialect.loaded_dbapi
+    refused: dict[int, Exception] = {}
     for place, row in enumerate(rows):
-        if undoes:
-            cursor.execute("SAVEPOINT one_row")
+        cursor.execute("SAVEPOINT one_row")
         try:
             if delete:
-                cursor.execute(delete, (orjson.dumps([row[0]]).decode(),))
-            cursor.execute(insert, (orjson.dumps([row]).decode(),))
+                cursor.execute(delete, row[:1])
+            cursor.execute(insert, row)
         except driver.Error as error:
-            refused[place] = _wrapped(error, insert, connection)
-            if not cursor.connection.in_transaction:
-                raise refused[place] from error  # a trigger of the app's has rolled back everything
-        if undoes:
-            if not keep or place in refused:
-                cursor.execute("ROLLBACK TO SAVEPOINT one_row")
-            cursor.execute("RELEASE SAVEPOINT one_row")
+            refused[place] = _refusal(connection, cursor, insert, error)
+        if not keep or place in refused:
+            cursor.execute("ROLLBACK TO SAVEPOINT one_row")
+        cursor.execute("RELEASE SAVEPOINT one_row")
     return refused
+
+
+def _refusal(connection: Connection, cursor: Any, statement: str, error: Exception) -> Exception:
+    wrapped = _wrapped(error, statement, connection)
+    if not cursor.connection.in_transaction:
+        raise wrapped from error  # a trigger of the app's has rolled back everything
+    return wrapped
 
 
 def _wrapped(error: Exception, statement: str, connection: Connection) -> Exception:

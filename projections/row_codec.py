@@ -84,7 +84,9 @@ class RowCodec:
     def _maker(self) -> Callable[..., Any]:
         names, keys, record, model = tuple(self.columns.names), self.columns.keys, self.record, self.model
         rest = names[keys:]
-        makers = [self._first_value(place) for place in range(keys, len(names))]
+        first_values = {name: self._first_value(place) for place, name in enumerate(rest, keys)}
+        shared = [(name, value) for name, (value, first) in first_values.items() if first is None]
+        made_anew = [(name, first) for name, (_, first) in first_values.items() if first is not None]
         new: Callable[[type], Any] = object.__new__
 
         def make(*key: Any) -> Any:
@@ -93,26 +95,29 @@ class RowCodec:
             made = new(record)
             for name, value in zip(names, key, strict=False):
                 setattr(made, name, value)
-            for name, first in zip(rest, makers, strict=True):
+            for name, value in shared:
+                setattr(made, name, value)
+            for name, first in made_anew:
                 setattr(made, name, first())
             return made
 
         return make
 
-    def _first_value(self, place: int) -> Callable[[], Any]:
+    def _first_value(self, place: int) -> tuple[Any, Callable[[], Any] | None]:
+        """Return the value of a column that all new records share, or what makes one for each."""
         if self.counting:
-            return int
+            return 0, None
         first, normalise = default_maker(self.columns.columns[place]), self.codecs[place].normalise
         value = first()
         if value is None:
-            return lambda: None
+            return None, None
         if value.__hash__ is not None:
             try:
                 normal = normalise(value)
             except Refused:
-                return first  # it is refused with the row, unless a handler sets another value
-            return (lambda: normal) if isinstance(normal, _SHARED) else (lambda: normalise(first()))
-        return first
+                return None, first  # it is refused with the row, unless a handler sets another value
+            return (normal, None) if isinstance(normal, _SHARED) else (None, lambda: normalise(first()))
+        return None, first
 
     def stored(self, values: Sequence[Any]) -> Any:
         """Return the record of a stored row, from what a SELECT gave."""

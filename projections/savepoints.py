@@ -28,7 +28,7 @@ class Savepoints:
         execute: Callable[[Sequence[T]], object],
         singly: Callable[[Sequence[T]], dict[int, Exception]] | None = None,
     ) -> dict[int, Exception]:
-        """Execute for all items but those that the database refuses, and return these by place.
+        """Execute for all items except the refused ones. Return the database's errors by place.
 
         Args:
             singly: does the same for items one by one, where all of them together are refused.
@@ -67,7 +67,7 @@ class Savepoints:
     def _divide(
         self, items: Sequence[T], places: Sequence[int], execute: Callable[[Sequence[T]], object], error: Exception
     ) -> dict[int, Exception]:
-        """Execute for all of some items that were refused together, but those that are refused alone."""
+        """Execute for items that were refused together, except for the items that are refused alone."""
         if len(places) == 1:
             return {places[0]: error}
         if len(places) > BLOCK:

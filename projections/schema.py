@@ -1,4 +1,4 @@
-"""Compares the database with the program: tables with their models, and projections with those that the app declares.
+"""Compares the database with the program: tables with their models, and projections with the app's declarations.
 
 The declared tables are created beside the real ones, in a transaction that is rolled back. So the database itself says
 what a model means, and it refuses what it can't store before anything is built.
@@ -13,16 +13,16 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Enum, select, text
 
 from projections import views
+from projections.adoption import adopt
 from projections.declaration import DeclaredProjection
 from projections.errors import SchemaError
+from projections.following import followed, has_tables, live_version
 from projections.generations import (
     Generation,
-    adopt,
     check_replaceable,
     create_tables,
     drop_generation,
     generation,
-    is_built,
     live_generation,
     recorded,
 )  # fmt: skip
@@ -30,6 +30,7 @@ from projections.naming import database_problems, quoted
 from projections.tables import projection
 from projections.views import View
 
+_FROZEN = ("freezing", "frozen")
 _TRIAL = 0
 """Number of the generation that is created to be compared, and rolled back."""
 _COLUMNS = """
@@ -88,6 +89,7 @@ class Examination:
     Attributes:
         equal: projections whose tables are those of their models.
         to_build: projections that the next start builds, each with the reason.
+        behind: projections of which readers see a newer version, by name: nothing is built for them.
         problems: what prevents a start: one sentence each, with what to do.
         orphans: projections that the app no longer declares.
         dependents: what others have built on a view, by the view's name.
@@ -95,6 +97,7 @@ class Examination:
 
     equal: list[str] = field(default_factory=list)
     to_build: dict[str, str] = field(default_factory=dict)
+    behind: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     orphans: list[Orphan] = field(default_factory=list)
     dependents: dict[str, list[str]] = field(default_factory=dict)
@@ -177,6 +180,26 @@ def drop_projection(engine: Engine, name: str, projections: Sequence[DeclaredPro
     return orphan
 
 
+def drop_version(engine: Engine, name: str, version: int, projections: Sequence[DeclaredProjection]) -> list[str]:
+    """Drop the generations of a version that readers do not see, and return the names of their tables.
+
+    Raises:
+        SchemaError: there are none, readers see it, or others have built on its tables.
+    """
+    with engine.begin() as connection:
+        adopt(connection, projections)
+        own = (projection.c.name == name) & (projection.c.version == version) & ~projection.c.state.in_(_FROZEN)
+        rows = connection.execute(select(projection.c.generation, projection.c.state).where(own)).all()
+        if any(row.state == "live" for row in rows):
+            raise SchemaError(f"readers see version {version} of {name}: roll it back first, or drop the projection")
+        if not rows:
+            raise SchemaError(f"the database has no version {version} of {name}; `eskernel projections list` lists all")
+        tables = [table.physical for row in rows for table in recorded(connection, name, row.generation)]
+        for row in rows:
+            drop_generation(connection, name, row.generation)
+    return tables
+
+
 def _examine(
     connection: Connection, declared: DeclaredProjection, owners: dict[View, Orphan], found: Examination
 ) -> None:
@@ -199,10 +222,9 @@ def _examine(
                 found.dependents[str(view)] = hung
         trial = generation(declared, _TRIAL)
         create_tables(connection, trial)
-        if is_built(connection, declared):
-            live = live_generation(connection, declared)
-            assert live is not None
-            if different := differences(connection, live, trial):
+        made = followed(connection, declared)
+        if made is not None and has_tables(connection, made):
+            if different := differences(connection, made, trial):
                 found.problems.append(
                     f"the model of projection {declared.name} was changed, but its version is still "
                     f"{declared.version}: {'; '.join(different)}. Raise it to version={declared.version + 1}, and the "
@@ -210,6 +232,8 @@ def _examine(
                 )
             else:
                 found.equal.append(declared.name)
+        elif (version := live_version(connection, declared.name)) > declared.version:
+            found.behind[declared.name] = version
         else:
             found.to_build[declared.name] = _reason(connection, declared)
             for table in trial.tables.values():
@@ -235,7 +259,7 @@ def _reason(connection: Connection, declared: DeclaredProjection) -> str:
 
 
 def differences(connection: Connection, live: Generation, trial: Generation) -> list[str]:
-    """Return how the tables of a generation differ from those that the models declare."""
+    """Return how the tables of a generation differ from the models' declarations."""
     found = []
     for key, table in live.tables.items():
         stored = _shape(connection, live, table.name)

@@ -31,8 +31,13 @@ projection = Table(
     Column("state", String(16), nullable=False),
     Column("created", String(40), nullable=False),
     Column("layout", Integer, nullable=False),
+    Column("retired", String(40)),
+    Column("code", String(64)),
 )
-"""Every generation of a projection. `state` is building, live or retired."""
+"""Every generation of a projection. `state` is `building`; `ready` (built, and not shown yet); `live` (readers see it);
+or `retired` (readers saw it, until the time `retired`); `freezing` or `frozen` (as of a moment, under a view of its
+own). While it is built, `code` is the fingerprint of the program
+that builds it."""
 
 generation_table = Table(
     "eskernel_table",

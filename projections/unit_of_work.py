@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, and_, func, insert, select, text
+from sqlalchemy import Connection, Engine, insert, text
 
 from projections import blame
 from projections.blame import Suspect
@@ -22,11 +22,12 @@ from projections.bulk import Bulk
 from projections.contention import outlast_contention
 from projections.database import is_infrastructure
 from projections.errors import Fenced, HandlerFailed, reason
-from projections.fold import Call, Commits, Folded, Plan
+from projections.exclusions import without_known_garbage
+from projections.fold import Commits, Folded, Plan
 from projections.generations import Generation
 from projections.heads import MARK
 from projections.parked import Key, Letter, Parked
-from projections.projection import Transaction
+from projections.projection import Recorded, Transaction
 from projections.recount import recount
 from projections.row_codec import Row
 from projections.tables import dead_letter
@@ -66,7 +67,7 @@ class Write:
     rows: dict[int, list[Row]] = field(default_factory=dict)
     dropped: dict[int, list[str]] = field(default_factory=dict)
     tallies: dict[int, list[Row]] = field(default_factory=dict)
-    calls: dict[int, list[Call]] = field(default_factory=dict)
+    calls: dict[int, list[Recorded[Any]]] = field(default_factory=dict)
     kept: dict[int, dict[str, int]] = field(default_factory=dict)
     suspects: list[Suspect] = field(default_factory=list)
     careful: set[int] = field(default_factory=set)
@@ -82,6 +83,9 @@ class Unreadable:
     index: int
     aggregate: Key
     error: str
+
+
+_in_stream_order, _handler = attrgetter("_stream_sequence"), attrgetter("_place")
 
 
 def one_line(error: str) -> str:
@@ -100,13 +104,22 @@ class Writer:
     Args:
         generations: the generation to write of each projection, in the plan's order.
         epoch: the epoch that the checkpoints must carry; otherwise the writer is fenced.
+        alone: nobody else writes the tables.
         retry_after: seconds until the first automatic retry after a transient failure of a handler; 0 for no retry.
+        absent: projections that have no tables, or whose tables are not written.
     """
 
     def __init__(
-        self, engine: Engine, plan: Plan, generations: Sequence[Generation], epoch: int, retry_after: float = 1.0
+        self,
+        engine: Engine,
+        plan: Plan,
+        generations: Sequence[Generation],
+        epoch: int,
+        retry_after: float = 1.0,
+        alone: bool = False,
+        absent: Collection[int] = (),
     ) -> None:
-        self.retry_after = retry_after
+        self.retry_after, self.absent = retry_after, absent
         self.engine = engine
         self.plan = plan
         self.generations = list(generations)
@@ -115,7 +128,7 @@ class Writer:
         self._keep = text(KEEP[engine.dialect.name])
         self._kept = text(KEPT[engine.dialect.name])
         self.bulks = [
-            Bulk(codec, next(iter(g.tables.values())), engine.dialect) if codec is not None else None
+            Bulk(codec, next(iter(g.tables.values())), engine.dialect, alone) if codec is not None else None
             for codec, g in zip(plan.codecs, generations, strict=True)
         ]
 
@@ -141,7 +154,8 @@ class Writer:
                 write.kept[index] = dict(kept)
             if bulk is None:
                 if calls := folded.calls[index]:
-                    write.calls[index] = sorted(calls, key=itemgetter(0, 1, 2))
+                    # those of a commit are in order
+                    write.calls[index] = sorted(calls, key=_in_stream_order)
             elif bulk.codec.counting:
                 increments = folded.tallies[index]
                 if index in folded.recounted:
@@ -173,8 +187,10 @@ class Writer:
             write.suspects += [Suspect(index, ids[place], why) for place, why in refused.items()]
             ids = [key for place, key in enumerate(ids) if place not in refused]
         if rows:
-            pairs = sorted(zip(ids, rows, strict=True), key=itemgetter(0))
-            write.ids[index], write.rows[index] = [key for key, _ in pairs], [row for _, row in pairs]
+            if bulk.many_writers:
+                pairs = sorted(zip(ids, rows, strict=True), key=itemgetter(0))
+                ids, rows = [key for key, _ in pairs], [row for _, row in pairs]
+            write.ids[index], write.rows[index] = ids, rows
         for aggregate_id, since in folded.undone[index].items():
             write.suspects.append(Suspect(index, aggregate_id, "", since))
 
@@ -298,6 +314,8 @@ class Writer:
             if kept:
                 self.keep(connection, index, kept)
         letters = write.letters + [self.letter_row(letter, *write.letter(letter)) for letter in care.letters]
+        if any(not letter["projection"] for letter in letters):
+            letters = without_known_garbage(connection, letters)
         if letters:
             connection.execute(insert(dead_letter), letters)
         write.lettered = sum(letter["attempts"] > 0 for letter in letters)
@@ -338,13 +356,13 @@ class Writer:
         for parameters in bulk.parameters(rows):
             connection.execute(bulk.add, parameters)
 
-    def call(self, connection: Connection, index: int, calls: Sequence[Call]) -> None:
+    def call(self, connection: Connection, index: int, calls: Sequence[Recorded[Any]]) -> None:
         """Call `Sql` handlers with events in stream order: one call for all successive events of a handler."""
         tx = Transaction(connection, self.generations[index].tables)
         declared = self.plan.projections[index]
-        for place, run in groupby(calls, itemgetter(2)):
+        for place, run in groupby(calls, _handler) if len(declared.handlers) > 1 else ((0, calls),):
             try:
-                declared.handlers[place].function(declared.instance, tx, [call[3] for call in run])
+                declared.handlers[place].function(declared.instance, tx, list(run))
             except Exception as error:
                 cause = error.__cause__ or error.__context__
                 if cause is not None and is_infrastructure(cause):
@@ -372,6 +390,8 @@ class Writer:
         loaded: dict[str, list[Any]] = {aggregate_id: [None] * len(self.bulks) for aggregate_id in ids}
         unreadable: list[Unreadable] = []
         for index in self.plan.row_indexes[aggregate]:
+            if index in self.absent:
+                continue
             found, failed = self.bulk(index).load(connection, ids)
             for aggregate_id, row in found.items():
                 loaded[aggregate_id][index] = row
@@ -399,20 +419,3 @@ class Writer:
         parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps([*bare, MARK]).decode()}
         kept = {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
         return kept if kept.pop(MARK, None) is None else dict.fromkeys(bare, 0) | kept
-
-    def load_parked(self, connection: Connection) -> None:
-        """Replace the plan's parked aggregates by those that wait behind the stored dead letters."""
-        index_of = {(g.name, g.number): index for index, g in enumerate(self.generations)}
-        self.plan.parked.clear()
-        key = [dead_letter.c[name] for name in ("projection", "generation", "aggregate", "aggregate_id")]
-        firsts = select(*key, func.min(dead_letter.c.sequence).label("first")).group_by(*key).subquery()
-        heads = select(*key, dead_letter.c.sequence, dead_letter.c.error, dead_letter.c.attempts).join(
-            firsts,
-            and_(dead_letter.c.sequence == firsts.c.first, *(column == firsts.c[column.name] for column in key)),
-        )
-        for row in connection.execute(heads.order_by(dead_letter.c.id)):
-            index = index_of.get((row.projection, row.generation))
-            if index is not None and row.sequence > 0:
-                # not transient: the stored letter itself has the time of the next attempt
-                parked = Parked(row.sequence, row.error, waits=not row.attempts)
-                self.plan.parked.add((row.aggregate, row.aggregate_id), index, parked)

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, Row, func, select
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope
 from aggregates.errors import NewerEvent
+from projections.checkpoints import Position
 from projections.contention import outlast_contention
 from projections.database import is_infrastructure, reads
 from projections.dead_letters import Retried, Stopped, envelope_of, fold_letters, remove, settle
@@ -69,13 +70,14 @@ def postponed(engine: Engine) -> list[Postponed]:
         return [Postponed(*row) for row in connection.execute(query)]
 
 
-def fold_postponed(writer: Writer, partitions: Collection[int]) -> list[Retried]:
+def fold_postponed(writer: Writer, partitions: Collection[int], position: Position | None = None) -> list[Retried]:
     """Fold on the aggregates of some partitions that waited for this program, in order and as far as it can.
 
-    Call it between the claim of the partitions and `Writer.load_parked`: nothing else may fold them meanwhile.
+    Call it between the claim of the partitions and `load_parked`: nothing else may fold them meanwhile.
 
     Args:
         writer: of the claim.
+        position: the claim's, where not all partitions are claimed for each projection.
 
     Returns:
         an entry for each aggregate and projection. What is left waits for another program, or is parked.
@@ -89,7 +91,8 @@ def fold_postponed(writer: Writer, partitions: Collection[int]) -> list[Retried]
         reasons = list(_readable(connection, writer, partitions))
     for reason in reasons:
         after = ""
-        while resumed := outlast_contention(partial(_fold_next, writer, reason, partitions, after)):
+        own = partitions if position is None else position.of(reason.index).keys() & partitions
+        while resumed := outlast_contention(partial(_fold_next, writer, reason, own, after)):
             done += resumed
             after = resumed[-1].aggregate_id
     return done

@@ -4,7 +4,7 @@ Each command is a process of its own, as on a command line, without the two seco
 take. It is for commands whose output is of interest. Tests of processes start real ones: of signals, of services, of
 imports, of streams that are closed.
 
-Run as a program, this file is that Python. It imports neither tests nor apps; a command imports its app anew.
+Run as a program, this file is that Python. It imports neither tests nor apps; each command imports its app itself.
 """
 
 from __future__ import annotations
@@ -30,14 +30,30 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
-    *(f"kernel.cli.{module}" for module in ("run", "config", "send", "query", "rebuild", "projections", "check_log")),
-    *(f"kernel.cli.{module}" for module in ("dead_letters", "snapshots", "limits", "backlog", "jobs", "status")),
-    *("kernel", "kernel.client", "kernel.preflight", "kernel.projector.rebuild", "kernel.telemetry.opentelemetry"),
+    *(f"kernel.cli.{module}" for module in ("run", "config", "send", "query", "rebuild", "prepare", "projections")),
+    *(
+        f"kernel.cli.{module}"
+        for module in (
+            "dead_letters",
+            "snapshots",
+            "limits",
+            "backlog",
+            "jobs",
+            "status",
+            "rehearse",
+            "blame",
+            "show",
+            "trace",
+            "prepare",
+        )
+    ),
+    *("kernel", "kernel.client", "kernel.preflight", "kernel.projector.rebuild", "kernel.cli.check_log"),
     *("migrations", "projections.database_check", "alembic.autogenerate", "aiohttp", "rich.progress"),
+    "kernel.telemetry.opentelemetry",
     *("sqlalchemy.orm", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql", "psycopg", "nkeys"),
 )
 ANEW = "kernel.cli"
-"""What a command imports anew, with its submodules: some of it looks at the environment when it is imported."""
+"""What each command imports again, with its submodules: some of it looks at the environment when it is imported."""
 FIXED = ("PYTHON", "LC_", "LANG")
 """How the names of variables begin that Python reads at its start only."""
 VARIABLE = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
@@ -156,7 +172,7 @@ class _Forks:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is not self._requests:
-                    self._tell_end(key.fd)
+                    self._send_end(key.fd)
                     continue
                 message, descriptors, _, _ = socket.recv_fds(self._requests, MESSAGE_BYTES, 3)
                 if not message:
@@ -171,15 +187,15 @@ class _Forks:
                     return {**json.loads(message), "out": out, "err": err}
                 os.close(out)
                 os.close(err)
-                self._tell_start(pid, socket.socket(fileno=answers))
+                self._send_start(pid, socket.socket(fileno=answers))
 
-    def _tell_start(self, pid: int, answers: socket.socket) -> None:
+    def _send_start(self, pid: int, answers: socket.socket) -> None:
         watched = os.pidfd_open(pid)
         self._running[watched] = pid, answers
         self._selector.register(watched, selectors.EVENT_READ)
         answers.send(b"%d" % pid)
 
-    def _tell_end(self, watched: int) -> None:
+    def _send_end(self, watched: int) -> None:
         self._selector.unregister(watched)
         os.close(watched)
         pid, answers = self._running.pop(watched)

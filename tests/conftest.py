@@ -35,8 +35,10 @@ from kernel.transport.connection import NatsConnection
 from projections.checkpoints import claim
 from projections.database import open_database
 from projections.errors import HandlerFailed
+from projections.exclusions import load_parked
 from projections.fold import Folded
 from projections.generations import create, show
+from projections.heads import mark_keepers
 from projections.origin import register
 from projections.unit_of_work import Batch, Write, Writer
 from tests.histories import encode
@@ -82,10 +84,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "eskernel"))
 
 LONG = (
     "tests/projections/test_properties_columns.py",
+    "tests/projections/test_properties_read_side.py",
     "tests/packaging/",
     "tests/docs/",
     "tests/test_demo.py",
     "tests/kernel/test_crash.py",
+    "tests/kernel/projector/test_deploying.py",
+    "tests/kernel/projector/test_side_by_side.py",
+    "tests/kernel/projector/test_killed_builds.py",
+    "tests/kernel/projector/test_rolling_deployment.py",
     "tests/kernel/cli/test_quiet.py",
     "tests/settings/test_settings_stream.py",
     "tests/kernel/governance/",
@@ -231,11 +238,16 @@ def _declared(cls: type[Aggregate]) -> Any:
     return declare(cls)
 
 
-def envelopes(cls: type[Aggregate], events: Sequence[Any], after: int = 0, time: str = "2013-01-01T12:00:00Z") -> Any:
-    """Return events as the log returns them; the first has the sequence that follows `after`."""
+def encoded(cls: type[Aggregate], events: Sequence[Any], after: int = 0, time: str = "2013-01-01T12:00:00Z") -> bytes:
+    """Return a commit of events, of which the first has the sequence that follows `after`."""
     declared = _declared(cls)
     names = {event.cls: (event.name, event.version) for event in declared.events.values()}
-    return decode(encode("/test", "id", names, [Decision("command", list(events))], after, time))
+    return encode("/test", "id", names, [Decision("command", list(events))], after, time)
+
+
+def envelopes(cls: type[Aggregate], events: Sequence[Any], after: int = 0, time: str = "2013-01-01T12:00:00Z") -> Any:
+    """Return events as the log returns them; the first has the sequence that follows `after`."""
+    return decode(encoded(cls, events, after, time))
 
 
 def batch_of(commits: Sequence[Commit]) -> Batch:
@@ -259,8 +271,10 @@ class ReadSide:
         self.partitions = partitions
         register(engine, app.name, "2013", partitions, 0)
         with engine.begin() as connection:
-            for declared in app.projections:
-                show(connection, create(connection, declared, range(partitions)))
+            made = [create(connection, declared, range(partitions)) for declared in app.projections]
+            mark_keepers(connection, app.projections, made, new=True)
+            for created in made:
+                show(connection, created)
         self.claim()
 
     def claim(self) -> None:
@@ -271,7 +285,7 @@ class ReadSide:
         self.plan = self.app.plan(self.engine.dialect)
         self.writer = Writer(self.engine, self.plan, self.generations, self.epoch)
         with self.engine.connect() as connection:
-            self.writer.load_parked(connection)
+            load_parked(connection, self.writer.plan, self.writer.generations)
 
     def fold(self, commits: Sequence[Commit]) -> Folded:
         """Fold commits in stream order, starting from the stored rows."""

@@ -23,10 +23,12 @@ from prometheus_client import REGISTRY
 from sqlalchemy import func, select
 
 from kernel import Client, Service
+from kernel.errors import LogError
 from kernel.runtime.nats_server import end_with_parent, find_binary
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 from kernel.transport.jetstream_api import call_api
+from projections import SchemaError
 from projections.database import open_database, reads
 from projections.tables import dead_letter
 from tests.apps import Note, Notebook, notebooks
@@ -125,16 +127,24 @@ class Server:
         self._configure()
         self.send(signal.SIGHUP)
 
-    def back_up(self) -> Path:
-        """Copy the store of the stopped server."""
+    async def back_up(self) -> Path:
+        """Stop the server, copy its store, and start it again."""
+        await self.stop()
         copy = self.directory / f"backup-{time.monotonic_ns()}"
         shutil.copytree(self.store, copy)
+        await self.start()
         return copy
 
-    def restore(self, backup: Path) -> None:
+    def put_back(self, backup: Path) -> None:
         """Put a copy in place of the stopped server's store."""
         shutil.rmtree(self.store)
         shutil.copytree(backup, self.store)
+
+    async def restore(self, backup: Path) -> None:
+        """Stop the server, put a copy in place of its store, and start it again."""
+        await self.stop()
+        self.put_back(backup)
+        await self.start()
 
 
 @asynccontextmanager
@@ -251,6 +261,28 @@ async def running(
     finally:
         async with asyncio.timeout(20):
             await service.stop()
+
+
+async def refused(name: str, directory: Path, nats: str) -> str:
+    """Start a service that must refuse to start; return its message."""
+    with pytest.raises((SchemaError, LogError, ConnectionError)) as error:
+        async with running(name, directory, nats):
+            pass
+    return str(error.value)
+
+
+async def filled(name: str, directory: Path, nats: str, count: int = 20) -> dict[str, int]:
+    """Run a service, send commands, and stop; return the number of acknowledged commands."""
+    async with running(name, directory, nats) as here:
+        await here.client.query("select 1", after=await here.note(count))
+        return here.acknowledged
+
+
+async def stopped(here: Running, *words: str) -> None:
+    """Wait until the service has stopped by itself, with a reason."""
+    async with asyncio.timeout(15):
+        await here.service.stopped.wait()
+    assert all(word in here.service.failure for word in words), here.service.failure
 
 
 def parked(database: str) -> int:

@@ -16,6 +16,8 @@ MAY_ASSERT = {
     "kernel/commands/gateway.py",
     "kernel/governance/governor.py",
     "kernel/monitoring/http.py",
+    "kernel/projector/blaming.py",
+    "kernel/projector/row_history.py",
     "kernel/transport/limits.py",
     "kernel/workers/supervisor.py",
     "projections/fold.py",

@@ -355,6 +355,7 @@ def test_a_schedule_follows_from_its_seed_and_has_every_fault() -> None:
     assert plan(7, 1)[0].kind == short_plan(7)[0].kind == Kind.POISON
     assert sorted(fault.kind for fault in short_plan(1)) == sorted([*SHORT, *BY_TURNS[0]])
     assert sorted(fault.kind for fault in short_plan(3)) == sorted([*SHORT, *BY_TURNS[1]])
+    assert sorted(fault.kind for fault in short_plan(5)) == sorted([*SHORT, *BY_TURNS[2]])
 
 
 @pytest.mark.timeout(180)

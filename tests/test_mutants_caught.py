@@ -60,9 +60,9 @@ async def test_a_command_is_answered_when_its_append_is_acknowledged_and_not_bef
         held: asyncio.Future[asyncio.Future[int]] = asyncio.get_running_loop().create_future()
         append = log.append
 
-        def hold(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
+        def hold(subject: str, expected: int, payload: bytes, links: bytes) -> asyncio.Future[int]:
             if b'"held"' not in payload or held.done():
-                return append(subject, expected, payload, trail)
+                return append(subject, expected, payload, links)
             held.set_result(asyncio.get_running_loop().create_future())
             return held.result()
 
@@ -206,10 +206,10 @@ async def test_a_lease_is_given_back_when_its_commands_are_answered_and_not_befo
         append, appending = log.append, asyncio.Event()
         go_on: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def later(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
+        def later(subject: str, expected: int, payload: bytes, links: bytes) -> asyncio.Future[int]:
             async def wait() -> int:
                 await go_on
-                return await append(subject, expected, payload, trail)
+                return await append(subject, expected, payload, links)
 
             appending.set()
             return asyncio.ensure_future(wait())
@@ -275,6 +275,28 @@ async def test_at_a_cut_over_the_new_copy_has_what_the_old_one_had(
 
 
 # the database
+
+
+def test_a_disk_that_was_full_is_not_blamed_on_an_aggregate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = ReadSide(engine, notebooks("books"))
+    batch = [(1, "Notebook", "n", envelopes(Notebook, [Noted("word", 1)]))]
+    write = side.freeze(batch, side.fold(batch))
+    driver: Any = engine.dialect.loaded_dbapi
+    if engine.dialect.name == "postgresql":
+        full = driver.errors.DiskFull("no space left on device")
+    else:
+        full = driver.OperationalError("database or disk is full")
+        full.sqlite_errorcode = 13
+
+    def insert(*_: object) -> None:
+        monkeypatch.undo()  # from now on there is room
+        raise DBAPIError.instance("INSERT", None, full, driver.Error, dialect=engine.dialect)
+
+    monkeypatch.setattr(side.writer, "insert", insert)
+    with pytest.raises(DBAPIError, match="full|no space left"):
+        side.writer.commit(write)
+    assert side.writer.commit(write) == []
+    assert [(page.notebook, page.notes) for page in side.rows(Page)] == [("n", 1)]
 
 
 def test_a_database_that_takes_no_writes_is_not_blamed_on_an_aggregate(engine: Engine) -> None:

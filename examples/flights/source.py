@@ -54,8 +54,8 @@ class Step:
     command: Depart | Arrive | Cancel | Divert = field(compare=False)
 
 
-def rows(months: int = 12) -> Iterator[dict[str, str]]:
-    """Yield the file's rows for the first months of the year.
+def rows(months: int = 12, days: int = 31) -> Iterator[dict[str, str]]:
+    """Yield the file's rows for the first months of the year, and the first days of each.
 
     Raises:
         NoData: the package is not installed.
@@ -66,15 +66,15 @@ def rows(months: int = 12) -> Iterator[dict[str, str]]:
     archive = Path(next(iter(found.submodule_search_locations))) / "data" / "flights.csv.zip"
     with zipfile.ZipFile(archive) as opened, opened.open("flights.csv") as file:
         for row in csv.DictReader(io.TextIOWrapper(file, "utf-8")):
-            if int(row["month"]) <= months:
+            if int(row["month"]) <= months and int(row["day"]) <= days:
                 yield row
 
 
-def steps(months: int = 12) -> tuple[list[Step], Facts]:
+def steps(months: int = 12, days: int = 31) -> tuple[list[Step], Facts]:
     """Return the commands of all flights in time order, and counts of the file's rows."""
     facts = Facts()
     found: list[Step] = []
-    for number, row in enumerate(rows(months)):
+    for number, row in enumerate(rows(months, days)):
         facts.count(row)
         if present(row["tailnum"]):
             found += _commands(row, number * 2)

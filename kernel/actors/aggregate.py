@@ -15,7 +15,7 @@ import msgspec
 from thespian.actors import Actor, ActorAddress
 
 from aggregates import Context, InvalidEvent, Rejected
-from aggregates.cell import Cell
+from aggregates.cell import NEVER, Cell
 from aggregates.commit import Decision
 from aggregates.encoding import EncodedEvent
 from kernel.actors.mailbox import (
@@ -269,6 +269,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 cell.evolve(events)
             except Exception as problem:
                 # an applier failed halfway: only the log knows the state now
+                cell.due = NEVER
                 request.error = problem
                 self._fail(request, "failed", f"{type(problem).__name__} while applying: {problem}")
                 self.cell = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from aggregates import InvalidMessage, SequenceError
@@ -14,7 +14,9 @@ from aggregates.commit import Envelope, decode
 from aggregates.declaration import AggregateType
 from aggregates.errors import NewerEvent
 from aggregates.seen import Seen
+from aggregates.snapshot import Restored
 from kernel.actors.mailbox import Loaded, Request, Searched
+from kernel.actors.read_ahead import ReadAhead
 from kernel.actors.snapshots import SnapshotKeeper
 from kernel.errors import LogError
 from kernel.log.base import EventLog, Stored
@@ -32,10 +34,14 @@ class Histories:
     Args:
         send: sends a message to a live aggregate's actor.
         snapshots: of aggregates.
+
+    Attributes:
+        ahead: what is read in one go after a take-over.
     """
 
     def __init__(self, log: EventLog, send: Callable[[Address, Any], None], snapshots: SnapshotKeeper) -> None:
         self._log, self._send, self._snapshots = log, send, snapshots
+        self.ahead = ReadAhead(log, snapshots.store)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def load(self, declared: AggregateType[Any], address: Address) -> None:
@@ -61,10 +67,16 @@ class Histories:
         self._send(address, Loaded(cell, error))
 
     async def _read(self, declared: AggregateType[Any], address: Address) -> Cell[Any]:
-        restored = await self._snapshots.restore(declared, address)
+        ahead = self.ahead.take(address.subject)
+        if ahead.commits and _begins(ahead.commits[0]):
+            return self._replayed(declared, address, await self._log.read_subject(address.subject, 0, ahead.commits))
+        restored = await self._snapshots.restore(declared, address, ahead.snapshot)
         if restored is not None and not self._snapshots.is_sampled(restored.cell):
             cell = restored.cell
-            stored = await self._log.read_subject(address.subject, cell.position - 1)
+            known = [commit for commit in ahead.commits if commit.sequence >= cell.position]
+            if known and known[0].sequence > cell.position:
+                known = []
+            stored = await self._log.read_subject(address.subject, cell.position - 1, known)
             fits = bool(stored) and stored[0].sequence == cell.position and restored.is_of(stored[0].payload)
             self._snapshots.count_use(fits)
             if fits:
@@ -72,8 +84,22 @@ class Histories:
                     self._replay(cell, commit, address)
                 return cell
             restored = None
-        cell = Cell(declared, address.id)
         stored = await self._log.read_subject(address.subject)
+        return self._replayed(declared, address, stored, restored)
+
+    def _replayed(
+        self,
+        declared: AggregateType[Any],
+        address: Address,
+        stored: Sequence[Stored],
+        restored: Restored[Any] | None = None,
+    ) -> Cell[Any]:
+        """Replay a whole history.
+
+        Args:
+            restored: a snapshot to be compared with it.
+        """
+        cell = Cell(declared, address.id)
         for commit in stored:
             self._replay(cell, commit, address)
             if restored is not None and commit.sequence == restored.cell.position and restored.is_of(commit.payload):
@@ -120,6 +146,12 @@ class Histories:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _begins(commit: Stored) -> bool:
+    """Return whether a commit is the first of its aggregate."""
+    events = _events_of(commit)
+    return bool(events) and events[0].sequence == 1
 
 
 def _events_of(commit: Stored) -> list[Envelope]:

@@ -6,7 +6,6 @@ of the check.
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from aggregates.commit import decode
 from aggregates.errors import InvalidId, InvalidMessage
-from kernel.cli.common import console, errors
+from kernel.cli.common import console
+from kernel.cli.progress import commits_bar
 
 if TYPE_CHECKING:
     from kernel.app import App
@@ -61,7 +61,7 @@ class LogReport:
         stream: name of the stream.
         commits: number of commits that were read.
         total: number of commits in the log.
-        events: number of events in those that were read.
+        events: number of events in the commits that were read.
         decoded: number of events that this program can read, by `Aggregate.Event version`.
         problems: the others.
     """
@@ -173,27 +173,16 @@ async def examine_log(app: App, settings: Settings, sample: int | None, *, quiet
     Raises:
         LogError, ConnectionFailed: the log can't be reached, or does not exist.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from kernel.log import find_log
+    from kernel.runtime.directory import worker_name
     from kernel.transport.dial import dial
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     async with _reachable(app, settings) as reachable:
         connection = await dial(reachable, app=app.name, role="operator", name=f"eskernel check {app.name}")
         try:
-            log = await find_log(connection, app.name, reachable, worker="check")
+            log = await find_log(connection, app.name, reachable, worker=f"check-{worker_name()}")
             try:
-                with Progress(*columns, console=errors, disable=quiet or not errors.is_terminal) as bar:
-                    task = bar.add_task("decoding", total=None)
-                    shown = time.monotonic()
-
-                    def progress(done: int, total: int) -> None:
-                        nonlocal shown
-                        if done == total or time.monotonic() - shown > 0.1:
-                            shown = time.monotonic()
-                            bar.update(task, completed=done, total=total)
-
+                with commits_bar("decoding", quiet=quiet) as progress:
                     stream = reachable.stream.name or app.name
                     return await check_log(app, log, stream, sample, progress)
             finally:

@@ -56,7 +56,7 @@ class Target:
         """Open the projection database.
 
         Raises:
-            click.UsageError: nobody has said where it is.
+            click.UsageError: no option or setting has its URL.
         """
         from projections.database import open_database
 

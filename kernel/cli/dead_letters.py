@@ -234,7 +234,7 @@ async def skip(
 ) -> None:  # fmt: skip
     """Skip the first dead letter of an aggregate for good. The dead letters behind it wait for a retry.
 
-    The projection's tables will not contain the event; only a rebuild folds it again. The table eskernel_skipped_letter
+    The projection's tables will not contain the event, also after a rebuild. The table eskernel_skipped_letter
     records who skipped it, when and why: `eskernel dead-letters list --skipped`.
     """
     from projections import dead_letters as letters
@@ -255,7 +255,9 @@ async def skip(
         names = ", ".join(parked.projection for parked in chosen)
         fail(f"{aggregate} {aggregate_id} is parked for {names}; choose one with --projection", USAGE)
     (parked,) = chosen
-    plan = letters.plan_of(loaded.plan(engine.dialect), loaded.projection(parked.projection).name)
+    from projections.exclusions import plan_of
+
+    plan = plan_of(loaded.plan(engine.dialect), loaded.projection(parked.projection).name)
     letter = await asyncio.to_thread(letters.skip, engine, plan, aggregate, aggregate_id, who, reason)
     console.print(f"skipped event {letter.sequence}; {parked.events - 1} still wait", highlight=False)
     if parked.events > 1:

@@ -53,6 +53,6 @@ def exit_code_of_worker(kinds: Collection[str]) -> int:
 
 def is_database_error(error: type[BaseException]) -> bool:
     """Return whether SQLAlchemy raises this class of errors for what a database answered."""
-    # whoever raises such an error has imported SQLAlchemy; commands that need no database must not wait for it
+    # code that raises such an error has imported SQLAlchemy; other commands must not wait for that import
     loaded = sys.modules.get("sqlalchemy.exc")
     return loaded is not None and issubclass(error, loaded.DBAPIError)

@@ -32,6 +32,10 @@ async def status(as_json: bool, where: Where) -> None:
         declared = {known.name for known in target.app.projections}
         for made in report["projections"]:
             made["declared"] = made["name"] in declared
+            made["end"] = max(worker["end"] for worker in report["workers"])
+            made["kept"] = any(
+                worker["deployment"]["declares"].get(made["name"]) == made["version"] for worker in report["workers"]
+            )
     if as_json:
         print_json(report)
     else:
@@ -66,38 +70,12 @@ async def survey_workers(target: Target) -> dict[str, Any]:
 
 
 def _projections(engine: Engine) -> list[dict[str, Any]]:
-    from sqlalchemy import func, select
-
-    from projections.tables import checkpoint, dead_letter, projection
+    from projections.standing import read_standing
 
     with engine.connect() as connection:
-        rows = connection.execute(
-            select(
-                projection.c.name,
-                projection.c.version,
-                projection.c.generation,
-                projection.c.state,
-                func.max(checkpoint.c.sequence).label("sequence"),
-            )
-            .join(
-                checkpoint,
-                (checkpoint.c.projection == projection.c.name) & (checkpoint.c.generation == projection.c.generation),
-            )
-            .group_by(projection.c.name, projection.c.version, projection.c.generation, projection.c.state)
-            .order_by(projection.c.name, projection.c.generation)
-        )
-        found = [{str(name): value for name, value in row.items()} for row in rows.mappings()]
-        # without attempts they wait for a newer program, and have not failed
-        letters = (
-            select(dead_letter.c.projection, dead_letter.c.generation, func.count())
-            .where(dead_letter.c.attempts > 0)
-            .group_by(dead_letter.c.projection, dead_letter.c.generation)
-        )
-        counted = {(row[0], row[1]): row[2] for row in connection.execute(letters)}
+        found = read_standing(connection)
     engine.dispose()
-    for generation in found:
-        generation["dead_letters"] = counted.get((generation["name"], generation["generation"]), 0)
-    return found
+    return [made for generations in found.values() for made in generations]
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -119,9 +97,13 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _undeclared(made: dict[str, Any]) -> str:
-    if made["declared"]:
-        return ""
-    return f"; not in the app, and not kept up to date: eskernel projections drop {made['name']}"
+    if not made["declared"]:
+        return f"; not in the app, and not kept up to date: eskernel projections drop {made['name']}"
+    paused = "; paused: eskernel projections resume" if made["paused"] else ""
+    if made["kept"] or made["state"] != "live":
+        return paused
+    behind = max(0, made["end"] - made["lowest"])
+    return f"; readers see it, and no running program declares it: {behind} stream sequences behind{paused}"
 
 
 def _print_worker(worker: dict[str, Any]) -> None:
@@ -131,6 +113,10 @@ def _print_worker(worker: dict[str, Any]) -> None:
     _line(f"  {len(worker['partitions'])} of {worker['partition_count']}: {owned}")
     _line(f"  projected up to {live['position']}, {live['behind']} commits behind")
     _line(f"  {worker['actors']} aggregates live, {worker['commands_pending']} commands in progress")
+    if build := worker["deployment"]["build"]:
+        _line(f"  {build['told']}")
+    for name, version in worker["deployment"]["behind"].items():
+        _line(f"  readers see version {version} of {name}, and this program declares an older one")
     for unknown in worker.get("unknown_aggregates", []):
         _line(f"  {unknown['aggregate']} is not declared: {unknown['commits']} commits are passed over")
     for waiting in worker.get("waiting_aggregates", []):

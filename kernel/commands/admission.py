@@ -51,6 +51,9 @@ class Admission:
         governor: says how fast commands may come.
         limits: how many commands may be under way.
         guard: says to which reply subjects the service answers.
+
+    Attributes:
+        deploying: other workers run another program, which may know what this one doesn't.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Admission:
         self._guard, self._allows = guard, guard.allows
         self._anywhere = subjects.commands().encode()
         self._partitions: frozenset[int] = frozenset()
-        self._stopping = False
+        self._stopping = self.deploying = False
         self._inbox: list[tuple[bytes, bytes, bytes]] = []
         self._arrived = 0.0
         self._loop = asyncio.get_running_loop()
@@ -150,15 +153,19 @@ class Admission:
         declared = self._app.types.get(sent.aggregate)
         if declared is None:
             known = ", ".join(sorted(self._app.types))
-            raise _Refused(
-                "unknown-aggregate", f"no aggregate {sent.aggregate[:SHOWN]!r}; there is {known}", sent.command_id
-            )
+            raise self._unknown("unknown-aggregate", f"no aggregate {sent.aggregate[:SHOWN]!r}; there is {known}", sent)
         command_class = declared.commands.get(sent.command)
         if command_class is None:
             known = ", ".join(sorted(declared.commands))
             problem = f"{sent.aggregate} has no command {sent.command[:SHOWN]!r}; it has {known}"
-            raise _Refused("unknown-command", problem, sent.command_id)
+            raise self._unknown("unknown-command", problem, sent)
         return command_class
+
+    def _unknown(self, kind: ErrorType, problem: str, sent: CommandRequest) -> _Refused:
+        """Return the refusal of what this program doesn't know: for good, or until a deployment is over."""
+        if not self.deploying:
+            return _Refused(kind, problem, sent.command_id)
+        return _Refused("unavailable", f"{problem}; workers of another program run beside this one", sent.command_id)
 
     def _pass_on(self, subject: bytes, reply: bytes, payload: bytes, partition: int, command_id: str) -> None:
         """Pass on a command for another worker's partition: its sender did not know whose, or it has just moved."""
@@ -228,6 +235,7 @@ class Admission:
     def assign(self, partitions: frozenset[int]) -> None:
         """Take commands for these partitions too."""
         self._partitions |= partitions
+        self._gateway.read_ahead(partitions)
 
     async def revoke(self, partitions: frozenset[int], timeout: float) -> bool:
         """Take no more commands for these partitions, wait for those under way, and forget their aggregates.

@@ -17,8 +17,8 @@ from kernel.actors.snapshots import SnapshotKeeper
 from kernel.actors.system import Actors
 from kernel.app import App
 from kernel.commands.answers import RETRY_AFTER_S, Answers, PendingCommands
-from kernel.errors import Conflict, LogError, Unavailable
-from kernel.log.base import EventLog
+from kernel.errors import Conflict, Unavailable
+from kernel.log.base import Appending, EventLog
 from kernel.log.subjects import Address
 from kernel.protocol import ErrorType, Receipt
 from kernel.settings import Passivation
@@ -66,7 +66,7 @@ class CommandGateway:
         self.appended = self.unappended = 0
         self.slowest_append = self._longest_append = 0.0
         self._histories = Histories(log, self._send, snapshots)
-        self.snapshot = snapshots.offer
+        self._snapshots, self.snapshot = snapshots, snapshots.offer
         self._loop = asyncio.get_running_loop()
         self._queued: list[tuple[Any, Any]] = []
         self._counted = 0
@@ -97,9 +97,9 @@ class CommandGateway:
             return
         started = self._begun
         spans = self._tracing.appends(address, decisions)
-        future = self._log.append(address.subject, cell.position, payload, cell.trail)
+        future = self._log.append(address.subject, cell.position, payload, cell.links)
 
-        def done(future: asyncio.Future[int]) -> None:
+        def done(future: Appending) -> None:
             error = future.exception()
             if error is None:
                 if not self._queued:
@@ -117,7 +117,7 @@ class CommandGateway:
             APPENDS.labels(outcome=outcome).inc()
             for span in spans:
                 span.end(outcome, str(error))
-            self._send(address, Appended(error if isinstance(error, Exception) else LogError(str(error))))
+            self._send(address, Appended(error))
 
         future.add_done_callback(done)
 
@@ -193,10 +193,20 @@ class CommandGateway:
         longest, self._longest_append = self._longest_append, 0.0
         return self.pending.total, longest
 
+    def read_ahead(self, partitions: frozenset[int]) -> None:
+        """Read what aggregates of partitions that were taken will be loaded from."""
+        self._histories.ahead.begin(partitions)
+
+    async def stop_reading(self) -> None:
+        """Read nothing ahead any more."""
+        await self._histories.ahead.stop()
+
     def forget(self, partitions: Collection[int]) -> None:
         """Forget the states of these partitions' aggregates: other workers may change them."""
         if self._closed:
             return
+        self._histories.ahead.forget(partitions)
+        self._snapshots.forget()
         leave = Leave()
         self.actors.send(
             [(resident.actor, leave) for resident in self.residents.all() if resident.address.partition in partitions]
@@ -211,4 +221,6 @@ class CommandGateway:
     def close(self) -> None:
         """Shut the actor system down. What still comes for its actors is dropped."""
         self._closed = True
+        self._histories.ahead.close()
+        self._snapshots.forget()
         self.actors.close()

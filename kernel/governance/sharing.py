@@ -24,7 +24,7 @@ async def share_limits(
     subscriptions: AsyncExitStack,
     guarded: Callable[[Listener], Listener],
 ) -> None:
-    """Answer requests for the limits, and adopt those that the other workers were given while they ran.
+    """Answer requests for the limits, and adopt the limits that the other workers were given while they ran.
 
     Args:
         subject: where requests for limits come.

@@ -22,7 +22,7 @@ import msgspec
 
 from aggregates.context import uuid7
 from kernel.errors import Conflict, LogError, PayloadTooLarge, Replaced, Unavailable, UnknownOutcome
-from kernel.log.base import Stored
+from kernel.log.base import Appending, Stored
 from kernel.log.bursts import BurstMeter
 from kernel.log.repeats import Repeats
 from kernel.log.settling import Append, Settler, closed
@@ -139,15 +139,15 @@ class Appender:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> asyncio.Future[int]:
+    def append(self, subject: str, expected: int, payload: bytes, links: bytes = b"") -> Appending:
         """See `EventLog.append`."""
-        future: asyncio.Future[int] = self._loop.create_future()
+        future = Appending()
         if self._closed:
             future.set_exception(Unavailable("the log is closed"))
         elif len(payload) > self._most or len(subject) > self._longest_subject:
             future.set_exception(self._too_large(subject, payload))
         else:
-            self._waiting.append(Append(subject, expected, payload, trail, future))
+            self._waiting.append(Append(subject, expected, payload, links, future))
             self._schedule_flush()
         return future
 
@@ -250,7 +250,7 @@ class Appender:
         self._token += 1
         self._in_flight[self._token] = [append]
         self._messages_in_flight += 1
-        headers = b"NATS/1.0\r\n%b\r\n" % append.links
+        headers = b"NATS/1.0\r\n%b\r\n" % append.headers
         reply = b"%b.%d" % (self._inbox, self._token)
         frames.append(publish_frame(append.subject.encode(), append.payload, reply=reply, headers=headers))
 
@@ -280,7 +280,7 @@ class Appender:
             append.attempts += 1
             final = number == len(group)
             headers = b"NATS/1.0\r\n%bNats-Batch-Id: %b\r\nNats-Batch-Sequence: %d\r\n%b\r\n" % (
-                append.links,
+                append.headers,
                 batch_id,
                 number,
                 b"Nats-Batch-Commit: 1\r\n" if final else b"",

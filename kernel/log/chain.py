@@ -2,8 +2,8 @@
 
 A search by subject has the server look through every block of the stream over which the subject is spread. Asking for
 commits by their sequences costs it a fraction of that. The server keeps with each commit the header that its append had
-to have, so that streams of older versions can be read in this way too, one commit in a round trip. A header of ours
-names several at once (`Cell.trail`).
+to have, so that streams of older versions can be read in this way too, one commit in a round trip. Some commits have a
+header of ours, which names many at once (`Cell.links`).
 """
 
 from __future__ import annotations

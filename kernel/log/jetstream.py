@@ -9,16 +9,16 @@ import secrets
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kernel.errors import LogError, Replaced, StreamMismatch, Unavailable
 from kernel.log.appender import Appender, trust
-from kernel.log.base import LogReader, Stored, StreamInfo
+from kernel.log.base import Appending, Count, LogReader, Stored, StreamInfo
 from kernel.log.certainty import RESTORE, digest_of, gone, make_sure, patience
 from kernel.log.chain import follow
-from kernel.log.direct_get import DirectGets
-from kernel.log.reader import JetStreamReader
+from kernel.log.direct_get import DirectGets, Link
+from kernel.log.reader import JetStreamReader, gentle_reader
 from kernel.log.subjects import Subjects
 from kernel.settings import Consumer, Settings
 from kernel.transport.connection import NatsConnection
@@ -28,6 +28,8 @@ logger = logging.getLogger("eskernel.log")
 FORMAT = 1
 BEHIND_S = 0.05
 """Seconds between two questions to a replica that is behind its leader."""
+FEW_SUBJECTS = 10_000
+"""A server lists and sorts so many subjects in a few milliseconds."""
 _DESCRIPTION = re.compile(r"eskernel format=(\d+) partitions=(\d+)")
 
 
@@ -101,17 +103,24 @@ class JetStreamLog:
     def max_payload(self) -> int:
         return self.appender.max_payload
 
-    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> asyncio.Future[int]:
-        return self.appender.append(subject, expected, payload, trail)
+    def append(self, subject: str, expected: int, payload: bytes, links: bytes = b"") -> Appending:
+        return self.appender.append(subject, expected, payload, links)
 
     async def last(self, subject: str) -> Stored | None:
         found = await last_message(self._connection, self.stream, subject)
         return None if found is None else Stored(*found)
 
-    async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
+    async def read_subject(self, subject: str, after: int = 0, known: Sequence[Stored] = ()) -> list[Stored]:
         last = await self._gets.last(subject)
         if last is None or last.stored.sequence <= after:
             return []
+        if known and known[-1].sequence < last.stored.sequence:
+            return [*known, *await self._read_back(subject, last, known[-1].sequence)]
+        if known and known[-1] == last.stored:
+            return list(known)
+        return await self._read_back(subject, last, after)
+
+    async def _read_back(self, subject: str, last: Link, after: int) -> list[Stored]:
         found, below = [last.stored], last.stored.sequence
         if self._direct:
             found, below = await follow(self._gets, subject, last, after)
@@ -148,9 +157,12 @@ class JetStreamLog:
         finally:
             await reader.close()
 
-    async def read(self, after: int, partition: int | None = None, *, live: bool = False) -> LogReader:
+    async def read(
+        self, after: int, partition: int | None = None, *, live: bool = False, gentle: bool = False
+    ) -> LogReader:
         subject = None if partition is None else self.subjects.events(partition)
-        return await self._reader(after, subject, self._live if live else self._plain)
+        settings = self._live if live else self._plain
+        return await self._reader(after, subject, gentle_reader(settings) if gentle else settings)
 
     async def _reader(self, after: int, subject: str | None, settings: Consumer) -> JetStreamReader:
         reader = JetStreamReader(
@@ -237,10 +249,13 @@ class JetStreamLog:
             return f"the account's storage is full: {used} of {most} bytes"
         return ""
 
-    async def count_commits(self, known: Collection[str]) -> dict[str, int]:
-        # by partition: for a filter that many subjects match, the server lists and sorts all of them for each page
+    async def count_commits(self, known: Collection[str]) -> dict[str, Count]:
+        # for a filter that many subjects match, the server lists and sorts all of them for each page
         counted: Counter[str] = Counter()
-        for partition in range(self.subjects.partitions):
+        aggregates: Counter[str] = Counter()
+        state = (await self._call(f"STREAM.INFO.{self.stream}", None))["state"]
+        small = state.get("num_subjects", 0) <= FEW_SUBJECTS
+        for partition in [None] if small else range(self.subjects.partitions):
             listed, total = 0, 1
             while listed < total:
                 request = {"subjects_filter": self.subjects.events(partition), "offset": listed}
@@ -249,9 +264,10 @@ class JetStreamLog:
                 for subject, commits in page.items():
                     if aggregate := self.subjects.aggregate_of(subject, known):
                         counted[aggregate] += commits
+                        aggregates[aggregate] += 1
                 listed += len(page)
                 total = int(answer.get("total", 0)) if page else 0
-        return dict(counted)
+        return {name: Count(commits, aggregates[name]) for name, commits in counted.items()}
 
     def _note_acknowledged(self, sequence: int) -> None:
         self._acknowledged = max(self._acknowledged, sequence)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 
 from kernel.errors import Conflict, PayloadTooLarge, Unavailable
-from kernel.log.base import CommitBatch, LogReader, Stored, StreamInfo
+from kernel.log.base import Appending, CommitBatch, Count, LogReader, Stored, StreamInfo
 from kernel.log.subjects import Subjects
 
 
@@ -29,8 +29,8 @@ class MemoryLog:
     def max_payload(self) -> int:
         return self._max_payload
 
-    def append(self, subject: str, expected: int, payload: bytes, trail: bytes = b"") -> asyncio.Future[int]:  # noqa: ARG002
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    def append(self, subject: str, expected: int, payload: bytes, links: bytes = b"") -> Appending:  # noqa: ARG002
+        future = Appending()
         known = self._by_subject.get(subject)
         last = known[-1].sequence if known else 0
         if self._closed:
@@ -48,14 +48,21 @@ class MemoryLog:
             future.set_result(stored.sequence)
         return future
 
-    async def read_subject(self, subject: str, after: int = 0) -> list[Stored]:
+    async def read_subject(self, subject: str, after: int = 0, known: Sequence[Stored] = ()) -> list[Stored]:  # noqa: ARG002
         return [stored for stored in self._by_subject.get(subject, ()) if stored.sequence > after]
 
     async def last(self, subject: str) -> Stored | None:
         known = self._by_subject.get(subject)
         return known[-1] if known else None
 
-    async def read(self, after: int, partition: int | None = None, *, live: bool = False) -> LogReader:  # noqa: ARG002
+    async def read(
+        self,
+        after: int,
+        partition: int | None = None,
+        *,
+        live: bool = False,  # noqa: ARG002
+        gentle: bool = False,  # noqa: ARG002
+    ) -> LogReader:
         return _MemoryReader(self, after, partition)
 
     async def info(self) -> StreamInfo:
@@ -63,12 +70,14 @@ class MemoryLog:
         count = len(self._all)
         return StreamInfo(self._created, self.subjects.partitions, min(count, 1), count, count, durability)
 
-    async def count_commits(self, known: Collection[str]) -> dict[str, int]:
+    async def count_commits(self, known: Collection[str]) -> dict[str, Count]:
         counted: Counter[str] = Counter()
+        aggregates: Counter[str] = Counter()
         for subject, commits in self._by_subject.items():
             if aggregate := self.subjects.aggregate_of(subject, known):
                 counted[aggregate] += len(commits)
-        return dict(counted)
+                aggregates[aggregate] += 1
+        return {name: Count(commits, aggregates[name]) for name, commits in counted.items()}
 
     async def close(self) -> None:
         self._closed = True

@@ -13,6 +13,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -32,8 +33,15 @@ READ_AHEAD = 128_000
 """Default for the commits that the server delivers ahead of acknowledgements: four full batches."""
 LONGEST_PAUSE_S = 5.0
 """A consumer that brings nothing before the server ends it is not replaced sooner than after a growing pause."""
+GENTLE = 250
+"""Commits of a request of a gentle reader."""
 _numbers = itertools.count(1)
 Api = Callable[..., Any]
+
+
+def gentle_reader(settings: Consumer) -> Consumer:
+    """Return the settings of a reader to which few commits are on their way at a time."""
+    return settings.model_copy(update={"window": min(settings.window, GENTLE)})
 
 
 class JetStreamReader:
@@ -76,6 +84,7 @@ class JetStreamReader:
         self._arrived = asyncio.Event()
         self._broken = True
         self.consumer = self.trouble = ""
+        self._creating: asyncio.Future[dict[str, Any]] | None = None
         self._fruitless = 0
         self._not_before = 0.0
         self._stop_listening: Callable[[], Any] | None = None
@@ -110,7 +119,9 @@ class JetStreamReader:
         if self._subject is not None:
             config["filter_subject"] = self._subject
         where = ".".join(filter(None, (f"CONSUMER.CREATE.{self._stream}.{config['name']}", self._subject)))
-        answer = await self._api(where, {"stream_name": self._stream, "config": config})
+        self._creating = asyncio.ensure_future(self._api(where, {"stream_name": self._stream, "config": config}))
+        answer = await asyncio.shield(self._creating)
+        self._creating = None
         self.consumer = answer["name"]
         self._buffer.clear()
         self._handed.clear()
@@ -130,14 +141,15 @@ class JetStreamReader:
         self._pull()
 
     def _receive(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        self._heard = time.monotonic()
         status = status_of(headers)
         if not status:
             self._requested -= 1
-            self._buffer.append((subject, reply, payload))
-            if not self._arrived.is_set():
+            if not self._buffer:
                 self._arrived.set()
-        elif status == 409 and b"Batch Completed" in (headers or b""):
+            self._buffer.append((subject, reply, payload))
+            return
+        self._heard = time.monotonic()
+        if status == 409 and b"Batch Completed" in (headers or b""):
             pass  # all that was asked for has come; servers say so where a request limits its bytes
         elif status in (404, 408) or (status == 409 and b"MaxBytes" in (headers or b"")):
             left = header_of(headers or b"", b"Nats-Pending-Messages")
@@ -199,6 +211,7 @@ class JetStreamReader:
         return left >= pause
 
     def _take(self, limit: int) -> CommitBatch | None:
+        self._heard = time.monotonic()
         taken = self._buffer[:limit]
         del self._buffer[:limit]
         self._pull()
@@ -244,6 +257,11 @@ class JetStreamReader:
         if self._stop_listening is not None:
             await self._stop_listening()
             self._stop_listening = None
+        if self._creating is not None:
+            # who waited for it was cancelled; a server may delete a consumer before it has created it
+            creating, self._creating = self._creating, None
+            with suppress(Exception):  # it could not be created
+                self.consumer = (await creating)["name"]
         if self.consumer:
             consumer, self.consumer = self.consumer, ""
             try:

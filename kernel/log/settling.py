@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Protocol
 
 from kernel.errors import Conflict, LogError, Unavailable, UnknownOutcome
-from kernel.log.base import Stored
+from kernel.log.base import Appending, Stored
 from kernel.log.direct_get import BEFORE
 from kernel.log.repeats import Repeats
 
@@ -30,19 +30,19 @@ class Append:
 
     Attributes:
         expected: stream sequence of the subject's last commit, as its author knows it.
-        trail: where the commits before that one are.
+        links: how far the commits before that one are from each other.
         future: gets the commit's stream sequence, or why there is none.
         started, sent: when it was asked for, and when it last went out, by the performance counter.
         attempts: how often it went out.
         uncertain: an attempt may have taken effect; otherwise every attempt was refused.
     """
 
-    __slots__ = ("attempts", "expected", "future", "payload", "sent", "started", "subject", "trail", "uncertain")
+    __slots__ = ("attempts", "expected", "future", "links", "payload", "sent", "started", "subject", "uncertain")
 
-    def __init__(self, subject: str, expected: int, payload: bytes, trail: bytes, future: asyncio.Future[int]) -> None:
+    def __init__(self, subject: str, expected: int, payload: bytes, links: bytes, future: Appending) -> None:
         self.subject = subject
         self.expected = expected
-        self.trail = trail
+        self.links = links
         self.payload = payload
         self.future = future
         self.started = time.perf_counter()
@@ -51,10 +51,11 @@ class Append:
         self.uncertain = False
 
     @property
-    def links(self) -> bytes:
+    def headers(self) -> bytes:
         """The headers that say where the commits before this one are. The server compares the first."""
-        expected = b"Nats-Expected-Last-Subject-Sequence: %d\r\n" % self.expected
-        return b"%b%b: %b\r\n" % (expected, BEFORE, self.trail) if self.trail else expected
+        if self.links:
+            return b"Nats-Expected-Last-Subject-Sequence: %d\r\n%b: %b\r\n" % (self.expected, BEFORE, self.links)
+        return b"Nats-Expected-Last-Subject-Sequence: %d\r\n" % self.expected
 
     def fail(self, error: Exception) -> None:
         """End with an error, unless it has ended."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
 
 from kernel.errors import LogError, StreamMismatch, Unavailable
+from kernel.log.base import LogReader
 from kernel.log.direct_get import DirectGets
+from kernel.log.reader import JetStreamReader, gentle_reader
 from kernel.log.repeats import Repeats
 from kernel.log.subjects import Subjects
+from kernel.settings import Consumer
 from kernel.transport.connection import NatsConnection, publish_frame, status_of
 from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api
 
@@ -101,6 +107,21 @@ class SnapshotStore:
         except Unavailable:
             return None  # the stream may have been deleted
         return found.payload if found is not None else None
+
+    async def read_latest(self, count: int) -> LogReader | None:
+        """Return a reader of the snapshots that were stored last, at most so many; None if there are none.
+
+        Raises:
+            LogError: the server refused, or did not answer.
+        """
+        info = await self.info()
+        if info is None or not info["state"]["messages"]:
+            return None
+        api, after = partial(call_api, self._connection), max(0, int(info["state"]["last_seq"]) - count)
+        reader = f"snapshots-{secrets.token_hex(4)}"  # a name of its own: several workers may read at once
+        nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+        settings = gentle_reader(Consumer())
+        return JetStreamReader(self._connection, api, self.name, after, None, settings, reader, nothing, nothing)
 
     @property
     def most(self) -> int:

@@ -88,7 +88,12 @@ class HttpServer:
         # asyncio accepts as many at once as the backlog has, before it closes one of them: a burst must not take more
         # files than the doors may have
         at_once = max(1, doors.most // 2)
-        self._server = await loop.create_server(accept, self._settings.host, self._settings.port, backlog=at_once)
+        host, port = self._settings.host, self._settings.port
+        try:
+            self._server = await loop.create_server(accept, host, port, backlog=at_once)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"can't serve HTTP on {host}:{port} (http.host, http.port): {reason}") from error
         for listening in self._server.sockets:
             with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
                 same.listen(BACKLOG)

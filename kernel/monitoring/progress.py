@@ -1,4 +1,4 @@
-"""Whether work gets done: the readiness of appends and of projections, whatever their state is said to be."""
+"""The readiness of appends and of projections: whether their work gets done, not what they report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stall:
         self._since: float | None = None
 
     def update(self, waiting: bool, done: object, now: float) -> float:
-        """Add an observation, and return the seconds since the first of those that were all alike.
+        """Add an observation, and return the seconds since the first of the latest equal ones.
 
         Args:
             waiting: whether work waits.
@@ -70,7 +70,7 @@ class AppendCheck:
         if appender.refusal:
             cause = await self._log.explain_refusal()
             self._explained = self._explained or bool(cause)
-            # what was in the way is gone, or nobody has asked for long: only a commit can tell
+            # the cause is gone, or no append has come for long: only a commit shows which
             over = not cause and not waiting and (self._explained or now - appender.refused_at > QUIET_S)
             if not over:
                 raise NotWorking(f"{appender.refusal}; {cause}" if cause else appender.refusal)

@@ -171,7 +171,7 @@ def _methods(cls: type, of: str) -> Iterator[tuple[CodeType, str]]:
 
 
 def _codes(function: Any) -> Iterator[CodeType]:
-    """Yield the code of a function and of those that it wraps."""
+    """Yield the code of a function and of the functions that it wraps."""
     function = getattr(function, "__func__", function)
     while inspect.isfunction(function):
         yield function.__code__

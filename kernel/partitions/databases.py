@@ -99,7 +99,7 @@ async def check_database(
 def _sentence(user: User, database: Identity) -> str:
     theirs, ours = user.database.get("name", "?"), database.get("name", "?")
     if theirs == ours:
-        ours += ", which is another database of the same name: a copy, or made anew"
+        ours += ", which is another database of the same name: a copy, or created again"
     return (
         f"the worker {user.worker} of this app projects into the database {theirs}, and this program was given {ours}: "
         "give all of them the same database (--database; for SQLite, --data). To move to another database, stop all "
@@ -107,6 +107,6 @@ def _sentence(user: User, database: Identity) -> str:
     )
 
 
-def describe(database: Identity | None) -> dict[str, Any]:
+def describe_database(database: Identity | None) -> dict[str, Any]:
     """Return what the key of a worker says about its database."""
     return {} if not database else {"database": dict(database)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
@@ -23,7 +24,9 @@ import orjson
 from kernel.errors import Conflict, DatabaseMismatch, LogError, StreamMismatch
 from kernel.log.appender import Appender
 from kernel.log.base import Stored
-from kernel.partitions.databases import Identity, check_database, describe
+from kernel.partitions.bucket import bucket_of, faults_of
+from kernel.partitions.databases import Identity, check_database, describe_database
+from kernel.partitions.members import FOLLOWER, WORKER, Member, Members, Program, describe, read_member
 from kernel.transport.connection import NatsConnection
 from kernel.transport.jetstream_api import NO_STREAM, ApiError, call_api, last_message
 
@@ -52,19 +55,6 @@ class Lease:
     deadline: float
 
 
-@dataclass(frozen=True, slots=True)
-class Members:
-    """The content of the bucket.
-
-    Attributes:
-        workers: names of the workers, sorted.
-        held: partitions that a worker holds.
-    """
-
-    workers: tuple[str, ...]
-    held: frozenset[int]
-
-
 class Leases:
     """The leases of one worker.
 
@@ -72,6 +62,8 @@ class Leases:
         app: name of the app's stream, from which the bucket's name is derived: two streams of one app share nothing.
         worker: this worker's name, unique for all time: letters, digits and `-`.
         ttl: lease duration in seconds: the bucket deletes a key that is not renewed for this long.
+        program: what this worker's program declares.
+        follows: this worker takes no commands, and holds no partitions: it only projects.
         on_mismatch: called with a reason when this worker comes back after its lease expired, and meanwhile another
             worker has brought another database.
 
@@ -88,11 +80,14 @@ class Leases:
         *,
         ttl: float,
         replicas: int = 1,
+        program: Program | None = None,
+        follows: bool = False,
         on_mismatch: Callable[[str], None] = logger.error,
     ) -> None:
         self._connection = connection
         self.worker, self.partitions, self.ttl = worker, partitions, ttl
         self._replicas, self._on_mismatch = replicas, on_mismatch
+        self._program, self._follows = program or Program(), follows
         self.database: Identity | None = None
         self._bucket = bucket_of(app)
         self._stream = f"KV_{self._bucket}"
@@ -242,7 +237,7 @@ class Leases:
             return
         before = clock()
         try:
-            revision = await self._put(f"w.{self.worker}", mine.revision if mine else 0)
+            revision = await self._put(f"{self._kind}.{self.worker}", mine.revision if mine else 0, describe(self.me))
         except Conflict:
             self._me = None
         except LogError as error:
@@ -263,6 +258,21 @@ class Leases:
             return lease.deadline > clock()  # the outcome is unknown
         self._held[partition] = Lease(revision, before + self.ttl * _MARGIN)
         return True
+
+    @property
+    def _kind(self) -> str:
+        return FOLLOWER if self._follows else WORKER
+
+    @property
+    def me(self) -> Member:
+        """What the others read of this worker."""
+        return Member(self.worker, self._program, frozenset(self._held), self._follows)
+
+    async def announce(self) -> None:
+        """Let the others read what this worker holds now, and not at the next renewal."""
+        async with self._writing:
+            if self._joined and self._me is not None:
+                await self._renew_membership(self._me)
 
     async def members(self) -> Members:
         """Return the workers and the partitions that they hold.
@@ -286,7 +296,15 @@ class Leases:
         return Members(
             tuple(sorted(workers)),
             frozenset(int(key[2:]) for key in keys if key.startswith("p.") and key[2:].isdigit()),
+            await self._read_others(keys),
         )
+
+    async def _read_others(self, keys: Collection[str]) -> tuple[Member, ...]:
+        mine = f"{self._kind}.{self.worker}"
+        others = sorted(key for key in keys if key[:2] in (f"{WORKER}.", f"{FOLLOWER}.") and key != mine)
+        found = await asyncio.gather(*(self._last(f"$KV.{self._bucket}.{key}") for key in others))
+        read = [read_member(key, stored.payload) for key, stored in zip(others, found, strict=True) if stored]
+        return tuple(member for member in read if member is not None)
 
     async def _keys(self) -> list[str]:
         # a bucket without a leader does not answer: a long wait would outlast the election of the next one
@@ -346,21 +364,26 @@ class Leases:
             logger.info("a lease can't be deleted, and will expire: %s", error)
 
     @asynccontextmanager
-    async def alone(self, what: str) -> AsyncIterator[None]:
+    async def alone(self, what: str, pause: float = 0.05, patience: float = math.inf) -> AsyncIterator[None]:
         """Wait for a lease that one worker at a time holds, and renew it until the block ends.
 
         Args:
             what: name of the lease.
+            pause: seconds between two tries.
+            patience: seconds after which nothing is tried any more.
 
         Raises:
             LogError: the server doesn't answer.
+            TimeoutError: another one has held it for all that time.
         """
-        key, revision = f"l.{what}", 0
+        key, revision, began = f"l.{what}", 0, clock()
         while not revision:
             try:
                 revision = await self._put(key, 0)
             except Conflict:
-                await asyncio.sleep(0.05)
+                if clock() - began >= patience:
+                    raise TimeoutError(f"another process holds the lease {what}") from None
+                await asyncio.sleep(pause)
         lease = Lease(revision, 0.0)
         renewing = asyncio.ensure_future(self._keep(key, lease))
         try:
@@ -399,10 +422,11 @@ class Leases:
             self._held.clear()
             await self._appender.close()
 
-    async def _put(self, key: str, expected: int) -> int:
+    async def _put(self, key: str, expected: int, more: dict[str, Any] | None = None) -> int:
         self._renewals += 1
         # every value is unique, so that the appender recognises its own value after a lost answer
-        value = orjson.dumps({"worker": self.worker, "renewal": self._renewals, **describe(self.database)})
+        said = describe_database(self.database)
+        value = orjson.dumps({"worker": self.worker, "renewal": self._renewals, **said, **(more or {})})
         return await self._appender.append(f"$KV.{self._bucket}.{key}", expected, value)
 
     async def _last(self, subject: str) -> Stored | None:
@@ -415,23 +439,3 @@ def _writer_of(value: bytes) -> str:
         return str(orjson.loads(value)["worker"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return ""  # another program has written the key
-
-
-def faults_of(config: dict[str, Any], subject: str) -> list[str]:
-    """Return what keeps a stream from holding leases, for people."""
-    wrong = {
-        "no time to live, so the leases of dead workers would never expire": config.get("max_age", 0) <= 0,
-        "a history, so a lease that is given back would leave an older one": config.get("max_msgs_per_subject") != 1,
-        "keys that can't be deleted, so no lease could be given back": config.get("deny_delete", False),
-        "another subject": config.get("subjects") != [subject],
-        "messages that their readers remove": config.get("retention", "limits") != "limits",
-        "the contents of another stream": bool(config.get("mirror") or config.get("sources")),
-        "a seal": config.get("sealed", False),
-        "no acknowledgements": config.get("no_ack", False),
-    }
-    return [fault for fault, there in wrong.items() if there]
-
-
-def bucket_of(app: str) -> str:
-    """Return the name of the bucket that holds an app's leases."""
-    return f"{app}-leases"

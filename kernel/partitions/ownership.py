@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from kernel.commands.admission import Admission
 from kernel.errors import LogError
 from kernel.log.subjects import Subjects
-from kernel.partitions.leases import Leases, Members
+from kernel.partitions.leases import Leases
+from kernel.partitions.members import Members, is_mixed, shares_of
 from kernel.projector.live import Projector
 from kernel.telemetry.metrics import LEASES_LOST, MOVED, PARTITIONS
 from kernel.transport.connection import ConnectionTrouble, NatsConnection, publish_frame
@@ -86,6 +88,8 @@ class Ownership:
                     await self._revoke(frozenset(surplus))
                 elif got := await self._leases.acquire(members):
                     await self._assign(got)
+                self._admission.deploying = self.mixed
+                self._project()
             except (LogError, ConnectionTrouble, OSError) as error:
                 # the next turn goes on from what there is
                 logger.warning("leases: %s", error)
@@ -96,9 +100,16 @@ class Ownership:
         """How many partitions this worker holds, how many there are, and how many it should hold."""
         return len(self._leases.held), self._leases.partitions, self._leases.share(self.members)
 
+    @property
+    def mixed(self) -> bool:
+        """Whether members run different programs: a deployment goes on."""
+        return is_mixed(self._leases.me, self.members.others)
+
     async def verify(self) -> None:
         """Make sure of what is still ours; the fence was met."""
         await self._lose(await self._leases.renew())
+        if not self._turn.locked():  # a hand-over waits for the projector, which waits here
+            await self._balance()
 
     async def _assign(self, partitions: list[int]) -> None:
         MOVED.labels(direction="taken").inc(len(partitions))
@@ -106,6 +117,7 @@ class Ownership:
         for partition in partitions:
             await self._listen(partition)
         self._project()
+        await self._tell_others()
         logger.info("took %d partitions, now %d of %d", len(partitions), len(self._listening), self._leases.partitions)
 
     async def _listen(self, partition: int) -> None:
@@ -117,7 +129,15 @@ class Ownership:
             )
 
     def _project(self) -> None:
-        self._projector.assign(frozenset(self._listening))
+        held = frozenset(self._listening)
+        me = replace(self._leases.me, held=held)
+        self._projector.assign(held, shares_of(me, self.members.others, self._leases.partitions))
+
+    async def _tell_others(self) -> None:
+        """Where programs differ, others project what this worker no longer does, and the other way round."""
+        if self.mixed:
+            await self._leases.announce()
+            self._nudge()
 
     async def _lose(self, partitions: list[int]) -> None:
         """Stop all work for partitions that may be somebody else's by now."""
@@ -132,15 +152,22 @@ class Ownership:
         """Finish what is under way, and only then let others take them: they find everything written."""
         MOVED.labels(direction="given back").inc(len(partitions))
         await self._stop_listening(partitions)
-        self._project()
+        if not self.mixed:
+            self._project()
         if not await self._admission.revoke(partitions, HAND_OVER_S):
             logger.warning("handing over with commands unanswered; their senders will repeat them")
+        if self.mixed:
+            # perhaps only this program can read what it has decided
+            await self._projector.catch_up(HAND_OVER_S)
+            self._project()
         try:
             async with asyncio.timeout(HAND_OVER_S):
                 await self._projector.released()
         except TimeoutError:
             logger.warning("handing over while a batch is being written; the fence decides about it")
         await self._leases.release(partitions)
+        if self.mixed:
+            await self._leases.announce()
         self._nudge()
 
     async def _stop_listening(self, partitions: Any) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from projections import Fenced, generations, views
 from projections.contention import is_contention
+from projections.following import beside_of, fence_all, retire_ready
 from projections.generations import Generation
 
 logger = logging.getLogger("eskernel.projector")
@@ -25,33 +26,49 @@ _LOCK_NOT_AVAILABLE = "55P03"
 _SQLITE_BUSY = 5
 
 
-def take_over(connection: Connection, made: Sequence[Generation]) -> int:
+def take_over(connection: Connection, made: Sequence[Generation], epoch: int) -> int:
     """Stop the live generations and point the views at these, in a transaction that this begins.
 
     The views come last, and are locked until the transaction ends.
+
+    Args:
+        epoch: that the checkpoints of these generations must carry.
 
     Returns:
         how far the live generations have folded: stream sequence.
 
     Raises:
         sqlalchemy.exc.DBAPIError: a lock was not to be had (`is_locked`), or the database failed; roll back.
-        Fenced: another rebuild has dropped one of these generations; roll back.
+        Fenced: one of these generations is somebody else's by now, or dropped; roll back.
         SchemaError: a view can't be replaced or dropped because others depend on it; roll back.
     """
-    postgresql = connection.dialect.name == "postgresql"
-    if postgresql:
-        views.execute(connection, f"SET LOCAL lock_timeout = {LOCK_MS}")
+    limit_locks(connection)
     furthest = 0
     for generation in sorted(made, key=attrgetter("name")):  # as every claim locks the checkpoints
-        if generation.number not in generations.numbers(connection, generation.name, "building", lock=True):
-            raise Fenced(f"another rebuild has dropped generation {generation.number} of {generation.name}")
+        live = generations.numbers(connection, generation.name, "live", lock=True)
+        # in the order in which all writers lock them
+        beside = beside_of(connection, generation)
+        for number in sorted({*live, *beside, generation.number}):
+            epochs = generations.lock_checkpoints(connection, generation.name, number)
+            if number == generation.number and set(epochs.values()) != {epoch}:
+                raise Fenced(f"generation {number} of {generation.name} was dropped, or another process writes it")
+        for number in beside:
+            # programs of this version keep up to date from now on what readers see
+            fence_all(connection, generation.name, number)
         furthest = max(furthest, *generations.retire_live(connection, generation.name).values(), 0)
     views.lock(connection, [view for generation in made for view in generations.views_of(connection, generation)])
     for generation in made:
         generations.show(connection, generation)
-    if postgresql:
+        retire_ready(connection, generation)
+    if connection.dialect.name == "postgresql":
         views.execute(connection, "SET LOCAL lock_timeout TO DEFAULT")
     return furthest
+
+
+def limit_locks(connection: Connection) -> None:
+    """Have this transaction wait for locks shortly only: queries that begin meanwhile queue behind it."""
+    if connection.dialect.name == "postgresql":
+        views.execute(connection, f"SET LOCAL lock_timeout = {LOCK_MS}")
 
 
 def is_locked(error: DBAPIError) -> bool:

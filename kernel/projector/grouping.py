@@ -44,7 +44,6 @@ class Sorter:
 
     Args:
         types: names of the app's aggregates.
-        owned: the partitions that are this worker's.
         position: where the projections stand; it notes which partitions a batch touches.
         projections: how many there are.
         note_unknown: called for each commit of an aggregate that the app doesn't have: its name and stream sequence.
@@ -54,13 +53,12 @@ class Sorter:
         self,
         subjects: Subjects,
         types: Collection[str],
-        owned: frozenset[int],
         position: Position,
         projections: int,
         garbage: Garbage,
         note_unknown: Callable[[str, int], None],
     ) -> None:
-        self._subjects, self._types, self._owned = subjects, types, owned
+        self._subjects, self._types, self._owned = subjects, types, position.owned
         self._position, self._projections, self._garbage = position, projections, garbage
         self._note_unknown = note_unknown
 
@@ -93,8 +91,10 @@ class Sorter:
         return self._position.folded(partition, sequence) if partition in self._owned else _ALL_NEW
 
     def _new_group(self, key: str | tuple[str, frozenset[int]]) -> Group:
-        subject, skip = (key, _ALL_NEW) if isinstance(key, str) else key
+        subject, skip = (key, None) if isinstance(key, str) else key
         address = self._subjects.parse(subject)
+        if skip is None:
+            skip = self._position.elsewhere(address.partition) if address.partition in self._owned else _ALL_NEW
         if address.partition not in self._owned or address.aggregate not in self._types:
             return Group(address, skip, True, [])
         return Group(address, skip, len(skip) == self._projections, [])
@@ -102,7 +102,7 @@ class Sorter:
     def _pass_over(self, address: Address, sequence: int) -> None:
         self._note_unknown(address.aggregate, sequence)
         if address.partition in self._owned:
-            # else whoever waits for the commit's sequence waits until the partition is quiet
+            # otherwise a query that waits for the commit's sequence waits until the partition is quiet
             self._position.touch(address.partition)
 
     def _put_aside(self, sequence: int, subject: str, payload: bytes, why: str) -> None:

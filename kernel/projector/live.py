@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Engine
@@ -17,7 +18,7 @@ from sqlalchemy import Engine
 from kernel.actors.residents import Residents
 from kernel.app import App
 from kernel.errors import LogError
-from kernel.governance.pace import Pace, unpaced
+from kernel.governance.pace import IDLE_S, Pace, unpaced
 from kernel.log.base import EventLog
 from kernel.log.repeats import Repeats
 from kernel.projector.committer import AWAY, Committer
@@ -35,16 +36,33 @@ from projections.errors import Fenced
 logger = logging.getLogger("eskernel.projector")
 
 Verify = Callable[[], Coroutine[Any, Any, None]]
+FENCED_MOST = 3
+"""After a fence it goes on at the latest after the pause that follows so many failures."""
 UNSURE = 4
 """A worker whose leases are in doubt looks again after the pause that follows so many failures."""
 STARTING, RUNNING, NO_PARTITIONS = "starting", "running", "waiting for partitions"
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a projector works on: the partitions that the worker holds, and those of some projections instead."""
+
+    held: frozenset[int]
+    shares: dict[str, frozenset[int]]
+
+    @property
+    def all(self) -> frozenset[int]:
+        return self.held.union(*self.shares.values())
+
+
+_NOTHING = _Work(frozenset(), {})
+
+
 class Projector:
     """Keeps the live projections of an app up to date.
 
-    It works on the partitions that it was given with `assign`, and reads the whole log for them: passing over what is
-    another worker's costs less than a filter does on the server.
+    It works on the partitions that it was given with `assign`, of the generations that its program follows. It reads
+    the whole log for them: passing over what is another worker's costs less than a filter does on the server.
 
     Args:
         residents: the live aggregates, whose actors fold.
@@ -76,8 +94,8 @@ class Projector:
         self._residents = residents
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._wanted: frozenset[int] = frozenset()
-        self._owned: frozenset[int] = frozenset()
+        self._wanted = _NOTHING
+        self._owned = _NOTHING
         # set while the session at work is to end: for a stop, or for other partitions
         self._interrupted = asyncio.Event()
         self._idle = asyncio.Event()
@@ -117,17 +135,51 @@ class Projector:
         """Stream sequence up to which everything is projected."""
         return self.progress.projected
 
-    def assign(self, partitions: frozenset[int]) -> None:
-        """Work on these partitions from now on; what is under way for others is written or given up first."""
-        if partitions != self._wanted:
-            if not self._wanted:
+    @property
+    def partitions(self) -> frozenset[int]:
+        """The partitions that it works on, for whatever projection."""
+        return self._wanted.all
+
+    def projects(self, name: str, partition: int) -> bool:
+        """Return whether it keeps a partition of a projection up to date, as far as can be known without asking."""
+        share = self._wanted.shares.get(name)
+        if share is None:
+            return partition in self._wanted.held and self._holds(partition)
+        return partition in share
+
+    def assign(self, partitions: frozenset[int], shares: Mapping[str, frozenset[int]] | None = None) -> None:
+        """Work on these partitions from now on; what is under way for others is written or given up first.
+
+        Args:
+            partitions: those of each projection. This worker holds them.
+            shares: those of some projections instead, by name, where not each worker declares the same version. This
+                worker need not hold them.
+        """
+        wanted = _Work(partitions, dict(shares or {}))
+        if wanted != self._wanted:
+            if not self._wanted.all:
                 self.state = STARTING
-            self._wanted = partitions
+            self._wanted = wanted
             self._interrupted.set()
+
+    def begin_again(self) -> None:
+        """Look again which generations there are, and claim them."""
+        self._interrupted.set()
+
+    async def catch_up(self, timeout: float) -> bool:
+        """Wait until everything is written that the log has now; return whether that took at most `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                last = (await self._context.log.info()).last
+                while self._owned.all and not self.progress.has_written(last):  # noqa: ASYNC110 - it lasts moments
+                    await asyncio.sleep(0.01)
+        except (TimeoutError, LogError):
+            return False
+        return True
 
     async def released(self) -> None:
         """Wait until nothing is under way for partitions that were taken away with `assign`."""
-        while self._owned - self._wanted:
+        while self._owned.all - self._wanted.all:
             self._idle.clear()
             await self._idle.wait()
 
@@ -142,17 +194,19 @@ class Projector:
         while not self._stopping:
             self._interrupted.clear()
             # to claim what may be another's by now would stop that worker for a moment
-            self._owned = frozenset(filter(self._holds, self._wanted))
+            held = frozenset(filter(self._holds, self._wanted.held))
+            lost = self._wanted.held - held
+            self._owned = _Work(held, {name: share - lost for name, share in self._wanted.shares.items()})
             self._idle.set()
-            if not self._owned:
+            if not self._owned.all:
                 self.state = NO_PARTITIONS
-                if self._wanted:
-                    # a lease is in doubt: nobody says so when it is not any more
+                if self._wanted.all:
+                    # a lease is in doubt, and no event follows when the doubt ends
                     await self.committer.rest(UNSURE)
                 else:
                     await self._interrupted.wait()
                 continue
-            began_at = self.position
+            began_at, fenced = self.position, False
             try:
                 await self._project()
             except ProjectionPaused:
@@ -160,6 +214,7 @@ class Projector:
             except Fenced as error:
                 self._note("fenced", error, logging.INFO, "projection goes on (a rebuild, or another worker)")
                 FENCED.inc()
+                fenced = True
                 await verify()
             except LogError as error:
                 self._note("log", error, logging.WARNING, "projection waits for the log")
@@ -173,8 +228,9 @@ class Projector:
                     self.state = f"failing: {self.trouble}"
             if not self._interrupted.is_set():
                 failures = failures + 1 if self.position == began_at else 1
-                await self.committer.rest(failures)
-        self._owned = frozenset()
+                # a deployment moves partitions several times within seconds, and readers wait for each
+                await self.committer.rest(min(failures, FENCED_MOST) if fenced else failures)
+        self._owned = _NOTHING
         self._idle.set()
 
     def _note(self, cause: str, error: Exception, level: int, what: str) -> None:
@@ -188,11 +244,24 @@ class Projector:
 
     async def _project(self) -> None:
         """Claim the partitions and project them, until interrupted or until something fails."""
-        session = await Session.claim(self._context, self._owned)
+        session = await Session.claim(self._context, self._owned.held, self._owned.shares)
         try:
-            await session.run()
+            if session.idle:
+                await self._wait_for_tables(session)
+            else:
+                await session.run()
         finally:
             await session.end()
+
+    async def _wait_for_tables(self, session: Session) -> None:
+        """Wait until there is something to project: a build, or a person, ends the wait."""
+        self._set_state(RUNNING)
+        while not self._interrupted.is_set():
+            try:
+                async with asyncio.timeout(IDLE_S):
+                    await self._interrupted.wait()
+            except TimeoutError:
+                await session.notice_resume_by_person()
 
     def start(self, verify: Verify) -> None:
         """Have `run` work in a task of its own."""

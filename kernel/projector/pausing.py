@@ -24,7 +24,7 @@ class ProjectionPaused(Exception):
 
 
 class Pauses:
-    """The projections that this worker has paused. A restart forgets them: the program may have been mended.
+    """The projections that this worker has paused. A restart forgets them: the program may have been corrected.
 
     Args:
         projections: in the plan's order.
@@ -57,7 +57,7 @@ class Pauses:
 
         Args:
             groups: none if they are counted already.
-            failures: those that may pass with time count for nothing.
+            failures: a transient one does not count.
         """
         now = self._clock()
         folded: Counter[int] = Counter()

@@ -22,11 +22,13 @@ class Hand:
 
     Attributes:
         oldest: when the first of them was appended, in Unix time.
+        first: stream sequence of the first of them.
         counts: by partition.
         skipped: of those, how many a projection had folded before, by projection and partition.
     """
 
     oldest: float
+    first: int
     counts: Counter[int] = field(default_factory=Counter)
     skipped: Counter[tuple[int, int]] = field(default_factory=Counter)
 
@@ -71,7 +73,7 @@ class ReadProgress:
 
     def read(self, groups: Iterable[Group], batch: CommitBatch) -> Hand:
         """A batch was read and sorted."""
-        hand = Hand(batch.oldest)
+        hand = Hand(batch.oldest, batch.commits[0].sequence)
         for group in groups:
             partition, count = group.address.partition, len(group.commits)
             hand.counts[partition] += count
@@ -92,6 +94,12 @@ class ReadProgress:
         self._hands.remove(hand)
         self.done += hand.counts.total()
 
+    def has_written(self, sequence: int) -> bool:
+        """Return whether everything up to a stream sequence was read, and what concerns this worker was written."""
+        if not self._owned:
+            return True
+        return self._read_to >= sequence and all(hand.first > sequence for hand in self._hands)
+
     def note_end(self, end: int) -> None:
         """Note that the log reaches so far."""
         self.end = max(self.end, end)
@@ -101,7 +109,8 @@ class ReadProgress:
     @property
     def unread(self) -> int:
         """Commits in the log that have not been read, whosever they are."""
-        return max(0, self.end - self._read_to) if self._position is not None else 0
+        # where nothing is built yet, nothing waits for this worker
+        return max(0, self.end - self._read_to) if self._owned else 0
 
     @property
     def behind(self) -> int:
@@ -125,14 +134,14 @@ class ReadProgress:
                 oldest.setdefault(partition, hand.oldest)
         for projection in range(projections):
             folded = position.of(projection)
-            for partition in owned:
+            for partition in owned & folded.keys():
                 count: float = in_hand[partition]
                 if count:
                     count -= sum(hand.skipped[projection, partition] for hand in hands if hand.skipped)
                 age = max(0.0, now - oldest[partition]) if count and oldest[partition] else 0.0
                 if unread:
                     share = weights[partition] / total if total else 1 / self._partitions
-                    more = share * max(0, end - max(read_to, folded.get(partition, 0)))
+                    more = share * max(0, end - max(read_to, folded[partition]))
                     age = age or (unread_age if more else 0.0)
                     count += more
                 if count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from kernel.governance.pace import IDLE_S, Pace
-from kernel.log.base import CommitBatch, LogReader
+from kernel.log.base import CommitBatch, LogReader, size_of
 from kernel.settings import Batch
 
 BACKLOG = 2_000
@@ -19,7 +19,7 @@ async def read_batch(reader: LogReader, limits: Batch, pace: Pace) -> CommitBatc
     if not room:
         return CommitBatch([], 0)
     batch = await reader.next(room, IDLE_S)
-    size = sum(len(commit.payload) for commit in batch.commits)
+    size = size_of(batch.commits)
     deadline = time.monotonic() + limits.time
     while batch.pending > BACKLOG and len(batch.commits) < room and size < limits.bytes:
         if time.monotonic() >= deadline:
@@ -28,5 +28,5 @@ async def read_batch(reader: LogReader, limits: Batch, pace: Pace) -> CommitBatc
         if not more.commits:
             break
         batch = CommitBatch(batch.commits + more.commits, more.pending, batch.oldest)
-        size += sum(len(commit.payload) for commit in more.commits)
+        size += size_of(more.commits)
     return batch

@@ -1,73 +1,76 @@
-"""Rebuilding projections by replay: new generations are filled beside the live ones, then take their place at once.
+"""Building generations by replay: they are filled beside the live ones, verified, and take their place at once.
 
 Any number of projections are built in one pass over the log. The path is the same for a projection that is new, one
-whose version was raised, and one that is simply built again.
+whose version was raised, one that is simply built again, a build that goes on after a crash, and a generation that
+readers saw before and are to see again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import DBAPIError
 
-from aggregates import InvalidId, InvalidMessage
-from aggregates.commit import Envelope, decode
 from kernel.app import App
 from kernel.governance.pace import Pace, unpaced
-from kernel.log.base import EventLog, LogReader, Stored
+from kernel.log.base import EventLog, LogReader
 from kernel.projector.cut_over import PAUSE_S, LockWait, is_locked, take_over
-from kernel.projector.parking import ParkingLog, stored_commit
+from kernel.projector.parking import ParkingLog
+from kernel.projector.replay import RebuildProgress, Replay, reading
 from kernel.projector.unknown import find_unknown
+from kernel.projector.verification import Verification
+from kernel.settings import DeadLetters
 from projections import generations
-from projections.build import Build
-from projections.checkpoints import Move, Position
+from projections.adoption import adopt
+from projections.comparison import TableComparison
 from projections.contention import AT_ONCE, is_contention, outlast_contention
 from projections.database import open_database, reads
 from projections.declaration import DeclaredProjection
-from projections.errors import Fenced, HandlerFailed, SchemaError
+from projections.errors import Fenced, NotReproducible, SchemaError, TooManyFailures
+from projections.exclusions import load_parked, load_skipped
 from projections.fold import Plan
+from projections.following import code_of, newest_retired, set_ready, take, unfinished
 from projections.heads import mark_keepers
-from projections.parked import Letter
 from projections.tables import stream
-from projections.unit_of_work import Batch, Write, Writer
+from projections.unit_of_work import Writer
 
 logger = logging.getLogger("eskernel.projector")
 
 T = TypeVar("T")
-Commits = list[tuple[int, list[Envelope]]]
-Groups = dict[tuple[str, str], Commits]
-WINDOW = 40_000
-"""Commits folded before they are written: most rows of a window are written once for many events."""
-WINDOW_BYTES = 64_000_000
-"""Bytes of commits that are folded before they are written."""
-READ = 8_000
+_REPRODUCE = (
+    "Nothing has changed for readers. A handler may use nothing but the event, its Meta and the row: no clock, no "
+    "random numbers, no order of a set. Mend it; or set deployment.verify to false to show the tables as they are"
+)
 LEFT = 1_000
 """Commits that may be left to fold at the cut-over, while queries wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class RebuildProgress:
-    """How far a rebuild is.
+class Course:
+    """How generations are built.
 
     Attributes:
-        done, total: commits of the log.
-        events: events folded so far.
-        seconds: since the beginning.
+        existing: numbers of generations to go on with, by projection: unfinished ones, or ones that were kept up to
+            date. All of them, or none. None: new ones are made.
+        verify: fold the log a second time, and compare, before readers see the result.
+        show: have readers see the result. Otherwise it is ready, and another course shows it later.
+        finished: the existing ones were complete and checked before.
+        contested: another process that takes over is no error of the program: `Fenced` says so.
     """
 
-    done: int
-    total: int
-    events: int
-    seconds: float
+    existing: Mapping[str, int] | None = None
+    verify: bool = False
+    show: bool = True
+    finished: bool = False
+    contested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class Rebuild:
         projections: the projections to build, of `App.projections`.
         progress: called after each window that was folded.
         pace: how fast the log may be read; as fast as it goes without one.
+        limits: at how many aggregates a projection may fail and still be shown; by default as in the settings.
+        course: how; by default from the beginning, without a second fold.
     """
 
     def __init__(
@@ -112,34 +117,36 @@ class Rebuild:
         projections: Sequence[DeclaredProjection],
         progress: Callable[[RebuildProgress], None] = lambda _: None,
         pace: Pace | None = None,
+        limits: DeadLetters | None = None,
+        course: Course | None = None,
     ) -> None:
-        self._pace = pace or unpaced()
+        self._pace, self._limits, self._course = pace or unpaced(), limits or DeadLetters(), course or Course()
         self._app, self._log, self._projections, self._progress = app, log, projections, progress
         self._engine = open_database(database) if isinstance(database, str) else database
         self._opened = isinstance(database, str)
         self._plan = Plan(list(app.types.values()), projections, self._engine.dialect, app.transient)
-        self._wanted = {declared.aggregate for declared in projections}
         self._parkings = ParkingLog("while building", projections)
         self._pool = ThreadPoolExecutor(1, "eskernel-rebuild")
-        self._events = 0
-        self._done = 0
-        self._at = 0
-        self._folded = 0
-        self._began = time.perf_counter()
 
     async def run(self) -> list[Rebuilt]:
-        """Build, catch up, cut over: all of the projections in the same transaction.
+        """Build, catch up, verify, cut over: all of the projections in the same transaction.
 
         Raises:
+            TooManyFailures: the program fails at so many aggregates that live projection would pause.
+            NotReproducible: a second fold of the same log came to other rows.
             DeclarationError: an aggregate's class seems to have been renamed; the copy would be empty.
-            LogError, sqlalchemy.exc.DBAPIError: nothing has changed for anybody; the unfinished copy is removed by
-                the next rebuild.
+            Fenced: a generation that was to be gone on with, or is contested, belongs to somebody else now.
+            LogError, sqlalchemy.exc.DBAPIError: nothing has changed for anybody. The unfinished copy is removed by the
+                next rebuild, or gone on with.
         """
         started = time.perf_counter()
         try:
-            await find_unknown(self._app, self._log)
-            made = await self._build_generations(started)
+            if not self._course.finished:
+                await find_unknown(self._app, self._log)
+            replay = await self._build_generations(started)
         except Fenced:
+            if self._course.existing is not None or self._course.contested:
+                raise
             names = ", ".join(declared.name for declared in self._projections)
             raise SchemaError(f"another rebuild of {names} took over; this one has changed nothing") from None
         finally:
@@ -153,190 +160,155 @@ class Rebuild:
                 generation.name,
                 generation.projection.version,
                 generation.number,
-                self._events,
-                self._at,
+                replay.events,
+                replay.at,
                 seconds,
                 self._parked(index),
             )
-            for index, generation in enumerate(made)
+            for index, generation in enumerate(replay.writer.generations)
         ]
 
     def _parked(self, index: int) -> int:
         return sum(index in waiting and not waiting[index].waits for waiting in self._plan.parked.values())
 
-    async def _build_generations(self, started: float) -> list[generations.Generation]:
-        info = await self._log.info()
-        made = await self._in(partial(outlast_contention, partial(self._prepare, info.partitions)))
-        self._writer = Writer(self._engine, self._plan, made, epoch=0)
-        self._build = Build(self._plan, self._writer)
-        self._position = Position([dict.fromkeys(range(info.partitions), 0)] * len(made))
-        reader = await self._log.read(0)
-        # what a replay makes is freed when it is done with; looking for cycles in it takes a fifth of the time
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            behind = info.last
-            while behind:
-                await self._fill(reader, info.commits, info.last, started)
-                before, info = behind, await self._log.info()
-                # a slowed rebuild has much to catch up with: while it gains on the log, before the cut-over
-                gap = info.last - self._at
-                behind = gap if LEFT < gap < before else 0
-            await self._cut_over(reader, made)
-        finally:
-            if collecting:
-                gc.enable()
-            await reader.close()
-        return made
+    async def _check_failures(self) -> None:
+        for index, declared in enumerate(self._projections):
+            failed = {
+                key: found[index].error
+                for key, found in self._plan.parked.items()
+                if index in found and not found[index].waits and not found[index].transient
+            }
+            if len(failed) < self._limits.pause_minimum:
+                continue
+            counted = await self._log.count_commits(self._app.types)
+            # those without a beginning fail, and may not be in the log
+            most = max(counted[declared.aggregate].aggregates if declared.aggregate in counted else 0, len(failed))
+            if len(failed) > self._limits.pause_above * most:
+                (aggregate, aggregate_id), why = next(iter(failed.items()))
+                raise TooManyFailures(
+                    f"{declared.name} fails at {len(failed)} of {most} aggregates, such as {aggregate} "
+                    f"{aggregate_id}: {why}. "
+                    "Nothing has changed for readers. Mend the program; or, if it is right, set "
+                    "dead_letters.pause_above to 1 while it is built"
+                )
 
-    def _prepare(self, partitions: int) -> list[generations.Generation]:
+    async def _build_generations(self, started: float) -> Replay:
+        info = await self._log.info()
+        made, epoch, start = await self._in(partial(outlast_contention, partial(self._prepare, info.partitions)))
+        writer = Writer(self._engine, self._plan, made, epoch=epoch, alone=True)
+        total = info.commits
+        # what was folded before counts as done
+        before = min(start.values(), default=0)
+
+        def report(replay: Replay, phase: str) -> None:
+            done = before + replay.commits
+            seconds = time.perf_counter() - started
+            self._progress(RebuildProgress(done, max(total, done), replay.events, seconds, phase))
+
+        replay = Replay(
+            self._log,
+            writer,
+            info.partitions,
+            self._pool,
+            self._pace,
+            self._parkings.write,
+            partial(report, phase="building"),
+            start,
+        )
+        async with reading(self._log, replay.at) as reader:
+            behind = info.last - replay.at
+            while behind > 0:
+                await replay.fill(reader, info.last)
+                last, info = behind, await self._log.info()
+                total = info.commits
+                # a slowed rebuild has much to catch up with: while it gains on the log, before the cut-over
+                gap = info.last - replay.at
+                behind = gap if LEFT < gap < last else 0
+            if not self._course.finished:
+                await self._check_failures()
+            if self._course.verify and replay.at and not self._course.finished:
+                await self._verify(made, started)
+                await replay.fill(reader, (await self._log.info()).last)
+            if self._course.show:
+                await self._cut_over(replay, reader)
+            else:
+                await self._in(partial(set_ready, self._engine, made))
+        return replay
+
+    async def _verify(self, made: Sequence[generations.Generation], started: float) -> None:
+        """Fold the log a second time, and compare.
+
+        Raises:
+            NotReproducible: it came to other rows.
+        """
+
+        def show(progress: RebuildProgress) -> None:
+            seconds = time.perf_counter() - started
+            self._progress(replace(progress, seconds=seconds, phase="verifying"))
+
+        numbers = {generation.name: generation.number for generation in made}
+        verification = Verification(
+            self._app, self._log, self._engine, self._projections, show, self._pace, unshown=numbers
+        )
+        for found in await verification.run():
+            for table in found.tables:
+                if table.differing:
+                    raise NotReproducible(_different(found.projection, table))
+            if found.parked:
+                first = found.parked[0]
+                raise NotReproducible(
+                    f"{found.projection}: {first.aggregate} {first.aggregate_id} failed at event {first.sequence} in "
+                    f"the second of two folds of the same log only: {first.error}. {_REPRODUCE}"
+                )
+
+    def _prepare(self, partitions: int) -> tuple[list[generations.Generation], int, dict[int, int]]:
+        """Make the generations, or take those that are to be gone on with; return their epoch and where they stand."""
         with self._engine.begin() as connection:
             # rebuilds that begin at the same moment do this one after the other
             connection.execute(select(stream.c.app).with_for_update())
-            generations.adopt(connection, self._app.projections)
+            adopt(connection, self._app.projections)
+            load_skipped(connection, self._plan)
+            if self._course.existing is not None:
+                made = [
+                    generations.generation(declared, self._course.existing[declared.name])
+                    for declared in self._projections
+                ]
+                epoch, start = take(connection, self._app.name, made)
+                load_parked(connection, self._plan, made)
+                return made, epoch, start
             for declared in self._projections:
-                for number in generations.numbers(connection, declared.name, "building", lock=True):
-                    generations.drop(connection, declared, number)
-            made = [generations.create(connection, declared, range(partitions)) for declared in self._projections]
+                for number in unfinished(connection, declared):
+                    generations.drop_generation(connection, declared.name, number)
+            types = list(self._app.types.values())
+            made = [
+                generations.create(
+                    connection, declared, range(partitions), code_of(declared, types, self._engine.dialect)
+                )
+                for declared in self._projections
+            ]
             for generation in made:
                 generations.check_replaceable(connection, generation)
-            mark_keepers(connection, self._app.projections, made)
-            return made
+            mark_keepers(connection, self._app.projections, made, new=True)
+            return made, 0, dict.fromkeys(range(partitions), 0)
 
-    async def _fill(self, reader: LogReader, total: int, last: int, started: float) -> None:
-        """Replay up to where the log ended at the start, writing one window while the next is folded."""
-        writing: asyncio.Future[list[HandlerFailed]] | None = None
-        written: Groups = {}
-        try:
-            while self._at < last:
-                window = await self._window(reader, last, self._pace)
-                if not window:
-                    continue
-                groups = await self._group(window)
-                if self._build.missing(groups):
-                    await self._conclude(writing, written)
-                    writing = None
-                write = await self._fold(groups, window)
-                parked = await self._conclude(writing, written)
-                writing = None
-                if parked and self._build.missing(groups):
-                    # some were folded from records that are not in the database
-                    self._build.forget(groups)
-                    write = await self._fold(groups, window)
-                self._writer.park_suspects(write)
-                self._build.trim()
-                written, writing = groups, asyncio.ensure_future(self._in(partial(self._writer.commit, write)))
-                self._advance(write, window)
-                self._done += len(window)
-                self._progress(
-                    RebuildProgress(self._done, max(total, self._done), self._events, time.perf_counter() - started)
-                )
-        finally:
-            await self._conclude(writing, written)
-
-    async def _conclude(self, writing: asyncio.Future[list[HandlerFailed]] | None, written: Groups) -> bool:
-        """Wait for a write, and park what it could not write. Return whether there was any."""
-        failures = await writing if writing is not None else []
-        self._park(failures, written)
-        return bool(failures)
-
-    def _park(self, failures: Sequence[HandlerFailed], groups: Groups) -> None:
-        """Park aggregates that could not be written, and forget their records."""
-        self._parkings.write(failures, groups.items)
-        for failure in failures:
-            self._plan.park(failure)
-        if failures:
-            self._build.forget(failure.aggregate for failure in failures)
-
-    async def _window(self, reader: LogReader, last: int, pace: Pace) -> list[Stored]:
-        window: list[Stored] = []
-        size = 0
-        while len(window) < WINDOW and size < WINDOW_BYTES and (not window or window[-1].sequence < last):
-            if not (room := await pace.room(min(READ, WINDOW - len(window)))):
-                continue
-            batch = await reader.next(room, timeout=1.0)
-            pace.spend(len(batch.commits))
-            window += batch.commits
-            size += sum(len(commit.payload) for commit in batch.commits)
-            # what the pace gives in a second is written each second: it would take too long to fill a window
-            if window and (not batch.commits or room < READ):
-                break
-        return window
-
-    async def _group(self, window: list[Stored]) -> Groups:
-        by_subject: dict[str, Commits | None] = {}
-        groups: Groups = {}
-        for number, (sequence, subject, payload) in enumerate(window):
-            if number % 4_000 == 3_999:
-                await asyncio.sleep(0)
-            try:
-                commits = by_subject[subject]
-            except KeyError:
-                commits = by_subject[subject] = self._new_group(subject, groups)
-            if commits is None:
-                continue
-            try:
-                commits.append((sequence, decode(payload)))
-            except InvalidMessage:
-                continue  # the live projection has put it into quarantine
-        return {key: commits for key, commits in groups.items() if commits}
-
-    def _new_group(self, subject: str, groups: Groups) -> Commits | None:
-        """Return the list for a subject's commits, or None if no projection here wants them."""
-        try:
-            address = self._log.subjects.parse(subject)
-        except InvalidId:
-            return None
-        return groups.setdefault((address.aggregate, address.id), []) if address.aggregate in self._wanted else None
-
-    async def _fold(self, groups: Groups, window: list[Stored], connection: Connection | None = None) -> Write:
-        """Fold a window and make it ready to be written.
-
-        Args:
-            connection: read stored rows on this connection.
-        """
-        if missing := self._build.missing(groups):
-            await self._in(partial(self._build.load, missing, connection))
-        folded = self._build.fold(groups, sum(len(commit.payload) for commit in window))
-        self._parkings.write(folded.failures, groups.items)
-        self._folded = folded.count
-        moves: list[Move] = self._position.quiet_moves(self._writer.generations, window[-1].sequence)
-        batch: Batch = [(key, commits, frozenset()) for key, commits in groups.items()]
-        return self._writer.freeze(folded, moves, partial(self._letter, window), batch)
-
-    def _advance(self, write: Write, window: list[Stored]) -> None:
-        """Count a window as folded, which is written or being written."""
-        self._position.advance(write.moves, self._writer.generations)
-        self._events += self._folded
-        self._at = window[-1].sequence
-
-    def _letter(self, window: list[Stored], letter: Letter) -> tuple[int, bytes]:
-        return stored_commit(letter, window, self._log.subjects)
-
-    async def _cut_over(self, reader: LogReader, made: list[generations.Generation]) -> None:
+    async def _cut_over(self, replay: Replay, reader: LogReader) -> None:
         """In one transaction: stop the live generations, show ours instead, and fold what they had beyond ours."""
         connection: Connection = await self._in(self._engine.connect)
         try:
-            furthest = await self._take_over(connection, reader, made)
-            while self._at < furthest:
-                # the live projections stand still meanwhile: nothing may slow this
-                window = await self._window(reader, furthest, unpaced())
-                if not window:
-                    continue
-                groups = await self._group(window)
-                write = await self._fold(groups, window, connection)
-                self._park(await self._in(partial(self._writer.attempt, connection, write)), groups)
-                self._advance(write, window)
+            furthest = await self._take_over(connection, replay, reader)
+            # the live projections stand still meanwhile: nothing may slow this
+            await replay.fill_within(connection, reader, furthest)
             await self._in(connection.commit)
         finally:
             await self._in(connection.close)
 
-    async def _take_over(self, connection: Connection, reader: LogReader, made: list[generations.Generation]) -> int:
+    async def _take_over(self, connection: Connection, replay: Replay, reader: LogReader) -> int:
         """Begin the cut-over's transaction, as often as it takes to have its locks. Return `take_over`'s result."""
+        made = replay.writer.generations
         waiting, deadlocks = LockWait(made), 0
         while True:
             try:
-                return await self._in(partial(take_over, connection, made))
+                return await self._in(partial(take_over, connection, made, replay.writer.epoch))
             except DBAPIError as error:
                 await self._in(connection.rollback)
                 if not is_locked(error):
@@ -348,25 +320,44 @@ class Rebuild:
             await asyncio.sleep(PAUSE_S)
             # the live projections have gone on: what they folded is folded before they are stopped again
             info = await self._log.info()
-            if info.last > self._at:
-                await self._fill(reader, info.commits, info.last, self._began)
+            if info.last > replay.at:
+                await replay.fill(reader, info.last)
 
     async def _in(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
-def clean_up(engine: Engine, declared: DeclaredProjection, keep: int = 1) -> list[int]:
+def _different(name: str, table: TableComparison) -> str:
+    (first, *_) = table.examples
+    key = ", ".join(f"{column} {value!r}" for column, value in first.key.items())
+    return (
+        f"two folds of the same log came to different rows of {name}: {table.differing} of {table.view} differ, such "
+        f"as the one with {key or 'no key'} ({', '.join(table.columns) or 'it is there only once'}). {_REPRODUCE}"
+    )
+
+
+def clean_up(
+    engine: Engine, declared: DeclaredProjection, keep: int = 1, among: Sequence[int] | None = None
+) -> list[int]:
     """Drop retired generations but the newest `keep`; return the numbers of those dropped.
 
-    A generation on which others have built is kept, with a warning.
+    A generation on which others have built is kept, with a warning. So is the newest one of each version that readers
+    do not see: programs that declare it may be running, and it is where a rollback leads to.
+
+    Args:
+        among: these instead, whatever their versions are.
     """
     dropped: list[int] = []
-    with reads(engine).connect() as connection:
-        retired: list[int] = generations.numbers(connection, declared.name, "retired")
-    for number in retired[: max(0, len(retired) - keep)]:
+    if among is None:
+        with reads(engine).connect() as connection:
+            retired: list[int] = generations.numbers(connection, declared.name, "retired")
+            spared = newest_retired(connection, declared.name)
+        among = [number for number in retired[: max(0, len(retired) - keep)] if number not in spared]
+    for number in among:
         try:
             with engine.begin() as connection:
-                generations.drop(connection, declared, number)
+                adopt(connection, [declared])
+                generations.drop_generation(connection, declared.name, number)
         except SchemaError as error:
             logger.warning("generation %d of %s is kept: %s", number, declared.name, error)
         except DBAPIError as error:
@@ -376,20 +367,3 @@ def clean_up(engine: Engine, declared: DeclaredProjection, keep: int = 1) -> lis
         else:
             dropped.append(number)
     return dropped
-
-
-async def build_missing(
-    app: App,
-    log: EventLog,
-    engine: Engine,
-    progress: Callable[[RebuildProgress], None] = lambda _: None,
-    pace: Pace | None = None,
-) -> list[Rebuilt]:
-    """Build every projection that has no live generation of its declared version."""
-
-    def find_missing() -> list[DeclaredProjection]:
-        with reads(engine).connect() as connection:
-            return [declared for declared in app.projections if not generations.is_built(connection, declared)]
-
-    missing = await asyncio.to_thread(find_missing)
-    return await Rebuild(app, log, engine, missing, progress, pace).run() if missing else []

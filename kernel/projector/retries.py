@@ -26,16 +26,22 @@ class DeadLetterRetries:
     """Folds again, with growing pauses, the events that wait for a retry in this worker's partitions.
 
     Args:
-        holds: says whether this worker holds a partition.
+        projects: says whether this worker keeps a partition of a projection up to date.
 
     Attributes:
         postponed: the aggregates that wait for a newer program, in the whole database.
     """
 
     def __init__(
-        self, app: App, engine: Engine, subjects: Subjects, holds: Callable[[int], bool], settings: DeadLetters
+        self,
+        app: App,
+        engine: Engine,
+        subjects: Subjects,
+        projects: Callable[[str, int], bool],
+        settings: DeadLetters,
     ) -> None:
-        self._app, self._engine, self._subjects, self._holds, self._settings = app, engine, subjects, holds, settings
+        self._app, self._engine, self._subjects, self._settings = app, engine, subjects, settings
+        self._projects = projects
         self.postponed: list[Postponed] = []
         self._warned: set[tuple[str, str]] = set()
 
@@ -74,7 +80,7 @@ class DeadLetterRetries:
         due = [
             letter
             for letter in (dead_letters.due(self._engine, time.time()) if parked else ())
-            if self._holds(self._subjects.partition(letter.aggregate, letter.aggregate_id))
+            if self._projects(letter.projection, self._subjects.partition(letter.aggregate, letter.aggregate_id))
         ]
         return retry_all(self._engine, self._app.plan(self._engine.dialect), due, self._pause) if due else []
 

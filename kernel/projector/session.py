@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,10 +42,12 @@ from kernel.telemetry.metrics import (
     ROWS,
 )
 from kernel.telemetry.tracing import Tracer
-from projections.checkpoints import Claim, Move, claim, read_epochs
+from projections import exclusions
+from projections.checkpoints import ABSENT, Claim, Move, claim, is_followed, read_epochs
 from projections.database import reads
 from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Plan
+from projections.generations import PAUSED
 from projections.unit_of_work import Unreadable, Write, Writer
 from projections.waiting import fold_postponed
 
@@ -112,19 +114,17 @@ class Session:
     """One claim of some partitions, and the work on them. Made by `claim`; `end` must be called.
 
     Args:
-        partitions: the partitions that were claimed.
         writer: writes batches under the claim's epoch.
     """
 
-    def __init__(self, context: ProjectorContext, partitions: frozenset[int], claimed: Claim, writer: Writer) -> None:
+    def __init__(self, context: ProjectorContext, claimed: Claim, writer: Writer) -> None:
         self._context, self._plan, self._progress = context, context.plan, context.progress
-        self._partitions = partitions
+        self._claimed = claimed
         self._position = claimed.position
         self._writer = writer
         self._sorter = Sorter(
             context.log.subjects,
             context.app.types,
-            partitions,
             claimed.position,
             len(context.app.projections),
             self._quarantine,
@@ -137,22 +137,39 @@ class Session:
         self._read_to = claimed.position.lowest
 
     @classmethod
-    async def claim(cls, context: ProjectorContext, partitions: frozenset[int]) -> Self:
-        """Claim the partitions of the live generations as they are now, fencing their previous owner."""
+    async def claim(
+        cls, context: ProjectorContext, partitions: frozenset[int], shares: Mapping[str, frozenset[int]]
+    ) -> Self:
+        """Claim the partitions of the generations as they are now, fencing their previous owner.
+
+        Args:
+            partitions: those of each projection.
+            shares: those of some projections instead, by name.
+        """
         app, letters = context.app, context.settings.dead_letters
-        claimed: Claim = await context.read(lambda: claim(context.engine, app.name, app.projections, partitions))
+        claimed: Claim = await context.read(
+            lambda: claim(context.engine, app.name, app.projections, partitions, shares)
+        )
         retry_after = letters.retry_after if letters.retries else 0.0
-        writer = Writer(context.engine, context.plan, claimed.generations, claimed.epoch, retry_after)
+        writer = Writer(
+            context.engine, context.plan, claimed.generations, claimed.epoch, retry_after, absent=claimed.absent
+        )
+        owned = claimed.position.owned
 
         def load_parked() -> None:
             with reads(context.engine).connect() as connection:
-                writer.load_parked(connection)
+                exclusions.load_parked(connection, context.plan, claimed.generations)
 
-        log_resumed(await context.read(lambda: fold_postponed(writer, partitions)))
+        log_resumed(await context.read(lambda: fold_postponed(writer, owned, claimed.position)))
         await context.read(load_parked)
         claimed.position.pause(context.pauses.paused)
-        context.progress.begin(claimed.position, partitions)
-        return cls(context, partitions, claimed, writer)
+        context.progress.begin(claimed.position, owned)
+        return cls(context, claimed, writer)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to project: nothing is built yet, or a person has paused everything."""
+        return not self._claimed.position.owned
 
     async def run(self) -> None:
         """Project until interrupted; then conclude what is under way."""
@@ -183,14 +200,29 @@ class Session:
 
     async def _notice_resume(self) -> None:
         """Begin again if a paused projection has been fenced, as `eskernel projections resume` does."""
-        paused = self._context.pauses.paused
-        if not paused:
-            return
-        made = [self._writer.generations[index] for index in paused]
-        epochs = await self._context.read(lambda: read_epochs(self._context.engine, made, self._partitions))
-        if epochs != {self._writer.epoch}:
-            self._context.pauses.resume()
-            raise Fenced("a paused projection was resumed")
+        engine, position, made = self._context.engine, self._position, self._writer.generations
+        for index in sorted(self._context.pauses.paused - self._claimed.absent):
+            own = position.of(index).keys()
+            epochs = await self._context.read(partial(read_epochs, engine, [made[index]], own))
+            if epochs - {self._writer.epoch}:
+                self._context.pauses.resume()
+                raise Fenced("a paused projection was resumed")
+        await self.notice_resume_by_person()
+
+    async def notice_resume_by_person(self) -> None:
+        """Begin again if a projection is no longer paused that a person had paused, or has tables by now.
+
+        Another process may have built them, as `eskernel rebuild` does.
+        """
+        engine, partitions = self._context.engine, range(self._context.log.subjects.partitions)
+        for index in sorted(self._claimed.absent):
+            made = self._writer.generations[index]
+            if made.number == ABSENT:
+                if await self._context.read(partial(is_followed, engine, made.projection)):
+                    raise Fenced(f"{made.name} has been built meanwhile")
+                continue
+            if PAUSED not in await self._context.read(partial(read_epochs, engine, [made], partitions)):
+                raise Fenced("a paused projection was resumed")
 
     async def end(self) -> None:
         """Wait for the write under way to end or fail, and forget folded rows."""
@@ -272,7 +304,7 @@ class Session:
         context, turn = self._context, Turn(self._plan, Folded(self._plan))
         asleep = [resident.address for resident in residents if not resident.has_rows]
         stored, unreadable = await self._load_rows(asleep)
-        first = {group.key: group.commits[0][1][0] for group in reversed(groups)}
+        first = {group.key: group.commits[0][1][0] for group in reversed(groups)} if unreadable else {}
         for row in unreadable:
             failure = HandlerFailed(row.index, row.aggregate, first[row.aggregate].sequence, row.error)
             self._plan.park(failure)

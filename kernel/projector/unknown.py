@@ -67,7 +67,7 @@ async def find_unknown(app: App, log: EventLog) -> dict[str, int]:
         Unavailable: the log did not answer.
     """
     counted = await log.count_commits(app.types)
-    unknown = {name: count for name, count in counted.items() if _is_unknown(app, name)}
+    unknown = {name: count.commits for name, count in counted.items() if _is_unknown(app, name)}
     unused = [declared for name, declared in app.types.items() if name not in counted]
     if not unknown or not unused:
         return unknown

@@ -213,7 +213,7 @@ class EmbeddedServer:
         """Return whether the disk was full since the server's start, and takes writes now."""
         if not self._full:
             # a full disk may also refuse the server's log
-            self._full = self._log.tells_of_a_full_disk() or self._disk.is_short()
+            self._full = self._log.finds_a_full_disk() or self._disk.is_short()
             if self._full:
                 logger.error("the disk of the log is full (%s); nats-server refuses commits", self.directory)
             return False

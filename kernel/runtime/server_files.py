@@ -47,7 +47,7 @@ class ServerLog:
         began = self._began[path]
         return _read(path, began if _size(path) >= began else 0).decode(errors="replace")
 
-    def tells_of_a_full_disk(self) -> bool:
+    def finds_a_full_disk(self) -> bool:
         """Return whether the server has logged since the last call that the disk refuses commits."""
         size = _size(self.path)
         if size == self._read:

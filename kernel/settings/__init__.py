@@ -14,7 +14,7 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, model_validator
 
 from kernel.settings.connection import Connection, Security
-from kernel.settings.database import Batch, Database, DeadLetters
+from kernel.settings.database import Batch, Database, DeadLetters, Deployment, Verification
 from kernel.settings.fields import Section
 from kernel.settings.governance import Backlog, Commands, Limit, Passivation, Rates, Snapshots
 from kernel.settings.jetstream import Consumer, JetStream
@@ -29,6 +29,7 @@ __all__ = [
     "Consumer",
     "Database",
     "DeadLetters",
+    "Deployment",
     "Http",
     "JetStream",
     "Limit",
@@ -41,6 +42,7 @@ __all__ = [
     "Snapshots",
     "Stream",
     "Tracing",
+    "Verification",
     "load",
 ]
 
@@ -81,6 +83,8 @@ class Settings(Section):
     snapshots: Snapshots = Snapshots()
     commands: Commands = Commands()
     dead_letters: DeadLetters = DeadLetters()
+    verification: Verification = Verification()
+    deployment: Deployment = Deployment()
     backlog: Backlog = Backlog()
     rates: Rates = Rates()
     http: Http = Http()

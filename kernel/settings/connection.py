@@ -26,7 +26,7 @@ class Connection(Section):
     inbox_prefix: str = ""
     """Prefix of the subjects where this process takes answers; `inbox` below the app's own subjects unless set, such as
     `bank.inbox`. The kind of process follows it: `service` and `workers`, `client`, or `operator`. Give a client a
-    prefix of its own, such as `bank.inbox.alice`, whose subscription the server allows to nobody else."""
+    prefix of its own, such as `bank.inbox.alice`, whose subscription the server allows to no other user."""
     reply_prefixes: Annotated[tuple[str, ...], Listed] = ("_INBOX", "_R_")
     """Prefixes of the reply subjects to which the service answers, beside those of `connection.inbox_prefix`. A request
     with another reply subject is dropped. `_INBOX` is for clients in other languages; `_R_` for those of other

@@ -76,3 +76,25 @@ class DeadLetters(Section):
     no more of them, and the other projections go on. 1 never pauses."""
     pause_minimum: Annotated[int, Ge(1)] = 100
     """Number of failed aggregates below which a projection does not pause, however large their share."""
+
+
+class Deployment(Section):
+    """New versions of projections: they are built beside the ones that readers see, and then take their place."""
+
+    verify: bool = True
+    """Fold the log a second time before readers see a new version, and compare all rows. It finds handlers that depend
+    on more than the events, and takes about as long as the build."""
+    retention: Seconds = 604_800.0
+    """Seconds after which a version that readers no longer see is dropped: until then `eskernel projections rollback`
+    shows it again at once. While a running program declares the version, it stays."""
+
+
+class Verification(Section):
+    """The regular comparison of rows of `Rows` projections with the events that they follow from."""
+
+    interval: Annotated[float, Ge(0)] = 30.0
+    """Seconds between two comparisons of some rows. 0: no rows are compared."""
+    rows: Annotated[int, Ge(1), Le(10_000)] = 20
+    """Rows of one projection that are compared at a time: the next ones by their keys, from the beginning again after
+    the last one. The history of each is read from the log. Rows with more than 2,000 events are passed over, and rows
+    that are missing are not noticed: see `eskernel projections verify`."""

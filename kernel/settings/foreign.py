@@ -1,4 +1,4 @@
-"""Tells the environment variables of eskernel from those that Kubernetes makes.
+"""Tells the environment variables of eskernel from the variables that Kubernetes makes.
 
 Kubernetes gives every container variables about each Service of its namespace. Those of a Service named `eskernel` or
 `eskernel-http` begin as ours do.

@@ -29,7 +29,8 @@ class Snapshots(Section):
     every: Annotated[int, Ge(0)] = 100
     """Number of events of an aggregate after which a snapshot is taken; 0: none are taken, and none are used."""
     verify: Annotated[float, Ge(0), Le(1)] = 0.01
-    """Share of the loaded snapshots that are compared with the aggregate's whole history."""
+    """Share of the loaded snapshots that are compared with the aggregate's whole history, at most one in a second; 1:
+    all of them."""
 
 
 class Commands(Section):

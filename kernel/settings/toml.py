@@ -55,7 +55,7 @@ def _decode(content: bytes) -> str:
 
 
 def _read(path: Path) -> bytes:
-    # a pipe that no process writes must not hold up the start for ever
+    # a pipe without a writer must not block the start
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode

@@ -47,6 +47,10 @@ DEADLOCKS = Counter(
     "eskernel_database_deadlocks_total", "Transactions that the database ended for another one's sake; tried again"
 )
 ROWS = Counter("eskernel_rows_written_total", "Rows and tallies written or deleted", ["projection"])
+BUILD_LEFT = Gauge("eskernel_build_commits_left", "Commits that the build of a new version has before it")
+ROWS_COMPARED = Counter(
+    "eskernel_rows_compared_total", "Rows compared with the events that they follow from", ["projection", "outcome"]
+)
 FENCED = Counter("eskernel_fenced_batches_total", "Batches that the fence refused")
 SESSIONS_FAILED = Counter(
     "eskernel_projection_failures_total", "Times that the live projection began again after a failure", ["cause"]
@@ -93,7 +97,7 @@ THROTTLED = Counter("eskernel_throttled_seconds_total", "Time that readers waite
 ERRORS = Counter("eskernel_errors_total", "Errors by kind", ["kind"])
 COMPONENT_OK = Gauge("eskernel_component_ok", "1 while a component of the health report works", ["component"])
 JOBS = Counter(
-    "eskernel_jobs_total", "Runs of scheduled jobs; waiting: for a database that is away", ["task", "outcome"]
+    "eskernel_jobs_total", "Runs of scheduled jobs; waiting: for an unreachable database", ["task", "outcome"]
 )
 JOB_SECONDS = Gauge("eskernel_job_seconds", "Duration of a job's last run", ["task"])
 LOOP_LAG = Gauge("eskernel_loop_lag_seconds", "Longest delay of the event loop in the last second")

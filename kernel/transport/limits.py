@@ -98,7 +98,7 @@ async def _bisect(largest: int, takes: Callable[[int], Awaitable[bool]]) -> int:
 async def _takes(connection: NatsConnection, options: dict[str, Any], subject: bytes, size: int) -> bool:
     trial = await _connect(connection, options)
     try:
-        # nobody listens there
+        # nothing subscribes to it
         inbox = trial.new_inbox().encode()
         trial.send(publish_frame(inbox + b"." + subject if subject else inbox, b"0" * size))
         refused = asyncio.ensure_future(trial.refused.wait())

@@ -52,6 +52,11 @@ class Parent:
         except BrokenPipeError:
             pass  # it is gone; standard input says so too
 
+    def refuse(self, error: BaseException) -> None:
+        """Say why this worker can't start."""
+        text = str(getattr(error, "orig", error)).strip()  # of a database: without the statement
+        self.send(failed=text or type(error).__name__, kinds=[kind.__name__ for kind in type(error).__mro__])
+
 
 async def _work(number: int, order: dict[str, Any], settings: Settings, parent: Parent) -> int:
     stop = asyncio.Event()
@@ -67,7 +72,7 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
     try:
         app = load_app(order["spec"])
     except (AppNotFound, DeclarationError) as problem:
-        parent.send(failed=str(problem))
+        parent.refuse(problem)
         return REFUSED
     set_up(settings.logging, app.name, number)
     service = Service(app, settings, order["spec"], number=number)
@@ -95,8 +100,7 @@ async def _work(number: int, order: dict[str, Any], settings: Settings, parent: 
         await asyncio.wait({starting})
         return 0
     if (error := starting.exception()) is not None:
-        text = str(getattr(error, "orig", error)).strip()  # of a database: without the statement
-        parent.send(failed=text or type(error).__name__, kinds=[kind.__name__ for kind in type(error).__mro__])
+        parent.refuse(error)
         return REFUSED
     settle_memory()
     beat()

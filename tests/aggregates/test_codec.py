@@ -244,7 +244,7 @@ def test_a_field_whose_name_begins_with_an_underscore_is_carried_or_refused_at_s
 # bytes that are not a commit
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(payload=st.binary(max_size=200))
 def test_random_bytes_are_no_commit(payload: bytes) -> None:
     with pytest.raises(InvalidMessage, match="not a commit"):

@@ -21,7 +21,7 @@ from tests.docs.pages import Block, files_before, read_blocks, write_block
 
 WAIT_S = 60.0
 _ERROR = re.compile(r"#\s*error: (.*)$")
-_READING = ("query", "show", "status", "backlog", "jobs", "dead-letters list", "dead-letters show")
+_READING = ("query", "show", "trace", "status", "backlog", "jobs", "dead-letters list", "dead-letters show")
 
 
 class Walk:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import sqlite3
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 
 from kernel import assembly
 from kernel.errors import Replaced
@@ -19,8 +21,7 @@ from kernel.transport.dial import connect
 from projections.database import open_database
 from projections.origin import Origin, read_origin
 from projections.tables import stream
-from tests.failing import api, running, server
-from tests.failure_modes.test_failure_modes_log import filled, refused, stopped
+from tests.failing import api, filled, refused, running, server, stopped
 from tests.snapshots import restore_snapshot, take_snapshot
 
 Caplog = pytest.LogCaptureFixture
@@ -33,23 +34,36 @@ def advises(message: str) -> None:
     assert "empty" not in message
 
 
+@contextmanager
+def opened(database: Path) -> Iterator[Engine]:
+    engine = open_database(f"sqlite:///{database}")
+    yield engine
+    engine.dispose()
+
+
 def known(database: Path, app: str) -> Origin:
     """Return what a database knows of its log."""
-    engine = open_database(f"sqlite:///{database}")
-    try:
+    with opened(database) as engine:
         origin = read_origin(engine, app)
-    finally:
-        engine.dispose()
     assert origin is not None
     return origin
 
 
 def change(database: Path, **values: Any) -> None:
     """Change what a database knows of its log."""
-    engine = open_database(f"sqlite:///{database}")
-    with engine.begin() as connection:
+    with opened(database) as engine, engine.begin() as connection:
         connection.execute(stream.update().values(**values))
-    engine.dispose()
+
+
+@asynccontextmanager
+async def log_and_database(url: str, app: str, directory: Path) -> AsyncIterator[tuple[JetStreamLog, Engine]]:
+    """The log of a stopped service, and its database."""
+    connection = await connect(url, name="test")
+    log = await find_log(connection, app)
+    with opened(directory / "projections.db") as engine:
+        yield log, engine
+    await log.close()
+    await connection.close()
 
 
 # the same log
@@ -209,13 +223,9 @@ async def test_a_log_restored_from_an_older_backup_that_went_on_is_refused(app_n
     """Its last commits have the sequences of commits that were projected and are lost."""
     async with server(tmp_path) as nats:
         await filled(app_name, tmp_path, nats.url)
-        await nats.stop()
-        older = nats.back_up()
-        await nats.start()
+        older = await nats.back_up()
         await filled(app_name, tmp_path, nats.url, 30)
-        await nats.stop()
-        nats.restore(older)
-        await nats.start()
+        await nats.restore(older)
         (tmp_path / "other").mkdir()
         await filled(app_name, tmp_path / "other", nats.url, 50)
         message = await refused(app_name, tmp_path, nats.url)
@@ -258,15 +268,10 @@ async def test_a_log_that_seems_truncated_for_a_moment_at_a_start_is_asked_again
     nats_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await filled(app_name, tmp_path, nats_url)
-    engine = open_database(f"sqlite:///{tmp_path / 'projections.db'}")
-    connection = await connect(nats_url, name="test")
-    log = await find_log(connection, app_name)
-    given = lie(monkeypatch, 0)
-    await assembly.recognise(log, engine, app_name)
-    assert given[0] == 1 < given[1]
-    await log.close()
-    await connection.close()
-    engine.dispose()
+    async with log_and_database(nats_url, app_name, tmp_path) as (log, engine):
+        given = lie(monkeypatch, 0)
+        await assembly.recognise(log, engine, app_name)
+        assert given[0] == 1 < given[1]
 
 
 async def test_what_other_workers_fold_during_a_start_is_no_truncation(
@@ -274,25 +279,20 @@ async def test_what_other_workers_fold_during_a_start_is_no_truncation(
 ) -> None:
     """Log and checkpoints grow together, so the checkpoints are read before the log's end."""
     await filled(app_name, tmp_path, nats_url)
-    engine = open_database(f"sqlite:///{tmp_path / 'projections.db'}")
-    connection = await connect(nats_url, name="test")
-    log = await find_log(connection, app_name)
     honest, asked = JetStreamLog.info, 0
+    async with log_and_database(nats_url, app_name, tmp_path) as (log, engine):
 
-    async def info(log: JetStreamLog) -> StreamInfo:
-        nonlocal asked
-        found = await honest(log)
-        asked += 1
-        with engine.begin() as writing:
-            writing.exec_driver_sql("UPDATE eskernel_checkpoint SET sequence = sequence + 5")
-        return found
+        async def info(log: JetStreamLog) -> StreamInfo:
+            nonlocal asked
+            found = await honest(log)
+            asked += 1
+            with engine.begin() as writing:
+                writing.exec_driver_sql("UPDATE eskernel_checkpoint SET sequence = sequence + 5")
+            return found
 
-    monkeypatch.setattr(JetStreamLog, "info", info)
-    await assembly.recognise(log, engine, app_name)
+        monkeypatch.setattr(JetStreamLog, "info", info)
+        await assembly.recognise(log, engine, app_name)
     assert asked == 1
-    await log.close()
-    await connection.close()
-    engine.dispose()
 
 
 async def test_a_log_that_stays_truncated_stops_the_service_with_advice_that_loses_nothing(

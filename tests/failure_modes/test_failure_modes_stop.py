@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from kernel import Client
-from kernel.partitions.leases import bucket_of
+from kernel.partitions.bucket import bucket_of
 from kernel.transport.dial import connect
 from projections import dead_letters
 from projections.tables import dead_letter

@@ -21,6 +21,9 @@ NAME_VARIABLE = "FAULTS_APP"
 BROKEN_VARIABLE = "FAULTS_BROKEN"
 """Set for a program whose handlers fail for a tenth of the tanks."""
 BROKEN_WORDS = "a bad deploy can't take this tank"
+VERSION_VARIABLE = "FAULTS_VERSION"
+"""Version of the projections; 1 unless set."""
+VERSION = int(os.environ.get(VERSION_VARIABLE, "1"))
 LIMIT = 100
 
 
@@ -156,7 +159,7 @@ def _broken(tank: str) -> None:
         raise ValueError(BROKEN_WORDS)
 
 
-class Levels(Rows[Level], of=Tank):
+class Levels(Rows[Level], of=Tank, version=VERSION):
     @applies
     def filled(self, row: Level, event: Filled) -> None:
         self._count(row, event.note, event.amount)
@@ -177,7 +180,7 @@ class Levels(Rows[Level], of=Tank):
         row.last = note
 
 
-class Colours(Tallies[Colour], of=Tank):
+class Colours(Tallies[Colour], of=Tank, version=VERSION):
     @applies
     def filled(self, tally: Tally[Colour], event: Filled) -> None:
         self._count(tally, event.note, event.amount)

@@ -24,7 +24,7 @@ from tests.servers import cluster
 
 SERVICES = 2
 LANES = 24
-"""Senders of the load; on each side there are those that measure gaps besides."""
+"""Senders of the load; each side has others besides, which measure gaps."""
 
 
 class ClusterRun(CheckedRun):

@@ -170,6 +170,11 @@ class Reader:
         found += [f"partition {partition} has no checkpoint" for partition in sorted(missing)]
         return found + ([f"{kept} of {garbage} pieces of garbage are kept"] if kept < garbage else [])
 
+    def live_versions(self) -> set[int]:
+        """Return the versions of the projections with versions that readers see."""
+        with self._engine.connect() as connection:
+            return {int(row[0]) for row in _rows(connection, _LIVE)}
+
     def failed(self, words: str) -> int:
         """Return the number of dead letters whose error has these words."""
         with self._engine.connect() as connection:
@@ -197,6 +202,7 @@ class Reader:
 _CHECKPOINTS = """
     SELECT c.projection, c.partition, c.sequence FROM eskernel_checkpoint c
     JOIN eskernel_projection p ON p.name = c.projection AND p.generation = c.generation WHERE p.state = 'live'"""
+_LIVE = "SELECT version FROM eskernel_projection WHERE state = 'live' AND name IN ('Levels', 'Colours')"
 _FAILED = """
     SELECT count(*) FROM eskernel_dead_letter d JOIN eskernel_projection p
     ON p.name = d.projection AND p.generation = d.generation WHERE p.state = 'live' AND d.error LIKE :words"""

@@ -36,6 +36,7 @@ class Faults:
 
     Attributes:
         done: faults by kind. kills: SIGKILLs by victim.
+        version: of the program that runs.
         violations: the ones visible only during the run: processes that outlive their parent, a stop that doesn't
             end, a service that doesn't come back.
     """
@@ -55,6 +56,7 @@ class Faults:
         self.injected: Counter[str] = Counter()
         self.violations: list[Violation] = []
         self.notes: list[str] = []
+        self.version = 1
         self._report = report
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._lasting: set[asyncio.Task[None]] = set()
@@ -147,6 +149,9 @@ class Faults:
             case Kind.BAD_DEPLOY:
                 async with self._locks["service"]:
                     await self._deploy_badly(fault)
+            case Kind.DEPLOY:
+                async with self._locks["service"]:
+                    await self._deploy_version(fault)
 
     async def _workers(self) -> list[psutil.Process]:
         """Return the workers; wait if there is none at the moment."""
@@ -250,6 +255,61 @@ class Faults:
         finally:
             reader.close()
 
+    async def _deploy_version(self, fault: Fault) -> None:
+        """Deploy a new version, and kill its workers at work; then go back and there again, and verify the tables."""
+        if self.service.pauses:
+            self.notes.append("no version was deployed: a build would not be shown where poison pauses projections")
+            return
+        self.version += 1
+        self.service.deploy_version(self.version)
+        await self._stop_parent()
+        await asyncio.sleep(fault.seconds)
+        for worker in await asyncio.to_thread(self.service.workers_alive):
+            try:
+                worker.kill()
+                self.kills["worker"] += 1
+            except psutil.NoSuchProcess:
+                continue
+        reader = evidence.Reader(self.database.url)
+        try:
+            if not await self._until_shown(reader, self.version):
+                return
+            await self.settle("a deployment")
+            for version in (self.version - 1, self.version):
+                for name in ("Levels", "Colours"):
+                    await self._operate("projections", "rollback", name, "--to", str(version), version=version)
+                await self._until_shown(reader, version)
+            await self._operate("rebuild", "Levels", version=self.version)
+            await self._operate("projections", "verify", "Levels", "Colours", version=self.version)
+            self.injected["versions deployed, rolled back, shown again"] += 1
+        finally:
+            reader.close()
+
+    async def _operate(self, *command: str, version: int) -> None:
+        """Run a command of an operator; it may be disturbed by another fault, and is tried again."""
+        deadline = time.monotonic() + RETRIED_S
+        while True:
+            code, told = await self.service.operate(RETRIED_S, *command, version=version)
+            if code == 0:
+                return
+            if time.monotonic() > deadline:
+                self.violations.append(Violation("c", f"`eskernel {' '.join(command)}` ended with {code}: {told}"))
+                return
+            await asyncio.sleep(0.5)
+
+    async def _until_shown(self, reader: evidence.Reader, version: int) -> bool:
+        deadline = time.monotonic() + RETRIED_S
+        while True:
+            try:
+                if await asyncio.to_thread(reader.live_versions) == {version}:
+                    return True
+            except DBAPIError:
+                pass  # the database is away: another fault lasts
+            if time.monotonic() > deadline:
+                self.violations.append(Violation("c", f"version {version} was not shown in {RETRIED_S:g} s"))
+                return False
+            await asyncio.sleep(0.1)
+
     async def _restore_log(self) -> None:
         """Take a snapshot of the log, delete the log, and restore it, while the service is stopped."""
         await self._stop_service()
@@ -260,7 +320,7 @@ class Faults:
         self.service.start()
 
     async def _parked(self, reader: evidence.Reader) -> int:
-        """Return how many dead letters the bad program has left; a database that is away is waited for."""
+        """Return how many dead letters the bad program has left; wait for a database that can't be reached."""
         deadline = time.monotonic() + PROGRESS_S
         while True:
             try:

@@ -24,7 +24,7 @@ import psutil
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from tests.faults.app import BROKEN_VARIABLE, NAME_VARIABLE
+from tests.faults.app import BROKEN_VARIABLE, NAME_VARIABLE, VERSION_VARIABLE
 
 ROOT = Path(__file__).parent.parent.parent
 OWNER_VARIABLE = "FAULTS_SERVICE"
@@ -202,6 +202,7 @@ class Service:
     Attributes:
         environment: variables for the processes of the next start.
         exits: how the service ended each time that it was not asked to.
+        pauses: poisoned events may pause its projections.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class Service:
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.workers = workers
+        self.pauses = any(setting.startswith("dead_letters.pause_above=") for setting in more)
         self.log = directory / "service.log"
         self._owner = f"{name} {directory}"
         self.environment = {NAME_VARIABLE: name, OWNER_VARIABLE: self._owner, "PYTHONUNBUFFERED": "1"}
@@ -247,14 +249,30 @@ class Service:
         if broken:
             self.environment[BROKEN_VARIABLE] = "yes"
 
+    def deploy_version(self, version: int) -> None:
+        """Let the next start run a program with this version of its projections."""
+        self.environment[VERSION_VARIABLE] = str(version)
+
     async def retry_dead_letters(self, timeout: float) -> None:
         """Retry all dead letters, as an operator does; some may be left."""
-        command = [sys.executable, "-m", "kernel.cli", "dead-letters", "retry", "--all", *self._places]
-        command += ["--app", "tests.faults.app:app"]
-        process = spawn(command, self.log.with_name("retry.log"), self.environment)
+        await self.operate(timeout, "dead-letters", "retry", "--all")
+
+    async def operate(self, timeout: float, *command: str, version: int | None = None) -> tuple[int | None, str]:
+        """Run a command as an operator does; return its exit code, None if it was stopped, and what it printed last.
+
+        Args:
+            version: of the program that the command is given; the deployed one otherwise.
+        """
+        arguments = [sys.executable, "-m", "kernel.cli", *command, *self._places, "--app", "tests.faults.app:app"]
+        more = {} if version is None else {VERSION_VARIABLE: str(version)}
+        log = self.log.with_name(f"{command[0]}.log")
+        process = spawn(arguments, log, self.environment | more)
         if not await gone(process, timeout):
             process.kill()
             await asyncio.to_thread(process.wait)
+            return None, f"no end in {timeout:g} s"
+        lines = log.read_text(errors="replace").splitlines()
+        return process.returncode, lines[-1] if lines else ""
 
     def last_line(self) -> str:
         """Return the last line of its output."""
@@ -263,7 +281,7 @@ class Service:
 
     @property
     def is_running(self) -> bool:
-        """Whether it has said so since its last start."""
+        """Return whether it has logged that it runs since its last start."""
         return self.process is not None and self.process.poll() is None and self.count(" is running") > 0
 
     def count(self, words: str) -> int:

@@ -29,6 +29,7 @@ class Kind(StrEnum):
     BACKLOG = "backlog over shared tallies"
     BAD_DEPLOY = "bad deploy, rolled back"
     RESTORE = "log restored from its snapshot"
+    DEPLOY = "new version deployed, rolled back, shown again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ _LENGTHS = {
     Kind.DATABASE: (1.0, 3.0),
     Kind.BACKLOG: (1.0, 3.0),
     Kind.BAD_DEPLOY: (1.0, 4.0),
+    Kind.DEPLOY: (0.2, 2.0),
     Kind.WORKERS_KILL: (0.0, 1.0),
     Kind.PARENT_KILL: (0.0, 1.0),
 }
@@ -81,7 +83,7 @@ SHORT = [
     Kind.DEPUTY,
 ]
 """The faults of each short test. The first one stays first; the seed orders the others."""
-BY_TURNS = [[Kind.COLD, Kind.BACKLOG], [Kind.BAD_DEPLOY, Kind.RESTORE]]
+BY_TURNS = [[Kind.COLD, Kind.BACKLOG], [Kind.BAD_DEPLOY, Kind.RESTORE], [Kind.DEPLOY]]
 """Further faults of the short test, of which a seed has some: all of them would take too long."""
 
 

@@ -18,7 +18,7 @@ import pytest
 from kernel import App, Client, Rebuild, Service
 from kernel.cli.config import KINDS
 from kernel.errors import CommandError, Unavailable
-from kernel.partitions.leases import bucket_of
+from kernel.partitions.bucket import bucket_of
 from kernel.permissions import find_missing, permissions_of, share_of
 from kernel.preflight import examine
 from kernel.settings import Settings

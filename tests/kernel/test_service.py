@@ -189,6 +189,14 @@ async def test_parked_aggregates_stay_parked_over_a_restart(
             pages = await client.query("select * from pages where notebook = 'bad'", after=receipts)
         await service.stop()
     assert pages == []
+    engine = open_database(database_url, read_only=True)
+    with engine.connect() as connection:
+        letters = connection.execute(
+            select(dead_letter.c.sequence, dead_letter.c.error).order_by(dead_letter.c.id)
+        ).all()
+    engine.dispose()
+    # the second one waits behind the first one, and not because it does not follow on what is in the table
+    assert [tuple(letter) for letter in letters] == [(1, "ValueError: no such page"), (2, "ValueError: no such page")]
 
 
 async def test_garbage_on_the_stream_is_kept_aside_and_stops_nothing(

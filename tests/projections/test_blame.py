@@ -1,128 +1,29 @@
 """One bad row costs one bad row: the aggregates to blame are found and parked, and all others are written."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
-from sqlalchemy import CheckConstraint, Engine, ForeignKey, Integer, String, delete, event, insert, select, text
+from sqlalchemy import JSON, Engine, ForeignKey, String, event, select, text
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
-from aggregates import Aggregate, applies, command, handles
-from aggregates import event as event_class
-from kernel import App
-from projections import Recorded, Rows, Sql, Tallies, Tally, Transaction
+from aggregates import applies
+from projections import Rows
 from projections.tables import dead_letter
-from tests.conftest import Commit, ReadSide, envelopes
-
-
-@command
-class Nothing:
-    pass
-
-
-@event_class
-class Named:
-    name: str | None
-
-
-@event_class
-class Unnamed:
-    name: str
-
-
-class Thing(Aggregate):
-    @handles
-    def nothing(self, command: Nothing) -> None: ...
-
-    @applies
-    def any(self, event: Named | Unnamed) -> None: ...
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Row(Base):
-    __tablename__ = "things"
-    __table_args__ = (CheckConstraint("name <> 'bad'"),)
-    id = mapped_column(String, primary_key=True)
-    name = mapped_column(String(20), nullable=True)
-    count = mapped_column(Integer, default=0)
-
-
-class Owner(Base):
-    __tablename__ = "owners"
-    id = mapped_column(String, primary_key=True)
-    name = mapped_column(String(20), nullable=True, unique=True)
-
-
-class Count(Base):
-    __tablename__ = "counts"
-    __table_args__ = (CheckConstraint("times < 4"),)
-    name = mapped_column(String, primary_key=True)
-    times = mapped_column(Integer)
-
-
-class Taken(Base):
-    __tablename__ = "taken"
-    name = mapped_column(String, primary_key=True)
-
-
-class Things(Rows[Row], of=Thing):
-    @applies
-    def named(self, row: Row, event: Named) -> None:
-        if event.name == "raises":
-            row.count = -1
-            raise ValueError("a handler that raises half way")
-        row.name = event.name
-        row.count += 1
-
-
-class Owners(Rows[Owner], of=Thing):
-    @applies
-    def named(self, row: Owner, event: Named) -> None:
-        row.name = event.name
-
-
-class Counts(Tallies[Count], of=Thing):
-    @applies
-    def named(self, tally: Tally[Count], event: Named) -> None:
-        tally[event.name].times += 1
-        if event.name == "half":
-            raise ValueError("after it has counted")
-
-
-class Names(Sql, of=Thing):
-    tables = (Taken,)
-
-    @applies
-    def named(self, tx: Transaction, events: Sequence[Recorded[Named]]) -> None:
-        tx.execute(insert(tx.table(Taken)), [{"name": recorded.event.name} for recorded in events])
-
-    @applies
-    def unnamed(self, tx: Transaction, events: Sequence[Recorded[Unnamed]]) -> None:
-        table = tx.table(Taken)
-        tx.execute(delete(table).where(table.c.name.in_([recorded.event.name for recorded in events])))
-
-
-def side_of(engine: Engine, *projections: Any) -> ReadSide:
-    return ReadSide(engine, App("things", aggregates=[Thing], projections=projections))
-
-
-def commits(*histories: tuple[str, list[Any]]) -> list[Commit]:
-    """Return one commit for each entry, in stream order."""
-    versions: dict[str, int] = {}
-    made = []
-    for place, (aggregate_id, events) in enumerate(histories, 1):
-        made.append((place, "Thing", aggregate_id, envelopes(Thing, events, versions.get(aggregate_id, 0))))
-        versions[aggregate_id] = versions.get(aggregate_id, 0) + len(events)
-    return made
-
-
-def letters(engine: Engine) -> list[tuple[str, str, int]]:
-    with engine.connect() as connection:
-        rows = connection.execute(select(dead_letter).order_by(dead_letter.c.id)).all()
-    return sorted((row.projection, row.aggregate_id, row.sequence) for row in rows)
+from tests.projections.blame import (
+    Count,
+    Counts,
+    Named,
+    Names,
+    Owner,
+    Owners,
+    Row,
+    Taken,
+    Thing,
+    Things,
+    Unnamed,
+    commit,
+    commits,
+    letters,
+    side_of,
+)
 
 
 def test_refused_rows_park_the_aggregates_to_blame_and_no_others(engine: Engine) -> None:
@@ -172,8 +73,7 @@ def test_a_tally_to_which_a_failed_event_added_does_not_count_it(engine: Engine)
 def test_the_event_that_makes_a_counter_too_large_is_to_blame(engine: Engine) -> None:
     side = side_of(engine, Counts)
     assert side.project(commits(("a", [Named("x"), Named("x")]))) == []
-    later = [(9, "Thing", "b", envelopes(Thing, [Named("y"), Named("x"), Named("x"), Named("y")]))]
-    later.append((10, "Thing", "c", envelopes(Thing, [Named("y")])))
+    later = [commit(9, "b", 0, Named("y"), Named("x"), Named("x"), Named("y")), commit(10, "c", 0, Named("y"))]
     (failure,) = side.project(later)
     assert (failure.aggregate[1], failure.sequence) == ("b", 3)
     assert [(row.name, row.times) for row in side.rows(Count)] == [("x", 3), ("y", 2)]
@@ -204,13 +104,8 @@ def test_handlers_of_several_classes_get_events_in_stream_order(engine: Engine) 
 def test_a_unique_value_is_handed_on_within_a_batch(engine: Engine) -> None:
     side = side_of(engine, Owners)
     assert side.project(commits(("a", [Named("x")]), ("b", [Named("y")]))) == []
-    swap = [Named(None)], [Named("x")], [Named("y")]
-    later = [
-        (3, "Thing", "a", envelopes(Thing, swap[0], 1)),
-        (4, "Thing", "b", envelopes(Thing, swap[1], 1)),
-        (5, "Thing", "a", envelopes(Thing, swap[2], 2)),
-    ]
-    assert side.project(later) == []
+    swap = [commit(3, "a", 1, Named(None)), commit(4, "b", 1, Named("x")), commit(5, "a", 2, Named("y"))]
+    assert side.project(swap) == []
     assert [(row.id, row.name) for row in side.rows(Owner)] == [("a", "y"), ("b", "x")]
 
 
@@ -253,8 +148,6 @@ def test_a_constraint_that_is_checked_at_the_commit_parks_whom_it_refuses(engine
 
 
 def test_a_stored_row_that_cannot_be_read_parks_its_aggregate(engine: Engine) -> None:
-    from sqlalchemy import JSON
-
     class Own(DeclarativeBase):
         pass
 
@@ -276,8 +169,7 @@ def test_a_stored_row_that_cannot_be_read_parks_its_aggregate(engine: Engine) ->
         table = side.generations[0].tables["documents"].name
         connection.execute(text(f"UPDATE {table} SET names = 'spoilt' WHERE id = 'a'"))
     side.claim()
-    later = [(place, "Thing", key, envelopes(Thing, [Named("z")], 1)) for place, key in ((3, "a"), (4, "b"))]
-    (failure,) = side.project(later)
+    (failure,) = side.project([commit(3, "a", 1, Named("z")), commit(4, "b", 1, Named("z"))])
     assert (failure.projection, failure.aggregate[1]) == (0, "a")
     assert "can't be read" in failure.error
     assert {row.id: row.count for row in side.rows(Row)} == {"a": 2, "b": 2}

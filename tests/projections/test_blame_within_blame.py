@@ -1,16 +1,14 @@
 """What is to blame twice, or after something else in the same batch was, is parked once."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from sqlalchemy import (
     JSON,
-    CheckConstraint,
     Engine,
     ForeignKey,
-    Integer,
-    Numeric,
     String,
     TypeDecorator,
     insert,
@@ -20,106 +18,31 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
-from aggregates import Aggregate, applies, command, handles
-from aggregates import event as event_class
+from aggregates import applies
 from aggregates.commit import Decision
-from kernel import App
-from projections import DROP, Drop, Recorded, Rows, Sql, Tallies, Tally, Transaction
+from projections import Recorded, Rows, Sql, Tallies, Tally, Transaction
 from projections.codec import Refused
 from projections.codecs import codec_of
 from projections.database import open_database
-from projections.dead_letters import plan_of, retry
+from projections.dead_letters import retry
 from projections.errors import HandlerFailed
+from projections.exclusions import plan_of
 from projections.tables import dead_letter
-from tests.conftest import ReadSide, envelopes
 from tests.histories import encode
-from tests.projections.test_blame import letters
-
-
-@command
-class Nothing:
-    pass
-
-
-@event_class
-class Named:
-    name: str
-
-
-@event_class
-class Counted:
-    first: str
-    second: str
-    times: int = 1
-
-
-@event_class
-class Gone:
-    pass
-
-
-class Thing(Aggregate):
-    @handles
-    def nothing(self, command: Nothing) -> None: ...
-
-    @applies
-    def any(self, event: Named | Counted | Gone) -> None: ...
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Row(Base):
-    __tablename__ = "things"
-    __table_args__ = (CheckConstraint("name <> 'bad'"),)
-    id = mapped_column(String, primary_key=True)
-    name = mapped_column(String, nullable=True)
-
-
-class Owner(Base):
-    __tablename__ = "owners"
-    id = mapped_column(String, primary_key=True)
-    name = mapped_column(String(20), nullable=True, unique=True)
-
-
-class Count(Base):
-    __tablename__ = "counts"
-    __table_args__ = (CheckConstraint("times < 4"),)
-    name = mapped_column(String, primary_key=True)
-    times = mapped_column(Integer)
-    cents = mapped_column(Numeric(12, 2))
-
-
-class Things(Rows[Row], of=Thing):
-    @applies
-    def named(self, row: Row, event: Named) -> None:
-        row.name = event.name
-
-    @applies
-    def gone(self, row: Row, event: Gone) -> Drop:
-        return DROP
-
-
-class Owners(Rows[Owner], of=Thing):
-    @applies
-    def named(self, row: Owner, event: Named) -> None:
-        row.name = event.name
-
-
-class Counts(Tallies[Count], of=Thing):
-    @applies
-    def counted(self, tally: Tally[Count], event: Counted) -> None:
-        tally[event.first].times += event.times
-        tally[event.second].times += event.times
-
-
-def side_of(engine: Engine, *projections: Any) -> ReadSide:
-    return ReadSide(engine, App("things", aggregates=[Thing], projections=projections))
-
-
-def commit(place: int, key: str, after: int, *events: Any) -> Any:
-    return place, "Thing", key, envelopes(Thing, list(events), after)
+from tests.projections.blame import (
+    Count,
+    Counted,
+    Counts,
+    Gone,
+    Named,
+    Owners,
+    Row,
+    Thing,
+    Things,
+    commit,
+    letters,
+    side_of,
+)
 
 
 def test_a_row_that_is_refused_before_it_was_refused_is_parked_once(engine: Engine) -> None:
@@ -177,8 +100,6 @@ def test_a_unique_value_is_tried_again_more_than_once(engine: Engine) -> None:
 
 
 def test_an_increment_beyond_all_bounds_parks_its_aggregate(engine: Engine) -> None:
-    from decimal import Decimal
-
     class Sums(Tallies[Count], of=Thing):
         @applies
         def counted(self, tally: Tally[Count], event: Counted) -> None:

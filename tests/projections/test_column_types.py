@@ -140,7 +140,7 @@ def value_of(record: Any) -> Any:
 
 
 def in_memory_and_stored(tried: Tried, batch: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Fold a batch and write it. Return the values in memory, and those that are loaded from the database."""
+    """Fold a batch and write it. Return the values in memory, and the values loaded from the database."""
     side = tried.side
     folded = Folded(side.plan)
     memory: dict[str, list[Any]] = {}

@@ -19,7 +19,8 @@ from projections import Recorded, Sql, Tallies, Tally, Transaction
 from projections.checkpoints import claim
 from projections.contention import ATTEMPTS, count_contention, outlast_contention
 from projections.database import open_database
-from projections.dead_letters import plan_of, retry, waiting
+from projections.dead_letters import retry, waiting
+from projections.exclusions import plan_of
 from projections.fold import Folded
 from projections.tables import dead_letter
 from projections.unit_of_work import Write, Writer
@@ -189,7 +190,7 @@ def test_a_deadlock_in_a_retry_of_dead_letters_is_tried_again(side: ReadSide) ->
 
 
 def test_a_deadlock_with_a_claim_is_no_deadlock(side: ReadSide) -> None:
-    """Checkpoints are locked in the same order by whoever writes and whoever takes over."""
+    """A write and a takeover lock checkpoints in the same order."""
     moves = side.position.quiet_moves(side.generations, 1)
     assert moves == sorted(moves)
     side.writer.commit(Write(moves))

@@ -254,7 +254,7 @@ histories = st.lists(
 run = itertools.count()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(history=histories, cuts=st.sets(st.integers(1, 14)))
 def test_rows_and_tallies_equal_a_plain_fold_however_the_events_are_batched(
     side: ReadSide, history: list[tuple[str, list[Any]]], cuts: set[int]

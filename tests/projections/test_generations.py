@@ -17,9 +17,9 @@ from projections import Rows, SchemaError
 from projections.checkpoints import reached
 from projections.declaration import DeclaredProjection
 from projections.generations import (
-    RETIRED_EPOCH,
+    FENCE,
     create,
-    drop,
+    drop_generation,
     generation,
     live_generation,
     numbers,
@@ -28,6 +28,7 @@ from projections.generations import (
     show,
 )
 from projections.origin import register
+from projections.revision import HEAD, is_current
 from projections.tables import checkpoint, dead_letter, metadata, projection
 
 
@@ -141,7 +142,7 @@ def test_a_cut_over_that_is_rolled_back_changes_nothing(migrated: Engine) -> Non
         assert connection.scalars(select(checkpoint.c.epoch).distinct()).all() == [0]
 
 
-def test_a_retired_generation_tells_where_it_stood_and_takes_no_owner(migrated: Engine) -> None:
+def test_a_retired_generation_tells_where_it_stood_and_its_owner_is_fenced(migrated: Engine) -> None:
     with migrated.begin() as connection:
         assert retire_live(connection, "Pages") == {}
         show(connection, create(connection, declared(), range(3)))
@@ -149,7 +150,7 @@ def test_a_retired_generation_tells_where_it_stood_and_takes_no_owner(migrated: 
         assert reached(connection, 1) == {"Pages": 9}
         assert reached(connection, 1, ["Others"]) == {}
         assert retire_live(connection, "Pages") == {0: 0, 1: 9, 2: 0}
-        assert connection.scalars(select(checkpoint.c.epoch).distinct()).all() == [RETIRED_EPOCH]
+        assert connection.scalars(select(checkpoint.c.epoch).distinct()).all() == [FENCE]
         assert reached(connection, 1) == {}
         assert live_generation(connection, declared()) is None
 
@@ -171,7 +172,7 @@ def test_a_dropped_generation_leaves_nothing_and_its_number_is_free_of_ghosts(mi
                 "aggregate_id": "a", "stream_sequence": 1, "sequence": 1, "payload": b"", "error": "", "failed": "",
             }  # fmt: skip
             connection.execute(insert(dead_letter).values(letter))
-        drop(connection, declared(), 1)
+        drop_generation(connection, "Pages", 1)
         assert not inspect(connection).has_table("pages__1")
         for table in (checkpoint, projection, dead_letter):
             assert set(connection.scalars(select(table.c.generation))) == {2}, table.name
@@ -183,8 +184,8 @@ def test_a_dropped_generation_leaves_nothing_and_its_number_is_free_of_ghosts(mi
 def test_a_generation_that_is_dropped_twice_is_no_error(migrated: Engine) -> None:
     with migrated.begin() as connection:
         create(connection, declared(), range(2))
-        drop(connection, declared(), 1)
-        drop(connection, declared(), 1)
+        drop_generation(connection, "Pages", 1)
+        drop_generation(connection, "Pages", 1)
 
 
 def test_names_of_indexes_and_constraints_do_not_clash(migrated: Engine) -> None:
@@ -276,3 +277,13 @@ def test_an_empty_database_has_no_revision(engine: Engine) -> None:
     migrations.upgrade(engine)
     with engine.connect() as connection:
         assert migrations.current(connection) == migrations.head() is not None
+
+
+def test_a_start_without_migrations_to_do_knows_so_without_alembic(engine: Engine) -> None:
+    assert migrations.head() == HEAD
+    assert not is_current(engine)
+    migrations.upgrade(engine)
+    assert is_current(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE eskernel_schema SET version_num = '0001'"))
+    assert not is_current(engine)

@@ -17,7 +17,7 @@ from aggregates import Aggregate, DeclarationError, applies, event
 from kernel import App
 from projections import Recorded, Rows, SchemaError, Sql, Transaction
 from projections.declaration import DeclaredProjection
-from projections.generations import create, drop, retire_live, show
+from projections.generations import create, drop_generation, retire_live, show
 from projections.naming import MAX_BYTES, physical_name
 from projections.schema import prepare
 from tests.conftest import ReadSide, envelopes
@@ -79,7 +79,7 @@ def build(engine: Engine, declared: DeclaredProjection, times: int = 3) -> None:
             show(connection, made)
     with engine.begin() as connection:
         for number in range(1, times):
-            drop(connection, declared, number)
+            drop_generation(connection, declared.name, number)
 
 
 # names
@@ -216,7 +216,7 @@ def test_foreign_keys_refer_to_tables_of_the_same_generation_or_to_those_of_the_
         connection.execute(insert(Country).values(code="it"))
     side = ReadSide(engine, app(Leaves))
     assert side.project([(1, "Notebook", "n", envelopes(Notebook, [Noted("it"), Noted("")]))]) == []
-    if engine.dialect.name == "postgresql":  # SQLite checks foreign keys only where it is told to
+    if engine.dialect.name == "postgresql":  # SQLite checks foreign keys only with a PRAGMA
         (failure,) = side.project([(2, "Notebook", "m", envelopes(Notebook, [Noted("nowhere")]))])
         assert "books_country_fkey" in failure.error or "foreign key" in failure.error
     build(engine, side.app.projections[0])

@@ -4,6 +4,7 @@ The models are random: each has columns of random types, a column that is unique
 and a table that an `Sql` projection keeps. `ESKERNEL_SEED` chooses other models, `ESKERNEL_EXAMPLES` more histories.
 """
 
+import asyncio
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -16,16 +17,19 @@ from sqlalchemy import Engine, Integer, Numeric, String, delete, insert, select
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
 from aggregates import Aggregate, applies, command, event, handles
+from aggregates.commit import decode
 from kernel import App
+from kernel.log import MemoryLog
+from kernel.projector.verification import Verification
 from projections import DROP, Drop, Recorded, Rows, Sql, Tallies, Tally, Transaction
 from projections.fold import Folded
 from projections.tables import checkpoint, dead_letter
 from projections.tables import sequence as kept_sequences
-from tests.conftest import Commit, ReadSide, batch_of, envelopes
+from tests.conftest import Commit, ReadSide, batch_of, encoded, envelopes
 from tests.projections.samples import SAMPLES, Sample, shown
 
 SEED = int(os.environ.get("ESKERNEL_SEED", "0")) or random.randrange(2**32)
-EXAMPLES = int(os.environ.get("ESKERNEL_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("ESKERNEL_EXAMPLES", "40"))
 MODELS = 5
 WIDTH = 5
 LOSSY = {
@@ -152,13 +156,13 @@ def app_of(samples: Sequence[Sample], key: Sample) -> App:
 
         @applies
         def listed(self, tx: Transaction, events: Sequence[Recorded[Listed]]) -> None:
-            rows = [{"place": one.event.place, "thing": one.meta.aggregate_id} for one in events]
+            rows = [{"place": recorded.event.place, "thing": recorded.meta.aggregate_id} for recorded in events]
             tx.execute(insert(tx.table(Line)), rows)
 
         @applies
         def unlisted(self, tx: Transaction, events: Sequence[Recorded[Unlisted]]) -> None:
             table = tx.table(Line)
-            tx.execute(delete(table).where(table.c.place.in_([one.event.place for one in events])))
+            tx.execute(delete(table).where(table.c.place.in_([recorded.event.place for recorded in events])))
 
     return App("things", aggregates=[Thing], projections=[Things, Counts, Lines])
 
@@ -290,3 +294,32 @@ def test_live_equals_reloaded_equals_rebuilt(worker: Worker, script: list[tuple[
         found.append(worker.found())
     assert found[1] == found[0]
     assert found[2] == found[0]
+
+
+@settings(
+    max_examples=max(1, EXAMPLES // MODELS // 5),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(script=st.lists(steps, min_size=1, max_size=14), cuts=st.lists(breaks, min_size=14, max_size=40))
+def test_what_is_projected_is_verified(worker: Worker, script: list[tuple[str, Any]], cuts: list[str]) -> None:
+    worker.empty()
+    log = MemoryLog(worker.app.name, worker.partitions)
+    last: dict[str, tuple[int, int]] = {}
+    batch: list[Commit] = []
+    history = history_of(script)
+    for place, (aggregate_id, events) in enumerate(history):
+        version, position = last.get(aggregate_id, (0, 0))
+        payload = encoded(Thing, events, version)
+        subject = log.subjects.address("Thing", aggregate_id).subject
+        log.append(subject, position, payload)
+        last[aggregate_id] = version + len(events), place + 1
+        batch.append((place + 1, "Thing", aggregate_id, decode(payload)))
+        if cuts[place % len(cuts)] != "no" or place == len(history) - 1:
+            worker.project(batch)
+            batch = []
+    before = worker.found()
+    verified = asyncio.run(Verification(worker.app, log, worker.engine, worker.app.projections).run())
+    assert [(each.projection, each.differing, each.parked) for each in verified] == [
+        ("Things", 0, []), ("Counts", 0, []), ("Lines", 0, []),
+    ]  # fmt: skip
+    assert worker.found() == before

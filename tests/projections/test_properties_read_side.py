@@ -244,7 +244,7 @@ def owner(engine: Engine) -> Owner:
 
 
 # the engine is the only fixture, and each example empties its tables
-some = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+some = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def die(owner: Owner, batch: Sequence[Commit], death: str) -> None:
@@ -349,7 +349,7 @@ ids = st.text(max_size=80) | st.text("abcXYZ019_-.~*>% /é名\t\n\x00\x7f\ud800"
 names = st.sampled_from(["Thing", "Thin", "T", "Thing_1"])
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(name=names, id=ids, partitions=st.integers(1, 4096))
 def test_any_id_is_refused_or_comes_back_from_its_subject(name: str, id: str, partitions: int) -> None:
     subjects = Subjects("app", partitions)
@@ -369,7 +369,7 @@ def test_any_id_is_refused_or_comes_back_from_its_subject(name: str, id: str, pa
     assert again.partition(name, id) == again.address(name, id).partition == address.partition
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(first=st.tuples(names, ids), second=st.tuples(names, ids), partitions=st.integers(1, 64))
 def test_distinct_aggregates_have_distinct_subjects(
     first: tuple[str, str], second: tuple[str, str], partitions: int
@@ -384,7 +384,7 @@ def test_distinct_aggregates_have_distinct_subjects(
 tokens = st.text("0123456789²٣x%4aAfF-_", max_size=6) | st.text(max_size=6)
 
 
-@settings(max_examples=2000)
+@settings(max_examples=500)
 @given(partition=tokens | st.integers(0, 3).map(str), name=names | tokens, token=tokens)
 def test_any_subject_is_one_that_address_gives_or_refused(partition: str, name: str, token: str) -> None:
     subjects = Subjects("app", 4)

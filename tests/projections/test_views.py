@@ -1,4 +1,4 @@
-"""What others hang on a projection's view stays when the view moves, and nobody but the kernel writes behind it."""
+"""What others build on a projection's view stays when the view moves, and only the kernel writes its table."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ from sqlalchemy import Engine, select
 
 from aggregates.commit import Decision, decode, encode
 from kernel import App
-from projections import Fenced, dead_letters
+from projections import Fenced, dead_letters, exclusions
 from projections.errors import HandlerFailed
+from projections.exclusions import load_parked
 from projections.fold import Folded, Plan
 from projections.tables import dead_letter
 from projections.unit_of_work import Write
@@ -62,7 +63,7 @@ class Worker(ReadSide):
         super().claim()
         self.resumed = fold_postponed(self.writer, range(self.partitions))
         with self.engine.connect() as connection:
-            self.writer.load_parked(connection)
+            load_parked(connection, self.writer.plan, self.writer.generations)
 
     def freeze(self, commits: Sequence[Commit], folded: Folded) -> Write:
         for _, aggregate, aggregate_id, _ in commits:
@@ -233,7 +234,7 @@ def test_an_event_that_fails_when_it_is_readable_parks_its_aggregate_and_no_othe
 
 def plan_of(app: App, name: str, engine: Engine) -> Plan:
     """Return a plan of one projection."""
-    return dead_letters.plan_of(app.plan(engine.dialect), name)
+    return exclusions.plan_of(app.plan(engine.dialect), name)
 
 
 def fail_at(worker: Worker, index: int, aggregate_id: str, sequence: int, monkeypatch: pytest.MonkeyPatch) -> None:

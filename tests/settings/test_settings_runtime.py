@@ -21,7 +21,7 @@ from aggregates import applies
 from kernel import App, Client, Service
 from kernel.governance.pace import unpaced
 from kernel.log.base import LogReader
-from kernel.partitions.leases import bucket_of
+from kernel.partitions.bucket import bucket_of
 from kernel.projector import retries as automatic
 from kernel.projector.reading import read_batch
 from kernel.projector.session import Session

@@ -27,7 +27,19 @@ from aggregates import (
     scenario,
     upcasts,
 )
-from kernel import Alert, App, Client, Rebuild, RebuildProgress, Rebuilt, Receipt, Service, Settings, load_app
+from kernel import (
+    Alert,
+    App,
+    Client,
+    LoadedAggregate,
+    Rebuild,
+    RebuildProgress,
+    Rebuilt,
+    Receipt,
+    Service,
+    Settings,
+    load_app,
+)
 from kernel.errors import CommandError, CommandTimeout, Conflict, EskernelError, Overloaded, SettingsError
 from kernel.log import EventLog, JetStreamLog, MemoryLog
 from kernel.settings import Loaded, Rates, Stream, load
@@ -250,6 +262,9 @@ async def use() -> list[dict[str, Any]]:
         assert_type(receipt.sequence, int)
         assert_type(receipt.duplicate, bool)
         assert_type(client.log, JetStreamLog)
+        loaded = await client.load(Account, "alice", at=3)
+        assert_type(loaded, LoadedAggregate[Account])
+        assert_type(loaded.state.balance, int)
         try:
             await client.execute(Account, "alice", Withdraw(700))
         except Overloaded as error:

@@ -1,4 +1,4 @@
-"""The phases of an aggregate's actor, without an actor system: what it waits for, and that it never waits for ever."""
+"""The phases of an aggregate's actor, without an actor system: what it waits for, and that each wait ends."""
 
 from __future__ import annotations
 

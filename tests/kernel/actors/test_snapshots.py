@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 from aggregates.context import uuid7
 from aggregates.snapshot import SnapshotCodec
+from kernel.log.base import Stored
 from kernel.log.snapshots import SnapshotStore, snapshots_of
 from kernel.transport.jetstream_api import call_api
 from tests.apps import Note, Notebook
@@ -31,9 +32,9 @@ async def service(
         log = made.service.parts.log
         read_subject = log.read_subject
 
-        async def read(subject: str, after: int = 0) -> Any:
+        async def read(subject: str, after: int = 0, known: Sequence[Stored] = ()) -> Any:
             reads.append((subject.rsplit(".", 1)[-1], after))
-            return await read_subject(subject, after)
+            return await read_subject(subject, after, known)
 
         log.read_subject = read  # type: ignore[method-assign]
         yield made, reads

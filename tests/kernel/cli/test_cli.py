@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -16,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from examples.bank import Account, Deposit
+from examples.bank import app as bank
+from kernel import Client
 from tests.commands import ROOT, eskernel
+from tests.conftest import run
 
 
 class Shell:
@@ -54,6 +59,12 @@ class Shell:
         done = eskernel(*arguments, folder=self.folder, COLUMNS="120")
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout if code == 0 else done.stderr
+
+    def out(self, *arguments: str, code: int) -> str:
+        """Run a command whose standard output counts, whatever its exit code."""
+        done = eskernel(*arguments, folder=self.folder, COLUMNS="120")
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +227,66 @@ def test_sigterm_drains_and_the_next_start_goes_on(tmp_path: Path) -> None:
     assert "survive a power cut" in shell.log.read_text().replace("\n", " ")
     assert "version 2" in shell("send", "Account", "fred", "Withdraw", "cents=9")
     assert shell.stop() == 0
+
+
+def test_show_names_what_changed_between_two_events_and_by_which(shell: Shell) -> None:
+    for cents in (100, 50, 7):
+        shell("send", "Account", "sofia", "Deposit", f"cents={cents}")
+    said = shell("show", "Account", "sofia", "--diff", "1", "3")
+    assert "Account sofia, from version 1 to 3" in said
+    assert "  balance: 100 -> 157\n" in said
+    assert 'Deposited {"cents":50}\n          balance: 100 -> 150' in said
+    assert 'Deposited {"cents":100}' not in said
+    found = json.loads(shell("show", "Account", "sofia", "--diff", "0", "2", "--json"))
+    assert (found["from"], found["to"]) == (0, 2)
+    assert found["changed"] == {"balance": {"before": 0, "after": 150}}
+    assert [event["changed"] for event in found["events"]] == [
+        {"balance": {"before": 0, "after": 100}}, {"balance": {"before": 100, "after": 150}},
+    ]  # fmt: skip
+    moment = found["events"][1]["time"]
+    said = shell("show", "Account", "sofia", "--diff", moment, "3")
+    assert "from version 2 to 3" in said
+    assert "nothing changed" in shell("show", "Account", "sofia", "--diff", "3", "3")
+    assert "leave --at and --history away" in shell("show", "Account", "sofia", "--diff", "1", "2", "--history", code=2)
+
+
+async def deposit_often(folder: Path, account: str, count: int) -> None:
+    async with await Client.connect(bank, data=folder / ".eskernel") as client:
+        await asyncio.gather(*(client.execute(Account, account, Deposit(1)) for _ in range(count)))
+
+
+def test_a_long_history_is_printed_in_pages(shell: Shell) -> None:
+    run(deposit_often(shell.folder, "tina", 130))
+
+    def page(*options: str) -> tuple[list[int], str]:
+        lines = shell("show", "Account", "tina", *options).splitlines()
+        assert lines[:2] == ["Account tina, version 130", "  balance = 130"]
+        events = [line for line in lines[2:] if "Deposited" in line]
+        return [int(line.split()[0]) for line in events], "".join(lines[2 + len(events) :]).strip()
+
+    assert page("--history") == ([*range(31, 131)], "30 earlier events: --before 31")
+    assert page("--history", "--before", "31") == ([*range(1, 31)], "100 later events: --after 30")
+    assert page("--after", "129") == ([130], "129 earlier events: --before 130")
+    assert page("--after", "1", "--limit", "2") == ([2, 3], "1 earlier event: --before 2; 127 later events: --after 3")
+    assert page("--after", "3", "--before", "6") == (
+        [4, 5],
+        "3 earlier events: --before 4; 125 later events: --after 5",
+    )
+    assert page("--limit", "130") == ([*range(1, 131)], "")
+    assert page("--after", "130") == ([], "none of the events 1 to 130 is there")
+    assert page("--before", "1") == ([], "none of the events 1 to 130 is there")
+    said = shell("show", "Account", "tina", "--at", "40", "--history", "--limit", "1")
+    assert "version 40\n" in said
+    assert said.endswith("  39 earlier events: --before 40\n")
+
+    def sequences(*options: str) -> list[int]:
+        shown = json.loads(shell("show", "Account", "tina", "--json", *options))
+        return [event["sequence"] for event in shown["events"]]
+
+    assert sequences("--history") == [*range(1, 131)]
+    assert sequences("--after", "128") == [129, 130]
+    assert sequences("--before", "4", "--limit", "2") == [2, 3]
+    assert "events" not in json.loads(shell("show", "Account", "tina", "--json"))
+    assert "leave --at and --history away" in shell(
+        "show", "Account", "tina", "--diff", "1", "2", "--limit", "1", code=2
+    )

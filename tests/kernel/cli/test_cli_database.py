@@ -147,10 +147,10 @@ def test_a_projection_that_the_app_no_longer_has_is_listed_and_dropped(shell: Sh
     assert "Lines, not in the app: eskernel projections drop Lines" in shell("projections", "list", *options)
     listed = json.loads(shell("projections", "list", "--json", *options))
     assert [(known["name"], known["declared"], known["live"]) for known in listed] == [
-        ("Lines", False, 1),
-        ("Pages", True, 1),
+        ("Lines", None, 1),
+        ("Pages", 1, 1),
     ]
-    assert listed[0]["tables"] == [{"view": "lines", "table": "lines__1", "generation": 1}]
+    assert listed[0]["generations"][0]["tables"] == [{"view": "lines", "table": "lines__1"}]
     assert "the app declares the projection Pages" in shell("projections", "drop", "Pages", *options, code=1)
     assert "Lines is dropped: views lines; tables lines__1" in shell("projections", "drop", "Lines", *options)
     assert not inspect(engine).has_table("lines__1")

@@ -196,16 +196,6 @@ def test_workers_that_cannot_start_say_why_at_once(shell: Shell) -> None:
     assert "can't connect to NATS" in output
 
 
-def test_workers_that_cannot_start_exit_as_one_worker_does(shell: Shell) -> None:
-    said = [
-        shell("run", "tills:app", "--workers", workers, "--database", "postgresql://nobody@127.0.0.1:1/x", code=1)
-        for workers in ("1", "2")
-    ]
-    assert all("port 1 failed" in output for output in said)
-    assert "sqlalche.me" not in "".join(said)
-    assert "starting it again" not in said[1]
-
-
 def test_every_command_explains_its_options(shell: Shell) -> None:
     for command in ("list", "show", "retry", "skip", "export"):
         assert "--data" in shell("dead-letters", command, "--help")

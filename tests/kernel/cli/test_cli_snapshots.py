@@ -20,8 +20,8 @@ async def _spoil(folder: Path) -> None:
         subject = client.log.subjects.address("Account", "anna").subject
         data = await store.read(subject)
         assert data is not None
-        assert data.count(b"\x07") == 1
-        store.write(subject, data.replace(b"\x07", b"\x08"))
+        assert data.count(b"\xa7balance\x07") == 1
+        store.write(subject, data.replace(b"\xa7balance\x07", b"\xa7balance\x08"))
         async with asyncio.timeout(20):
             while not store.written:
                 await asyncio.sleep(0.01)

@@ -315,9 +315,9 @@ async def test_a_refusal_waits_until_what_it_rests_on_is_stored(
         await client.execute(Account, "a", Deposit(100))
         append, failed = service.parts.log.append, []
 
-        def fail_once(subject: str, expected: int, payload: bytes, trail: bytes) -> asyncio.Future[int]:
+        def fail_once(subject: str, expected: int, payload: bytes, links: bytes) -> asyncio.Future[int]:
             if failed:
-                return append(subject, expected, payload, trail)
+                return append(subject, expected, payload, links)
             failed.append(payload)
             future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             future.set_exception(Unavailable("not now"))

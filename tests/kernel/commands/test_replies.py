@@ -11,7 +11,7 @@ import nats
 import pytest
 
 from kernel import Client, Service
-from kernel.partitions.leases import bucket_of
+from kernel.partitions.bucket import bucket_of
 from kernel.telemetry.metrics import REPLIES_REFUSED
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import settings_for

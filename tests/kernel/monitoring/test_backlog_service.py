@@ -173,7 +173,7 @@ async def test_each_worker_reports_its_own_partitions_and_the_command_line_repor
     services = [
         Service(
             listening(app_name),
-            settings_for(tmp_path / str(n), nats=nats_url, database=fresh_postgres, lease=1.0, **QUICK),
+            settings_for(tmp_path / str(n), nats=nats_url, database=fresh_postgres, lease=5.0, **QUICK),
         )
         for n in range(2)
     ]

@@ -17,8 +17,9 @@ import migrations
 from examples.bank import Account, Deposit
 from kernel import App, Client, Service
 from kernel.errors import DatabaseMismatch
+from kernel.partitions.bucket import bucket_of
 from kernel.partitions.databases import check_database, differ, find_users
-from kernel.partitions.leases import Leases, bucket_of
+from kernel.partitions.leases import Leases
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import connect
 from projections.database import open_database

@@ -116,8 +116,8 @@ async def test_the_deadline_counts_from_before_the_request(
         await a.acquire(Members(("a",), frozenset()))
         put = a._put
 
-        async def slow(key: str, expected: int) -> int:
-            revision = await put(key, expected)
+        async def slow(key: str, expected: int, more: dict[str, Any] | None = None) -> int:
+            revision = await put(key, expected, more)
             await asyncio.sleep(1.0)  # the answer is late: the bucket has counted from the request
             return revision
 

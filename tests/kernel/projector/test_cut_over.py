@@ -20,7 +20,7 @@ from kernel.projector.rebuild import Rebuild, clean_up
 from projections import Fenced, SchemaError
 from projections.checkpoints import claim
 from projections.database import open_database
-from projections.generations import RETIRED_EPOCH, create, numbers
+from projections.generations import FENCE, create, numbers
 from projections.tables import checkpoint
 from tests.apps import Note, Notebook, notebooks
 from tests.conftest import ReadSide, settings_for
@@ -81,12 +81,12 @@ def test_a_cut_over_without_its_locks_changes_nothing(postgres: Engine) -> None:
     with postgres.connect() as reader, postgres.connect() as connection:
         reader.execute(text("SELECT count(*) FROM words"))
         with pytest.raises(Exception, match="lock timeout") as refused:
-            take_over(connection, made)
+            take_over(connection, made, 0)
         assert is_locked(refused.value)  # type: ignore[arg-type]
         connection.rollback()
         assert numbers(connection, "Pages", "live") == [1]
         reader.rollback()
-        take_over(connection, made)
+        take_over(connection, made, 0)
         assert connection.scalar(text("SHOW lock_timeout")) == "5s"
         connection.commit()
         assert numbers(connection, "Pages", "live") == [2]
@@ -97,7 +97,7 @@ def test_a_claim_that_waits_for_a_cut_over_does_not_take_the_retired_generation(
     with postgres.begin() as connection:
         made = [create(connection, declared, range(4)) for declared in side.app.projections]
     with ThreadPoolExecutor(1) as pool, postgres.connect() as connection, postgres.connect() as watcher:
-        take_over(connection, made)
+        take_over(connection, made, 0)
         claimed = pool.submit(claim, postgres, "books", side.app.projections, range(4))
         waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
         while watcher.scalar(waits) == 0:
@@ -106,7 +106,7 @@ def test_a_claim_that_waits_for_a_cut_over_does_not_take_the_retired_generation(
         with pytest.raises(Fenced):
             claimed.result(30)
         epochs = select(checkpoint.c.epoch).where(checkpoint.c.generation == 1).distinct()
-        assert connection.scalars(epochs).all() == [RETIRED_EPOCH]
+        assert connection.scalars(epochs).all() == [FENCE]
     assert {live.number for live in claim(postgres, "books", side.app.projections, range(4)).generations} == {2}
 
 
@@ -120,7 +120,7 @@ async def test_what_others_have_built_stops_a_rebuild_before_it_begins(
     ):
         with postgres.begin() as connection:
             connection.execute(text("CREATE VIEW seen AS SELECT last, notes FROM pages"))
-        await Rebuild(app, client.log, postgres, app.projections).run()  # the same columns: it is in nobody's way
+        await Rebuild(app, client.log, postgres, app.projections).run()  # the same columns: the view is not in the way
         with postgres.begin() as connection:
             connection.execute(text("CREATE OR REPLACE VIEW pages AS SELECT *, 1 AS strange FROM pages__2"))
             connection.execute(text("CREATE VIEW odd AS SELECT strange FROM pages"))
@@ -139,7 +139,7 @@ def test_a_generation_on_which_others_have_built_is_kept_with_a_warning(
         with postgres.begin() as connection:
             made = create(connection, declared, range(4))
         with postgres.connect() as connection:
-            take_over(connection, [made])
+            take_over(connection, [made], 0)
             connection.commit()
     with postgres.begin() as connection:
         connection.execute(text("CREATE VIEW direct AS SELECT notes FROM pages__1"))

@@ -14,7 +14,20 @@ from aggregates import Aggregate, applies, event
 from aggregates.commit import Decision
 from aggregates.declaration import declare
 from kernel import App
-from projections import DROP, Drop, Fenced, NoSuchLetter, Recorded, Rows, Sql, Tallies, Tally, Transaction, dead_letters
+from projections import (
+    DROP,
+    Drop,
+    Fenced,
+    NoSuchLetter,
+    Recorded,
+    Rows,
+    Sql,
+    Tallies,
+    Tally,
+    Transaction,
+    dead_letters,
+    exclusions,
+)
 from projections.fold import Folded
 from projections.retrying import retry_all
 from tests.conftest import Commit, ReadSide, batch_of, envelopes
@@ -139,11 +152,11 @@ class StorySide(ReadSide):
         return at, "Story", story, envelopes(Story, written, after)
 
     def retry(self, name: str, story: str, pause: float | None = None) -> dead_letters.Retried:
-        plan = dead_letters.plan_of(self.app.plan(self.engine.dialect), name)
+        plan = exclusions.plan_of(self.app.plan(self.engine.dialect), name)
         return dead_letters.retry(self.engine, plan, name, "Story", story, pause)
 
     def skip(self, name: str, story: str, reason: str = "because") -> dead_letters.StoredLetter:
-        plan = dead_letters.plan_of(self.app.plan(self.engine.dialect), name)
+        plan = exclusions.plan_of(self.app.plan(self.engine.dialect), name)
         return dead_letters.skip(self.engine, plan, "Story", story, "me", reason)
 
 
@@ -418,14 +431,14 @@ def test_many_are_retried_together_and_each_gets_as_far_as_alone(side: StorySide
     BROKEN.add("row worse")
     parked = dead_letters.waiting(side.engine)
     done = retry_all(side.engine, side.app.plan(side.engine.dialect), parked)
-    found = {(one.projection, one.aggregate_id): (one.folded, one.left) for one in done}
+    found = {(tried.projection, tried.aggregate_id): (tried.folded, tried.left) for tried in done}
     assert {found["Lengths", name] for name in names[:5]} == {(2, 2)}
     assert found["Lengths", "s5"] == (1, 2)
     assert {found["Totals", name] for name in names} == {(4, 0)}
     BROKEN.clear()
     side.claim()
     done = retry_all(side.engine, side.app.plan(side.engine.dialect), dead_letters.waiting(side.engine))
-    assert {(one.folded, one.left) for one in done} == {(2, 0)}
+    assert {(tried.folded, tried.left) for tried in done} == {(2, 0)}
     assert dead_letters.waiting(side.engine) == []
     assert {row.events for row in side.rows(Length)} == {3, 4}
     assert {row.text: row.times for row in side.rows(Total)} == dict.fromkeys(("bad", "fine", "worse", "end"), 6)

@@ -93,7 +93,7 @@ async def test_a_bad_program_pauses_and_a_mended_one_goes_on(
         said = [record for record in caplog.records if "is paused" in record.message and "resume" in record.message]
         assert [record.levelno for record in said] == [logging.ERROR]
         assert parked(database_url) < 5
-        # whoever mends the cause without a restart
+        # an operator removes the cause without a restart
         Counts.fails = False
         resumed = await _resume(app, database_url)
         assert resumed

@@ -10,8 +10,10 @@ from sqlalchemy import Engine, inspect
 
 from kernel import Client, Service
 from kernel.app import App
-from kernel.projector.rebuild import Rebuild, RebuildProgress, clean_up
-from projections import Rows, applies
+from kernel.projector.rebuild import Rebuild, clean_up
+from kernel.projector.replay import RebuildProgress
+from kernel.settings import DeadLetters
+from projections import Rows, TooManyFailures, applies
 from projections.database import open_database
 from tests.apps import Lines, Note, Notebook, Noted, Page, Words, notebooks
 from tests.conftest import settings_for
@@ -44,6 +46,39 @@ async def test_a_rebuild_gives_the_same_rows(
         assert (built.generation, built.events, built.parked) == (2, 500, 0)
         assert steps[-1].done == steps[-1].total > 0
         assert steps[-1].events == 500
+    engine.dispose()
+    await service.stop()
+
+
+async def test_a_build_that_fails_at_many_aggregates_changes_nothing(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await start(nats_url, database_url, tmp_path, notebooks(app_name))
+    engine = open_database(database_url)
+    async with await Client.connect(service.app, nats=nats_url, database=database_url) as client:
+        before = await client.query(TABLES["Pages"], after=await fill(client, 40))  # type: ignore[arg-type]
+
+        class Pages(Rows[Page], of=Notebook, version=2):
+            @applies
+            def noted(self, page: Page, event: Noted) -> None:
+                if event.number % 20 < 8:
+                    raise ValueError(f"no page {event.number}")
+                page.notes += 1
+
+        bad = App(app_name, aggregates=[Notebook], projections=[Pages])
+        limits = DeadLetters(pause_minimum=8, pause_above=0.25)
+        passing = App(app_name, aggregates=[Notebook], projections=[Pages], transient=[ValueError])
+        (built,) = await Rebuild(passing, client.log, engine, passing.projections, limits=limits).run()
+        assert built.parked == 8
+        before = await client.query(TABLES["Pages"])
+        with pytest.raises(
+            TooManyFailures, match=r"Pages fails at 8 of 20 aggregates, such as Notebook n\d: ValueError"
+        ):
+            await Rebuild(bad, client.log, engine, bad.projections, limits=limits).run()
+        assert await client.query(TABLES["Pages"]) == before
+        for more in (DeadLetters(pause_minimum=9, pause_above=0.25), DeadLetters(pause_minimum=8, pause_above=0.4)):
+            (built,) = await Rebuild(bad, client.log, engine, bad.projections, limits=more).run()
+            assert built.parked == 8
     engine.dispose()
     await service.stop()
 

@@ -78,7 +78,7 @@ async def test_an_older_program_waits_with_what_it_cannot_read_and_a_newer_one_g
             with pytest.raises(CommandError, match="newer program") as refused:
                 await execute(service, old, "a", Deposit(9), timeout=0.5)
             assert (refused.value.type, bool(refused.value.retry_after)) == ("unavailable", True)
-            last = await execute(service, old, "c", Deposit(3))  # nobody else waits
+            last = await execute(service, old, "c", Deposit(3))  # no other command waits
             assert (await everything(service, last))[0] == [("a", 1), ("c", 3 if not _restart else 6)]
             assert metric("eskernel_parked_aggregates") == 0
             await wait_until(lambda: metric("eskernel_waiting_aggregates") == 2)

@@ -297,7 +297,7 @@ async def test_after_a_full_disk_has_room_again_commits_are_taken_again(tmp_path
             (seen / "filler").unlink()
             # it was never answered, and is sent again when the server is back
             async with asyncio.timeout(20):
-                await asyncio.wait([refused])
+                await asyncio.wait([asyncio.ensure_future(refused)])
                 assert await log.last(subject) is not None
                 while True:
                     found = await log.last(subject)
@@ -319,10 +319,10 @@ def test_a_quota_is_a_full_disk_too(tmp_path: Path) -> None:
     log = ServerLog(tmp_path)
     log.begin().close()
     log.path.write_text("[ERR] JetStream failed to store a msg: write 1.blk: disk quota exceeded\n")
-    assert log.tells_of_a_full_disk()
-    assert not log.tells_of_a_full_disk()
+    assert log.finds_a_full_disk()
+    assert not log.finds_a_full_disk()
     log.begin().close()
-    assert not log.tells_of_a_full_disk()
+    assert not log.finds_a_full_disk()
 
 
 # failures

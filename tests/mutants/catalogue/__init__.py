@@ -1,0 +1,10 @@
+"""The mutants: for each promise of the kernel, the line that keeps it, broken on purpose."""
+
+from __future__ import annotations
+
+from tests.mutants.catalogue import commands, deploying, log, proofs, tables, workers
+from tests.mutants.catalogue.mutant import Mutant
+
+__all__ = ["MUTANTS", "Mutant"]
+
+MUTANTS = [*tables.MUTANTS, *log.MUTANTS, *commands.MUTANTS, *workers.MUTANTS, *proofs.MUTANTS, *deploying.MUTANTS]
