@@ -12,6 +12,7 @@ from aggregates.errors import (
     SequenceError,
 )
 from aggregates.messages import command, event
+from aggregates.meta import Meta
 from aggregates.scenario import Scenario, scenario
 from aggregates.upcasting import upcasts
 
@@ -23,6 +24,7 @@ __all__ = [
     "InvalidEvent",
     "InvalidId",
     "InvalidMessage",
+    "Meta",
     "Rejected",
     "Scenario",
     "SequenceError",

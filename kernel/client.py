@@ -3,76 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import random
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import msgspec
-import orjson
 from sqlalchemy import Engine
 
 from aggregates import Aggregate
 from aggregates.aggregate import name_of
 from aggregates.context import uuid7
-from aggregates.messages import plain, spec_of
+from aggregates.messages import spec_of
 from kernel.app import App
-from kernel.errors import (
-    CommandError,
-    CommandTimeout,
-    NoDatabase,
-    NotProjected,
-    Overloaded,
-    QueryTimeout,
-    Unavailable,
-)
+from kernel.errors import NoDatabase, NotProjected, QueryTimeout, Unavailable
 from kernel.log import JetStreamLog, find_log
 from kernel.log.history import A, LoadedAggregate, load_aggregate
 from kernel.log.subjects import Subjects, subjects_of
-from kernel.protocol import Receipt, decode_answer
+from kernel.protocol import Receipt
 from kernel.runtime.directory import worker_name
 from kernel.runtime.running import find_running
 from kernel.settings import Settings
 from kernel.settings.sources import changed
 from kernel.staleness import watch_projected
 from kernel.telemetry.tracing import sender_context
-from kernel.transport.connection import NatsConnection, status_of
+from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
 from kernel.transport.jetstream_api import NOT_ENABLED, ApiError, NotPermitted
-from kernel.transport.outbox import CERTAIN, Outbox
+from kernel.transport.sender import CommandSender
 from projections.checkpoints import reached
 from projections.database import open_database
 from projections.queries import run_query
-
-RESEND_S = 2.0
-"""Without an answer for so long a command is sent again, with the same id."""
-JITTER = 0.25
-"""Share of the time to retry after that is added to it at random: clients refused together must not return together."""
-
-
-class _Waiting(NamedTuple):
-    """A request that has no answer yet.
-
-    Attributes:
-        until: when it is given up, by the event loop's clock; infinite if it has a timer of its own.
-    """
-
-    future: asyncio.Future[Receipt]
-    subject: bytes
-    until: float
-
-
-def _expire(future: asyncio.Future[Receipt]) -> None:
-    if not future.done():
-        future.set_exception(TimeoutError())
-
-
-class _Denied(CommandError):
-    """The server does not let the client's user publish: to try again would not help."""
 
 
 class Client:
@@ -94,12 +56,7 @@ class Client:
         self.app, self._log, self._subjects = app, log, subjects
         self._context = sender_context(tracing)
         self._connection, self._engine = connection, engine
-        self._waiting: dict[bytes, _Waiting] = {}
-        self._watching = False
-        self._token = 0
-        self._inbox = connection.new_inbox().encode()
-        self._outbox = Outbox(connection)
-        self._loop = asyncio.get_running_loop()
+        self._sender = CommandSender(connection, self._subject_of)
         self._names = {
             command: (name, declared.name)
             for declared in app.types.values()
@@ -155,9 +112,7 @@ class Client:
         subjects = subjects_of(app.name, settings) if log is None else log.subjects
         engine = open_database(database, read_only=True, **settings.database.options()) if database else None
         client = cls(app, connection, log, engine, subjects, tracing=settings.tracing.enabled)
-        await connection.listen(f"{client._inbox.decode()}.*", client._answered)
-        connection.reconnections.append(client._lost_connection)
-        connection.denials.append(client._denied)
+        await client._sender.listen()
         return client
 
     async def __aenter__(self) -> Self:
@@ -242,117 +197,12 @@ class Client:
         )
 
     async def send(self, request: dict[str, Any], timeout: float = 15.0) -> Receipt:
-        """Send a request in its wire form; see `execute`.
+        """Send a request in its wire form; see `execute`."""
+        return await self._sender.send(request, timeout)
 
-        A request that is larger than the server takes is refused here, before each attempt: the server would close the
-        connection, and lose what others have under way on it.
-        """
-        address = self._subjects.address(request["aggregate"], request["id"])
-        subject = self._subjects.commands(None if self._log is None else address.partition).encode()
-        try:
-            payload = orjson.dumps(request, default=plain)
-        except TypeError as error:
-            # an integer beyond 64 bits, a text that is not Unicode, an object that JSON can't represent
-            raise CommandError("invalid-command", f"{request['command']} can't be sent: {error}") from None
-        deadline = self._loop.time() + timeout
-        attempt = 1
-        pause = 0.05
-        refused = ""
-        while True:
-            if len(payload) > CERTAIN and not self._connection.fits(subject, payload):
-                raise self._too_large(request["command"], len(payload))
-            try:
-                return await self._request(subject, payload, min(RESEND_S, deadline - self._loop.time()))
-            except (TimeoutError, ConnectionError, Overloaded) as error:
-                if isinstance(error, Overloaded):
-                    pause = (error.retry_after or pause) * random.uniform(1.0, 1.0 + JITTER)
-                if self._loop.time() + pause >= deadline:
-                    if isinstance(error, Overloaded):
-                        raise
-                    raise CommandTimeout(
-                        f"no answer to {request['command']} for {request['aggregate']} {request['id']} within "
-                        f"{timeout:g} s ({attempt} attempts); its id is {request['command_id']}{refused}"
-                    ) from None
-                if not isinstance(error, TimeoutError):
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 1.5, 1.0)
-            except CommandError as error:
-                passes = error.type in ("unavailable", "unknown-outcome") and not isinstance(error, _Denied)
-                if not passes or self._loop.time() + pause >= deadline:
-                    raise
-                refused = f"; an attempt before the last one was refused: {error}"
-                await asyncio.sleep(pause)
-                pause = min(pause * 1.5, 1.0)
-            attempt += 1
-
-    def _too_large(self, command: str, size: int) -> CommandError:
-        most = self._connection.max_payload
-        return CommandError(
-            "too-large", f"the request {command} has {size} bytes; the server takes {most} (max_payload)"
-        )
-
-    def _lost_connection(self) -> None:
-        """After a reconnect: what was under way is sent again, unless this server takes less and refuses it."""
-        for waiting in self._waiting.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(ConnectionError("the connection was lost"))
-
-    def _denied(self, subject: str) -> None:
-        for waiting in self._waiting.values():
-            if waiting.subject.decode() == subject and not waiting.future.done():
-                why = f"the user of this connection may not publish to {subject}: see its permissions"
-                waiting.future.set_exception(_Denied("unavailable", why))
-
-    async def _request(self, subject: bytes, payload: bytes, timeout: float) -> Receipt:
-        self._token += 1
-        token = b"%d" % self._token
-        future: asyncio.Future[Receipt] = self._loop.create_future()
-        handle: asyncio.TimerHandle | None = None
-        until = math.inf
-        if timeout < RESEND_S:
-            handle = self._loop.call_later(max(timeout, 0.001), _expire, future)
-        else:
-            # one timer for all of them: most commands are answered long before
-            until = self._loop.time() + RESEND_S
-            if not self._watching:
-                self._watching = True
-                self._loop.call_at(until, self._expire_oldest)
-        self._waiting[token] = _Waiting(future, subject, until)
-        self._outbox.publish(subject, payload, reply=b"%b.%b" % (self._inbox, token))
-        try:
-            return await future
-        finally:
-            if handle is not None:
-                handle.cancel()
-            self._waiting.pop(token, None)
-
-    def _expire_oldest(self) -> None:
-        """Give up the requests whose time is over, and look again when the next one's will be."""
-        now = self._loop.time()
-        for waiting in self._waiting.values():
-            if waiting.until <= now:
-                _expire(waiting.future)
-            elif waiting.until < math.inf:
-                self._loop.call_at(waiting.until, self._expire_oldest)
-                return
-        self._watching = False
-
-    def _answered(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        waiting = self._waiting.get(subject[subject.rfind(b".") + 1 :])
-        if waiting is None or waiting.future.done():
-            return
-        future = waiting.future
-        if status_of(headers) == 503:
-            future.set_exception(ConnectionError("no worker accepts commands for this app at the moment"))
-            return
-        try:
-            receipt = decode_answer(payload)
-        except msgspec.MsgspecError as error:
-            future.set_exception(CommandError("malformed", f"the service's answer cannot be decoded: {error}"))
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            future.set_result(receipt)
+    def _subject_of(self, aggregate: str, aggregate_id: str) -> bytes:
+        address = self._subjects.address(aggregate, aggregate_id)
+        return self._subjects.commands(None if self._log is None else address.partition).encode()
 
     async def load(
         self, aggregate: type[A], aggregate_id: str, *, at: int | datetime | None = None

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aggregates import applies
+    from aggregates import Meta, applies
     from projections.autogenerate import alembic_filter
     from projections.errors import (
         Fenced,
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         SchemaError,
         TooManyFailures,
     )
-    from projections.projection import DROP, Drop, Meta, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
+    from projections.projection import DROP, Drop, Projection, Recorded, Rows, Sql, Tallies, Tally, Transaction
     from projections.scenario import ProjectionScenario, projected
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "alembic_filter": "projections.autogenerate",
+    "Meta": "aggregates",
     "applies": "aggregates",
     **dict.fromkeys(
         (

@@ -19,10 +19,11 @@ from aggregates.aggregate import Aggregate, role_of
 from aggregates.declaration import AggregateType, annotated, message_classes
 from aggregates.errors import DeclarationError
 from aggregates.messages import spec_of
+from aggregates.meta import Meta
 from projections.codec import Unsupported
 from projections.errors import SchemaError
 from projections.naming import model_problems, table_of
-from projections.projection import Meta, Projection, Rows, Sql, Tallies, Transaction
+from projections.projection import Projection, Rows, Sql, Tallies, Transaction
 from projections.records import Columns
 from projections.row_codec import RowCodec
 

@@ -16,11 +16,12 @@ from sqlalchemy.engine import Dialect
 from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType
 from aggregates.errors import NewerEvent
+from aggregates.meta import Meta
 from projections.codec import Refused
 from projections.declaration import DeclaredProjection, EventHandler, keepers_of
 from projections.errors import FailureKind, HandlerFailed, reason
 from projections.parked import EVERY, Key, Letter, Parked, ParkedAggregates
-from projections.projection import DROP, Meta, Recorded, Tally
+from projections.projection import DROP, Recorded, Tally
 from projections.row_codec import RowCodec
 
 TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Generic, Never, TypeVar
 
@@ -13,6 +12,7 @@ from sqlalchemy import Connection, CursorResult, Delete, Executable, Insert, Tab
 
 from aggregates import Aggregate, DeclarationError
 from aggregates.commit import Envelope
+from aggregates.meta import Meta
 from projections.errors import SchemaError
 from projections.statements import named_tables
 
@@ -26,47 +26,6 @@ class Drop:
 
 DROP: Final = Drop()
 """A `Rows` handler returns it to delete the row. A later event starts a new row."""
-
-
-class Meta:
-    """An event's metadata. A handler gets it with a parameter annotated `Meta`.
-
-    Attributes:
-        aggregate_id: id of the aggregate.
-        stream_sequence: the commit's place in the stream, equal for all events of one commit.
-    """
-
-    __slots__ = ("_envelope", "aggregate_id", "stream_sequence")
-
-    def __init__(self, envelope: Envelope, aggregate_id: str, stream_sequence: int) -> None:
-        self._envelope = envelope
-        self.aggregate_id = aggregate_id
-        self.stream_sequence = stream_sequence
-
-    @property
-    def sequence(self) -> int:
-        """The event's place in its aggregate, from 1."""
-        return self._envelope.sequence
-
-    @property
-    def time(self) -> datetime:
-        """The moment of decision (UTC)."""
-        return datetime.fromisoformat(self._envelope.time)
-
-    @property
-    def event_id(self) -> str:
-        """The event's UUIDv7."""
-        return self._envelope.id
-
-    @property
-    def command_id(self) -> str:
-        """The id of the command that led to the event."""
-        return self._envelope.commandid
-
-    @property
-    def correlation_id(self) -> str:
-        """The command's correlation id, or the command's own id if it has none."""
-        return self._envelope.correlation_id or self._envelope.commandid
 
 
 class Recorded(msgspec.Struct, Generic[E], frozen=True, eq=False, gc=False):

@@ -68,8 +68,8 @@ PACKAGES: dict[str, set[str]] = {
     "apscheduler": {"kernel.runtime.scheduler"},
     "click": {"settings", "cli"},
     "msgspec": {
-        *("aggregates", "projections", "protocol", "log", "runtime", "governance", "actors", "commands", "reactions"),
-        *("client", "web", "cli"),
+        *("aggregates", "projections", "protocol", "transport", "log", "runtime", "governance", "actors", "commands"),
+        *("reactions", "client", "web", "cli"),
     },
     "nats": {"transport"},
     "nkeys": {"transport"},

@@ -95,7 +95,7 @@ async def test_partitions_move_under_load_without_a_command_lost_or_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # a command that is lost on the way now fails, because the client does not send it again
-    monkeypatch.setattr("kernel.client.RESEND_S", 600.0)
+    monkeypatch.setattr("kernel.transport.sender.RESEND_S", 600.0)
     async with workers(1, tmp_path, nats_url, database_url, app_name, wait_until) as services:
         stop = asyncio.Event()
         sent = [0] * 20
