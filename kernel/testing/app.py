@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -33,6 +34,8 @@ from projections.checkpoints import reached
 from projections.database import reads
 from projections.queries import run_query
 from projections.tables import dead_letter
+
+logger = logging.getLogger("eskernel.testing")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -212,6 +215,11 @@ class RunningApp(Client):
     async def close(self) -> None:
         """Answer what is under way, and take nothing any more; leaving the `async with` block does so."""
         self._ended = True
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._answered()
+        except TimeoutError:
+            logger.warning("%d commands were not answered in time", self._under_way)
         await self.parts.admission.stop(CLOSE_S)
         await self.parts.projector.stop(CLOSE_S)
 
