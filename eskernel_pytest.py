@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractAsyncContextManager
-
-    from kernel.testing import RunningApp
+    from kernel.testing import Running
 
 
 @pytest.fixture
-def running() -> Callable[..., AbstractAsyncContextManager[RunningApp]]:
+def running() -> Running:
     """Return what runs a whole app in the process of the test: see `kernel.testing.running`."""
     from kernel.testing import running
 

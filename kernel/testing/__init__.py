@@ -8,6 +8,6 @@ With eskernel installed, pytest has a fixture `running` that is this function.
 """
 
 from kernel.runtime.clock import MovableClock
-from kernel.testing.app import RunningApp, running
+from kernel.testing.app import Running, RunningApp, running
 
-__all__ = ["MovableClock", "RunningApp", "running"]
+__all__ = ["MovableClock", "Running", "RunningApp", "running"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from sqlalchemy import Engine, select
 
@@ -69,11 +69,7 @@ def inline(_purpose: str) -> Executor:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What runs in a `RunningApp`.
-
-    Attributes:
-        partitions: all of them.
-    """
+    """What runs in a `RunningApp`."""
 
     settings: Settings
     clock: MovableClock
@@ -83,7 +79,6 @@ class Parts:
     gateway: CommandGateway
     admission: Admission
     projector: Projector
-    partitions: frozenset[int]
 
 
 class RunningApp(Client):
@@ -224,6 +219,15 @@ class RunningApp(Client):
         await self.parts.projector.stop(CLOSE_S)
 
 
+class Running(Protocol):
+    """The type of the fixture `running`."""
+
+    def __call__(
+        self, app: App, settings: Settings | None = None, *, now: datetime | None = None, database: str | None = None
+    ) -> AbstractAsyncContextManager[RunningApp]:
+        """Run a whole app; see `kernel.testing.running`."""
+
+
 async def _wait_until(condition: Callable[[], bool]) -> bool:
     """Wait until a condition holds. Return whether it did not at first."""
     turns = 0
@@ -261,15 +265,13 @@ async def running(
     async with AsyncExitStack() as closing:
         closing.push_async_callback(log.close)
         engine = closing.enter_context(empty_database(app, database, created, log.subjects.partitions))
-        kernel = await _start(app, settings, MovableClock(now), log, engine, closing)
-        closing.push_async_callback(kernel.close)
-        yield kernel
+        yield await _start(app, settings, MovableClock(now), log, engine, closing)
 
 
 async def _start(
     app: App, settings: Settings, clock: MovableClock, log: MemoryLog, engine: Engine, closing: AsyncExitStack
 ) -> RunningApp:
-    partitions: Collection[int] = frozenset(range(log.subjects.partitions))
+    partitions = frozenset(range(log.subjects.partitions))
     connection = LocalConnection(inbox_prefix(app.name, settings, "client"))
     closing.push_async_callback(connection.close)
     outbox, governor = Outbox(connection), Governor(app, settings.rates)
@@ -277,14 +279,15 @@ async def _start(
     closing.callback(gateway.close)
     guard = ReplyGuard(ReplyFilter.of(app.name, settings))
     admission = Admission(app, log.subjects, outbox, gateway, governor, settings.commands, guard)
-    admission.assign(frozenset(partitions))
+    admission.assign(partitions)
     await connection.listen(log.subjects.commands(), admission.receive)
     await connection.listen(log.subjects.commands("*"), admission.receive)
     projector = Projector(app, log, engine, gateway.residents, gateway.holds, settings, governor.live, threads=inline)
     closing.push_async_callback(projector.close)
-    projector.assign(frozenset(partitions))
-    parts = Parts(settings, clock, log, engine, connection, gateway, admission, projector, frozenset(partitions))
+    projector.assign(partitions)
+    parts = Parts(settings, clock, log, engine, connection, gateway, admission, projector)
     kernel = RunningApp(app, parts)
+    closing.push_async_callback(kernel.close)
     await kernel._sender.listen()
     if app.projections:
         projector.start(_hold)

@@ -69,7 +69,7 @@ Table(TABLE, _revision, Column("version_num", String(32), primary_key=True))
 def reading_only(engine: Engine) -> Engine:
     """Return the same engine for `run_query`: a transaction of it can't write."""
     if engine.dialect.name == "postgresql":
-        reading = engine.execution_options(postgresql_readonly=True)
+        reading: Engine = engine.execution_options(postgresql_readonly=True)
         # at once: only within a transaction the tables are found, see `projections.scratch`
         event.listen(reading, "engine_connect", lambda connection: connection.begin())
         return reading
