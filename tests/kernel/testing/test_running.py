@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, MetaData, Table, event
+from sqlalchemy import Engine, MetaData, Table, event, text
 from sqlalchemy import inspect as inspect_database
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -98,6 +98,10 @@ async def test_commands_events_and_rows_go_the_whole_way() -> None:
         loaded = await kernel.load(Account, "alice")
         assert (loaded.state.balance, loaded.version) == (300, 2)
         assert (await kernel.load(Account, "alice", at=1)).state.balance == 500
+
+
+async def test_projection_has_begun_when_the_block_begins(books: RunningApp) -> None:
+    assert books.parts.projector.progress.begun
 
 
 async def test_every_kind_of_projection_is_kept_up_to_date(books: RunningApp) -> None:
@@ -273,6 +277,8 @@ def test_nothing_is_left_behind() -> None:
 
     async def use() -> None:
         async with running(notebooks("books")) as kernel:
+            await kernel.query("select 1", after=await kernel.execute(Notebook, "b", Note("b")))
+            assert set(threading.enumerate()) == threads, "not even meanwhile"
             unanswered = asyncio.create_task(kernel.execute(Notebook, "a", Note("a")))
             await asyncio.sleep(0)
         assert (await unanswered).version == 1
@@ -305,6 +311,7 @@ def describe(engine: Engine) -> dict[str, Any]:
             name: connection.execute(Table(name, reflected).select()).all()
             for name in ("eskernel_schema", "eskernel_table", "eskernel_checkpoint", "eskernel_sequence")
         }
+        records["ids"] = [len(row.id) for row in connection.execute(Table("eskernel_database", reflected).select())]
         projections = [(row.name, row.generation, row.version, row.state, row.layout, row.retired)
                        for row in connection.execute(Table("eskernel_projection", reflected).select())]  # fmt: skip
         streams = connection.execute(Table("eskernel_stream", reflected).select()).all()
@@ -338,6 +345,22 @@ async def test_the_tables_are_those_that_migrations_and_a_first_start_make(tmp_p
             for records in (expected[what], found[what]):
                 records["eskernel_checkpoint"] = sorted(row[:4] for row in records["eskernel_checkpoint"])
         assert found[what] == expected[what]
+
+
+async def test_a_thread_of_the_test_waits_for_the_only_connection(books: RunningApp) -> None:
+    await books.execute(Notebook, "a", Note("a"))
+    await books.settled()
+
+    def count() -> Any:
+        with books.parts.engine.connect() as connection:
+            return connection.scalar(text("select count(*) from lines"))
+
+    with books.parts.engine.begin() as connection:
+        counting = asyncio.get_running_loop().run_in_executor(None, count)
+        connection.execute(text("delete from lines__1"))
+        await asyncio.sleep(0)
+        assert not counting.done()
+    assert await counting == 0
 
 
 async def test_it_runs_on_a_database_that_is_named_too(fresh_postgres: str, tmp_path: Path) -> None:
