@@ -2,7 +2,7 @@
 
 https://github.com/cloudevents/spec, JSON batch format. The extension attributes are ours: `sequence` (the event's
 place in its aggregate, from 1), `dataversion` (schema version), `commandid`, `correlationid`, `causationid`, and
-`traceparent` of the distributed tracing extension.
+`traceparent` of the distributed tracing extension; `depth` where policies led to the command.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from aggregates.encoding import EncodedEvent
 from aggregates.errors import InvalidMessage
 from aggregates.messages import dumps
 
+Depth = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+"""Number of policies in a row that led to a command; an integer as CloudEvents has them."""
+
 
 class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", "correlation_id": "correlationid"}):
     """One stored event before its data is decoded.
@@ -31,6 +34,7 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
         dataversion: schema version of `data`.
         data: the event's fields as JSON bytes.
         commandid: id of the command that caused the event.
+        depth: number of policies in a row that led to the command; 0 if none did.
     """
 
     id: str
@@ -43,16 +47,18 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
+    depth: Depth = 0
 
 
 class Decision(msgspec.Struct, gc=False):
-    """The events that one command led to, with the command's correlation, causation and trace ids."""
+    """The events that one command led to, with the command's correlation, causation and trace ids, and its depth."""
 
     command_id: str
     events: Sequence[EncodedEvent]
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
+    depth: int = 0
 
 
 _decode = msgspec.json.Decoder(list[Envelope]).decode
@@ -99,6 +105,8 @@ def encode(
                 item["causationid"] = decision.causation_id
             if decision.traceparent is not None:
                 item["traceparent"] = decision.traceparent
+            if decision.depth:
+                item["depth"] = decision.depth
             batch.append(item)
     return dumps(batch)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kernel.alerts import Alert
     from kernel.app import App, load_app
     from kernel.client import Client
+    from kernel.effect import Effect
     from kernel.log.history import LoadedAggregate
     from kernel.projector.rebuild import Rebuild, Rebuilt
     from kernel.projector.replay import RebuildProgress
@@ -24,6 +25,7 @@ __all__ = [
     "Alert",
     "App",
     "Client",
+    "Effect",
     "LoadedAggregate",
     "Rebuild",
     "RebuildProgress",
@@ -39,6 +41,7 @@ _HOMES = {
     "App": "app",
     "load_app": "app",
     "Client": "client",
+    "Effect": "effect",
     "LoadedAggregate": "log.history",
     "Rebuild": "projector.rebuild",
     "RebuildProgress": "projector.replay",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 import orjson
 
+from aggregates.commit import Depth
 from kernel.errors import CommandError, Overloaded
 
 ErrorType = Literal[
@@ -43,6 +44,7 @@ class CommandRequest(msgspec.Struct):
     Attributes:
         command: the command's wire name.
         command_id: repeat it when repeating a command: it takes effect once.
+        depth: number of policies in a row that led to the command; 0 if a client sent it.
     """
 
     aggregate: str
@@ -53,6 +55,7 @@ class CommandRequest(msgspec.Struct):
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
+    depth: Depth = 0
 
 
 decode_request = msgspec.json.Decoder(CommandRequest).decode

@@ -278,7 +278,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 return
             request.attempts += 1
             decisions.append(
-                Decision(sent.command_id, events, sent.correlation_id, sent.causation_id, sent.traceparent)
+                Decision(sent.command_id, events, sent.correlation_id, sent.causation_id, sent.traceparent, sent.depth)
             )
             verdicts.append(Verdict(request, cell.version, True))
         if decisions:
