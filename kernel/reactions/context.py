@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ class ReactorContext:
     Attributes:
         send: sends a command in its wire form.
         now: returns the Unix time.
-        threads: the thread that works with the database.
+        threads: what works with the database.
     """
 
     app: App
@@ -34,7 +34,7 @@ class ReactorContext:
     settings: Settings
     send: Send
     now: Callable[[], float]
-    threads: ThreadPoolExecutor
+    threads: Executor
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run a function that uses the database in the thread for that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 LOOK_S = 1.0
@@ -31,11 +32,15 @@ class MovableClock(Clock):
 
     Args:
         now: where it begins (UTC if it has no zone); the system's time by default.
+
+    Attributes:
+        moved: functions that are called when it was moved.
     """
 
     def __init__(self, now: datetime | None = None) -> None:
         self._now = super().now() if now is None else _in_utc(now)
         self._waiting: list[tuple[datetime, asyncio.Future[None]]] = []
+        self.moved: list[Callable[[], None]] = []
 
     def now(self) -> datetime:
         """Return the time at which it stands, in UTC."""
@@ -55,6 +60,8 @@ class MovableClock(Clock):
         for _, future in due:
             if not future.done():
                 future.set_result(None)
+        for callback in self.moved:
+            callback()
 
     async def reach(self, moment: datetime) -> None:
         """Wait until it was moved to `moment` (UTC if it has no zone) or beyond."""

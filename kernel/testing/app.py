@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from sqlalchemy import Engine, select
@@ -22,14 +24,18 @@ from kernel.commands.replies import ReplyGuard
 from kernel.errors import NotSettled, QueryTimeout, Unavailable
 from kernel.governance.governor import Governor
 from kernel.log import JetStreamLog, MemoryLog
+from kernel.log.subjects import Subjects
 from kernel.projector.live import Projector
 from kernel.protocol import Receipt
+from kernel.reactions.context import ReactorContext
+from kernel.reactions.reactor import NO_PARTITIONS, PAUSED, RUNNING, Reactors
 from kernel.runtime.clock import MovableClock
 from kernel.settings import Settings
 from kernel.testing.connection import LocalConnection
 from kernel.testing.database import empty_database, reading_only
 from kernel.transport.inboxes import ReplyFilter, inbox_prefix
 from kernel.transport.outbox import Outbox
+from kernel.transport.sender import CommandSender
 from projections.checkpoints import reached
 from projections.database import reads
 from projections.queries import run_query
@@ -44,6 +50,8 @@ Settler = Callable[[], Awaitable[bool]]
 SPINS = 200
 """Turns of the event loop for which a wait looks again at once. Most waits are over then."""
 LOOK_S = 0.001
+AT_WORK = {RUNNING, NO_PARTITIONS, PAUSED}
+"""States of policies and effects in which waiting for them may help, or that the test itself has brought about."""
 CLOSE_S = 5.0
 NAMED = 5
 """Failures that an error names one by one."""
@@ -79,6 +87,7 @@ class Parts:
     gateway: CommandGateway
     admission: Admission
     projector: Projector
+    reactors: Reactors
 
 
 class RunningApp(Client):
@@ -99,7 +108,7 @@ class RunningApp(Client):
         log = cast(JetStreamLog, parts.log)
         super().__init__(app, parts.connection, log, parts.engine, parts.log.subjects, tracing=False)
         self.parts, self.clock = parts, parts.clock
-        self.settlers: list[Settler] = [self._answered, self._projected]
+        self.settlers: list[Settler] = [self._answered, self._projected, self._reacted]
         self._reading = reading_only(parts.engine)
         self._under_way = self._told = 0
         self._ended = False
@@ -189,6 +198,16 @@ class RunningApp(Client):
 
         return await _wait_until(written)
 
+    async def _reacted(self) -> bool:
+        reactors, turns = self.parts.reactors, 0
+        while not await reactors.is_settled():
+            if stuck := [each for each in reactors.report() if each["state"] not in AT_WORK]:
+                why = ", ".join(f"{each['name']} is {each['state']}" for each in stuck)
+                raise NotSettled(f"what reacts to events stands still: {why}")
+            await _turn(turns)
+            turns += 1
+        return turns > 0
+
     def _has_written(self, sequence: int) -> bool:
         return not self.app.projections or self.parts.projector.progress.has_written(sequence)
 
@@ -215,6 +234,7 @@ class RunningApp(Client):
                 await self._answered()
         except TimeoutError:
             logger.warning("%d commands were not answered in time", self._under_way)
+        await self.parts.reactors.stop(CLOSE_S)
         await self.parts.admission.stop(CLOSE_S)
         await self.parts.projector.stop(CLOSE_S)
 
@@ -232,13 +252,27 @@ async def _wait_until(condition: Callable[[], bool]) -> bool:
     """Wait until a condition holds. Return whether it did not at first."""
     turns = 0
     while not condition():
-        await asyncio.sleep(0 if turns < SPINS else LOOK_S)
+        await _turn(turns)
         turns += 1
     return turns > 0
 
 
+async def _turn(number: int) -> None:
+    """Give way to what is waited for, for the time of this number."""
+    await asyncio.sleep(0 if number < SPINS else LOOK_S)
+
+
 async def _hold() -> None:
     """Nobody else can claim the partitions."""
+
+
+def _seconds(clock: MovableClock) -> float:
+    """Return the Unix time, rounded up: what is due at this very microsecond is due."""
+    return math.nextafter(clock.now().timestamp(), math.inf)
+
+
+def _subject_of(subjects: Subjects, aggregate: str, aggregate_id: str) -> bytes:
+    return subjects.commands(subjects.partition(aggregate, aggregate_id)).encode()
 
 
 @asynccontextmanager
@@ -285,10 +319,18 @@ async def _start(
     projector = Projector(app, log, engine, gateway.residents, gateway.holds, settings, governor.live, threads=inline)
     closing.push_async_callback(projector.close)
     projector.assign(partitions)
-    parts = Parts(settings, clock, log, engine, connection, gateway, admission, projector)
+    sender = CommandSender(connection, partial(_subject_of, log.subjects))
+    await sender.listen()
+    context = ReactorContext(app, log, engine, settings, sender.send, partial(_seconds, clock), Inline())
+    reactors = Reactors(context, gateway.holds)
+    clock.moved.append(reactors.wake)
+    parts = Parts(settings, clock, log, engine, connection, gateway, admission, projector, reactors)
     kernel = RunningApp(app, parts)
     closing.push_async_callback(kernel.close)
     await kernel._sender.listen()
+    closing.push_async_callback(reactors.close)
+    reactors.assign(partitions)
+    reactors.start(_hold)
     if app.projections:
         projector.start(_hold)
         await _wait_until(lambda: projector.progress.begun or bool(projector.trouble))

@@ -12,6 +12,7 @@ from sqlalchemy.schema import Column, MetaData, Table
 from sqlalchemy.types import String
 
 from kernel.app import App
+from kernel.reactions import store
 from projections.database import reads
 from projections.errors import SchemaError
 from projections.generations import create, show
@@ -52,6 +53,8 @@ def empty_database(app: App, url: str | None, created: str, partitions: int) -> 
         metadata.create_all(engine, checkfirst=False)
         _revision.create_all(engine, checkfirst=False)
         register(engine, app.name, created, partitions, 0)
+        if app.reactions:
+            store.register(engine, app.reactions, partitions, 0)
         identify(engine)
         with engine.begin() as connection:
             connection.execute(insert(table(TABLE, named_column("version_num"))).values(version_num=HEAD))
