@@ -235,7 +235,7 @@ class NotProjected(QueryTimeout):
 
 
 class NotSettled(EskernelError):
-    """An app under test does not come to rest, or events could not be folded; the message says which, and why."""
+    """An app under test does not come to rest, or events could not be folded or reacted to; the message says why."""
 
 
 class NoDatabase(EskernelError, RuntimeError):

@@ -162,13 +162,17 @@ class RunningApp(Client):
             ) from None
 
     async def settled(self, timeout: float = 10.0) -> None:
-        """Wait until nothing is under way: every command is answered, and every event is projected.
+        """Wait until nothing is under way.
+
+        Every command is answered, every event is projected, and what policies and effects owe for it is done. No timer
+        is due.
 
         Args:
             timeout: seconds.
 
         Raises:
-            NotSettled: events could not be folded since the last call, projection stands still, or the time is over.
+            NotSettled: since the last call, events could not be folded or reacted to; or something stands still; or the
+                time is over.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -212,7 +216,7 @@ class RunningApp(Client):
         return not self.app.projections or self.parts.projector.progress.has_written(sequence)
 
     def _tell_failures(self) -> None:
-        """Raise `NotSettled` for events that could not be folded, and of which no call has told."""
+        """Raise `NotSettled` for events that are dead letters, and of which no call has told."""
         letter = dead_letter.c
         failed = select(dead_letter).where(letter.id > self._told, letter.attempts > 0).order_by(letter.id)
         with reads(self.parts.engine).connect() as connection:
@@ -222,7 +226,7 @@ class RunningApp(Client):
             told = [f"{row.projection}: event {row.sequence} of {row.aggregate} {row.aggregate_id}: {row.error}"
                     for row in found[:NAMED]]  # fmt: skip
             more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
-            raise NotSettled("\n".join(["events could not be folded", *told, *more]))
+            raise NotSettled("\n".join(["some events could not be folded, or reacted to", *told, *more]))
         if self.parts.projector.pauses.paused:
             raise NotSettled(f"projection stands still: {self.parts.projector.pauses.describe()}")
 
@@ -282,7 +286,7 @@ async def running(
     """Run a whole app in this process, without servers, files and threads, until the block ends.
 
     Commands go the way that they go in a service, and so do events: through admission, actors, the projector and its
-    statements. The log is in memory, and so is the database. Everything runs on the event loop of the caller.
+    statements, policies and effects. The log is in memory, and so is the database. Everything runs on the event loop of the caller.
 
     Args:
         settings: the defaults unless given; those of servers, data directory, snapshots and jobs have no effect.
