@@ -14,6 +14,7 @@ from aggregates.errors import (
 from aggregates.messages import command, event
 from aggregates.meta import Meta
 from aggregates.policy import After, At, Cancel, Policy, Reaction, Reactions, Refusal, Send
+from aggregates.policy_scenario import PolicyScenario, policy
 from aggregates.scenario import Scenario, scenario
 from aggregates.upcasting import upcasts
 
@@ -30,6 +31,7 @@ __all__ = [
     "InvalidMessage",
     "Meta",
     "Policy",
+    "PolicyScenario",
     "Reaction",
     "Reactions",
     "Refusal",
@@ -41,6 +43,7 @@ __all__ = [
     "command",
     "event",
     "handles",
+    "policy",
     "reacts",
     "scenario",
     "upcasts",

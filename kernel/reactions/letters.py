@@ -35,6 +35,8 @@ from projections.unit_of_work import one_line
 logger = logging.getLogger("eskernel.reactions")
 LOOK_S = 1.0
 """Between two looks for dead letters whose turn has come."""
+BEHIND = "waits for an event before it"
+"""Error of a dead letter that was not tried."""
 Job = Callable[[], Coroutine[Any, Any, None]]
 
 

@@ -26,7 +26,7 @@ from kernel.log.subjects import Address
 from kernel.reactions import store
 from kernel.reactions.context import ReactorContext
 from kernel.reactions.firing import TimerFiring
-from kernel.reactions.letters import Job, LetterRetries, Parking, next_attempt
+from kernel.reactions.letters import BEHIND, Job, LetterRetries, Parking, next_attempt
 from kernel.reactions.store import NUMBER, Claimed, ReactionWrite
 from kernel.reactions.work import EffectWorker, Failed, PolicyWorker, Task, Worker
 from kernel.telemetry.metrics import REACTED
@@ -274,7 +274,7 @@ class Session:
         return "ok"
 
     def _put_behind(
-        self, task: Task, stored: Stored, batch: _Batch, error: str = "an event before it", again: float | None = None
+        self, task: Task, stored: Stored, batch: _Batch, error: str = BEHIND, again: float | None = None
     ) -> None:
         """Make an event a dead letter of its batch: the first one of its aggregate, or one that waits behind it."""
         batch.parked[task.key] += 1

@@ -275,31 +275,6 @@ def forget_rejections(engine: Engine, before: str) -> None:
 # what people do
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A policy or an effect as the database knows it.
-
-    Attributes:
-        began: stream sequence after which it began.
-        lowest, highest: of its checkpoints.
-        parked: aggregates whose events wait behind a dead letter.
-        rejected: commands that were rejected, as far as they are kept.
-        timers, late: timers that are pending, and those of them that are overdue.
-    """
-
-    name: str
-    kind: str
-    began: int
-    created: str
-    lowest: int
-    highest: int
-    paused: bool
-    parked: int
-    rejected: int
-    timers: int
-    late: int
-
-
 def pause(engine: Engine, name: str, paused: bool) -> None:
     """Have nobody react for a policy or an effect, or let it go on from where it was."""
     with engine.begin() as connection:
