@@ -286,7 +286,8 @@ async def running(
     """Run a whole app in this process, without servers, files and threads, until the block ends.
 
     Commands go the way that they go in a service, and so do events: through admission, actors, the projector and its
-    statements, policies and effects. The log is in memory, and so is the database. Everything runs on the event loop of the caller.
+    statements, policies and effects. The log is in memory, and so is the database. Everything runs on the event loop of
+    the caller.
 
     Args:
         settings: the defaults unless given; those of servers, data directory, snapshots and jobs have no effect.
