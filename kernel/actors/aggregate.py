@@ -250,7 +250,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             error: tuple[ErrorType, str] | None = None
             events: list[EncodedEvent] = []
             try:
-                events = cell.decide(request.command, Context(sent.command_id))
+                events = cell.decide(request.command, Context(sent.command_id, self.gateway.now))
             except Rejected as rejection:
                 error = "rejected", str(rejection)
             except InvalidEvent as problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ class ReactorContext:
     Attributes:
         send: sends a command in its wire form.
         now: returns the Unix time.
-        threads: the thread that works with the database.
+        threads: what works with the database.
         repeats: decides which of repeated log lines are written.
     """
 
@@ -39,7 +39,7 @@ class ReactorContext:
     settings: Settings
     send: Send
     now: Callable[[], float]
-    threads: ThreadPoolExecutor
+    threads: Executor
     repeats: Repeats = field(default_factory=Repeats)
 
     async def run(self, work: Callable[[], T]) -> T:

@@ -80,6 +80,11 @@ class Reactor:
             return True
         return bool(self._sessions) and all(session.idle and session.read_to >= last for session in self._sessions)
 
+    def wake(self) -> None:
+        """Look at the clock now: it was set."""
+        for session in self._sessions:
+            session.wake()
+
     def assign(self, partitions: frozenset[int]) -> None:
         """Work on these partitions from now on."""
         if partitions != self._wanted:
@@ -199,6 +204,11 @@ class Reactors:
         """Wait until nothing is under way for partitions that were taken away."""
         for reactor in self._reactors:
             await reactor.released()
+
+    def wake(self) -> None:
+        """Look at the clock now: it was set."""
+        for reactor in self._reactors:
+            reactor.wake()
 
     def start(self, verify: Verify) -> None:
         """Begin, each in a task of its own."""

@@ -150,6 +150,11 @@ class Session:
         """Whether everything that was read has an outcome, and no timer is due."""
         return not (self._unwritten or self._chains or self.behind or (self._firing and self._firing.is_due()))
 
+    def wake(self) -> None:
+        """Look at the clock now: it was set."""
+        if self._firing is not None:
+            self._firing.wake()
+
     @property
     def read_to(self) -> int:
         """Stream sequence up to which the log was read."""
