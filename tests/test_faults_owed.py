@@ -31,7 +31,9 @@ class Story:
         self.tank(5, "Marked", 0)
         self.tank(6, "Drained", 3)
         self.gauge(4, "Noted", 6)
-        self.reactions = Reactions([("t-3", "0")], ["g-3"])
+        self.tank(7, "Filled", 25)
+        self.gauge(5, "Rang", 7, NOON + 7 + DELAY_S)
+        self.reactions = Reactions([("t-3", "0")], ["g-3", "g-5"])
 
     def tank(self, sequence: int, kind: str, amount: int) -> None:
         self._add("Tank", f"t-{sequence}", sequence, kind, {"amount": amount}, NOON + sequence, "")
@@ -74,14 +76,14 @@ def test_what_is_done_as_it_is_owed_is_right() -> None:
     ("spoil", "problem"),
     [
         (lambda story: story.without("g-1"), "led to 0 Noted, not to 1"),
-        (lambda story: story.gauge(5, "Noted", 2), "led to 2 Noted, not to 1"),
-        (lambda story: story.gauge(5, "Noted", 3), "led to 1 Noted, not to 0"),
+        (lambda story: story.gauge(6, "Noted", 2), "led to 2 Noted, not to 1"),
+        (lambda story: story.gauge(6, "Noted", 3), "led to 1 Noted, not to 0"),
         (lambda story: story.without("g-2"), "led to 0 Objected, not to 1"),
-        (lambda story: story.without("g-3"), "was not fired"),
-        (lambda story: story.gauge(5, "Rang", 1, NOON + 9), "was fired 2 times"),
-        (lambda story: story.gauge(5, "Rang", 4, NOON + 4), "s early"),
-        (lambda story: story.gauge(5, "Rang", 2, NOON + 9), "sets no timer"),
-        (lambda story: story.gauge(5, "Noted", 77), "which nothing led to"),
+        (lambda story: story.without("g-5"), "was not fired"),
+        (lambda story: story.gauge(6, "Rang", 1, NOON + 9), "was fired 2 times"),
+        (lambda story: story.gauge(6, "Rang", 4, NOON + 4), "s early"),
+        (lambda story: story.gauge(6, "Rang", 2, NOON + 9), "sets no timer"),
+        (lambda story: story.gauge(6, "Noted", 77), "which nothing led to"),
         (lambda story: story.swap("g-1", "g-4"), "out of order"),
         (lambda story: story.reactions.rejected.clear(), "0 recorded rejections, not 1"),
         (lambda story: story.reactions.rejected.append(("t-2", "0")), "1 recorded rejections, not 0"),
