@@ -337,7 +337,6 @@ def test_limits_are_written_as_people_write_them() -> None:
         ({"commands.rate": True}, "not a number"),
         ({"live.burst": 0.5}, "greater than or equal to 1"),
         ({"per_aggregate.Book.rate": 5}, "has no aggregate 'Book'; it has Notebook"),
-        ({"per_key.rate": 5}, "rate_key"),
     ],
 )
 def test_limits_that_cannot_be_are_refused_whole(values: dict[str, Any], says: str) -> None:
