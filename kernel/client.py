@@ -244,7 +244,7 @@ class Client:
                     types = self.app.type_of(aggregate)
                     events = [types.stored_event(e.type).decode(e.data, e.dataversion) for e in returned.events]
                     return ReceiptWithEvents(*plain, tuple(events))
-                if returned.state is not None:
+                if returned.state:
                     return ReceiptWithState(*plain, state=decode_state(aggregate, returned.state))
             except (InvalidMessage, NewerEvent, NotDeclared) as error:
                 problem = str(error)

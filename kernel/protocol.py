@@ -286,7 +286,7 @@ class Returned(msgspec.Struct, omit_defaults=True):
     """
 
     events: list[ReturnedEvent] | None = None
-    state: msgspec.Raw | None = None
+    state: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     omitted: str = ""
 
 

@@ -82,8 +82,8 @@ class Stage:
             Decide(
                 ALICE,
                 [
-                    Request(CommandRequest("Notebook", "alice", "Note", {}, id, if_version=version), Note("a"), b"r")
-                    for id, version in versions.items()
+                    Request(CommandRequest("Notebook", "alice", "Note", {}, name, if_version=version), Note("a"), b"")
+                    for name, version in versions.items()
                 ],
             )
         )
@@ -204,7 +204,7 @@ def test_the_state_that_a_repeated_command_returns_is_in_the_log() -> None:
     stage.send(Appended(8))
     assert stage.desk.answers == [("new", "version 2"), ("first", "version 1")]
     assert repeat.returned is not None
-    assert repeat.returned.state is not None
+    assert repeat.returned.state
     assert decode_state(Notebook, repeat.returned.state).total == 2
 
 
