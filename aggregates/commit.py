@@ -143,14 +143,14 @@ def decode(payload: bytes) -> list[Envelope]:
     """
     try:
         envelopes = _decode(payload)
+        for envelope in envelopes:
+            if envelope.metadatakeys is not None:
+                _collect_metadata(envelopes, payload)
+                break
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage(f"not a commit: {error}") from None
     if not envelopes:
         raise InvalidMessage("not a commit: it contains no events")
-    for envelope in envelopes:
-        if envelope.metadatakeys is not None:
-            _collect_metadata(envelopes, payload)
-            break
     return envelopes
 
 

@@ -90,6 +90,10 @@ def test_what_is_said_of_a_command_is_shown_with_its_events(shell: Shell) -> Non
     assert "by ada, for acme" in shell("trace", "gina-1", "--aggregate", "Account/gina")
     (event,) = json.loads(shell("show", "Account", "gina", "--history", "--json"))["events"]
     assert (event["actor"], event["tenant"], event["metadata"]) == ("ada", "acme", {"ip": "::1"})
+    deadline = time.monotonic() + 10
+    while not json.loads(shell("query", "--json", "select * from balances where account = 'gina'")):
+        assert time.monotonic() < deadline
+    assert "command gina-1, by ada, for acme" in shell("blame", "balances", "gina")
 
 
 def test_a_rejection_exits_with_1_and_the_reason(shell: Shell) -> None:

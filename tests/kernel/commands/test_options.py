@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from aggregates import Aggregate, Context, Meta, Rejected, applies, command, event, handles, scenario
+from aggregates import Aggregate, Context, InvalidMessage, Meta, Rejected, applies, command, event, handles, scenario
 from aggregates.commit import Decision, decode
 from aggregates.declaration import declare
 from aggregates.origin import Origin
@@ -121,9 +121,8 @@ async def test_what_a_sender_says_is_seen_by_handlers_and_projections_and_stays_
     assert rows == [{"paper": "p", "actor": "alice", "tenant": "acme", "request": "r-1", "year": 2013}]
 
 
-@pytest.mark.parametrize(
-    ("option", "names"),
-    [
+async def test_what_would_be_stored_with_each_event_is_checked(client: Client) -> None:
+    options: list[tuple[dict[str, Any], str]] = [
         ({"actor": "a" * 201}, "actor has 201 characters"),
         ({"tenant": "a\nb"}, "control characters"),
         ({"metadata": {"Request": "x"}}, "lower-case"),
@@ -133,17 +132,15 @@ async def test_what_a_sender_says_is_seen_by_handlers_and_projections_and_stays_
         ({"metadata": {f"a{number}": "x" * 400 for number in range(6)}}, "together"),
         ({"metadata": {"a": "\x85"}}, "control characters"),
         ({"occurred_at": datetime(2013, 1, 1)}, "time zone"),
-        ({"occurred_at": datetime.now(UTC) + timedelta(minutes=6)}, "ahead of the service"),
-    ],
-    ids=str,
-)
-async def test_what_would_be_stored_with_each_event_is_checked(
-    client: Client, option: dict[str, Any], names: str
-) -> None:
-    with pytest.raises(CommandError, match=names) as refused:
-        await client.execute(Paper, "p", Sign(), **option)
-    assert refused.value.type == "invalid-command"
+        ({"occurred_at": datetime.now(UTC) + timedelta(minutes=10)}, "ahead of the service"),
+    ]
+    for option, names in options:
+        with pytest.raises(CommandError, match=names) as refused:
+            await client.execute(Paper, "p", Sign(), **option)
+        assert refused.value.type == "invalid-command"
     assert await stored(client, "p") == []
+    largest: Any = {"actor": "\u3000" * 200, "metadata": {f"a{number}": "x" * 398 for number in range(5)}}
+    assert (await client.execute(Paper, "p", Sign(), **largest)).version == 1
 
 
 async def test_a_command_takes_effect_only_at_the_version_that_it_is_for(client: Client) -> None:
@@ -223,6 +220,15 @@ def test_metadata_of_some_commands_of_a_commit_are_those_of_their_events() -> No
     found = decode(encode("/x", "p", {}, decisions, 0, "2013-01-01T00:00:00Z"))
     assert [envelope.metadata or {} for envelope in found] == [{}, {"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {}]
     assert [envelope.actor for envelope in found] == [None, None, None, "eve"]
+
+
+def test_metadata_that_another_program_has_stored_are_what_can_be_read_of_them() -> None:
+    event = b'{"id":"1","type":"Signed","time":"2013-01-01T00:00:00Z","sequence":1,"data":{},%b}'
+    (found,) = decode(b"[%b]" % event % b'"metadatakeys":"a b  c","a":"1","b":[2]')
+    assert found.metadata == {"a": "1"}
+    for damaged in (b'"metadatakeys":"a","a":"\xff"', b'"metadatakeys":"a","\xff":"1"', b'"metadatakeys":1'):
+        with pytest.raises(InvalidMessage, match="not a commit"):
+            decode(b"[%b]" % event % damaged)
 
 
 def test_a_projection_without_anything_said_sees_the_decision_time() -> None:
