@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kernel.alerts import Alert
     from kernel.app import App, load_app
     from kernel.client import Client
+    from kernel.effect import Effect
     from kernel.log.history import LoadedAggregate
     from kernel.projector.rebuild import Rebuild, Rebuilt
     from kernel.projector.replay import RebuildProgress
@@ -27,6 +28,7 @@ __all__ = [
     "Client",
     "CommandMessage",
     "CommandOptions",
+    "Effect",
     "LoadedAggregate",
     "Outcome",
     "Rebuild",
@@ -47,6 +49,7 @@ _HOMES = {
     "Client": "client",
     "CommandMessage": "protocol",
     "CommandOptions": "protocol",
+    "Effect": "effect",
     "LoadedAggregate": "log.history",
     "Outcome": "transport.importing",
     "Rebuild": "projector.rebuild",
