@@ -14,9 +14,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from aggregates import Aggregate, Context, InvalidMessage, Meta, Rejected, applies, command, event, handles, scenario
 from aggregates.commit import Decision, decode
 from aggregates.declaration import declare
+from aggregates.messages import dumps
 from aggregates.origin import Origin
+from aggregates.policy import Send
+from aggregates.reacting import Due
 from kernel import App, Client, Service
 from kernel.errors import CommandError, NotReturned, VersionConflict
+from kernel.protocol import decode_request, origin_of
+from kernel.reactions import requests
 from projections import Rows, projected
 from tests.conftest import settings_for
 from tests.histories import encode
@@ -220,6 +225,19 @@ def test_metadata_of_some_commands_of_a_commit_are_those_of_their_events() -> No
     found = decode(encode("/x", "p", {}, decisions, 0, "2013-01-01T00:00:00Z"))
     assert [envelope.metadata or {} for envelope in found] == [{}, {"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {}]
     assert [envelope.actor for envelope in found] == [None, None, None, "eve"]
+
+
+def test_a_policys_command_is_of_the_same_actor_and_tenant_also_after_a_timer() -> None:
+    app = App("papers", aggregates=[Paper])
+    origin = Origin("alice", "acme", {"ip": "::1"}, NOON)
+    signed = declare(Paper).event_types[Signed].encode(Signed("a", ""))
+    decision = Decision("c", [signed], origin=origin)
+    (envelope,) = decode(encode("/x", "p", {}, [decision], 0, "2013-01-01T00:00:00Z"))
+    request = requests.request_of(app, "Archive", Due("0", Send(Paper, "q", Sign())), envelope)
+    assert origin_of(decode_request(dumps(request))) == Origin("alice", "acme", {"ip": "::1"})
+    kept, again = requests.restore(requests.store(request, "0", envelope, "p"))
+    assert origin_of(decode_request(dumps(kept.request))) == Origin("alice", "acme", {"ip": "::1"})
+    assert again.metadata == {"ip": "::1"}
 
 
 def test_metadata_that_another_program_has_stored_are_what_can_be_read_of_them() -> None:
