@@ -49,6 +49,8 @@ class Paper(Aggregate):
     def sign(self, command: Sign, context: Context) -> list[Signed]:
         if command.text == "forged":
             raise Rejected("forged")
+        if command.text == "torn":
+            raise ZeroDivisionError("torn")
         seen = f"{context.actor}/{context.tenant}/{dict(context.metadata)}/{context.occurred_at == context.now}"
         return [Signed(command.text, seen)] * command.times
 
@@ -146,6 +148,13 @@ async def test_what_would_be_stored_with_each_event_is_checked(client: Client) -
     assert await stored(client, "p") == []
     largest: Any = {"actor": "\u3000" * 200, "metadata": {f"a{number}": "x" * 398 for number in range(5)}}
     assert (await client.execute(Paper, "p", Sign(), **largest)).version == 1
+
+
+async def test_a_failure_in_the_log_names_who_asked(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CommandError, match="torn"):
+        await client.execute(Paper, "p", Sign("torn"), actor="alice", tenant="acme")
+    (line,) = [record for record in caplog.records if "torn" in record.getMessage()]
+    assert (vars(line)["actor"], vars(line)["tenant"]) == ("alice", "acme")
 
 
 async def test_a_command_takes_effect_only_at_the_version_that_it_is_for(client: Client) -> None:
