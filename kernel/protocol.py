@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar, Unpack
 
 import msgspec
@@ -176,8 +176,11 @@ def find_oversized(request: CommandRequest, payload: bytes) -> str:
     return _find_integer(request.data) if _MANY_DIGITS in payload.translate(_DIGITS) else ""
 
 
-def origin_of(request: CommandRequest) -> Origin:
+def origin_of(request: CommandRequest, now: Callable[[], datetime]) -> Origin:
     """Return what the sender of a command says of it.
+
+    Args:
+        now: returns the present moment.
 
     Raises:
         ValueError: it can't be stored; the message says what is wrong.
@@ -193,7 +196,7 @@ def origin_of(request: CommandRequest) -> Origin:
             occurred_at = parse_moment(request.occurred_at)
         except ValueError as error:
             raise ValueError(f"occurred_at: {error}") from None
-        if occurred_at > datetime.now(UTC) + TOLERANCE:
+        if occurred_at > now() + TOLERANCE:
             minutes = TOLERANCE.total_seconds() / 60
             raise ValueError(f"occurred_at {request.occurred_at} is more than {minutes:g} minutes ahead of the service")
     return Origin(actor, tenant, metadata, occurred_at)

@@ -191,6 +191,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
             return
         if self.cell is None:
             self.phase = _LOADING
+            for request in self.stash:
+                request.fresh = True
             self.gateway.load(self.address)
         else:
             self._decide(self.cell)
@@ -254,12 +256,11 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 self.gateway.search(self.address, request)
                 return
             if sent.if_version is not None and sent.if_version != cell.version:
-                if sent.if_version > cell.version and not request.reloaded:
+                if sent.if_version > cell.version and not request.fresh:
                     # another writer may have appended, and the sender have seen it
                     self.stash = requests[place:]
                     if decisions:
                         break
-                    request.reloaded = True
                     self.cell = None
                     self._go_on()
                     return

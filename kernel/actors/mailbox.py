@@ -22,13 +22,13 @@ class Request:
         arrived: when, by the performance counter.
         origin: what its sender says of it.
         error: what the app's own code raised at it.
-        reloaded: the state was loaded again for it.
+        fresh: it is decided on a state that was loaded after it came.
         returned: what its answer shall hold beside the receipt.
         span: of a sender that traces it.
     """
 
     __slots__ = (
-        *("arrived", "attempts", "command", "error", "origin", "reloaded", "reply", "returned", "searched", "sent"),
+        *("arrived", "attempts", "command", "error", "fresh", "origin", "reply", "returned", "searched", "sent"),
         "span",
     )
 
@@ -38,7 +38,7 @@ class Request:
         self.command = command
         self.reply = reply
         self.attempts = 0
-        self.searched = self.reloaded = False
+        self.searched = self.fresh = False
         self.origin: Origin = UNKNOWN
         self.returned: Returned | None = None
         self.error: Exception | None = None

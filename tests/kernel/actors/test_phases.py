@@ -185,9 +185,15 @@ def test_a_version_that_is_not_known_yet_has_the_state_loaded_again_once() -> No
     stage.send(Loaded(cell_of(3)))
     assert stage.desk.asked[1:] == [("load", "alice"), ("append 1", "alice")]
     stage.send(Appended(10))
-    assert stage.desk.asked[3:] == [("load", "alice")]
-    stage.send(Loaded(cell_of(4)))
+    assert stage.desk.asked[3:] == []
     assert stage.desk.answers == [("a", "version 2"), ("b", "version 4"), ("c", "conflict at 4")]
+
+
+def test_a_state_that_was_just_loaded_is_not_loaded_again_for_a_version() -> None:
+    stage = Stage()
+    stage.decide_if(a=5)
+    stage.send(Loaded(cell_of(3)))
+    assert (stage.desk.asked, stage.desk.answers) == ([("load", "alice")], [("a", "conflict at 3")])
 
 
 def test_a_repeated_command_gets_its_first_receipt_whatever_version_it_is_for() -> None:

@@ -76,7 +76,7 @@ MUTANTS = [
         "version-of-others-not-looked-for",
         "a version that another program has appended is one to be for",
         "kernel/actors/aggregate.py",
-        "if sent.if_version > cell.version and not request.reloaded:",
+        "if sent.if_version > cell.version and not request.fresh:",
         "if False:",
         (f"{OPTIONS}::test_a_version_that_another_program_has_appended_is_found",),
     ),
