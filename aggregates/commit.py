@@ -86,9 +86,9 @@ _decode_text = msgspec.json.Decoder(str).decode
 _decode = msgspec.json.Decoder(list[Envelope]).decode
 
 
-def timestamp() -> str:
-    """Return the current time as RFC 3339 in UTC, to the microsecond."""
-    return datetime.now(UTC).isoformat()[:-6] + "Z"
+def timestamp(moment: datetime | None = None) -> str:
+    """Return a moment of UTC, the present one by default, as RFC 3339, to the microsecond."""
+    return (moment or datetime.now(UTC)).isoformat()[:-6] + "Z"
 
 
 def encode(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
 
@@ -40,11 +40,18 @@ def uuid7() -> str:
     return f"{_prefix}{count:03x}-{low[2:6]}-{low[6:]}"
 
 
+def _system_time() -> datetime:
+    return datetime.now(UTC)
+
+
 class Context:
     """Passed to a command handler whose second parameter is annotated `Context`.
 
     Ids and random numbers are derived from the command's id: deciding a command again gives the same values. `now`
     differs between decisions.
+
+    Args:
+        now: the moment of decision, or a function that returns it, called once and only where a handler asks.
 
     Attributes:
         command_id: the id of the command being decided.
@@ -52,7 +59,9 @@ class Context:
 
     __slots__ = ("_now", "_origin", "_random", "command_id")
 
-    def __init__(self, command_id: str, now: datetime | None = None, origin: Origin = UNKNOWN) -> None:
+    def __init__(
+        self, command_id: str, now: datetime | Callable[[], datetime] = _system_time, origin: Origin = UNKNOWN
+    ) -> None:
         self.command_id = command_id
         self._now, self._origin = now, origin
         self._random: random.Random | None = None
@@ -60,8 +69,8 @@ class Context:
     @property
     def now(self) -> datetime:
         """The moment of decision (UTC)."""
-        if self._now is None:
-            self._now = datetime.now(UTC)
+        if not isinstance(self._now, datetime):
+            self._now = self._now()
         return self._now
 
     @property

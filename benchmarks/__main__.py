@@ -26,6 +26,7 @@ from benchmarks import (
     report,
     residents,
     sharing,
+    testing,
 )
 from benchmarks.report import Row
 
@@ -51,6 +52,7 @@ def _arguments() -> argparse.Namespace:
             "care",
             "poisoned",
             "aging",
+            "testing",
         ],
         default=None,
     )
@@ -74,6 +76,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "aging": lambda: cold.aging(path / "aging"),
             "care": lambda: governing.measure(path / "care"),
             "poisoned": lambda: poisoned.measure(path / "poisoned", pg),
+            "testing": testing.measure,
             "growth": lambda: projecting.growth(path / "growth"),
         }
         for name, part in parts.items():

@@ -60,6 +60,7 @@ DO: Final = {
     "CommandTimeout": "send the command again with the same id: it takes effect once",
     "NotProjected": "start a service of the program that declares the version, wait for the build, or roll back",
     "QueryTimeout": "ask again, or look at the backlog with `eskernel status`",
+    "NotSettled": "correct the handler that the message names, or execute less before `settled`",
     "NoDatabase": "give `Client.connect` the database: `database=URL`",
 }
 

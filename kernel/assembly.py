@@ -39,6 +39,7 @@ from kernel.monitoring.probes import (
     check_leases,
     check_log,
     check_loop,
+    check_reactions,
 )
 from kernel.monitoring.progress import AppendCheck, ProjectionCheck
 from kernel.monitoring.signals import SignalCollector
@@ -400,6 +401,7 @@ def _assemble(
             "leases": partial(check_leases, ownership),
             "projection": projection.check,
             "builds": deployment.check,
+            "reactions": partial(check_reactions, reactors),
             "commands": check_commands,
             "loop": partial(check_loop, base.loop_lag, watchdog),
         },

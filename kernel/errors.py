@@ -39,6 +39,7 @@
     ├── CommandTimeout                  no answer to a command in time (also a TimeoutError)
     ├── QueryTimeout                    the projections did not include a receipt in time (also a TimeoutError)
     │   └── NotProjected                no running program keeps a projection up to date that readers see
+    ├── NotSettled                      an app under test does not come to rest
     └── NoDatabase                      the client was connected without a database (also a RuntimeError)
 
 The errors of the domain are importable from `aggregates`, those of the read side from `projections`, the others from
@@ -69,6 +70,7 @@ __all__ = [
     "NotProjected",
     "NotReturned",
     "NotRunning",
+    "NotSettled",
     "Overloaded",
     "PayloadTooLarge",
     "QueryTimeout",
@@ -259,6 +261,10 @@ class NotProjected(QueryTimeout):
 
     It is raised at once, before the time-out.
     """
+
+
+class NotSettled(EskernelError):
+    """An app under test does not come to rest, or events could not be folded or reacted to; the message says why."""
 
 
 class NoDatabase(EskernelError, RuntimeError):

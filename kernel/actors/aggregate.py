@@ -273,7 +273,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
             error: tuple[ErrorType, str] | None = None
             events: list[EncodedEvent] = []
             try:
-                events = cell.decide(request.command, Context(sent.command_id, None, request.origin))
+                events = cell.decide(request.command, Context(sent.command_id, self.gateway.now, request.origin))
             except Rejected as rejection:
                 error = "rejected", str(rejection)
             except InvalidEvent as problem:

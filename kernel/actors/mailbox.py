@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Protocol
 
 from aggregates.cell import Cell
@@ -47,6 +48,9 @@ class Request:
 
 class Gateway(Protocol):
     """What actors ask of the asyncio side. No call blocks."""
+
+    def now(self) -> datetime:
+        """Return the moment of decision, in UTC."""
 
     def holds(self, partition: int) -> bool:
         """Say whether this worker still holds the partition."""

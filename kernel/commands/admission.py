@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -33,10 +32,6 @@ SHOWN = 80
 """Characters of an unknown name that an error repeats."""
 
 ByAddress = dict[Address, list[Request]]
-
-
-def _system_time() -> datetime:
-    return datetime.now(UTC)
 
 
 class _Refused(Exception):
@@ -139,7 +134,7 @@ class Admission:
             sent.command_id = uuid7()
         request = Request(sent, command, reply, self._arrived)
         try:
-            request.origin = origin_of(sent, _system_time)
+            request.origin = origin_of(sent, self._gateway.now)
         except ValueError as error:
             raise _Refused("invalid-command", str(error), sent.command_id) from None
         if sent.traceparent is not None:

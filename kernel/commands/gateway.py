@@ -21,6 +21,7 @@ from kernel.errors import Conflict, Unavailable
 from kernel.log.base import Appending, EventLog
 from kernel.log.subjects import Address
 from kernel.protocol import ErrorType, Receipt
+from kernel.runtime.clock import SYSTEM_CLOCK, Clock
 from kernel.settings import Passivation
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import APPEND_SECONDS, APPENDS, BUGS
@@ -37,6 +38,7 @@ class CommandGateway:
         holds: says whether this worker still holds a partition, as far as can be known without asking.
         passivation: which aggregates stay live.
         snapshots: of aggregates.
+        clock: says when a command is decided.
 
     Attributes:
         snapshot: takes a snapshot of a cell if one is due.
@@ -56,9 +58,10 @@ class CommandGateway:
         passivation: Passivation,
         snapshots: SnapshotKeeper,
         tracing: Tracer = NO_TRACING,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._app, self._log, self._tracing = app, log, tracing
-        self.holds = holds
+        self.holds, self.now = holds, clock.now
         self.actors = Actors(self)
         self.residents = Residents(self.actors, passivation.count, passivation.idle, passivation.memory)
         self.pending = PendingCommands(log.subjects.partitions)
@@ -124,7 +127,7 @@ class CommandGateway:
     def _now(self) -> str:
         """Return the moment of decision: one for all that is decided in the same turn of the loop."""
         if not self._moment:
-            self._moment = timestamp()
+            self._moment = timestamp(self.now())
             self._begun = time.perf_counter()
             self._loop.call_soon(self._forget_moment)
         return self._moment

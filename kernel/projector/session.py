@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -87,7 +87,7 @@ class ProjectorContext:
     unknown: UnknownAggregates
     parkings: ParkingLog
     pauses: Pauses
-    readers: ThreadPoolExecutor
+    readers: Executor
     interrupted: asyncio.Event
     running: Callable[[], None]
 

@@ -59,6 +59,10 @@ class TimerFiring:
                 self._due = due
                 self._earlier.set()
 
+    def wake(self) -> None:
+        """Look at the clock now: it was set."""
+        self._earlier.set()
+
     def is_due(self) -> bool:
         """Return whether a timer is to be fired by now."""
         return self.firing or (self._due is not None and self._due <= self._now())

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Engine, Row, delete, func, insert, select, update
 
 from aggregates import InvalidMessage
+from aggregates.commit import decode
 from aggregates.errors import NewerEvent
 from aggregates.reacting import DeclaredReaction
 from kernel.log.subjects import Address, Subjects
@@ -90,13 +91,20 @@ class LetterRetries:
         self._trying: set[Key] = set()
 
     async def run(self, partitions: Collection[int], epoch: int) -> None:
-        """Look for what is due, again and again."""
+        """Look for what is due, again and again.
+
+        Raises:
+            projections.Fenced: the partitions have another owner by now, or a person has paused or changed something.
+        """
         due = set(self._parking.waiting)  # perhaps this program can read it
         while True:
             for key in due - self._trying:
                 self._trying.add(key)
                 self._queue(key, partial(self._retry, key, epoch))
             await asyncio.sleep(LOOK_S)
+            await self._context.run(
+                partial(store.check_owner, self._context.engine, self._declared.name, epoch, partitions)
+            )
             if self._parking.parked:
                 find = partial(_find_due, self._context.engine, self._declared.name, partitions, self._context.now())
                 due = await self._context.run(find)
@@ -129,9 +137,10 @@ class LetterRetries:
         engine, now = self._context.engine, self._context.now()
         try:
             task = self._task_of(row, key)
-            self._worker.prepare(task)
-            async with self._slots:
-                await self._worker.perform(task)
+            if not self._reacts_no_more(task):
+                self._worker.prepare(task)
+                async with self._slots:
+                    await self._worker.perform(task)
         except (NewerEvent, InvalidMessage, Failed) as problem:
             waits = isinstance(problem, NewerEvent)
             attempts = 0 if waits else (row.attempts if first else 0) + 1
@@ -146,12 +155,16 @@ class LetterRetries:
 
     def _task_of(self, row: Row[Any], key: Key) -> Task:
         envelope = envelope_of(row)
+        number = row.sequence - decode(row.payload)[0].sequence + 1
         subjects: Subjects = self._context.log.subjects
         address: Address = subjects.address(*key)
         handler = self._declared.handlers.get(key[0], {}).get(envelope.type)
-        if handler is None and key[0] in self._declared.types and envelope.type in self._declared.types[key[0]].events:
-            raise InvalidMessage(f"{self._declared.name} does not react to {envelope.type} any more; skip it")
-        return Task(address, row.stream_sequence, row.sequence, envelope, handler)
+        return Task(address, row.stream_sequence, number, envelope, handler)
+
+    def _reacts_no_more(self, task: Task) -> bool:
+        """Return whether this program knows the event and owes nothing for it, unlike an earlier one perhaps."""
+        declared = self._declared.types.get(task.address.aggregate)
+        return task.handler is None and (declared is None or task.envelope.type in declared.events)
 
 
 def _find_due(engine: Engine, name: str, partitions: Collection[int], now: float) -> set[Key]:

@@ -34,6 +34,8 @@ PAUSES_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Before it begins again, after so many failures in a row."""
 LOOK_S = 1.0
 """Between two looks whether a person has ended a pause."""
+TROUBLE_S = 5.0
+"""One that has failed for so long, whenever it began again, is reported."""
 GRACE_S = 3.0
 """What is under way may take so long when partitions are given back, or the service stops."""
 RUNNING, NO_PARTITIONS, PAUSED = "running", "waiting for partitions", "paused"
@@ -58,6 +60,7 @@ class Reactor:
         self._stopping = False
         self._sessions: list[Session] = []
         self._repeats = Repeats()
+        self._failed = self._began = 0.0
         self.state = NO_PARTITIONS
 
     @property
@@ -76,6 +79,11 @@ class Reactor:
         if not self._wanted or self.state == PAUSED:
             return True
         return bool(self._sessions) and all(session.idle and session.read_to >= last for session in self._sessions)
+
+    def wake(self) -> None:
+        """Look at the clock now: it was set."""
+        for session in self._sessions:
+            session.wake()
 
     def assign(self, partitions: frozenset[int]) -> None:
         """Work on these partitions from now on."""
@@ -109,10 +117,10 @@ class Reactor:
                 self.state = NO_PARTITIONS
                 await self._rest(LOOK_S if self._wanted else None)
                 continue
-            began = time.monotonic()
+            self._began = time.monotonic()
             try:
                 await self._react()
-                failures = 0
+                failures, self._failed = 0, 0.0
                 continue
             except Fenced as error:
                 self._note(logging.INFO, f"goes on: {error}")
@@ -125,7 +133,9 @@ class Reactor:
                 what = "waiting for the database" if infrastructure else "failing"
                 self.state = f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 self._note(logging.WARNING if infrastructure else logging.ERROR, self.state, error)
-            failures = failures + 1 if time.monotonic() - began < PAUSES_S[-1] else 1
+            worked = time.monotonic() - self._began > PAUSES_S[-1]
+            self._failed = 0.0 if worked else self._failed or time.monotonic()
+            failures = 1 if worked else failures + 1
             await self._rest(PAUSES_S[min(failures, len(PAUSES_S)) - 1])
         self._owned = frozenset()
         self._released.set()
@@ -159,6 +169,12 @@ class Reactor:
             bug = error if level == logging.ERROR else None
             logger.log(level, "%s %s%s", self.declared.name, what, more, exc_info=bug)
 
+    @property
+    def trouble_lasts(self) -> float:
+        """Seconds since it has failed, and not worked since; 0 if it works."""
+        works = self.state == RUNNING and time.monotonic() - self._began > PAUSES_S[-1]
+        return time.monotonic() - self._failed if self._failed and not works else 0.0
+
     def report(self) -> dict[str, Any]:
         """Return how it is doing, as JSON data."""
         return {
@@ -189,6 +205,11 @@ class Reactors:
         for reactor in self._reactors:
             await reactor.released()
 
+    def wake(self) -> None:
+        """Look at the clock now: it was set."""
+        for reactor in self._reactors:
+            reactor.wake()
+
     def start(self, verify: Verify) -> None:
         """Begin, each in a task of its own."""
         self._tasks += [asyncio.create_task(reactor.run(verify)) for reactor in self._reactors]
@@ -213,6 +234,12 @@ class Reactors:
         """Return whether everything in the log has been reacted to, and no timer is due."""
         last = (await self._context.log.info()).last
         return all(reactor.is_settled(last) for reactor in self._reactors)
+
+    @property
+    def trouble(self) -> str:
+        """Which of them can't work, and why; empty if all can."""
+        found = [reactor for reactor in self._reactors if reactor.trouble_lasts > TROUBLE_S]
+        return "; ".join(f"{reactor.declared.name}: {reactor.state}" for reactor in found)
 
     def report(self) -> list[dict[str, Any]]:
         """Return how each is doing, as JSON data."""

@@ -1,7 +1,8 @@
 """Reacting from one claim of the partitions until it ends: read, do what is owed, move the checkpoints.
 
-Events of one aggregate are worked off in order, those of different aggregates side by side. A batch is over when all of
-its events have an outcome, and batches are written in order, so a checkpoint never passes what is not done.
+Events of one aggregate are worked off in order, those of different aggregates side by side. The checkpoint of a
+partition passes events in order, when they have an outcome: one that takes its time holds up its partition's checkpoint
+alone.
 """
 
 from __future__ import annotations
@@ -36,28 +37,28 @@ from projections.unit_of_work import one_line
 logger = logging.getLogger("eskernel.reactions")
 READ = 500
 """Commits of one read."""
-WINDOW = 16
-"""Batches at most that are not written."""
+AHEAD = 8
+"""So many times the events that may be worked on at once are read ahead."""
+UNWRITTEN = 20_000
+"""Marks at most behind what is not done."""
 QUIET_S = 2.0
 """After so long the checkpoints of partitions without news are moved up."""
 
 
 @dataclass(slots=True)
-class _Batch:
-    """What was read at once.
+class _Mark:
+    """A place in a partition that its checkpoint passes when what was read up to there is done.
 
     Attributes:
-        last: stream sequence of its last commit.
-        oldest: when its first commit was appended, in Unix time.
+        last: stream sequence.
+        appended: when the first commit of it was appended, in Unix time.
         left: events without an outcome.
-        touched: partitions that it has events of.
         parked: aggregates that it has dead letters of.
     """
 
     last: int
-    oldest: float
+    appended: float
     left: int = 0
-    touched: set[int] = field(default_factory=set)
     letters: list[dict[str, Any]] = field(default_factory=list)
     timers: list[dict[str, Any]] = field(default_factory=list)
     parked: Counter[Key] = field(default_factory=Counter)
@@ -76,13 +77,17 @@ class Session:
         self._read_to = min(self._positions.values(), default=0)
         self._parking = Parking(claimed.parked, claimed.waiting)
         self._chains: dict[Key, deque[Job]] = {}
-        self._batches: deque[_Batch] = deque()
-        self._finished = asyncio.Event()
+        self._marks: dict[int, deque[_Mark]] = {partition: deque() for partition in claimed.positions}
+        self._under_way = self._unwritten = 0
+        self._ready: set[int] = set()
+        self._finished, self._room = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: list[BaseException] = []
         self.behind = 0
         policies, instance = context.settings.policies, declared.instance
-        self._slots = asyncio.Semaphore(instance.concurrency if isinstance(instance, Effect) else policies.in_flight)
+        at_once = instance.concurrency if isinstance(instance, Effect) else policies.in_flight
+        self._slots = asyncio.Semaphore(at_once)
+        self._ahead = at_once * AHEAD
         self._worker: Worker
         self._firing: TimerFiring | None = None
         if isinstance(instance, Effect):
@@ -133,7 +138,7 @@ class Session:
         """Wait until everything that was read is written, but no longer than that."""
         try:
             async with asyncio.timeout(grace):
-                while self._batches and not any(task.done() for task in working):
+                while self._unwritten and not any(task.done() for task in working):
                     writing = asyncio.ensure_future(self._parking.wait_for_write())
                     await asyncio.wait({writing, *working}, return_when=asyncio.FIRST_COMPLETED)
                     writing.cancel()
@@ -143,7 +148,12 @@ class Session:
     @property
     def idle(self) -> bool:
         """Whether everything that was read has an outcome, and no timer is due."""
-        return not (self._batches or self._chains or self.behind or (self._firing and self._firing.is_due()))
+        return not (self._unwritten or self._chains or self.behind or (self._firing and self._firing.is_due()))
+
+    def wake(self) -> None:
+        """Look at the clock now: it was set."""
+        if self._firing is not None:
+            self._firing.wake()
 
     @property
     def read_to(self) -> int:
@@ -153,48 +163,63 @@ class Session:
     @property
     def oldest(self) -> float:
         """When the first commit was appended that is not done, in Unix time; 0 if all are."""
-        return next((batch.oldest for batch in self._batches if batch.oldest), 0.0)
+        return min((marks[0].appended for marks in self._marks.values() if marks), default=0.0)
 
     # reading
 
     async def _feed(self, reader: LogReader) -> None:
         moved = time.monotonic()
         while True:
-            while len(self._batches) >= WINDOW:
-                await self._parking.wait_for_write()
+            while self._under_way >= self._ahead or self._unwritten >= UNWRITTEN:
+                self._room.clear()
+                await self._room.wait()
             read = await reader.next(READ, QUIET_S)
             if read.commits:
                 self._take(read)
                 await asyncio.sleep(0)
             if not read.commits or time.monotonic() - moved > QUIET_S:
                 moved = time.monotonic()
-                self._batches.append(_Batch(self._read_to, 0.0, touched=set(self._positions)))
-                self._finished.set()
+                # nothing before this place is left to be read
+                for partition, marks in self._marks.items():
+                    if self._positions[partition] < self._read_to and not marks:
+                        self._add(_Mark(self._read_to, self._context.now()), partition)
 
     def _take(self, read: CommitBatch) -> None:
-        batch = _Batch(read.commits[-1].sequence, read.oldest or self._context.now())
-        self._batches.append(batch)
-        self.behind = read.pending
+        appended = read.oldest or self._context.now()
+        marks: dict[int, _Mark] = {}
         passed = 0
         for stored in read.commits:
             try:
-                passed += self._take_commit(stored, batch)
+                passed += self._take_commit(stored, marks, appended)
             except (InvalidId, InvalidMessage):
                 continue  # no commit of this app: the projections put such messages into quarantine
         if passed:
             REACTED.labels(reaction=self._declared.name, outcome="nothing").inc(passed)
-        self._read_to = batch.last
-        if not batch.left:
-            self._finished.set()
+        for partition, mark in marks.items():
+            self._add(mark, partition)
+        self.behind = read.pending
+        self._read_to = read.commits[-1].sequence
 
-    def _take_commit(self, stored: Stored, batch: _Batch) -> int:
+    def _add(self, mark: _Mark, partition: int) -> None:
+        self._marks[partition].append(mark)
+        self._unwritten += 1
+        if not mark.left:
+            self._finish(partition)
+
+    def _finish(self, partition: int) -> None:
+        self._ready.add(partition)
+        self._finished.set()
+
+    def _take_commit(self, stored: Stored, marks: dict[int, _Mark], appended: float) -> int:
         """Have the events of a commit worked on; return of how many nothing follows."""
         address: Address = self._context.log.subjects.parse(stored.subject)
         handlers = self._declared.handlers.get(address.aggregate)
-        if handlers is None or self._positions.get(address.partition, stored.sequence) >= stored.sequence:
+        partition = address.partition
+        if handlers is None or self._positions.get(partition, stored.sequence) >= stored.sequence:
             return 0
         known = self._declared.types[address.aggregate].events
-        batch.touched.add(address.partition)
+        mark = marks.setdefault(partition, _Mark(stored.sequence, appended))
+        mark.last = stored.sequence
         passed = 0
         for number, envelope in enumerate(decode(stored.payload), 1):
             handler = handlers.get(envelope.type)
@@ -203,8 +228,9 @@ class Session:
             task = Task(address, stored.sequence, number, envelope, handler)
             owes = self._worker.prepare(task)
             if owes or task.key in self._parking.parked or task.key in self._chains:
-                batch.left += 1
-                self._queue(task.key, partial(self._work_on, task, stored, batch))
+                mark.left += 1
+                self._under_way += 1
+                self._queue(task.key, partial(self._work_on, task, stored, mark))
             else:
                 passed += 1
         return passed
@@ -234,25 +260,28 @@ class Session:
 
     # one event
 
-    async def _work_on(self, task: Task, stored: Stored, batch: _Batch) -> None:
+    async def _work_on(self, task: Task, stored: Stored, mark: _Mark) -> None:
         if task.key in self._parking.parked:
             outcome = "waits"
-            self._put_behind(task, stored, batch)
+            self._put_behind(task, stored, mark)
         else:
-            outcome = await self._perform(task, stored, batch)
+            outcome = await self._perform(task, stored, mark)
         REACTED.labels(reaction=self._declared.name, outcome=outcome).inc()
-        batch.left -= 1
-        if not batch.left:
-            self._finished.set()
+        mark.left -= 1
+        self._under_way -= 1
+        if self._under_way < self._ahead:
+            self._room.set()
+        if not mark.left:
+            self._finish(task.address.partition)
 
-    async def _perform(self, task: Task, stored: Stored, batch: _Batch) -> str:
+    async def _perform(self, task: Task, stored: Stored, mark: _Mark) -> str:
         try:
             async with self._slots:
                 await self._worker.perform(task)
         except NewerEvent as error:
             self._parking.waiting.add(task.key)
             self._parking.parked.add(task.key)
-            self._put_behind(task, stored, batch, str(error))
+            self._put_behind(task, stored, mark, str(error))
             return "waits"
         except Failed as failure:
             address, name = task.address, self._declared.name
@@ -263,18 +292,18 @@ class Session:
             self._parking.parked.add(task.key)
             settings = self._context.settings.dead_letters
             again = next_attempt(settings, 1, self._context.now()) if failure.transient else None
-            self._put_behind(task, stored, batch, str(failure), again)
+            self._put_behind(task, stored, mark, str(failure), again)
             return "failed"
-        batch.timers += task.timers
+        mark.timers += task.timers
         return "ok"
 
     def _put_behind(
-        self, task: Task, stored: Stored, batch: _Batch, error: str = BEHIND, again: float | None = None
+        self, task: Task, stored: Stored, mark: _Mark, error: str = BEHIND, again: float | None = None
     ) -> None:
-        """Make an event a dead letter of its batch: the first one of its aggregate, or one that waits behind it."""
-        batch.parked[task.key] += 1
+        """Make an event a dead letter: the first one of its aggregate, or one that waits behind it."""
+        mark.parked[task.key] += 1
         self._parking.unwritten[task.key] += 1
-        batch.letters.append(
+        mark.letters.append(
             {
                 "projection": self._declared.name,
                 "generation": NUMBER,
@@ -299,28 +328,37 @@ class Session:
             self._finished.clear()
             if self._failures:
                 raise self._failures[0]
-            done = list(takewhile(lambda batch: not batch.left, self._batches))
+            ready, self._ready = self._ready, set()
+            done = {
+                partition: found
+                for partition in ready
+                if (found := list(takewhile(lambda mark: not mark.left, self._marks[partition])))
+            }
             if done:
                 await self._write(done)
-                for _ in done:  # not before: until then they count as under way
-                    self._batches.popleft()
-                self._parking.written.set()
 
-    async def _write(self, done: list[_Batch]) -> None:
-        to: dict[int, int] = {}
-        for batch in done:
-            to |= dict.fromkeys(batch.touched, batch.last)
-        steps = {partition: last for partition, last in to.items() if last > self._positions[partition]}
-        name = self._declared.name
+    async def _write(self, done: dict[int, list[_Mark]]) -> None:
+        name, marks = self._declared.name, [mark for found in done.values() for mark in found]
+        steps = {partition: found[-1].last for partition, found in done.items()}
         written = ReactionWrite(
-            [(name, NUMBER, partition, self._positions[partition], last) for partition, last in steps.items()],
-            [letter for batch in done for letter in batch.letters],
-            [timer for batch in done for timer in batch.timers],
+            [
+                (name, NUMBER, partition, self._positions[partition], last)
+                for partition, last in steps.items()
+                if last > self._positions[partition]
+            ],
+            [letter for mark in marks for letter in mark.letters],
+            [timer for mark in marks for timer in mark.timers],
         )
-        if written.moves or written.letters or written.timers:
-            await self._context.run(partial(store.write, self._context.engine, name, self._epoch, written))
+        if written.moves:
+            await self._context.write(partial(store.write, self._context.engine, name, self._epoch, written))
         self._positions |= steps
-        for batch in done:
-            self._parking.unwritten.subtract(batch.parked)
+        for partition, found in done.items():
+            for _ in found:  # not before: until then they count as under way
+                self._marks[partition].popleft()
+        self._unwritten -= len(marks)
+        for mark in marks:
+            self._parking.unwritten.subtract(mark.parked)
         if self._firing is not None:
             self._firing.note(written.timers)
+        self._parking.written.set()
+        self._room.set()

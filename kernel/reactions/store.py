@@ -229,6 +229,14 @@ def check_epoch(connection: Connection, name: str, epoch: int, partition: int) -
         raise Fenced(f"{name}: partition {partition} has another owner by now, or was paused")
 
 
+def check_owner(engine: Engine, name: str, epoch: int, partitions: Collection[int]) -> None:
+    """Raise `Fenced` if another owner has claimed these partitions, or a person has paused or changed something."""
+    with reads(engine).connect() as connection:
+        other = select(checkpoint.c.partition).where(*_own(name, partitions), checkpoint.c.epoch != epoch).limit(1)
+        if connection.execute(other).first() is not None:
+            raise Fenced(f"{name}: a checkpoint has another owner by now, or was paused")
+
+
 def record_rejection(engine: Engine, epoch: int, row: dict[str, Any]) -> None:
     """Record that a command was rejected, before anything follows from it.
 

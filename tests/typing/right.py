@@ -6,7 +6,7 @@ Nothing here runs. tests/typing/test_typing.py has mypy and pyright read it as a
 # pyright: strict
 from collections.abc import Sequence
 from dataclasses import field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -47,6 +47,8 @@ from kernel import (
 from kernel.errors import CommandError, CommandTimeout, Conflict, EskernelError, Overloaded, SettingsError
 from kernel.log import EventLog, JetStreamLog, MemoryLog
 from kernel.settings import Loaded, Rates, Stream, load
+from kernel.testing import MovableClock, Running, RunningApp
+from kernel.testing import running as run_app
 from projections import (
     DROP,
     Drop,
@@ -304,6 +306,18 @@ async def use() -> list[dict[str, Any]]:
         rows = await client.query("SELECT * FROM balances WHERE account = :id", {"id": "alice"}, after=receipt)
         assert_type(rows, list[dict[str, Any]])
         return rows
+
+
+async def test(running: Running) -> None:
+    async with running(app, Settings(), now=datetime(2026, 1, 1, tzinfo=UTC)) as kernel:
+        assert_type(kernel, RunningApp)
+        assert_type(await kernel.execute(Account, "alice", Deposit(500)), Receipt)
+        assert_type(await kernel.load(Account, "alice"), LoadedAggregate[Account])
+        assert_type(kernel.clock, MovableClock)
+        kernel.clock.advance(timedelta(hours=1))
+        await kernel.settled(timeout=5.0)
+    async with run_app(app) as kernel:
+        assert_type(await kernel.query("SELECT 1"), list[dict[str, Any]])
 
 
 def show(progress: RebuildProgress) -> None:

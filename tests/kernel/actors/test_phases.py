@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from aggregates.cell import Cell
@@ -27,6 +28,9 @@ class Desk:
         self.answers: list[tuple[str, str]] = []
         self.bugs: list[str] = []
         self.fails = self.lost = False
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
 
     def holds(self, _partition: int) -> bool:
         return not self.lost
