@@ -13,7 +13,7 @@ from aggregates.errors import (
 )
 from aggregates.messages import command, event
 from aggregates.meta import Meta
-from aggregates.policy import After, At, Cancel, Policy, Reaction, Reactions, Refusal, Send
+from aggregates.policies import After, At, Cancel, Policy, Reaction, Reactions, Refusal, Send
 from aggregates.policy_scenario import PolicyScenario, policy
 from aggregates.scenario import Scenario, scenario
 from aggregates.upcasting import upcasts

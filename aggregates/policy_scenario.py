@@ -20,7 +20,7 @@ from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType, declare
 from aggregates.errors import InvalidMessage
 from aggregates.meta import Meta
-from aggregates.policy import After, At, Policy, Send
+from aggregates.policies import After, At, Policy, Send
 from aggregates.reacting import Cancelled, DeclaredReaction, Due, Owed, declare_reaction
 
 _NOW = datetime(2013, 1, 1, 12, tzinfo=UTC)

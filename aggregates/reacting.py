@@ -17,7 +17,7 @@ from aggregates.declaration import AggregateType, EventType, annotated
 from aggregates.errors import DeclarationError, InvalidMessage
 from aggregates.messages import spec_of
 from aggregates.meta import Meta
-from aggregates.policy import After, At, Cancel, Policy, Reacting, Reactions, Refusal, Send
+from aggregates.policies import After, At, Cancel, Policy, Reacting, Reactions, Refusal, Send
 
 _NAME = re.compile(r"[^\W\d][\w.-]{0,127}\Z")
 

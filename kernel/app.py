@@ -13,7 +13,7 @@ from sqlalchemy.engine import Dialect
 from aggregates import Aggregate, DeclarationError
 from aggregates.aggregate import name_of
 from aggregates.declaration import AggregateType, declare, name_problem
-from aggregates.policy import Policy, Reacting
+from aggregates.policies import Policy, Reacting
 from aggregates.reacting import DeclaredReaction, declare_reaction
 from kernel.effect import Effect, effect_problems
 from kernel.errors import AppNotFound, NotDeclared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from aggregates.policy import Reacting
+from aggregates.policies import Reacting
 
 _NOT_GIVEN: Any = object()
 

@@ -10,7 +10,7 @@ import orjson
 from aggregates.aggregate import name_of
 from aggregates.commit import Envelope
 from aggregates.messages import dumps, parse, spec_of
-from aggregates.policy import Send
+from aggregates.policies import Send
 from aggregates.reacting import Due, derive_command_id
 from kernel.app import App
 from kernel.errors import NotDeclared

@@ -31,6 +31,7 @@ INTERNAL = {
     "FileReplaced": "between the engine and the projector, which waits; people read it in the health report",
     "NewerEvent": "an InvalidMessage: the aggregate's projections wait, its commands are answered as unavailable",
     "NotPermitted": "an Unavailable, after which a client sends without knowing the partition",
+    "Failed": "between the work on an event and its session, which parks the aggregate",
     "NotWorking": "between a probe and the health report",
     "ProjectionPaused": "between a session and the projector, which begins another one without that projection",
     "Refused": "a HandlerFailed: the aggregate whose value a column can't carry is parked",
