@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
+
+from aggregates.origin import UNKNOWN, Origin
 
 _last = (0, 0)
 _prefix = ""
@@ -54,11 +57,13 @@ class Context:
         command_id: the id of the command being decided.
     """
 
-    __slots__ = ("_now", "_random", "command_id")
+    __slots__ = ("_now", "_origin", "_random", "command_id")
 
-    def __init__(self, command_id: str, now: datetime | Callable[[], datetime] = _system_time) -> None:
+    def __init__(
+        self, command_id: str, now: datetime | Callable[[], datetime] = _system_time, origin: Origin = UNKNOWN
+    ) -> None:
         self.command_id = command_id
-        self._now = now
+        self._now, self._origin = now, origin
         self._random: random.Random | None = None
 
     @property
@@ -67,6 +72,26 @@ class Context:
         if not isinstance(self._now, datetime):
             self._now = self._now()
         return self._now
+
+    @property
+    def actor(self) -> str:
+        """Who sent the command, as its sender says; empty if it names nobody."""
+        return self._origin.actor
+
+    @property
+    def tenant(self) -> str:
+        """The tenant that the command is for, as its sender says; empty if it names none."""
+        return self._origin.tenant
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What else the sender says of the command. It is stored with the events; it can't be changed."""
+        return MappingProxyType(self._origin.metadata)
+
+    @property
+    def occurred_at(self) -> datetime:
+        """When what the command records has happened (UTC): `now`, unless the sender says otherwise."""
+        return self._origin.occurred_at or self.now
 
     @property
     def random(self) -> random.Random:

@@ -17,20 +17,26 @@ if TYPE_CHECKING:
     from kernel.log.history import LoadedAggregate
     from kernel.projector.rebuild import Rebuild, Rebuilt
     from kernel.projector.replay import RebuildProgress
-    from kernel.protocol import Receipt
+    from kernel.protocol import CommandMessage, CommandOptions, Receipt, ReceiptWithEvents, ReceiptWithState
     from kernel.service import Service
     from kernel.settings import Settings
+    from kernel.transport.importing import Outcome
 
 __all__ = [
     "Alert",
     "App",
     "Client",
+    "CommandMessage",
+    "CommandOptions",
     "Effect",
     "LoadedAggregate",
+    "Outcome",
     "Rebuild",
     "RebuildProgress",
     "Rebuilt",
     "Receipt",
+    "ReceiptWithEvents",
+    "ReceiptWithState",
     "Service",
     "Settings",
     "load_app",
@@ -41,12 +47,17 @@ _HOMES = {
     "App": "app",
     "load_app": "app",
     "Client": "client",
+    "CommandMessage": "protocol",
+    "CommandOptions": "protocol",
     "Effect": "effect",
     "LoadedAggregate": "log.history",
+    "Outcome": "transport.importing",
     "Rebuild": "projector.rebuild",
     "RebuildProgress": "projector.replay",
     "Rebuilt": "projector.rebuild",
     "Receipt": "protocol",
+    "ReceiptWithEvents": "protocol",
+    "ReceiptWithState": "protocol",
     "Service": "service",
     "Settings": "settings",
 }

@@ -40,8 +40,9 @@ class App:
             Without being named here, events of an aggregate that the app doesn't have lead to a warning.
         transient: exceptions of projection handlers that a retry may cure. The service folds such an event again
             later; after any other exception the event waits for an operator.
-        rate_key: whose rate a command counts for, a tenant's for instance: called with the aggregate's name, its id
-            and the command, for each command while `rates.per_key` is set. None, or an exception, counts for no key.
+        rate_key: whose rate a command counts for: called with the aggregate's name, its id and the command, for each
+            command while `rates.per_key` is set. None, or an exception, counts for no key. Without a function a command
+            counts for the tenant that its sender names.
         on_alert: called with an `Alert` when a backlog, a component's health, or the pressure of publishing changes.
             Sync or async; each runs in a thread of its own, so that one that raises or hangs harms nothing.
 

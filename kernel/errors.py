@@ -33,7 +33,9 @@
     │       └── UnknownOutcome          an append may or may not have taken effect
     ├── UnreadableHistory               the program can't read an aggregate's events
     ├── CommandError                    a command was not carried out
+    │   ├── VersionConflict             the aggregate has not the version that the sender of the command has seen
     │   └── Overloaded                  the service takes no more commands at the moment
+    ├── NotReturned                     a command took effect, and its answer lacks the events or the state
     ├── CommandTimeout                  no answer to a command in time (also a TimeoutError)
     ├── QueryTimeout                    the projections did not include a receipt in time (also a TimeoutError)
     │   └── NotProjected                no running program keeps a projection up to date that readers see
@@ -47,6 +49,7 @@ here. docs/errors.md says what to do about each, and with which exit code the co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from aggregates.errors import EskernelError
 
@@ -65,6 +68,7 @@ __all__ = [
     "NoDatabase",
     "NotDeclared",
     "NotProjected",
+    "NotReturned",
     "NotRunning",
     "NotSettled",
     "Overloaded",
@@ -76,6 +80,7 @@ __all__ = [
     "Unavailable",
     "UnknownOutcome",
     "UnreadableHistory",
+    "VersionConflict",
     "WorkersFailed",
 ]
 
@@ -217,6 +222,30 @@ class CommandError(EskernelError):
 
 class Overloaded(CommandError):
     """The service takes no more commands at the moment; try again after `retry_after` seconds."""
+
+
+class VersionConflict(CommandError):
+    """The aggregate has not the version that the command was sent for with `if_version`; nothing was appended.
+
+    Attributes:
+        version: that it has; read it again, and decide anew.
+    """
+
+    def __init__(self, message: str, version: int) -> None:
+        super().__init__("conflict", message)
+        self.version = version
+
+
+class NotReturned(EskernelError):
+    """A command took effect, and its answer lacks what `returning` asked for; the message says why.
+
+    Attributes:
+        receipt: of the command, a `kernel.Receipt`.
+    """
+
+    def __init__(self, message: str, receipt: Any) -> None:
+        super().__init__(message)
+        self.receipt = receipt
 
 
 class CommandTimeout(EskernelError, TimeoutError):

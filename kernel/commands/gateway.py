@@ -136,13 +136,30 @@ class CommandGateway:
         self._moment = ""
 
     def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
+        if duplicate and request.sent.returning == "events" and request.returned is None:
+
+            def answer(problem: str) -> None:
+                if problem:
+                    self.fail(address, request, "unavailable", problem)
+                else:
+                    self.succeed(address, request, version, sequence, True)
+
+            self._histories.collect_events(address, request, sequence, answer)
+            return
         outcome = "duplicate" if duplicate else "ok"
         self._end(address, request, outcome)
         if request.span is not None:
             request.span.end(outcome, version=version, stream_sequence=sequence)
         if request.reply:
             receipt = Receipt(version, sequence, address.partition, request.sent.command_id, duplicate)
-            self.answers.send_receipt(request.reply, receipt)
+            self.answers.send_receipt(request.reply, receipt, request.returned)
+
+    def refuse_version(self, address: Address, request: Request, version: int) -> None:
+        message = f"{address.aggregate} {address.id} has version {version}, and not {request.sent.if_version}"
+        self._end(address, request, "conflict")
+        if request.span is not None:
+            request.span.end("conflict", message)
+        self.answers.send_error(request.reply, "conflict", message, request.sent.command_id, version=version)
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
         self._end(address, request, type)
@@ -173,6 +190,7 @@ class CommandGateway:
             extra=about(
                 address.aggregate, address.id, outcome=type, command=sent.command, command_id=sent.command_id,
                 correlation_id=sent.correlation_id, causation_id=sent.causation_id, traceparent=sent.traceparent,
+                actor=sent.actor, tenant=sent.tenant,
             ),
         )  # fmt: skip
 

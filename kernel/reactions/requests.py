@@ -37,6 +37,7 @@ class Stored(msgspec.Struct):
 def request_of(app: App, policy: str, due: Due, envelope: Envelope) -> dict[str, Any]:
     """Return a command that a policy owes in its wire form. Its id follows from the event, the policy and the place.
 
+    Who sent the event's command, for which tenant, and the metadata go on with it; when the event occurred does not.
     A timer that is due within a second of its event counts as sent at once: a loop through it is noticed.
 
     Raises:
@@ -60,6 +61,9 @@ def request_of(app: App, policy: str, due: Due, envelope: Envelope) -> dict[str,
         "causation_id": envelope.id,
         "traceparent": envelope.traceparent,
         "depth": envelope.depth + 1,
+        "actor": envelope.actor,
+        "tenant": envelope.tenant,
+        "metadata": envelope.metadata,
     }
     return request
 

@@ -101,7 +101,8 @@ class Rates(Section):
     per_aggregate: dict[str, Limit] = Field(default_factory=dict)
     """Commands of an aggregate type, by the type's name."""
     per_key: Limit = Limit()
-    """Commands of one key, for example a tenant. The app's `rate_key` returns the key of a command."""
+    """Commands of one key, for example a tenant. The app's `rate_key` returns the key of a command. Without it the
+    key is the tenant that the command's sender names."""
     live: Limit = Limit()
     """Commits projected live."""
     rebuild: Limit = Limit()

@@ -31,11 +31,15 @@ from kernel import (
     Alert,
     App,
     Client,
+    CommandMessage,
     LoadedAggregate,
+    Outcome,
     Rebuild,
     RebuildProgress,
     Rebuilt,
     Receipt,
+    ReceiptWithEvents,
+    ReceiptWithState,
     Service,
     Settings,
     load_app,
@@ -102,6 +106,9 @@ class Account(Aggregate):
     @handles
     def deposit(self, command: Deposit, context: Context) -> Deposited:
         assert_type(context.now, datetime)
+        assert_type(context.occurred_at, datetime)
+        assert_type(context.actor + context.tenant, str)
+        assert_type(dict(context.metadata), dict[str, str])
         assert_type(context.new_id(), str)
         return Deposited(command.cents, context.now.date())
 
@@ -261,6 +268,27 @@ async def use() -> list[dict[str, Any]]:
         assert_type(client, Client)
         receipt = await client.execute(Account, "alice", Deposit(500), command_id="once", timeout=5.0)
         assert_type(receipt, Receipt)
+        receipt = await client.execute(
+            Account,
+            "alice",
+            Deposit(500),
+            if_version=3,
+            actor="bert",
+            tenant="acme",
+            metadata={"ip": "::1"},
+            occurred_at=datetime(2013, 1, 1, tzinfo=UTC),
+        )
+        with_events = await client.execute(Account, "alice", Deposit(500), returning="events")
+        assert_type(with_events, ReceiptWithEvents)
+        assert_type(with_events.events, tuple[Any, ...])
+        with_state = await client.execute(Account, "alice", Deposit(500), returning="state", if_version=0)
+        assert_type(with_state, ReceiptWithState[Account])
+        assert_type(with_state.state.balance, int)
+        commands = [CommandMessage(Account, "alice", Deposit(cents), command_id=f"c{cents}") for cents in range(3)]
+        async for outcome in client.execute_many(commands, in_flight=5, raise_errors=True):
+            assert_type(outcome, Outcome)
+            assert_type(outcome.receipt, Receipt)
+            assert_type(outcome.error, EskernelError | None)
         assert_type(receipt.sequence, int)
         assert_type(receipt.duplicate, bool)
         assert_type(client.log, JetStreamLog)
