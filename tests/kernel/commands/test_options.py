@@ -11,12 +11,23 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from aggregates import Aggregate, Context, InvalidMessage, Meta, Rejected, applies, command, event, handles, scenario
+from aggregates import (
+    Aggregate,
+    Context,
+    InvalidMessage,
+    Meta,
+    Rejected,
+    Send,
+    applies,
+    command,
+    event,
+    handles,
+    scenario,
+)
 from aggregates.commit import Decision, decode
 from aggregates.declaration import declare
 from aggregates.messages import dumps
 from aggregates.origin import Origin
-from aggregates.policy import Send
 from aggregates.reacting import Due
 from kernel import App, Client, Service
 from kernel.errors import CommandError, NotReturned, VersionConflict
