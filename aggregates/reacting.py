@@ -20,6 +20,8 @@ from aggregates.meta import Meta
 from aggregates.policies import After, At, Cancel, Policy, Reacting, Reactions, Refusal, Send
 
 _NAME = re.compile(r"[^\W\d][\w.-]{0,127}\Z")
+MAX_REACTIONS = 10_000
+"""Reactions to one event at most: a handler that never ends is noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ def _place(returned: Reactions, meta: Meta, prefix: str, where: str) -> list[Owe
     owed: list[Owed] = []
     for number, reaction in enumerate(found):
         place = f"{prefix}{number}"
+        if number >= MAX_REACTIONS:
+            raise InvalidMessage(f"{where} returned more than {MAX_REACTIONS:,} reactions to one event")
         if isinstance(reaction, Send):
             owed.append(Due(place, _checked(reaction, where)))
         elif isinstance(reaction, After):
@@ -121,6 +125,11 @@ def _place(returned: Reactions, meta: Meta, prefix: str, where: str) -> list[Owe
 def _checked(send: object, where: str) -> Send:
     if not isinstance(send, Send):
         raise InvalidMessage(f"{where}: {send!r} is not what a timer sends; write Send(Aggregate, id, command)")
+    aggregate: object = send.aggregate
+    if not isinstance(aggregate, type) or not issubclass(aggregate, Aggregate):
+        raise InvalidMessage(f"{where} sends to {aggregate!r}, which is not the class of an aggregate")
+    if not isinstance(send.id, str):
+        raise InvalidMessage(f"{where} sends to the id {send.id!r}, which is not a text")
     spec = spec_of(type(send.command))
     if spec is None or spec.kind != "command":
         raise InvalidMessage(f"{where} sends {send.command!r}, which is not a command; mark its class with @command")
