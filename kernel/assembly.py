@@ -283,10 +283,11 @@ async def _prepare_database(base: Foundation, log: JetStreamLog, engine: Engine,
         upgrade(engine)
 
     # in threads, and loaded there too: meanwhile the lease is renewed
-    if app.projections:
+    shared = app.projections or app.reactions
+    if shared:
         await leases.check_database(await asyncio.to_thread(read_identity, engine))
     await asyncio.to_thread(upgrade)
-    if app.projections:
+    if shared:
         leases.database = await asyncio.to_thread(identify, engine)
     await recognise(log, engine, app.name)
     if app.reactions:

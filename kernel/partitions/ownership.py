@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -154,6 +154,9 @@ class Ownership:
     async def _revoke(self, partitions: frozenset[int]) -> None:
         """Finish what is under way, and only then let others take them: they find everything written."""
         MOVED.labels(direction="given back").inc(len(partitions))
+        # what policies have under way may be for these partitions: their commands are still taken here
+        self._reactors.assign(frozenset(self._listening) - partitions)
+        await self._released(self._reactors.released())
         await self._stop_listening(partitions)
         if not self.mixed:
             self._project()
@@ -163,15 +166,18 @@ class Ownership:
             # perhaps only this program can read what it has decided
             await self._projector.catch_up(HAND_OVER_S)
             self._project()
-        try:
-            async with asyncio.timeout(HAND_OVER_S):
-                await asyncio.gather(self._projector.released(), self._reactors.released())
-        except TimeoutError:
-            logger.warning("handing over while a batch is being written; the fence decides about it")
+        await self._released(self._projector.released())
         await self._leases.release(partitions)
         if self.mixed:
             await self._leases.announce()
         self._nudge()
+
+    async def _released(self, released: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(HAND_OVER_S):
+                await released
+        except TimeoutError:
+            logger.warning("handing over while a batch is being written; the fence decides about it")
 
     async def _stop_listening(self, partitions: Any) -> None:
         for partition in partitions:
