@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -130,12 +130,13 @@ timer = Table(
     Column("name", Text, primary_key=True),
     Column("partition", Integer, nullable=False),
     Column("stream_sequence", BigInteger, nullable=False),
-    Column("place", Integer, nullable=False),
+    Column("place", BigInteger, nullable=False),
     Column("due", BigInteger),
-    Column("attempt", BigInteger, index=True),
+    Column("attempt", BigInteger),
     Column("attempts", Integer, nullable=False),
     Column("error", Text, nullable=False),
     Column("owed", Text),
+    Index("ix_eskernel_timer_attempt", "policy", "attempt"),
 )
 """The timers of policies. `stream_sequence` and `place` say where the event is that set it, and where in that: a later
 one of the same name takes its place. `due` and `attempt` are Unix times in microseconds; `attempt` is when it is fired,
@@ -156,5 +157,6 @@ rejection = Table(
     Column("command_id", String(64), nullable=False),
     Column("reason", Text, nullable=False),
     Column("rejected", String(40), nullable=False, index=True),
+    Index("ix_eskernel_rejection_event", "policy", "stream_sequence"),
 )
 """Commands of policies that an aggregate has rejected: for `aggregate` and `aggregate_id`. They are not sent again."""

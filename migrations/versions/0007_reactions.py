@@ -22,14 +22,14 @@ def upgrade() -> None:
         sa.Column("name", sa.Text, primary_key=True),
         sa.Column("partition", sa.Integer, nullable=False),
         sa.Column("stream_sequence", sa.BigInteger, nullable=False),
-        sa.Column("place", sa.Integer, nullable=False),
+        sa.Column("place", sa.BigInteger, nullable=False),
         sa.Column("due", sa.BigInteger),
         sa.Column("attempt", sa.BigInteger),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("error", sa.Text, nullable=False),
         sa.Column("owed", sa.Text),
     )
-    op.create_index("ix_eskernel_timer_attempt", "eskernel_timer", ["attempt"])
+    op.create_index("ix_eskernel_timer_attempt", "eskernel_timer", ["policy", "attempt"])
     op.create_table(
         "eskernel_rejection",
         sa.Column("policy", sa.String(128), primary_key=True),
@@ -45,3 +45,4 @@ def upgrade() -> None:
         sa.Column("rejected", sa.String(40), nullable=False),
     )
     op.create_index("ix_eskernel_rejection_rejected", "eskernel_rejection", ["rejected"])
+    op.create_index("ix_eskernel_rejection_event", "eskernel_rejection", ["policy", "stream_sequence"])
