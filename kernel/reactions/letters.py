@@ -34,6 +34,8 @@ from projections.tables import checkpoint, dead_letter, skipped_letter
 from projections.unit_of_work import one_line
 
 logger = logging.getLogger("eskernel.reactions")
+AT_ONCE = 100
+"""Dead letters of an aggregate that are read at a time."""
 LOOK_S = 1.0
 """Between two looks for dead letters whose turn has come."""
 BEHIND = "waits for an event before it"
@@ -139,6 +141,9 @@ class LetterRetries:
             task = self._task_of(row, key)
             if not self._reacts_no_more(task):
                 self._worker.prepare(task)
+                if self._declared.kind == "policy":
+                    find = partial(store.read_rejected, engine, self._declared.name, [row.stream_sequence])
+                    task.rejected = (await self._context.run(find)).get(task.envelope.id, {})
                 async with self._slots:
                     await self._worker.perform(task)
         except (NewerEvent, InvalidMessage, Failed) as problem:
@@ -183,7 +188,7 @@ def _find_due(engine: Engine, name: str, partitions: Collection[int], now: float
 
 def _load(engine: Engine, name: str, key: Key) -> Sequence[Row[Any]]:
     with reads(engine).connect() as connection:
-        return connection.execute(_in_order(name, key)).all()
+        return connection.execute(_in_order(name, key).limit(AT_ONCE)).all()
 
 
 def _in_order(name: str, key: Key) -> Any:
@@ -221,10 +226,12 @@ def _remove(engine: Engine, row: Row[Any], epoch: int, timers: list[dict[str, An
 def ask_again(engine: Engine, name: str, aggregate: str, aggregate_id: str) -> int:
     """Have the owner of an aggregate's partition try its dead letters again at once. Return how many there are."""
     with engine.begin() as connection:
-        rows = connection.execute(_in_order(name, (aggregate, aggregate_id))).all()
-        if rows:
-            connection.execute(update(dead_letter).where(dead_letter.c.id == rows[0].id).values(next_attempt=0.0))
-        return len(rows)
+        own = dead_letter.c.aggregate == aggregate, dead_letter.c.aggregate_id == aggregate_id
+        number = connection.scalar(select(func.count()).select_from(dead_letter).where(*letters_of(name), *own))
+        first = connection.execute(_in_order(name, (aggregate, aggregate_id)).limit(1)).first()
+        if first is not None:
+            connection.execute(update(dead_letter).where(dead_letter.c.id == first.id).values(next_attempt=0.0))
+        return int(number or 0)
 
 
 def skip(engine: Engine, name: str, aggregate: str, aggregate_id: str, who: str, reason: str) -> int:

@@ -256,7 +256,7 @@ class Reactors:
             REACTION_AGE.labels(reaction=reactor.declared.name).set(reactor.age)
 
     async def count(self) -> None:
-        """Count timers and parked aggregates, in the whole database, and forget old rejections."""
+        """Count timers and parked aggregates, in the whole database, and forget what is needed no longer."""
         context = self._context
         self.timers = await context.run(partial(timers.counts, context.engine, int((context.now() - 1.0) * MICROS)))
         parked = await context.run(partial(letters.count, context.engine))
@@ -265,6 +265,8 @@ class Reactors:
         await context.run(partial(store.forget_rejections, context.engine, old))
         for reactor in self._reactors:
             name = reactor.declared.name
+            if reactor.declared.kind == "policy":
+                await context.run(partial(timers.sweep, context.engine, name))
             pending, late, _ = self.timers.get(name, (0, 0, 0))
             REACTION_PARKED.labels(reaction=name).set(parked.get(name, 0))
             if reactor.declared.kind == "policy":

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -38,7 +39,11 @@ logger = logging.getLogger("eskernel.reactions")
 READ = 500
 """Commits of one read."""
 AHEAD = 8
-"""So many times the events that may be worked on at once are read ahead."""
+"""Events of so many times the aggregates that may be worked on at once are read ahead."""
+QUEUED = 10_000
+"""Events at most that are read ahead, however few aggregates they are of."""
+PATIENCE_S = 10.0
+"""Timers that were due before wait so long for events that don't get on."""
 UNWRITTEN = 20_000
 """Marks at most behind what is not done."""
 QUIET_S = 2.0
@@ -60,7 +65,6 @@ class _Mark:
     appended: float
     left: int = 0
     letters: list[dict[str, Any]] = field(default_factory=list)
-    timers: list[dict[str, Any]] = field(default_factory=list)
     parked: Counter[Key] = field(default_factory=Counter)
 
 
@@ -80,9 +84,10 @@ class Session:
         self._marks: dict[int, deque[_Mark]] = {partition: deque() for partition in claimed.positions}
         self._under_way = self._unwritten = 0
         self._ready: set[int] = set()
-        self._finished, self._room = asyncio.Event(), asyncio.Event()
+        self._finished, self._room, self._progress = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: list[BaseException] = []
+        self._timers: list[dict[str, Any]] = []
         self.behind = 0
         policies, instance = context.settings.policies, declared.instance
         at_once = instance.concurrency if isinstance(instance, Effect) else policies.in_flight
@@ -97,7 +102,7 @@ class Session:
                 context.app, declared, context.send, claimed.rejected, self._record_rejection, policies.depth
             )
             self._worker = worker
-            self._firing = TimerFiring(context, declared.name, worker, claimed.positions, self._slots)
+            self._firing = TimerFiring(context, declared.name, worker, claimed, self._slots)
         self._retries = LetterRetries(context, declared, self._worker, self._parking, self._queue, self._slots)
 
     async def _record_rejection(self, row: dict[str, Any]) -> None:
@@ -117,7 +122,8 @@ class Session:
             asyncio.create_task(self._retries.run(self._positions, self._epoch)),
         ]
         if self._firing is not None:
-            working.append(asyncio.create_task(self._firing.run()))
+            last = (await self._context.log.info()).last
+            working.append(asyncio.create_task(self._firing.run(partial(self._catch_up, last))))
         stopping: asyncio.Task[Any] = asyncio.create_task(interrupted.wait())
         try:
             await asyncio.wait({feeding, *working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -133,6 +139,21 @@ class Session:
                 task.cancel()
             await asyncio.gather(*everything, return_exceptions=True)
             await reader.close()
+
+    async def _catch_up(self, last: int) -> None:
+        """Wait until what the log held at the beginning is written: it may cancel timers that are due by now.
+
+        What doesn't get on does not hold up the timers.
+        """
+        with suppress(TimeoutError):
+            while self._read_to < last:
+                self._progress.clear()
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._progress.wait()
+            async with asyncio.timeout(PATIENCE_S):
+                while any(marks and marks[0].last <= last for marks in self._marks.values()):
+                    self._progress.clear()
+                    await self._progress.wait()
 
     async def _drain(self, working: list[asyncio.Task[None]], grace: float) -> None:
         """Wait until everything that was read is written, but no longer than that."""
@@ -170,7 +191,7 @@ class Session:
     async def _feed(self, reader: LogReader) -> None:
         moved = time.monotonic()
         while True:
-            while self._under_way >= self._ahead or self._unwritten >= UNWRITTEN:
+            while len(self._chains) >= self._ahead or self._under_way >= QUEUED or self._unwritten >= UNWRITTEN:
                 self._room.clear()
                 await self._room.wait()
             read = await reader.next(READ, QUIET_S)
@@ -199,6 +220,7 @@ class Session:
             self._add(mark, partition)
         self.behind = read.pending
         self._read_to = read.commits[-1].sequence
+        self._progress.set()
 
     def _add(self, mark: _Mark, partition: int) -> None:
         self._marks[partition].append(mark)
@@ -251,6 +273,7 @@ class Session:
             await chain[0]()
             chain.popleft()
         del self._chains[key]
+        self._room.set()
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -269,8 +292,10 @@ class Session:
         REACTED.labels(reaction=self._declared.name, outcome=outcome).inc()
         mark.left -= 1
         self._under_way -= 1
-        if self._under_way < self._ahead:
-            self._room.set()
+        if task.timers:
+            # another event of the mark may take its time, and they may be due before
+            self._timers += task.timers
+            self._finished.set()
         if not mark.left:
             self._finish(task.address.partition)
 
@@ -293,8 +318,8 @@ class Session:
             settings = self._context.settings.dead_letters
             again = next_attempt(settings, 1, self._context.now()) if failure.transient else None
             self._put_behind(task, stored, mark, str(failure), again)
+            task.timers.clear()
             return "failed"
-        mark.timers += task.timers
         return "ok"
 
     def _put_behind(
@@ -334,7 +359,7 @@ class Session:
                 for partition in ready
                 if (found := list(takewhile(lambda mark: not mark.left, self._marks[partition])))
             }
-            if done:
+            if done or self._timers:
                 await self._write(done)
 
     async def _write(self, done: dict[int, list[_Mark]]) -> None:
@@ -347,9 +372,10 @@ class Session:
                 if last > self._positions[partition]
             ],
             [letter for mark in marks for letter in mark.letters],
-            [timer for mark in marks for timer in mark.timers],
+            self._timers,
         )
-        if written.moves:
+        self._timers = []
+        if written.moves or written.timers:
             await self._context.write(partial(store.write, self._context.engine, name, self._epoch, written))
         self._positions |= steps
         for partition, found in done.items():
@@ -361,4 +387,5 @@ class Session:
         if self._firing is not None:
             self._firing.note(written.timers)
         self._parking.written.set()
+        self._progress.set()
         self._room.set()

@@ -6,14 +6,14 @@ the same way: an owner with an older epoch can't write.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, delete, func, insert, select, text, update
+from sqlalchemy import Connection, Engine, Row, delete, exists, func, insert, select, text, update
 
 from aggregates.reacting import DeclaredReaction
 from projections.bookkeeping import ADVANCE
@@ -23,10 +23,13 @@ from projections.database import reads
 from projections.errors import Fenced, SchemaError
 from projections.generations import FENCE, PAUSED, lock_checkpoints
 from projections.parked import Key
-from projections.tables import checkpoint, dead_letter, reaction, rejection, stream
+from projections.tables import checkpoint, dead_letter, reaction, rejection, stream, timer
 
 NUMBER = 0
 """Generation number of the checkpoints and dead letters of policies and effects."""
+
+Rejections = dict[str, dict[str, str]]
+"""Why commands were rejected, by the event's id, and by the place among what is owed for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +41,14 @@ class Claimed:
         positions: stream sequence up to which it has reacted, by partition.
         parked: aggregates whose events wait behind a dead letter.
         waiting: those of them that wait for a newer program, and have not failed.
-        rejected: why commands were rejected, of events beyond the checkpoints: by the event's id and the place.
+        rejected: commands for events beyond the checkpoints that were rejected.
     """
 
     epoch: int
     positions: dict[int, int]
     parked: set[Key]
     waiting: set[Key]
-    rejected: dict[tuple[str, str], str]
+    rejected: Rejections
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ def register(engine: Engine, declared: Sequence[DeclaredReaction], partitions: i
     """
     begun = []
     with engine.begin() as connection:
+        # workers that start together come one after the other
+        connection.execute(select(stream.c.app).order_by(stream.c.app).with_for_update())
         known = {row.name: row.kind for row in connection.execute(select(reaction.c.name, reaction.c.kind))}
         for each in declared:
             if known.get(each.name, each.kind) != each.kind:
@@ -152,14 +157,28 @@ def _load_parked(connection: Connection, name: str, partitions: Collection[int])
     )
 
 
-def _load_rejected(connection: Connection, name: str, positions: dict[int, int]) -> dict[tuple[str, str], str]:
+def _load_rejected(connection: Connection, name: str, positions: dict[int, int]) -> Rejections:
     lowest = min(positions.values(), default=0)
     rows = connection.execute(
         select(rejection)
         .where(rejection.c.policy == name, rejection.c.stream_sequence > lowest)
         .where(rejection.c.partition.in_(sorted(positions)))
     )
-    return {(row.event_id, row.place): row.reason for row in rows if row.stream_sequence > positions[row.partition]}
+    return _by_event(row for row in rows if row.stream_sequence > positions[row.partition])
+
+
+def _by_event(rows: Iterable[Row[Any]]) -> Rejections:
+    found: Rejections = {}
+    for row in rows:
+        found.setdefault(row.event_id, {})[row.place] = row.reason
+    return found
+
+
+def read_rejected(engine: Engine, policy: str, sequences: Collection[int]) -> Rejections:
+    """Return which commands for the events at these stream sequences were rejected."""
+    with reads(engine).connect() as connection:
+        own = rejection.c.policy == policy, rejection.c.stream_sequence.in_(sorted(set(sequences)))
+        return _by_event(connection.execute(select(rejection).where(*own)))
 
 
 _TIMER = """
@@ -176,8 +195,8 @@ _SET_TIMERS = {
         FROM json_each(:timers) WHERE true"""
     ),
     "postgresql": _TIMER.format(
-        given="""SELECT :policy, given->>0, CAST(given->>1 AS int), CAST(given->>2 AS bigint), CAST(given->>3 AS int),
-          CAST(given->>4 AS bigint), CAST(given->>4 AS bigint), 0, '', given->>5
+        given="""SELECT :policy, given->>0, CAST(given->>1 AS int), CAST(given->>2 AS bigint),
+          CAST(given->>3 AS bigint), CAST(given->>4 AS bigint), CAST(given->>4 AS bigint), 0, '', given->>5
         FROM json_array_elements(CAST(:timers AS json)) AS given"""
     ),
 }
@@ -203,6 +222,11 @@ def _write(engine: Engine, name: str, epoch: int, done: ReactionWrite) -> None:
             moved = connection.execute(text(ADVANCE[dialect]), moves).rowcount
             if moved != len(done.moves):
                 raise Fenced(f"{name}: a checkpoint has another owner by now, or was paused")
+        moving = {partition for _, _, partition, _, _ in done.moves}
+        if others := {each["partition"] for each in done.timers} - moving:
+            epochs = lock_checkpoints(connection, name, NUMBER, sorted(others))
+            if any(epochs.get(partition) != epoch for partition in others):
+                raise Fenced(f"{name}: a checkpoint has another owner by now, or was paused")
         if done.letters:
             connection.execute(insert(dead_letter), done.letters)
         set_timers(connection, name, done.timers)
@@ -214,7 +238,7 @@ def set_timers(connection: Connection, policy: str, timers: Sequence[dict[str, A
         return
     # the last change of each, and in the order of their names, so that two owners don't meet in a deadlock
     in_order = sorted(timers, key=lambda each: (each["stream_sequence"], each["place"]))
-    latest = {timer["name"]: timer for timer in in_order}
+    latest = {each["name"]: each for each in in_order}
     given = [
         [each[column] for column in ("name", "partition", "stream_sequence", "place", "due", "owed")]
         for _, each in sorted(latest.items())
@@ -274,10 +298,21 @@ def forget_rejections(engine: Engine, before: str) -> None:
         .where(checkpoint.c.projection == rejection.c.policy, checkpoint.c.generation == NUMBER)
         .scalar_subquery()
     )
+    needed = (
+        exists().where(
+            dead_letter.c.projection == rejection.c.policy,
+            dead_letter.c.generation == NUMBER,
+            dead_letter.c.stream_sequence == rejection.c.stream_sequence,
+        ),
+        exists().where(
+            timer.c.policy == rejection.c.policy,
+            timer.c.attempts > 0,
+            timer.c.stream_sequence == rejection.c.stream_sequence,
+        ),
+    )
     with engine.begin() as connection:
-        connection.execute(
-            delete(rejection).where(rejection.c.rejected < before, rejection.c.stream_sequence <= passed)
-        )
+        old = rejection.c.rejected < before, rejection.c.stream_sequence <= passed
+        connection.execute(delete(rejection).where(*old, *(~each for each in needed)))
 
 
 # what people do

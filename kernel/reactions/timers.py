@@ -11,12 +11,14 @@ from sqlalchemy import Connection, Engine, and_, case, delete, func, or_, select
 from kernel.reactions.store import NUMBER
 from projections.contention import outlast_contention
 from projections.database import reads
-from projections.tables import checkpoint, rejection, timer
+from projections.tables import checkpoint, dead_letter, timer
 
 AT_ONCE = 500
-"""Timers that are fired at a time."""
+"""Timers that are fired at once, at most."""
 MICROS = 1_000_000
 """Microseconds of a second."""
+_ROOM = 1 << 20
+"""More than one event sets timers, or the rejection of one timer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,43 +38,55 @@ class DueTimer:
     attempts: int
     owed: str
 
+    @property
+    def event(self) -> tuple[int, int]:
+        """Where it was set: no other timer of the policy has this stream sequence and place."""
+        return self.stream_sequence, self.place
 
-def next_due(engine: Engine, policy: str, partitions: Collection[int]) -> int | None:
-    """Return when the next timer of these partitions is to be fired, in microseconds since 1970; None for never."""
+
+def place_of(number: int) -> int:
+    """Return the place of the first timer of an event in its commit, of which it is the one of this number."""
+    return number * _ROOM * _ROOM
+
+
+def place_after(place: int) -> int:
+    """Return the place of the first timer that follows from the rejection of a timer's command.
+
+    It is after all that were set with the event itself, so that it can replace and cancel them.
+    """
+    return place - place % _ROOM + (place % _ROOM + 1) * _ROOM
+
+
+def next_due(engine: Engine, policy: str, partitions: Collection[int], after: int | None = None) -> int | None:
+    """Return when the next timer of these partitions is to be fired, in microseconds since 1970; None for never.
+
+    Args:
+        after: leave out those that are due by then.
+    """
+    own = timer.c.policy == policy, timer.c.partition.in_(sorted(partitions))
+    query = select(timer.c.attempt).where(*own, timer.c.attempt.is_not(None)).order_by(timer.c.attempt).limit(1)
+    if after is not None:
+        query = query.where(timer.c.attempt > after)
     with reads(engine).connect() as connection:
-        found = connection.scalar(
-            select(func.min(timer.c.attempt)).where(
-                timer.c.policy == policy, timer.c.partition.in_(sorted(partitions)), timer.c.attempt.is_not(None)
-            )
-        )
+        found = connection.scalar(query)
         return None if found is None else int(found)
 
 
-def due_timers(engine: Engine, policy: str, partitions: Collection[int], now: int) -> list[DueTimer]:
-    """Return the timers that are to be fired by `now`, the first ones first, at most `AT_ONCE`."""
+def due_timers(
+    engine: Engine, policy: str, partitions: Collection[int], now: int, limit: int = AT_ONCE
+) -> list[DueTimer]:
+    """Return the timers that are to be fired by `now`, the first ones first."""
     with reads(engine).connect() as connection:
         rows = connection.execute(
             select(timer)
             .where(timer.c.policy == policy, timer.c.attempt <= now, timer.c.partition.in_(sorted(partitions)))
             .order_by(timer.c.attempt)
-            .limit(AT_ONCE)
+            .limit(limit)
         )
         return [
             DueTimer(row.name, row.partition, row.stream_sequence, row.place, row.due, row.attempts, row.owed)
             for row in rows
         ]
-
-
-def read_rejected(engine: Engine, policy: str, timers: Sequence[DueTimer]) -> dict[tuple[str, str], str]:
-    """Return why commands of these timers were rejected, by the event's id and the place."""
-    sequences = sorted({each.stream_sequence for each in timers})
-    with reads(engine).connect() as connection:
-        rows = connection.execute(
-            select(rejection.c.event_id, rejection.c.place, rejection.c.reason).where(
-                rejection.c.policy == policy, rejection.c.stream_sequence.in_(sequences)
-            )
-        )
-        return {(row.event_id, row.place): row.reason for row in rows}
 
 
 def settle(engine: Engine, policy: str, fired: Sequence[DueTimer], failed: Sequence[tuple[DueTimer, int, str]]) -> None:
@@ -90,7 +104,7 @@ def settle(engine: Engine, policy: str, fired: Sequence[DueTimer], failed: Seque
             for each, attempt, error in failed:
                 connection.execute(
                     update(timer)
-                    .where(_is(policy, each))
+                    .where(_is(policy, each), timer.c.attempt.is_not(None))  # a person may have cancelled it
                     .values(attempt=attempt, attempts=each.attempts + 1, error=error)
                 )
             _sweep(connection, policy)
@@ -110,22 +124,25 @@ def _is(policy: str, each: DueTimer) -> Any:
 
 def _sweep(connection: Connection, policy: str) -> None:
     """Delete what was fired or cancelled, where no partition can come with an earlier change any more."""
-    passed = connection.scalar(
-        select(func.min(checkpoint.c.sequence)).where(
-            checkpoint.c.projection == policy, checkpoint.c.generation == NUMBER
-        )
-    )
-    connection.execute(
-        delete(timer).where(
-            timer.c.policy == policy, timer.c.attempt.is_(None), timer.c.stream_sequence <= (passed or 0)
-        )
-    )
+    own = checkpoint.c.projection == policy, checkpoint.c.generation == NUMBER
+    passed = connection.scalar(select(func.min(checkpoint.c.sequence)).where(*own)) or 0
+    # a dead letter may come with an earlier change, when it is tried again
+    parked = dead_letter.c.projection == policy, dead_letter.c.generation == NUMBER
+    first = connection.scalar(select(func.min(dead_letter.c.stream_sequence)).where(*parked))
+    if first is not None:
+        passed = min(passed, first - 1)
+    over = timer.c.policy == policy, timer.c.attempt.is_(None)
+    connection.execute(delete(timer).where(*over, timer.c.stream_sequence <= passed))
 
 
 def sweep(engine: Engine, policy: str) -> None:
     """Delete what was fired or cancelled, as far as it is needed no longer."""
-    with engine.begin() as connection:
-        _sweep(connection, policy)
+
+    def forget() -> None:
+        with engine.begin() as connection:
+            _sweep(connection, policy)
+
+    outlast_contention(forget)
 
 
 def pending(

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from aggregates import InvalidId, InvalidMessage, Rejected
+from aggregates.aggregate import name_of
 from aggregates.commit import Envelope
 from aggregates.errors import NewerEvent
 from aggregates.meta import Meta
@@ -16,24 +17,22 @@ from aggregates.reacting import Cancelled, DeclaredReaction, Due, EventReaction,
 from kernel.app import App
 from kernel.effect import Effect
 from kernel.errors import CommandError, NotDeclared
-from kernel.log.subjects import Address
+from kernel.log.subjects import Address, encode_id
 from kernel.protocol import Receipt
 from kernel.reactions.requests import request_of, restore, sent_of, store
-from kernel.reactions.timers import DueTimer
+from kernel.reactions.store import Rejections
+from kernel.reactions.timers import DueTimer, place_after, place_of
 from kernel.telemetry.metrics import REACTION_COMMANDS
 from projections.errors import reason
+from projections.unit_of_work import one_line
 
 Send = Callable[[dict[str, Any], float], Awaitable[Receipt]]
 """Sends a command in its wire form until there is an answer, or for so many seconds."""
 RecordRejection = Callable[[dict[str, Any]], Awaitable[None]]
-Rejections = dict[tuple[str, str], str]
-"""Why commands were rejected, by the event's id and the place."""
 AGAIN_S = 1.0
 """A command that this worker may not send is tried again after so long: the permissions may be corrected."""
 FOREVER = float("inf")
 MAX_KEY = 200
-MAX_REACTIONS = 1 << 20
-"""Reactions to one event at most: the place of a timer has so much room."""
 
 
 class Failed(Exception):
@@ -56,6 +55,7 @@ class Task:
         number: of the event in its commit, from 1.
         first_place: of its timers, where it is not what follows from the number.
         owed: what a policy owes for it, or why that can't be said.
+        rejected: why commands for it were rejected before, by the place.
     """
 
     address: Address
@@ -66,6 +66,7 @@ class Task:
     owed: Sequence[Owed] | Exception = ()
     timers: list[dict[str, Any]] = field(default_factory=list)
     first_place: int = 0
+    rejected: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -134,6 +135,7 @@ class PolicyWorker:
         owed = task.owed
         if isinstance(owed, Exception):
             raise _failure(owed, self._app) from owed
+        task.rejected |= self._rejected.pop(task.envelope.id, {})
         await self._do(task, owed)
 
     async def _do(self, task: Task, owed: Sequence[Owed]) -> None:
@@ -144,14 +146,18 @@ class PolicyWorker:
                 request = self._request(each, task)
                 if each.moment - task.meta.time >= _SECOND:
                     request["depth"] = 0  # it is an appointment, and no loop
-                owed_text = store(request, each.place, task.envelope, task.address.id)
-                key = _checked_key(each.key) if each.key else str(request["command_id"])
+                try:
+                    owed_text = store(request, each.place, task.envelope, task.address.id)
+                except (TypeError, ValueError) as error:  # what JSON can't represent
+                    what = f"{request['command']} for {request['aggregate']} {request['id']}"
+                    raise Failed(f"{what} can't be stored: {error}", transient=False) from error
+                key = str(request["command_id"]) if each.key == "" else _checked_key(each.key)
                 task.timers.append(self._timer(task, key, each.moment, owed_text))
             else:
                 await self._send_now(task, each)
 
     def _timer(self, task: Task, key: str, moment: datetime | None, owed: str | None) -> dict[str, Any]:
-        place = (task.first_place or task.number * MAX_REACTIONS) + len(task.timers)
+        place = (task.first_place or place_of(task.number)) + len(task.timers)
         return {
             "name": key,
             "partition": task.address.partition,
@@ -169,13 +175,17 @@ class PolicyWorker:
                 transient=False,
             )
         try:
+            encode_id(due.send.id)
             return request_of(self._app, self._declared.name, due, task.envelope)
+        except InvalidId as error:
+            what = f"{type(due.send.command).__name__} for {name_of(due.send.aggregate)}"
+            raise Failed(f"{what}: {error}", transient=False) from error
         except (NotDeclared, TypeError, ValueError) as error:
             raise Failed(reason(error), transient=False) from error
 
     async def _send_now(self, task: Task, due: Due) -> None:
         request = self._request(due, task)
-        why = self._rejected.get((task.envelope.id, due.place)) or await self.deliver(request)
+        why = task.rejected.get(due.place) or await self.deliver(request)
         if why:
             await self._note_rejection(task, due.place, request, why)
             await self._react_to_rejection(task, due, why)
@@ -190,13 +200,12 @@ class PolicyWorker:
         await self._do(task, owed)
 
     async def _note_rejection(self, task: Task, place: str, request: dict[str, Any], why: str) -> None:
-        event_id = task.envelope.id
-        if (event_id, place) in self._rejected:
+        if place in task.rejected:
             return
         await self._record(
             {
                 "policy": self._declared.name,
-                "event_id": event_id,
+                "event_id": task.envelope.id,
                 "place": place,
                 "partition": task.address.partition,
                 "stream_sequence": task.stream_sequence,
@@ -208,7 +217,6 @@ class PolicyWorker:
                 "rejected": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
-        self._rejected[event_id, place] = why
 
     async def deliver(self, request: dict[str, Any]) -> str:
         """Send a command until it has an outcome. Return why it was rejected; nothing if it has taken effect.
@@ -221,31 +229,34 @@ class PolicyWorker:
                 await self._send(request, FOREVER)
             except Rejected as rejection:
                 REACTION_COMMANDS.labels(policy=self._declared.name, outcome="rejected").inc()
-                return str(rejection) or "rejected"
+                return one_line(str(rejection)) or "rejected"
             except CommandError as error:
                 if error.type in ("unavailable", "overloaded", "unknown-outcome"):
                     await asyncio.sleep(AGAIN_S)
                     continue
                 REACTION_COMMANDS.labels(policy=self._declared.name, outcome="failed").inc()
                 what = f"{request['command']} for {request['aggregate']} {request['id']}"
-                raise Failed(f"{what}: {error.type}: {error}", transient=error.type == "conflict") from error
-            except InvalidId as error:
-                raise Failed(f"{request['command']}: {error}", transient=False) from error
+                raise Failed(f"{what}: {error}", transient=error.type == "conflict") from error
             REACTION_COMMANDS.labels(policy=self._declared.name, outcome="ok").inc()
             return ""
 
-    async def fire(self, timer: DueTimer) -> list[dict[str, Any]]:
+    async def fire(self, timer: DueTimer, rejected: Rejections) -> list[dict[str, Any]]:
         """Send the command of a timer whose time has come. Return timers that follow from its rejection.
+
+        Args:
+            rejected: commands that were rejected before.
 
         Raises:
             Failed: it could not be sent.
         """
         stored, envelope = restore(timer.owed)
-        why = self._rejected.get((envelope.id, stored.place)) or await self.deliver(stored.request)
+        address = Address("", timer.partition, "", stored.aggregate_id)
+        first = place_after(timer.place)
+        known = rejected.get(envelope.id, {})
+        task = Task(address, timer.stream_sequence, 0, envelope, None, first_place=first, rejected=known)
+        why = known.get(stored.place) or await self.deliver(stored.request)
         if not why:
             return []
-        address = Address("", timer.partition, "", stored.aggregate_id)
-        task = Task(address, timer.stream_sequence, 0, envelope, None, first_place=timer.place + 1)
         await self._note_rejection(task, stored.place, stored.request, why)
         try:
             sent = sent_of(self._app, stored.request)
@@ -253,10 +264,6 @@ class PolicyWorker:
             raise _failure(error, self._app) from error
         await self._react_to_rejection(task, Due(stored.place, sent), why)
         return task.timers
-
-    def remember(self, rejected: Rejections) -> None:
-        """Add commands that were rejected before."""
-        self._rejected.update(rejected)
 
 
 class EffectWorker:
@@ -284,6 +291,11 @@ class EffectWorker:
             raise
         except TimeoutError as error:
             raise Failed(f"TimeoutError: not done within {self._effect.timeout:g} s", transient=True) from error
+        except asyncio.CancelledError as error:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise
+            raise Failed("CancelledError: something that it waited for was cancelled", transient=True) from error
         except Exception as error:  # the world outside: what failed may succeed later
             raise Failed(reason(error), transient=not isinstance(error, InvalidMessage)) from error
 
