@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, select, update
 
-from aggregates import Meta, Policy, Reactions, Send, reacts
+from aggregates import Meta, Policy, Reactions, Rejected, Send, reacts
 from kernel import Rebuild
 from kernel.reactions import letters, store
 from kernel.reactions.work import PolicyWorker
@@ -16,7 +17,7 @@ from projections import dead_letters
 from projections.errors import Fenced
 from projections.tables import checkpoint
 from tests.kernel.reactions.conftest import Running, Shop
-from tests.shops import Fulfilment, Order, Pay, Payment, Place, Placed, Request, shop
+from tests.shops import Fulfilment, Order, Pay, Payment, Place, Placed, Refuse, Request, shop
 
 
 async def test_a_policy_sends_what_it_owes_and_says_why(running: Running, app_name: str) -> None:
@@ -298,3 +299,70 @@ async def test_a_rejection_is_forgotten_after_the_set_time(running: Running, app
             while store.rejections(engine):
                 await at.service.parts.reactors.count()
                 await asyncio.sleep(0.1)
+
+
+class Two(Policy, of=Order):
+    @reacts
+    def placed(self, event: Placed, meta: Meta) -> Reactions:
+        yield Send(Payment, "dear", Request("dear", 5_000))
+        yield Send(Payment, "unlucky", Request("unlucky", 13))
+
+
+async def test_a_rejection_stays_when_its_event_is_tried_again_after_a_restart(
+    running: Running, app_name: str, monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    app = shop(app_name, policies=(Two,))
+    async with running(app) as at:
+        await at.client.execute(Order, "o", Place())
+        await at.settled()
+        assert (len(store.rejections(engine)), len(dead_letters.waiting(engine))) == (1, 1)
+    monkeypatch.setattr("tests.shops.MOST", 10_000)
+    monkeypatch.setattr("tests.shops.UNLUCKY", -1)
+    async with running(app) as at:
+        store.forget_rejections(engine, "9999")
+        letters.ask_again(engine, "Two", "Order", "o")
+        await at.until(lambda: not dead_letters.waiting(engine))
+        assert [key for kind, key, _ in await at.events() if kind == "Payment"] == ["unlucky"]
+
+
+async def test_a_rejection_is_recorded_whatever_its_reason_contains(
+    running: Running, app_name: str, engine: Engine
+) -> None:
+    def refuse(_order: Order, _command: object) -> None:
+        raise Rejected("no \0 'way' \U0001f600")
+
+    app = shop(app_name, policies=(Echo,))
+    handlers = app.types["Order"].handlers
+    place = handlers[Place].function
+    async with running(app) as at:
+        await at.client.execute(Order, "warm", Refuse(""))
+        handlers[Place].function = lambda order, command: (place if order.id == "a" else refuse)(order, command)
+        await at.client.execute(Order, "a", Place())
+        await at.settled()
+        (row,) = store.rejections(engine, "Echo")
+        assert row["reason"] == "no \\0 'way' \U0001f600"
+
+
+def test_workers_that_start_together_register_a_policy_once(read_side_engine: Engine) -> None:
+    apps = [shop("shop", policies=(Fulfilment, Two, Echo, Later)) for _ in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        begun = list(threads.map(lambda app: store.register(read_side_engine, app.reactions, 4, 7), apps))
+    assert sorted(name for found in begun for name, _ in found) == ["Echo", "Fulfilment", "Later", "Two"]
+
+
+async def test_commands_are_taken_until_policies_have_let_go_of_partitions(running: Running, app_name: str) -> None:
+    app = shop(app_name)
+    async with running(app, lease=1.0) as first:
+        ownership, reactors = first.service.parts.ownership, first.service.parts.reactors
+        listening: list[int] = []
+        released = reactors.released
+
+        async def note() -> None:
+            listening.append(len(ownership._listening))
+            await released()
+
+        reactors.released = note  # type: ignore[method-assign]
+        before = len(ownership._listening)
+        async with running(app, lease=1.0) as second:
+            await first.until(lambda: bool(second.service.partitions))
+        assert listening[0] == before

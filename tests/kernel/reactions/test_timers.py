@@ -15,6 +15,7 @@ from sqlalchemy import Engine, select
 
 from kernel.reactions import store, timers
 from kernel.reactions.timers import DueTimer
+from projections.errors import Fenced
 from projections.tables import timer
 from tests.kernel.reactions.conftest import Running, Shop
 from tests.shops import Order, Pay, Payment, Place, Refuse, shop
@@ -145,7 +146,7 @@ def test_of_changes_to_a_timer_that_of_the_latest_event_wins_in_whatever_order_t
     with _policy(engine):
         changes = [[_change("t", 5, 50), _change("t", 7, None), _change("t", 9, 90)][place] for place in order]
         for written in [changes] if together else [[change] for change in changes]:
-            store.write(engine, "Fulfilment", 1, store.ReactionWrite(timers=list(written)))
+            store.write(engine, "Fulfilment", 0, store.ReactionWrite(timers=list(written)))
         (row,) = timers.pending(engine)
         assert (row["stream_sequence"], row["due"]) == (9, 90)
 
@@ -153,9 +154,9 @@ def test_of_changes_to_a_timer_that_of_the_latest_event_wins_in_whatever_order_t
 def test_a_cancellation_that_comes_first_holds_until_all_partitions_have_passed_it(read_side_engine: Engine) -> None:
     engine = read_side_engine
     with _policy(engine):
-        store.write(engine, "Fulfilment", 1, store.ReactionWrite(timers=[_change("t", 7, None)]))
+        store.write(engine, "Fulfilment", 0, store.ReactionWrite(timers=[_change("t", 7, None)]))
         timers.sweep(engine, "Fulfilment")
-        store.write(engine, "Fulfilment", 1, store.ReactionWrite(timers=[_change("t", 5, 50)]))
+        store.write(engine, "Fulfilment", 0, store.ReactionWrite(timers=[_change("t", 5, 50)]))
         assert timers.pending(engine) == []
         claimed = store.claim(engine, "shop", "Fulfilment", range(4))
         assert claimed is not None
@@ -169,10 +170,10 @@ def test_a_cancellation_that_comes_first_holds_until_all_partitions_have_passed_
 def test_a_timer_that_was_set_anew_while_it_fired_stays(read_side_engine: Engine) -> None:
     engine = read_side_engine
     with _policy(engine):
-        store.write(engine, "Fulfilment", 1, store.ReactionWrite(timers=[_change("t", 5, 50)]))
+        store.write(engine, "Fulfilment", 0, store.ReactionWrite(timers=[_change("t", 5, 50)]))
         (due,) = timers.due_timers(engine, "Fulfilment", range(4), 60)
         assert isinstance(due, DueTimer)
-        store.write(engine, "Fulfilment", 1, store.ReactionWrite(timers=[_change("t", 6, 70)]))
+        store.write(engine, "Fulfilment", 0, store.ReactionWrite(timers=[_change("t", 6, 70)]))
         timers.settle(engine, "Fulfilment", [due], [])
         (row,) = timers.pending(engine)
         assert row["due"] == 70
@@ -182,9 +183,30 @@ def test_a_person_cancels_timers_by_key(read_side_engine: Engine) -> None:
     engine = read_side_engine
     with _policy(engine):
         written = [_change("a", 5, 50), _change("b", 6, 60)]
-        store.write(engine, "Fulfilment", 1, store.ReactionWrite(timers=written))
+        store.write(engine, "Fulfilment", 0, store.ReactionWrite(timers=written))
         assert timers.cancel(engine, "Fulfilment", ["a", "never"]) == 1
         assert [row["name"] for row in timers.pending(engine)] == ["b"]
         assert timers.next_due(engine, "Fulfilment", range(4)) == 60
         assert timers.counts(engine, 55) == {"Fulfilment": (1, 0, 0)}
         assert timers.counts(engine, 65) == {"Fulfilment": (1, 1, 0)}
+
+
+def test_a_timer_that_is_cancelled_while_its_command_fails_stays_cancelled(read_side_engine: Engine) -> None:
+    engine = read_side_engine
+    with _policy(engine):
+        store.write(engine, "Fulfilment", 0, store.ReactionWrite(timers=[_change("t", 5, 50)]))
+        (due,) = timers.due_timers(engine, "Fulfilment", range(4), 60)
+        timers.cancel(engine, "Fulfilment", ["t"])
+        timers.settle(engine, "Fulfilment", [], [(due, 99, "failed")])
+        assert timers.pending(engine) == []
+
+
+def test_only_the_owner_of_its_partition_sets_a_timer(read_side_engine: Engine) -> None:
+    engine = read_side_engine
+    with _policy(engine):
+        old = store.claim(engine, "shop", "Fulfilment", range(4))
+        assert old is not None
+        store.claim(engine, "shop", "Fulfilment", range(4))
+        with pytest.raises(Fenced):
+            store.write(engine, "Fulfilment", old.epoch, store.ReactionWrite(timers=[_change("t", 5, 50)]))
+        assert timers.pending(engine) == []
