@@ -28,7 +28,7 @@ from projections.contention import outlast_contention
 from projections.database import reads
 from projections.dead_letters import MAX_PAUSE_S, envelope_of
 from projections.errors import NoSuchLetter
-from projections.generations import FENCE, PAUSED
+from projections.generations import FENCE, PAUSED, lock_checkpoints
 from projections.parked import Key
 from projections.tables import checkpoint, dead_letter, skipped_letter
 from projections.unit_of_work import one_line
@@ -245,6 +245,7 @@ def skip(engine: Engine, name: str, aggregate: str, aggregate_id: str, who: str,
 
     def attempt() -> int:
         with engine.begin() as connection:
+            lock_checkpoints(connection, name, NUMBER)  # its worker, or another person, may be done with it first
             row = connection.execute(_in_order(name, (aggregate, aggregate_id)).limit(1)).first()
             if row is None:
                 raise NoSuchLetter(f"there are no dead letters of {aggregate} {aggregate_id} for {name}")

@@ -34,6 +34,8 @@ PAUSES_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Before it begins again, after so many failures in a row."""
 LOOK_S = 1.0
 """Between two looks whether a person has ended a pause."""
+COUNT_PAUSE = 100
+"""To count a million timers takes a second or two: they are counted again after so many times as long."""
 TROUBLE_S = 5.0
 """One that has failed for so long, whenever it began again, is reported."""
 GRACE_S = 3.0
@@ -194,6 +196,7 @@ class Reactors:
         self._reactors = [Reactor(context, declared, holds) for declared in context.app.reactions]
         self._tasks: list[asyncio.Task[None]] = []
         self.timers: dict[str, tuple[int, int, int]] = {}
+        self._count_timers_at = 0.0
 
     def assign(self, partitions: frozenset[int]) -> None:
         """Work on these partitions from now on."""
@@ -258,7 +261,10 @@ class Reactors:
     async def count(self) -> None:
         """Count timers and parked aggregates, in the whole database, and forget what is needed no longer."""
         context = self._context
-        self.timers = await context.run(partial(timers.counts, context.engine, int((context.now() - 1.0) * MICROS)))
+        if (began := time.monotonic()) >= self._count_timers_at:
+            late = int((context.now() - 1.0) * MICROS)
+            self.timers = await context.run(partial(timers.counts, context.engine, late))
+            self._count_timers_at = time.monotonic() + COUNT_PAUSE * (time.monotonic() - began)
         parked = await context.run(partial(letters.count, context.engine))
         before = datetime.now(UTC) - timedelta(seconds=context.settings.policies.retention)
         old = before.isoformat(timespec="seconds")
