@@ -233,7 +233,7 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
     skipped = skipped_of(connection, made.name, aggregate, [aggregate_id]).get(aggregate_id, set())
     last = max((sequence for sequence in skipped if sequence < rows[0].sequence), default=None)
     # what another projection keeps goes on without this plan: here it would grow old
-    kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id) if plan.keeps else None
+    kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id) if plan.keeps(aggregate) else None
     if last is not None:
         last = max(last, records[index].eskernel_sequence if records[index] is not None else 0, kept or 0)
     for done, row in enumerate(rows):
@@ -246,7 +246,7 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
             failures = folded.failures
             if folded.letters and not failures:
                 return done, Stopped(folded.letters[0].error, waits=True)
-            if not plan.keeps:
+            if not plan.keeps(aggregate):
                 folded.kept[index].clear()
             if not failures:
                 write = writer.freeze(folded, [], lambda _: (0, b""), [((aggregate, aggregate_id), commits, others)])
@@ -430,8 +430,8 @@ def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, agg
     """Record a skipped event as folded, so that the next event follows it without a gap."""
     loaded, _ = writer.load_rows(connection, aggregate, [aggregate_id])
     if loaded[aggregate_id][0] is None:
-        if writer.plan.keeps:
-            writer.keep(connection, 0, {aggregate_id: sequence})
+        if writer.plan.keeps(aggregate):
+            writer.keep(connection, 0, {writer.plan.kept_id((aggregate, aggregate_id)): sequence})
         return
     bulk = writer.bulk(0)
     connection.execute(bulk.sequence, {**bulk.key_parameters([aggregate_id]), "sequence": sequence})

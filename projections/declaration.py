@@ -18,7 +18,6 @@ from sqlalchemy.orm import DeclarativeBase
 from aggregates.aggregate import Aggregate, role_of
 from aggregates.declaration import AggregateType, annotated, message_classes
 from aggregates.errors import DeclarationError
-from aggregates.messages import spec_of
 from aggregates.meta import Meta
 from projections.codec import Unsupported
 from projections.errors import SchemaError
@@ -48,18 +47,21 @@ class DeclaredProjection:
     """A projection class as the kernel uses it. Made by `declare_projection`.
 
     Attributes:
+        aggregates: the types whose events are projected.
         columns: columns of the only model of `Rows` and `Tallies`; None for `Sql`.
         models: every model whose table belongs to the projection.
+        foreign: names of the tables of the app's other projections.
     """
 
     kind: ProjectionKind
     name: str
     version: int
-    aggregate: str
+    aggregates: tuple[str, ...]
     instance: Projection
     models: tuple[type, ...]
     columns: Columns | None
     handlers: list[EventHandler] = field(default_factory=list)
+    foreign: frozenset[str] = frozenset()
 
     def codec(self, dialect: Dialect) -> RowCodec | None:
         """Return how the records of `Rows` and `Tallies` are carried into a database's table; None for `Sql`.
@@ -75,6 +77,16 @@ class DeclaredProjection:
             raise SchemaError(str(problem)) from None
 
     @property
+    def of(self) -> str:
+        """The types whose events are projected, for people."""
+        return ", ".join(self.aggregates)
+
+    @property
+    def row_type(self) -> str:
+        """The type of what has a row each: `Rows` have the ids of aggregates for their keys."""
+        return self.aggregates[0]
+
+    @property
     def tables(self) -> set[str]:
         """Names of the tables, which exist as views."""
         return {table_of(model).key for model in self.models}
@@ -88,15 +100,18 @@ def keyword_problems(cls: object) -> list[str]:
     if not hasattr(cls, "of"):
         return [f"{cls.__name__}: say whose events it folds, with `of=SomeAggregate` in the class line"]
     of: object = cls.of
-    if isinstance(of, tuple | list | set | frozenset):
-        problems.append(
-            f"{cls.__name__}: of has {len(of)} values, but a projection folds the events of one aggregate; "
-            "declare a projection for each"
-        )
-    elif isinstance(of, str):
-        problems.append(f"{cls.__name__}: of={of!r} is a text; give the aggregate's class itself")
-    elif not (isinstance(of, type) and issubclass(of, Aggregate) and of is not Aggregate):
-        problems.append(f"{cls.__name__}: of={of!r} is not an aggregate; give a class that derives from Aggregate")
+    if isinstance(of, list | set | frozenset) or of == ():
+        problems.append(f"{cls.__name__}: of={of!r}; give one aggregate, or a tuple of several: of=(Order, Payment)")
+    else:
+        for each in of if isinstance(of, tuple) else (of,):
+            if isinstance(each, str):
+                problems.append(f"{cls.__name__}: of={each!r} is a text; give the aggregate's class itself")
+            elif not (isinstance(each, type) and issubclass(each, Aggregate) and each is not Aggregate):
+                problems.append(
+                    f"{cls.__name__}: of={each!r} is not an aggregate; give a class that derives from Aggregate"
+                )
+        if isinstance(of, tuple) and len(set(map(id, of))) < len(of):
+            problems.append(f"{cls.__name__}: of names an aggregate twice; name each once")
     version: object = getattr(cls, "version", None)
     if type(version) is not int or not 1 <= version <= MAX_VERSION:
         problems.append(f"{cls.__name__}: version={version!r} is not a whole number from 1 to {MAX_VERSION:,}")
@@ -109,8 +124,16 @@ def keyword_problems(cls: object) -> list[str]:
     return problems
 
 
-def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> DeclaredProjection:
+def aggregates_of(cls: type[Projection]) -> tuple[type[Aggregate], ...]:
+    """Return the aggregates whose events a projection folds."""
+    return cls.of if isinstance(cls.of, tuple) else (cls.of,)
+
+
+def declare_projection(cls: type[Projection], of: Sequence[AggregateType[Any]]) -> DeclaredProjection:
     """Read the class.
+
+    Args:
+        of: the aggregates that it names, in its order.
 
     Raises:
         DeclarationError: the class has problems; the error lists all of them.
@@ -126,12 +149,18 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
     problems += model_problems(models)
     if problems:
         raise DeclarationError(problems)
+    names = tuple(each.name for each in of)
     columns = None if kind == "sql" else Columns(models[0], sequenced=kind == "rows")
     if columns is not None:
         problems += columns.problems(models[0], numeric=kind == "tallies")
         if kind == "rows" and columns.keys != 1:
             problems.append(f"{cls.__name__}: the primary key of {models[0].__name__} must be the aggregate's id alone")
-    declared = DeclaredProjection(kind, cls.name, cls.version, of.name, cls(), models, columns)
+        if kind == "rows" and len(of) > 1:
+            problems.append(
+                f"{cls.__name__}: the key of its rows is the aggregate's id, and two of "
+                f"{', '.join(names)} may have the same; declare a projection for each"
+            )
+    declared = DeclaredProjection(kind, cls.name, cls.version, names, cls(), models, columns)
     taken: set[type] = set()
     for name, member in inspect.getmembers_static(cls):
         if role_of(member) != "applies":
@@ -147,10 +176,9 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
         if handler is None:
             continue
         for event_class in handler.events:
-            spec = spec_of(event_class)
-            if spec is None or spec.name not in of.events or of.events[spec.name].cls is not event_class:
-                known = ", ".join(sorted(of.events)) or "none"
-                problems.append(f"{where}: {of.name} has no event {event_class.__name__}; it has {known}")
+            if not any(event_class in each.event_types for each in of):
+                known = ", ".join(sorted({name for each in of for name in each.events})) or "none"
+                problems.append(f"{where}: {' or '.join(names)} has no event {event_class.__name__}; it has {known}")
             if event_class in taken and kind != "sql":
                 problems.append(f"{where}: {cls.__name__} already has a handler for {event_class.__name__}; keep one")
             taken.add(event_class)
@@ -229,5 +257,11 @@ def keepers_of(projections: Sequence[DeclaredProjection]) -> dict[str, int]:
     for kind in ("rows", None):
         for index, projection in enumerate(projections):
             if kind in (None, projection.kind):
-                keepers.setdefault(projection.aggregate, index)
+                for aggregate in projection.aggregates:
+                    keepers.setdefault(aggregate, index)
     return keepers
+
+
+def kept_prefix(projection: DeclaredProjection, aggregate: str) -> str:
+    """Return what stands before an aggregate's id where a projection stores its sequence: two types may share ids."""
+    return f"{aggregate}/" if len(projection.aggregates) > 1 else ""

@@ -18,7 +18,7 @@ from aggregates.declaration import AggregateType
 from aggregates.errors import NewerEvent
 from aggregates.meta import Meta
 from projections.codec import Refused
-from projections.declaration import DeclaredProjection, EventHandler, keepers_of
+from projections.declaration import DeclaredProjection, EventHandler, keepers_of, kept_prefix
 from projections.errors import FailureKind, HandlerFailed, reason
 from projections.parked import EVERY, Key, Letter, Parked, ParkedAggregates
 from projections.projection import DROP, Recorded, Tally
@@ -88,7 +88,7 @@ class Plan:
         keepers: for each aggregate type, the projection that stores the sequence of an aggregate's last event: its
             first `Rows`, or else its first projection.
         parked: the parked aggregates. They are state, and the only part of the plan that changes.
-        keeps: the keepers are those of the app; not so in a plan of one projection, where the app has another keeper.
+        kept_elsewhere: aggregate types of which this plan has not the app's keeper, but is a plan of one projection.
     """
 
     def __init__(
@@ -107,15 +107,18 @@ class Plan:
             _no_record if codec is None else codec.new if codec.counting else codec.new_for for codec in self.codecs
         ]
         self.parked = ParkedAggregates()
-        self.keeps = True
+        self.kept_elsewhere: frozenset[str] = frozenset()
         self._indexes = {
-            declared.name: [i for i, p in enumerate(projections) if p.aggregate == declared.name] for declared in types
+            declared.name: [i for i, p in enumerate(projections) if declared.name in p.aggregates] for declared in types
         }
         self.row_indexes = {
-            declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
-            for declared in types
+            name: [index for index in indexes if projections[index].kind == "rows"]
+            for name, indexes in self._indexes.items()
         }
         self.keepers = keepers_of(projections)
+        self._kept_prefixes = {
+            aggregate: kept_prefix(projections[index], aggregate) for aggregate, index in self.keepers.items()
+        }
         self._steps = {declared.name: self._compile(declared) for declared in types}
 
     def _compile(
@@ -125,17 +128,17 @@ class Plan:
         for name, event_type in declared.events.items():
             steps: list[tuple[int, Step]] = []
             for index, projection in enumerate(self.projections):
-                if projection.aggregate != declared.name:
+                if declared.name not in projection.aggregates:
                     continue
                 for place, handler in enumerate(projection.handlers):
                     if event_type.cls in handler.events:
-                        steps.append((index, self._step(index, place, handler)))
+                        steps.append((index, self._step(index, place, handler, declared.name)))
             # most events have the current version: their decoder is called directly
             decode: Callable[..., Any] | None = msgspec.json.Decoder(event_type.cls).decode if steps else None
             compiled[name] = (event_type.version, event_type.decode, decode, tuple(steps))
         return compiled
 
-    def _step(self, index: int, place: int, handler: EventHandler) -> Step:
+    def _step(self, index: int, place: int, handler: EventHandler, aggregate: str) -> Step:
         projection = self.projections[index]
         function, instance, make = handler.function, projection.instance, self.makers[index]
         wants_meta = handler.wants_meta
@@ -169,7 +172,7 @@ class Plan:
         def collect(
             _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
         ) -> None:
-            folded.calls[index].append(Recorded(event, envelope, aggregate_id, stream_sequence, place))
+            folded.calls[index].append(Recorded(event, envelope, aggregate, aggregate_id, stream_sequence, place))
 
         return {"rows": fold_row, "tallies": fold_tally, "sql": collect}[projection.kind]
 
@@ -245,7 +248,7 @@ class Plan:
                 row.eskernel_sequence = last  # once for all events
                 folded.rows[index][aggregate_id] = row
         if not indexes or rows[keeper] is None:
-            folded.kept[keeper][aggregate_id] = last
+            folded.kept[keeper][self._kept_prefixes[aggregate] + aggregate_id] = last
         return last
 
     def _finish(
@@ -265,7 +268,7 @@ class Plan:
                 folded.rows[index][key[1]] = row
         bare = not self.row_indexes[key[0]] or rows[keeper] is None
         if bare and keeper not in skip and (until := folded_to(keeper)) >= first:
-            folded.kept[keeper][key[1]] = until
+            folded.kept[keeper][self.kept_id(key)] = until
         return last
 
     def _go_on(
@@ -409,6 +412,14 @@ class Plan:
         for index in self._indexes[failure.aggregate[0]]:
             if failure.projection in (EVERY, index):
                 self.parked.add(failure.aggregate, index, Parked(failure.sequence, failure.error, failure.transient))
+
+    def kept_id(self, key: Key) -> str:
+        """Return under which id the sequence of an aggregate without a row is stored."""
+        return self._kept_prefixes[key[0]] + key[1]
+
+    def keeps(self, aggregate: str) -> bool:
+        """Return whether the keeper of an aggregate type is the app's."""
+        return aggregate not in self.kept_elsewhere
 
     def apart(self) -> Plan:
         """Return the same plan with no aggregate parked, to fold something again."""

@@ -129,7 +129,7 @@ def _fold_together(
     aggregate = next(iter(by_id.values()))[0].aggregate
     records, unreadable = writer.load_rows(connection, aggregate, list(by_id))
     alone = {row.aggregate[1] for row in unreadable}
-    kept = writer.load_kept(connection, aggregate, records) if plan.keeps else {}
+    kept = writer.load_kept(connection, aggregate, records) if plan.keeps(aggregate) else {}
     skipped = skipped_of(connection, writer.generations[0].name, aggregate, list(by_id))
     folded, batch = Folded(plan), []
     for key, letters in by_id.items():
@@ -144,7 +144,7 @@ def _fold_together(
             last = max(last, row.eskernel_sequence if row is not None else 0, kept.get(key) or 0)
         batch.append(((aggregate, key), commits, frozenset[int]()))
         plan.fold(aggregate, key, records[key], commits, folded, last, kept=kept.get(key))
-    if not plan.keeps:
+    if not plan.keeps(aggregate):
         folded.kept[0].clear()
     for failure in folded.failures:
         key = failure.aggregate[1]

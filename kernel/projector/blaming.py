@@ -73,7 +73,7 @@ async def blame(
     await asyncio.to_thread(load)
     entry = _key_of(plan, key)
     if declared.kind == "rows":
-        own = declared.aggregate, str(entry[0])
+        own = declared.row_type, str(entry[0])
         stored = await log.read_subject(log.subjects.address(*own).subject)
         return [step for step in row_steps(plan, own, stored) if step.changed or step.error]
     return await _blame_tally(log, plan, declared, entry, progress)
@@ -95,7 +95,7 @@ async def _blame_tally(
                     address = log.subjects.parse(stored.subject)
                 except InvalidId:
                     continue
-                if address.aggregate == declared.aggregate:
+                if address.aggregate in declared.aggregates:
                     for step in tally_steps(plan, entry, (address.aggregate, address.id), stored):
                         changed = {
                             name: (totals.get(name, 0), totals.get(name, 0) + added)

@@ -67,7 +67,7 @@ class Pauses:
         }
         for index, declared in enumerate(self._projections):
             for (aggregate, skip), count in by_type.items():
-                if aggregate == declared.aggregate and index not in skip:
+                if aggregate in declared.aggregates and index not in skip:
                     folded[index] += count
         if folded or failed:
             self._counted.append((now, folded, Counter(index for index, _ in failed)))
@@ -83,7 +83,7 @@ class Pauses:
     def _of(self, failure: HandlerFailed) -> list[int]:
         if failure.projection >= 0:
             return [failure.projection]
-        return [i for i, declared in enumerate(self._projections) if declared.aggregate == failure.aggregate[0]]
+        return [i for i, declared in enumerate(self._projections) if failure.aggregate[0] in declared.aggregates]
 
     def _count(self, index: int) -> tuple[int, int]:
         folded = sum(counted[index] for _, counted, _ in self._counted)

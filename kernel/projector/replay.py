@@ -105,7 +105,7 @@ class Replay:
         self._behind, self._ahead = start, max(start.values(), default=0)
         self.at = min(start.values(), default=0)
         self._build = Build(self._plan, self.writer, empty=not self._ahead)
-        self._wanted = {declared.aggregate for declared in self._plan.projections}
+        self._wanted = {name for declared in self._plan.projections for name in declared.aggregates}
         self._position = Position([dict(start)] * len(self._plan.projections))
         self._folded = 0
 

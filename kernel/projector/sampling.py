@@ -135,7 +135,7 @@ class RowSample:
         return Sampled(str(view), list(found.values()), keys[-1] if keys else None, unreadable)
 
     async def _difference(self, record: Any) -> RowDifference | None:
-        aggregate = self.declared.aggregate, self._codec.id_of(record)
+        aggregate = self.declared.row_type, self._codec.id_of(record)
         stored = await self._log.read_subject(self._log.subjects.address(*aggregate).subject)
         return await asyncio.to_thread(self._compare, record, aggregate, stored)
 
@@ -188,8 +188,8 @@ async def verify_sample(
     sampled = await sample.read(count, anywhere=True)
     for aggregate_id, why in sampled.unreadable.items():
         raise SchemaError(
-            f"{declared.name}: the row of {declared.aggregate} {aggregate_id} can't be read: {why}; "
-            f"`eskernel rebuild --aggregate {declared.aggregate}/{aggregate_id}` makes it again"
+            f"{declared.name}: the row of {declared.row_type} {aggregate_id} can't be read: {why}; "
+            f"`eskernel rebuild --aggregate {declared.row_type}/{aggregate_id}` makes it again"
         )
     found = await sample.compare(sampled.records)
     changed = sum(difference.what == "changed" for difference in found)
@@ -241,17 +241,17 @@ class TablePatrol:
         for aggregate_id, why in sampled.unreadable.items():
             logger.error(
                 "%s: the row of %s %s can't be read: %s; `eskernel rebuild --aggregate %s/%s` makes it again",
-                name, sample.declared.aggregate, aggregate_id, why, sample.declared.aggregate, aggregate_id,
-                extra=about(sample.declared.aggregate, aggregate_id, projection=name),
+                name, sample.declared.row_type, aggregate_id, why, sample.declared.row_type, aggregate_id,
+                extra=about(sample.declared.row_type, aggregate_id, projection=name),
             )  # fmt: skip
         for difference in differing:
             (aggregate_id,) = map(str, difference.key.values())
             logger.error(
                 "%s: the row of %s %s is not what the log says%s%s. See all with `eskernel projections verify %s`; "
                 "`eskernel rebuild --aggregate %s/%s` makes this row again",
-                name, sample.declared.aggregate, aggregate_id,
+                name, sample.declared.row_type, aggregate_id,
                 f" since event {difference.since}" if difference.since else "",
                 f", in {', '.join(difference.folded)}" if difference.folded else "",
-                name, sample.declared.aggregate, aggregate_id,
-                extra=about(sample.declared.aggregate, aggregate_id, projection=name),
+                name, sample.declared.row_type, aggregate_id,
+                extra=about(sample.declared.row_type, aggregate_id, projection=name),
             )  # fmt: skip

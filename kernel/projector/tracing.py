@@ -215,7 +215,7 @@ def folding(app: App, aggregate: str, event: str) -> Iterator[DeclaredProjection
         return
     cls = declared.events[event].cls
     for projection in app.projections:
-        if projection.aggregate == aggregate and any(cls in handler.events for handler in projection.handlers):
+        if aggregate in projection.aggregates and any(cls in handler.events for handler in projection.handlers):
             yield projection
 
 

@@ -80,7 +80,7 @@ class OpenTelemetry:
         self._tracer = trace.get_tracer("eskernel")
         self._app = app.name
         self._projections = {
-            name: [(index, each.name) for index, each in enumerate(app.projections) if each.aggregate == name]
+            name: [(index, each.name) for index, each in enumerate(app.projections) if name in each.aggregates]
             for name in app.types
         }
 

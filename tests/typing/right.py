@@ -198,7 +198,7 @@ class Movements(Sql, of=Account, name="moves"):
         assert_type(tx.execute(insert(tx.table(Movement)), rows), CursorResult[Any])
 
 
-assert_type(Balances.of, type[Aggregate])
+assert_type(Balances.of, type[Aggregate] | tuple[type[Aggregate], ...])
 assert_type(Balances.version, int)
 
 # scenarios
