@@ -125,6 +125,11 @@ class App:
                     f"{declared.name} and {other.name} both fill {table!r} ({_model(declared, table)}); "
                     "a table has one projection"
                 )
+        if declared.keyed and (declared.name in self.types or declared.name in self.retired):
+            problems.append(
+                f"{declared.name}: its rows have a key of their own, and are parked under its name, which is also that "
+                "of an aggregate; give the projection another name=..."
+            )
         self.projections.append(declared)
 
     def type_of(self, aggregate: type[Aggregate] | str) -> AggregateType[Any]:

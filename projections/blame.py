@@ -225,7 +225,7 @@ class Care:
 
     def _keep(self, index: int, key: Key, sequence: int) -> None:
         """Keep the sequence of an aggregate whose row is deleted, if this projection is where it is kept."""
-        if self._plan.keeps(key[0]) and self._plan.keepers[key[0]] == index:
+        if self._plan.keeps(key[0]) and self._plan.keepers.get(key[0]) == index:
             self.kept.setdefault(index, {})[self._plan.kept_id(key)] = sequence
 
     def _states(

@@ -43,6 +43,15 @@ class EventHandler:
 
 
 @dataclass(slots=True)
+class KeyFunction:
+    """The method `key` of a `Rows` projection, the event classes that it takes, and whether it takes a `Meta`."""
+
+    function: Callable[..., Any]
+    events: tuple[type, ...]
+    wants_meta: bool
+
+
+@dataclass(slots=True)
 class DeclaredProjection:
     """A projection class as the kernel uses it. Made by `declare_projection`.
 
@@ -51,6 +60,7 @@ class DeclaredProjection:
         columns: columns of the only model of `Rows` and `Tallies`; None for `Sql`.
         models: every model whose table belongs to the projection.
         foreign: names of the tables of the app's other projections.
+        key: says which rows an event is folded into; None: the aggregate's id does.
     """
 
     kind: ProjectionKind
@@ -62,6 +72,7 @@ class DeclaredProjection:
     columns: Columns | None
     handlers: list[EventHandler] = field(default_factory=list)
     foreign: frozenset[str] = frozenset()
+    key: KeyFunction | None = None
 
     def codec(self, dialect: Dialect) -> RowCodec | None:
         """Return how the records of `Rows` and `Tallies` are carried into a database's table; None for `Sql`.
@@ -72,7 +83,8 @@ class DeclaredProjection:
         if self.columns is None:
             return None
         try:
-            return RowCodec(self.columns, self.models[0].__name__, dialect, counting=self.kind == "tallies")
+            name = self.models[0].__name__
+            return RowCodec(self.columns, name, dialect, counting=self.kind == "tallies", keyed=self.keyed)
         except Unsupported as problem:
             raise SchemaError(str(problem)) from None
 
@@ -83,8 +95,18 @@ class DeclaredProjection:
 
     @property
     def row_type(self) -> str:
-        """The type of what has a row each: `Rows` have the ids of aggregates for their keys."""
-        return self.aggregates[0]
+        """The type of what has a row each: that of its aggregates, or its own name where rows have their own key."""
+        return self.name if self.keyed else self.aggregates[0]
+
+    @property
+    def keyed(self) -> bool:
+        """Whether its rows have a key of their own."""
+        return self.key is not None
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The types of what is folded, parked and retried by itself: aggregates, or rows with a key of their own."""
+        return (self.name,) if self.keyed else self.aggregates
 
     @property
     def tables(self) -> set[str]:
@@ -153,12 +175,17 @@ def declare_projection(cls: type[Projection], of: Sequence[AggregateType[Any]]) 
     columns = None if kind == "sql" else Columns(models[0], sequenced=kind == "rows")
     if columns is not None:
         problems += columns.problems(models[0], numeric=kind == "tallies")
-        if kind == "rows" and columns.keys != 1:
-            problems.append(f"{cls.__name__}: the primary key of {models[0].__name__} must be the aggregate's id alone")
-        if kind == "rows" and len(of) > 1:
+        keyed = kind == "rows" and hasattr(cls, "key")
+        if kind == "rows" and not keyed and columns.keys != 1:
+            problems.append(
+                f"{cls.__name__}: the primary key of {models[0].__name__} must be the aggregate's id alone; for "
+                "another key, give the projection a method `key`, from an event to the key"
+            )
+        if kind == "rows" and not keyed and len(of) > 1:
             problems.append(
                 f"{cls.__name__}: the key of its rows is the aggregate's id, and two of "
-                f"{', '.join(names)} may have the same; declare a projection for each"
+                f"{', '.join(names)} may have the same; give the projection a method `key`, from an event to "
+                "the row's key, or declare a projection for each"
             )
     declared = DeclaredProjection(kind, cls.name, cls.version, names, cls(), models, columns)
     taken: set[type] = set()
@@ -185,6 +212,8 @@ def declare_projection(cls: type[Projection], of: Sequence[AggregateType[Any]]) 
         if columns is not None:
             problems += _unknown_columns(member, columns, models[0], where, kind)
         declared.handlers.append(handler)
+    if kind == "rows" and hasattr(cls, "key"):
+        declared.key = _key_function(cls, declared, problems)
     if not declared.handlers and not problems:
         problems.append(f"{cls.__name__} handles no event; mark its handlers with @applies")
     if problems:
@@ -212,6 +241,26 @@ def _handler(
         problems.append(f"{where}: a handler of this kind of projection takes {shape}")
         return None
     return EventHandler(member, events, wants_meta)
+
+
+def _key_function(cls: type[Projection], declared: DeclaredProjection, problems: list[str]) -> KeyFunction | None:
+    member, where = inspect.getattr_static(cls, "key"), f"{cls.__name__}.key"
+    shape = "it takes (self, event: Event) and optionally a Meta, and returns the row's key, several, or None"
+    if not inspect.isfunction(member) or inspect.iscoroutinefunction(member):
+        problems.append(f"{where}: make it an ordinary method; {shape}")
+        return None
+    hints = annotated(member, skip=1, problems=problems, where=where)
+    if hints is None:
+        return None
+    parameters, _ = hints
+    events = tuple(message_classes(parameters[0], "event")) if parameters else ()
+    if not events or len(parameters) > 2 or (len(parameters) == 2 and parameters[1] is not Meta):
+        problems.append(f"{where}: {shape}")
+        return None
+    for handled in dict.fromkeys(event for handler in declared.handlers for event in handler.events):
+        if handled not in events:
+            problems.append(f"{where}: a handler takes {handled.__name__}, and no key is said for it; add it here")
+    return KeyFunction(member, events, len(parameters) == 2)
 
 
 def _listed(tables: object) -> tuple[type, ...]:
@@ -251,12 +300,12 @@ def _unknown_columns(member: Any, columns: Columns, model: type, where: str, kin
 def keepers_of(projections: Sequence[DeclaredProjection]) -> dict[str, int]:
     """Return for each aggregate type the projection that stores the sequence of an aggregate's last event, by index.
 
-    It is the first `Rows`, or else the first projection.
+    It is the first `Rows`, or else the first projection. Rows with a key of their own keep none.
     """
     keepers: dict[str, int] = {}
     for kind in ("rows", None):
         for index, projection in enumerate(projections):
-            if kind in (None, projection.kind):
+            if kind in (None, projection.kind) and not projection.keyed:
                 for aggregate in projection.aggregates:
                     keepers.setdefault(aggregate, index)
     return keepers

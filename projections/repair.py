@@ -51,9 +51,10 @@ def repair(engine: Engine, plan: Plan, key: Key, partition: int, read: Callable[
         sqlalchemy.exc.DBAPIError: the database failed, or refuses the row. Nothing has changed.
     """
     (declared,) = plan.projections
-    if declared.kind != "rows":
+    if declared.kind != "rows" or declared.keyed:
+        what = "has rows with a key of their own" if declared.keyed else f"is a {declared.kind.title()} projection"
         raise SchemaError(
-            f"{declared.name} is a {declared.kind.title()} projection: events of many aggregates are in each row of "
+            f"{declared.name} {what}: events of many aggregates are in each row of "
             f"such tables; rebuild it as a whole with `eskernel rebuild {declared.name}`"
         )
     return outlast_contention(partial(_repair, engine, plan, key, partition, read))

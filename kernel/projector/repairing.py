@@ -39,9 +39,11 @@ async def repair_aggregate(
             raise SchemaError(f"{projection} folds events of {declared.of}, and not of {aggregate}")
         chosen = [declared]
     else:
-        chosen = [each for each in app.projections if aggregate in each.aggregates and each.kind == "rows"]
+        chosen = [
+            each for each in app.projections if aggregate in each.aggregates and each.kind == "rows" and not each.keyed
+        ]
         if not chosen:
-            raise SchemaError(f"no Rows projection folds the events of {aggregate}; rebuild the others as a whole")
+            raise SchemaError(f"no Rows projection has a row for each {aggregate}; rebuild the others as a whole")
     address = log.subjects.address(aggregate, aggregate_id)
     before, loop = await log.read_subject(address.subject), asyncio.get_running_loop()
 

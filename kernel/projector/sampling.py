@@ -60,9 +60,11 @@ class RowSample:
     def __init__(self, log: EventLog, engine: Engine, plan: Plan) -> None:
         (self.declared,) = plan.projections
         codec = plan.codecs[0]
-        if codec is None or codec.counting:
+        if codec is None or codec.counting or codec.keyed:
+            kind = f"is a {self.declared.kind.title()} projection"
+            what = "has rows with a key of their own" if self.declared.keyed else kind
             raise SchemaError(
-                f"{self.declared.name} is a {self.declared.kind.title()} projection: events of many aggregates are in "
+                f"{self.declared.name} {what}: events of many aggregates are in "
                 "each row of such tables; verify it as a whole, without --sample"
             )
         self._log, self._engine, self._plan, self._codec = log, engine, plan, codec
@@ -215,7 +217,7 @@ class TablePatrol:
         self._samples = [
             RowSample(log, engine, exclusions.plan_of(plan, declared.name))
             for declared in app.projections
-            if declared.kind == "rows"
+            if declared.kind == "rows" and not declared.keyed
         ]
         # workers, and starts of one worker, begin at different tables
         random.shuffle(self._samples)

@@ -48,6 +48,7 @@ from projections.database import reads
 from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Plan
 from projections.generations import PAUSED
+from projections.keyed import RowsWait
 from projections.unit_of_work import Unreadable, Write, Writer
 from projections.waiting import fold_postponed
 
@@ -129,6 +130,7 @@ class Session:
             len(context.app.projections),
             self._quarantine,
             context.unknown.note,
+            context.plan,
         )
         self._under_way: _UnderWay | None = None
         self._batch: list[Stored] = []
@@ -262,6 +264,7 @@ class Session:
         self._context.pace.spend(sum(len(group.commits) for group in groups))
         self._batch = batch.commits
         hand = self._progress.read(groups, batch)
+        groups = [*groups, *await self._route()]
         moves = self._position.moves(self._writer.generations, batch.commits[-1].sequence)
         if not groups and not moves and not self._garbage:
             self._read_to = batch.commits[-1].sequence
@@ -299,6 +302,14 @@ class Session:
         )
         self._quarantined = []
 
+    async def _route(self) -> list[Group]:
+        """Return the rows with keys of their own that the batch belongs to."""
+        try:
+            return await self._sorter.route()
+        except RowsWait as wait:
+            self._context.pauses.wait(wait.projection, str(wait))
+            raise ProjectionPaused from wait
+
     async def _fold(self, groups: list[Group], residents: list[Resident], moves: list[Move]) -> tuple[Folded, Write]:
         """Have the actors fold their commits; give the loop a turn between slices."""
         context, turn = self._context, Turn(self._plan, Folded(self._plan))
@@ -320,6 +331,9 @@ class Session:
             self._context.residents.actors.send(messages)
             if start:
                 await asyncio.sleep(0)
+        for failure, made in self._sorter.left_out:
+            turn.folded.failures.append(failure)
+            turn.folded.letters.append(made)
         if context.pauses.note(groups, turn.folded.failures):
             raise ProjectionPaused
         # the next batch may be at work when the database refuses something of this one

@@ -165,7 +165,7 @@ class Verification:
             verified = []
             for index, declared in enumerate(projections):
                 tables = await run_in_thread(partial(shadow.compare, index, sequences=self._same))
-                if declared.kind == "rows":
+                if declared.kind == "rows" and not declared.keyed:
                     await self._date(declared, plan, tables, shadow.until)
                 parked = [
                     Parking(*key, waiting[index].since, waiting[index].error, waiting[index].waits)
