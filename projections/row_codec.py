@@ -306,7 +306,7 @@ def row_problems(columns: Columns, model: str, dialect: Dialect, counting: bool,
             found.append(f"{where}: a value of several parts can't be a key")
         elif codec.blind:
             found.append(f"{where}: its collation takes different keys for the same; leave it away for a key")
-        elif keyed and not isinstance(column.type, _KEYS):
+        elif keyed and not _can_be_key(column, codec):
             found.append(
                 f"{where}: two values of this type may be the same key in different forms; a key of Rows has the types "
                 "String, Text, Integer, Uuid, Date, DateTime, Boolean or Enum"
@@ -317,6 +317,11 @@ def row_problems(columns: Columns, model: str, dialect: Dialect, counting: bool,
                 "or Uuid if all ids are such"
             )
     return found
+
+
+def _can_be_key(column: Column[Any], codec: Codec) -> bool:
+    padded = isinstance(column.type, types.String) and not isinstance(column.type, types.Enum) and not codec.lossless
+    return isinstance(column.type, _KEYS) and not padded
 
 
 _KEYS = (types.String, types.Integer, types.Uuid, types.Date, types.DateTime, types.Boolean)

@@ -12,7 +12,7 @@ Events are encoded and decoded. What is not as specified raises `AssertionError`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,14 @@ from sqlalchemy import Column, Engine, insert, select
 from sqlalchemy import inspect as inspect_model
 from sqlalchemy.orm import Mapper
 
-from aggregates.commit import Decision, Envelope, decode, encode
+from aggregates.commit import Decision, decode, encode
 from aggregates.declaration import AggregateType, declare
 from aggregates.errors import DeclarationError
 from projections.declaration import DeclaredProjection, aggregates_of, declare_projection, keyword_problems
 from projections.errors import HandlerFailed, SchemaError
-from projections.fold import Folded, Plan
+from projections.fold import Commits, Folded, Plan
 from projections.generations import create, show
+from projections.keyed import Routing
 from projections.parked import Key
 from projections.projection import Projection
 from projections.scratch import scratch
@@ -124,17 +125,19 @@ class ProjectionScenario:
         folded = Folded(plan)
         rows: dict[Key, list[Any]] = {}
         versions: dict[Key, int] = {}
-        batch: list[tuple[tuple[str, str], list[tuple[int, list[Envelope]]], frozenset[int]]] = []
+        batch: list[tuple[Key, Commits, frozenset[int]]] = []
         for place, (aggregate_id, events) in enumerate(self.history, 1):
             of = _aggregate_of(events, aggregates)
             key = of.name, aggregate_id
             version = versions.get(key, 0)
             encoded = [of.event_types[type(event)].encode(event) for event in events]
-            stored = encode("/scenario", aggregate_id, [Decision("", encoded)], version, self.time)
+            stored = encode(f"/scenario/{of.name}", aggregate_id, [Decision("", encoded)], version, self.time)
             commits = [(place, decode(stored))]
-            batch.append((key, commits, frozenset()))
-            known = rows.setdefault(key, [None])
-            versions[key] = plan.fold(*key, known, commits, folded, version or None)
+            versions[key] = version + len(events)
+            for own, routed in _routed(plan, key, commits):
+                batch.append((own, routed, frozenset()))
+                last = version if own == key else 0
+                plan.fold(*own, rows.setdefault(own, [None]), routed, folded, last or None)
         failures = folded.failures + writer.commit(writer.freeze(folded, [], lambda _: (0, b""), batch))
         if failures:
             raise failures[0] from failures[0].__cause__
@@ -145,6 +148,18 @@ class ProjectionScenario:
                 for row in connection.execute(select(*columns.values())):
                     found.append((model, dict(zip(columns, row, strict=True))))
         return found
+
+
+def _routed(plan: Plan, key: Key, commits: Commits) -> Iterator[tuple[Key, Commits]]:
+    """Yield what commits of an aggregate are folded into: its own row, or those that have a key of their own."""
+    for router in plan.routers:
+        routing = Routing(router, {})
+        routing.add(key, commits)
+        for failure, _ in routing.left_out:
+            raise failure from failure.__cause__
+        yield from (((router.name, text), own) for text, own in routing.rows())
+    if not plan.routers:
+        yield key, commits
 
 
 def _aggregate_of(events: Sequence[Any], aggregates: Sequence[AggregateType[Any]]) -> AggregateType[Any]:

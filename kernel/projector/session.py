@@ -161,6 +161,9 @@ class Session:
         def load_parked() -> None:
             with reads(context.engine).connect() as connection:
                 exclusions.load_parked(connection, context.plan, claimed.generations)
+                if context.plan.routers:
+                    # an event that a person has skipped may not have been reached by all owners of rows
+                    exclusions.load_skipped(connection, context.plan)
 
         log_resumed(await context.read(lambda: fold_postponed(writer, owned, claimed.position)))
         await context.read(load_parked)
