@@ -124,8 +124,8 @@ class Plan:
         self.routers: list[Router] = []
         self._row_steps: dict[str, tuple[int, dict[type, RowStep]]] = {}
         for index, (projection, codec) in enumerate(zip(projections, self.codecs, strict=True)):
-            if projection.keyed and codec is not None:
-                self.routers.append(Router(index, projection, types, codec))
+            if projection.key is not None and codec is not None:
+                self.routers.append(Router(index, projection, projection.key, types, codec))
                 self._row_steps[projection.name] = index, make_row_steps(index, projection, codec)
 
     def _compile(

@@ -18,7 +18,7 @@ from aggregates.declaration import AggregateType
 from aggregates.errors import EskernelError, NewerEvent
 from aggregates.meta import Meta
 from projections.codec import Refused
-from projections.declaration import DeclaredProjection
+from projections.declaration import DeclaredProjection, KeyFunction
 from projections.errors import HandlerFailed, reason
 from projections.parked import Key, Letter
 from projections.row_codec import RowCodec
@@ -68,14 +68,17 @@ class Router:
     """
 
     def __init__(
-        self, index: int, declared: DeclaredProjection, types: Sequence[AggregateType[Any]], codec: RowCodec
+        self,
+        index: int,
+        declared: DeclaredProjection,
+        key: KeyFunction,
+        types: Sequence[AggregateType[Any]],
+        codec: RowCodec,
     ) -> None:
         self.index, self.name, self.aggregates = index, declared.name, frozenset(declared.aggregates)
         self._types = {each.name: each for each in types if each.name in self.aggregates}
         self._codec = codec
-        assert declared.key is not None, "the plan makes routers for rows under a key only"
-        self._function, self._instance = declared.key.function, declared.instance
-        self._wants_meta = declared.key.wants_meta
+        self._function, self._instance, self._wants_meta = key.function, declared.instance, key.wants_meta
         handled = {cls for handler in declared.handlers for cls in handler.events}
         self._events: dict[str, dict[str, _Decoders | None]] = {
             each.name: {

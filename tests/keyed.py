@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from aggregates import Aggregate, applies, event
+from aggregates import Aggregate, applies, command, event, handles
 from aggregates.commit import Decision, encode
 from aggregates.declaration import declare
 from kernel import App
@@ -44,12 +44,32 @@ class Paid:
     day: date = date(2026, 1, 31)
 
 
+@command
+class Note:
+    text: str
+    orders: list[str]
+
+
+@command
+class Pay:
+    order: str
+    cents: int
+
+
 class Order(Aggregate):
+    @handles
+    def note(self, command: Note) -> Noted:
+        return Noted(command.text, command.orders)
+
     @applies
     def noted(self, event: Noted) -> None: ...
 
 
 class Payment(Aggregate):
+    @handles
+    def pay(self, command: Pay) -> Paid:
+        return Paid(command.order, command.cents)
+
     @applies
     def paid(self, event: Paid) -> None: ...
 
