@@ -8,6 +8,8 @@ owner of the partition reads the events of all partitions, and folds those of it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -22,12 +24,13 @@ from projections.declaration import DeclaredProjection, KeyFunction
 from projections.errors import HandlerFailed, reason
 from projections.parked import Key, Letter
 from projections.row_codec import RowCodec
-from projections.row_event import RowEvent, order_of, parts_of
+from projections.row_event import BITS, RowEvent, parts_of
 from projections.steps import RowStep
 
 if TYPE_CHECKING:
     from projections.fold import Commits, Folded, Plan
 
+_sequence = attrgetter("sequence")
 _NOTHING: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -65,6 +68,7 @@ class Router:
     Attributes:
         name: the projection's.
         aggregates: types whose events it folds.
+        wants_meta: the key is of the event's metadata too.
     """
 
     def __init__(
@@ -78,7 +82,9 @@ class Router:
         self.index, self.name, self.aggregates = index, declared.name, frozenset(declared.aggregates)
         self._types = {each.name: each for each in types if each.name in self.aggregates}
         self._codec = codec
-        self._function, self._instance, self._wants_meta = key.function, declared.instance, key.wants_meta
+        # texts alone: values of other types may be equal, and not all be keys
+        self._text_key = lru_cache(65_536)(codec.key_of)
+        self._function, self._instance, self.wants_meta = key.function, declared.instance, key.wants_meta
         handled = {cls for handler in declared.handlers for cls in handler.events}
         self._events: dict[str, dict[str, _Decoders | None]] = {
             each.name: {
@@ -109,16 +115,18 @@ class Router:
             return decode_present(envelope.data)
         return decode_any(envelope.data, envelope.dataversion)
 
-    def keys_of(self, event: Any, meta: Callable[[], Meta]) -> Iterable[tuple[str, tuple[Any, ...]]]:
+    def keys_of(self, event: Any, meta: Meta | None) -> Iterable[tuple[str, tuple[Any, ...]]]:
         """Return the keys of the rows that an event belongs to: as a text, and by column.
 
         Raises:
             Exception: of the app's own function, or `Refused`.
         """
-        if self._wants_meta:
-            found = self._function(self._instance, event, meta())
+        if self.wants_meta:
+            found = self._function(self._instance, event, meta)
         else:
             found = self._function(self._instance, event)
+        if type(found) is str:
+            return (self._text_key(found),)
         if found is None:
             return ()
         if isinstance(found, Iterable) and not isinstance(found, str | bytes | tuple):
@@ -140,9 +148,7 @@ class Router:
         if aggregate not in self._types:
             raise InvalidMessage(f"{self.name} does not fold events of {aggregate}")
         event = self.event_of(aggregate, envelope)
-        found = (
-            {} if event is None else dict(self.keys_of(event, lambda: Meta(envelope, origin.subject, stream_sequence)))
-        )
+        found = {} if event is None else dict(self.keys_of(event, Meta(envelope, origin.subject, stream_sequence)))
         if key not in found:
             raise InvalidMessage(
                 f"the event has no longer the key {key}; `eskernel rebuild {self.name}` folds all anew"
@@ -182,17 +188,17 @@ class Routing:
             RowsWait: only a newer program can.
         """
         router, rows, wanted, (of, aggregate_id) = self._router, self._rows, self._wanted, aggregate
+        event_of, keys_of, wants_meta = router.event_of, router.keys_of, router.wants_meta
         skipped = self._skipped.get(aggregate, _NOTHING) if self._skipped else _NOTHING
         for stream_sequence, envelopes in commits:
             if stream_sequence <= self._after:
                 continue
             for place, envelope in enumerate(envelopes):
                 try:
-                    event = router.event_of(of, envelope)
+                    event = event_of(of, envelope)
                     if event is None or (skipped and (router.index, envelope.sequence) in skipped):
                         continue
-                    meta = _later(envelope, aggregate_id, stream_sequence) if router._wants_meta else _no_meta
-                    keys = router.keys_of(event, meta)
+                    keys = keys_of(event, Meta(envelope, aggregate_id, stream_sequence) if wants_meta else None)
                 except NewerEvent as newer:
                     raise RowsWait(router.index, f"{of} {aggregate_id}, event {envelope.sequence}: {newer}") from newer
                 except Exception as error:
@@ -201,7 +207,7 @@ class Routing:
                 for text, key in keys:
                     if wanted is not None and not wanted(text, stream_sequence):
                         continue
-                    made = RowEvent(order_of(stream_sequence, place), event, key, envelope, of, aggregate_id)
+                    made = RowEvent(stream_sequence << BITS | place, event, key, envelope, of, aggregate_id)
                     events = rows.get(text)
                     if events is None:
                         rows[text] = [made]
@@ -225,19 +231,7 @@ class Routing:
         for text, events in self._rows.items():
             if text in self._mixed:
                 events.sort(key=_sequence)
-            yield text, cast("Commits", [(parts_of(event.sequence)[0], [event]) for event in events])
-
-
-def _sequence(event: RowEvent) -> int:
-    return event.sequence
-
-
-def _later(envelope: Envelope, aggregate_id: str, stream_sequence: int) -> Callable[[], Meta]:
-    return lambda: Meta(envelope, aggregate_id, stream_sequence)
-
-
-def _no_meta() -> Meta:
-    raise TypeError("the key takes no Meta")
+            yield text, cast("Commits", [(event.sequence >> BITS, [event]) for event in events])
 
 
 def fold_row(

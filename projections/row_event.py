@@ -9,29 +9,25 @@ import msgspec
 from aggregates.commit import Envelope
 from aggregates.meta import Meta
 
-_BITS = 20
-
-
-def order_of(stream_sequence: int, place: int) -> int:
-    """Return the place of an event among all events of the log, from its commit's place and its own in the commit."""
-    return stream_sequence << _BITS | place
+BITS = 20
+"""An event's place among all events of the log is its commit's place, and in so many bits its own in the commit."""
 
 
 def parts_of(order: int) -> tuple[int, int]:
     """Return a commit's place in the stream, and an event's in the commit."""
-    return order >> _BITS, order & (1 << _BITS) - 1
+    return order >> BITS, order & (1 << BITS) - 1
 
 
 def is_order(sequence: int, stream_sequence: int) -> bool:
     """Return whether the sequence of a dead letter is an event's place in the log, rather than in its aggregate."""
-    return sequence >> _BITS == stream_sequence > 0
+    return sequence >> BITS == stream_sequence > 0
 
 
 class RowEvent(msgspec.Struct, gc=False):
     """An event on its way into one row. It stands where an event of an aggregate's row is an `Envelope`.
 
     Attributes:
-        sequence: its place among all events of the log, see `order_of`.
+        sequence: its place among all events of the log, see `BITS`.
         event: decoded.
         key: the row's key, by column, in normal form.
         source: the event as it is stored.
@@ -48,7 +44,7 @@ class RowEvent(msgspec.Struct, gc=False):
     @property
     def meta(self) -> Meta:
         """The event's metadata."""
-        return Meta(self.source, self.aggregate_id, self.sequence >> _BITS)
+        return Meta(self.source, self.aggregate_id, self.sequence >> BITS)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
