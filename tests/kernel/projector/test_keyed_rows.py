@@ -296,3 +296,17 @@ def test_an_event_of_a_newer_program_lets_all_rows_wait(side: ReadSide, log: Log
     assert wait.value.projection == 0
     with pytest.raises(SchemaError, match="Orders can only be built by a newer program: Order a, event 3"):
         rebuild(side, log)
+
+
+def test_each_row_is_folded_by_its_owner_alone_and_in_stream_order(side: ReadSide) -> None:
+    log = Log()
+    for aggregate_id, happened in (
+        ("a", Noted("one", ["1", "2", "3"])),
+        ("p", Paid("1", 5)),
+        ("a", Noted("two", ["1"])),
+    ):
+        log.append(aggregate_id, happened)
+    owners = [Worker(side.engine, log, [0, 2]), Worker(side.engine, log, [1, 3])]
+    assert [failure for owner in owners for failure in owner.project()] == []
+    assert found(side) == plainly_folded(log)
+    assert {row.order: row.story for row in side.rows(OrderView)}["1"] == " one 5 two"
