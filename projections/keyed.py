@@ -17,7 +17,7 @@ import msgspec
 from aggregates import InvalidMessage
 from aggregates.commit import Envelope, decode
 from aggregates.declaration import AggregateType
-from aggregates.errors import EskernelError, NewerEvent
+from aggregates.errors import NewerEvent
 from aggregates.meta import Meta
 from projections.codec import Refused
 from projections.declaration import DeclaredProjection, KeyFunction
@@ -34,7 +34,7 @@ _sequence = attrgetter("sequence")
 _NOTHING: frozenset[tuple[int, int]] = frozenset()
 
 
-class RowsWait(EskernelError):
+class RowsWait(Exception):
     """Only a newer program can read an event, so that this one does not know which rows it belongs to.
 
     Attributes:

@@ -21,6 +21,7 @@ from projections.declaration import DeclaredProjection
 from projections.errors import SchemaError
 from projections.fold import Plan
 from projections.generations import live_generation
+from projections.keyed import RowsWait
 from projections.naming import table_of
 from projections.parked import Key
 
@@ -105,12 +106,15 @@ async def _blame_keyed(
     log: EventLog, plan: Plan, entry: Sequence[Any], progress: Callable[[int, int], None]
 ) -> list[RowStep]:
     row = KeyedRow(plan, entry)
-    return [
-        step
-        async for key, stored in _commits(log, progress)
-        for step in row.fold(key, stored)
-        if step.changed or step.error
-    ]
+    try:
+        return [
+            step
+            async for key, stored in _commits(log, progress)
+            for step in row.fold(key, stored)
+            if step.changed or step.error
+        ]
+    except RowsWait as wait:
+        raise SchemaError(f"only a newer program can tell: {wait}") from wait
 
 
 async def _commits(log: EventLog, progress: Callable[[int, int], None]) -> AsyncIterator[tuple[Key, Stored]]:

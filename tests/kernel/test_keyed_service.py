@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
+from sqlalchemy.orm import Mapped, mapped_column
+
+from aggregates import applies
 from kernel import App, Client, Receipt, Service
-from projections import dead_letters
+from projections import Rows, dead_letters
 from projections.database import open_database
 from tests.conftest import settings_for
-from tests.keyed import Days, Note, Order, Orders, Pay, Payment
+from tests.keyed import Base, Days, Note, Order, Orders, Paid, Pay, Payment
+
+Wait = Callable[..., Coroutine[Any, Any, Any]]
+
+
+class OrderRow(Base):
+    __tablename__ = "order_rows"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    cents: Mapped[int] = mapped_column(default=0)
 
 
 async def start(app: App, data: Path, nats: str, database: str) -> Service:
@@ -78,3 +91,28 @@ async def test_a_row_that_fails_waits_alone_and_is_a_dead_letter(
     parked = dead_letters.waiting(engine)
     engine.dispose()
     assert {(row.aggregate, row.aggregate_id, row.events) for row in parked} == {("Orders", "1", 2), ("Order", "n", 1)}
+
+
+async def test_an_event_of_a_newer_program_lets_the_view_wait_and_no_other_projection(
+    nats_url: str, database_url: str, app_name: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    class Payments(Rows[OrderRow], of=Payment):
+        @applies
+        def paid(self, row: OrderRow, event: Paid) -> None:
+            row.cents += event.cents
+
+    app = App(app_name, aggregates=[Order, Payment], projections=[Orders, Payments])
+    service = await start(app, tmp_path, nats_url, database_url)
+    async with await Client.connect(app, nats=nats_url, database=database_url) as client:
+        receipt = await client.execute(Order, "n", Note("one", ["1"]))
+        await client.query("select 1", after=receipt)
+        subject = client.log.subjects.address("Order", "n").subject
+        (stored,) = await client.log.read_subject(subject)
+        newer = stored.payload.replace(b'"sequence":1', b'"sequence":2')
+        await client.log.append(subject, stored.sequence, newer.replace(b'"dataversion":1', b'"dataversion":2'), b"")
+        await wait_until(lambda: "Orders is paused: only a newer program can go on" in service.parts.projector.state)
+        paid = await client.execute(Payment, "p", Pay("1", 5))
+        rows = await client.query("select cents from order_rows", after=paid, projections=["Payments"])
+        assert rows == [{"cents": 5}]
+        assert await client.query("select story, cents from order_views") == [{"story": " one", "cents": 0}]
+    await service.stop()
