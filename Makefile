@@ -78,4 +78,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults cluster-faults mutants properties soak bench bench-large docs overload settings-table lock clean
+.PHONY: help setup demo test lint faults cluster-faults mutants properties timers soak bench bench-large docs overload settings-table lock clean
