@@ -1,6 +1,6 @@
 """The domain: aggregates, commands, events, and the scenarios that specify them."""
 
-from aggregates.aggregate import Aggregate, applies, handles
+from aggregates.aggregate import Aggregate, applies, handles, reacts
 from aggregates.context import Context
 from aggregates.errors import (
     DeclarationError,
@@ -13,11 +13,16 @@ from aggregates.errors import (
 )
 from aggregates.messages import command, event
 from aggregates.meta import Meta
+from aggregates.policies import After, At, Cancel, Policy, Reaction, Reactions, Refusal, Send
+from aggregates.policy_scenario import PolicyScenario, policy
 from aggregates.scenario import Scenario, scenario
 from aggregates.upcasting import upcasts
 
 __all__ = [
+    "After",
     "Aggregate",
+    "At",
+    "Cancel",
     "Context",
     "DeclarationError",
     "EskernelError",
@@ -25,13 +30,21 @@ __all__ = [
     "InvalidId",
     "InvalidMessage",
     "Meta",
+    "Policy",
+    "PolicyScenario",
+    "Reaction",
+    "Reactions",
+    "Refusal",
     "Rejected",
     "Scenario",
+    "Send",
     "SequenceError",
     "applies",
     "command",
     "event",
     "handles",
+    "policy",
+    "reacts",
     "scenario",
     "upcasts",
 ]

@@ -1,4 +1,4 @@
-"""The base class of aggregates, and the two decorators that mark their methods."""
+"""The base class of aggregates, and the decorators that mark methods."""
 
 from __future__ import annotations
 
@@ -31,8 +31,18 @@ def applies(method: F) -> F:
     return method
 
 
+def reacts(method: F) -> F:
+    """Mark a method that reacts to an event: the event that annotates its first parameter.
+
+    A policy's returns commands and timers; an effect's is async, and does something outside of the app. A second
+    parameter annotated `Meta` gives it the event's metadata.
+    """
+    setattr(method, _ROLE, "reacts")
+    return method
+
+
 def role_of(method: object) -> str | None:
-    """Return "handles" or "applies" for a marked function, or None."""
+    """Return "handles", "applies" or "reacts" for a marked function, or None."""
     return getattr(method, _ROLE, None)
 
 

@@ -2,12 +2,13 @@
 
 https://github.com/cloudevents/spec, JSON batch format. The extension attributes are ours: `sequence` (the event's
 place in its aggregate, from 1), `dataversion` (schema version), `commandid`, `correlationid`, `causationid`, and
-`traceparent` of the distributed tracing extension.
+`traceparent` of the distributed tracing extension; `depth` where policies led to the command. What the sender says of
+itself are `actor`, `tenant`, `occurredat`, and the attributes that `metadatakeys` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -18,9 +19,22 @@ from aggregates.context import uuid7
 from aggregates.encoding import EncodedEvent
 from aggregates.errors import InvalidMessage
 from aggregates.messages import dumps
+from aggregates.origin import UNKNOWN, Origin
+
+Depth = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+"""Number of policies in a row that led to a command; an integer as CloudEvents has them."""
 
 
-class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", "correlation_id": "correlationid"}):
+class Envelope(
+    msgspec.Struct,
+    gc=False,
+    rename={
+        "causation_id": "causationid",
+        "correlation_id": "correlationid",
+        "occurred_at": "occurredat",
+        "metadata": "_metadata",  # no attribute can have this name: `decode` collects them
+    },
+):
     """One stored event before its data is decoded.
 
     Attributes:
@@ -31,6 +45,10 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
         dataversion: schema version of `data`.
         data: the event's fields as JSON bytes.
         commandid: id of the command that caused the event.
+        depth: number of policies in a row that led to the command; 0 if none did.
+        occurred_at: when what the event says has happened, RFC 3339 in UTC, if that is not `time`.
+        metadatakeys: names of the metadata's attributes, with spaces between them.
+        metadata: what else the sender of the command has said.
     """
 
     id: str
@@ -43,24 +61,34 @@ class Envelope(msgspec.Struct, gc=False, rename={"causation_id": "causationid", 
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
+    depth: Depth = 0
+    actor: str | None = None
+    tenant: str | None = None
+    occurred_at: str | None = None
+    metadatakeys: str | None = None
+    metadata: Mapping[str, str] | None = None
 
 
 class Decision(msgspec.Struct, gc=False):
-    """The events that one command led to, with the command's correlation, causation and trace ids."""
+    """The events that one command led to, and what is stored of the command with each of them."""
 
     command_id: str
     events: Sequence[EncodedEvent]
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
+    depth: int = 0
+    origin: Origin = UNKNOWN
 
 
+_decode_items = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
+_decode_text = msgspec.json.Decoder(str).decode
 _decode = msgspec.json.Decoder(list[Envelope]).decode
 
 
-def timestamp() -> str:
-    """Return the current time as RFC 3339 in UTC, to the microsecond."""
-    return datetime.now(UTC).isoformat()[:-6] + "Z"
+def timestamp(moment: datetime | None = None) -> str:
+    """Return a moment of UTC, the present one by default, as RFC 3339, to the microsecond."""
+    return (moment or datetime.now(UTC)).isoformat()[:-6] + "Z"
 
 
 def encode(
@@ -99,6 +127,10 @@ def encode(
                 item["causationid"] = decision.causation_id
             if decision.traceparent is not None:
                 item["traceparent"] = decision.traceparent
+            if decision.depth:
+                item["depth"] = decision.depth
+            if decision.origin is not UNKNOWN:
+                item |= decision.origin.attributes
             batch.append(item)
     return dumps(batch)
 
@@ -111,8 +143,23 @@ def decode(payload: bytes) -> list[Envelope]:
     """
     try:
         envelopes = _decode(payload)
+        for envelope in envelopes:
+            if envelope.metadatakeys is not None:
+                _collect_metadata(envelopes, payload)
+                break
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage(f"not a commit: {error}") from None
     if not envelopes:
         raise InvalidMessage("not a commit: it contains no events")
     return envelopes
+
+
+def _collect_metadata(envelopes: list[Envelope], payload: bytes) -> None:
+    for envelope, item in zip(envelopes, _decode_items(payload), strict=True):
+        found = {}
+        for key in (envelope.metadatakeys or "").split():
+            try:
+                found[key] = _decode_text(item[key])
+            except (KeyError, msgspec.MsgspecError):
+                continue  # another program's, that names what is no text, or is not there
+        envelope.metadata = found

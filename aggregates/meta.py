@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
+from types import MappingProxyType
 
 from aggregates.commit import Envelope
 
@@ -46,3 +48,23 @@ class Meta:
     def correlation_id(self) -> str:
         """The command's correlation id, or the command's own id if it has none."""
         return self._envelope.correlation_id or self._envelope.commandid
+
+    @property
+    def actor(self) -> str:
+        """Who sent the command, as its sender said; empty if it named nobody."""
+        return self._envelope.actor or ""
+
+    @property
+    def tenant(self) -> str:
+        """The tenant that the command was for, as its sender said; empty if it named none."""
+        return self._envelope.tenant or ""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What else the sender said of the command, texts by name."""
+        return MappingProxyType(self._envelope.metadata or {})
+
+    @property
+    def occurred_at(self) -> datetime:
+        """When what the event says has happened (UTC): `time`, unless the sender of the command said otherwise."""
+        return datetime.fromisoformat(self._envelope.occurred_at or self._envelope.time)

@@ -9,6 +9,7 @@ specified raises `AssertionError`, also where `python -O` removes `assert` state
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
@@ -22,6 +23,7 @@ from aggregates.declaration import AggregateType, declare
 from aggregates.encoding import EncodedEvent
 from aggregates.errors import Rejected
 from aggregates.messages import dumps, parse
+from aggregates.origin import UNKNOWN, Origin, find_problem
 
 A = TypeVar("A", bound=Aggregate)
 _NOW = datetime(2013, 1, 1, 12, tzinfo=UTC)
@@ -36,6 +38,7 @@ class Scenario(Generic[A]):
     history: tuple[Any, ...] = ()
     commands: tuple[Any, ...] = ()
     now: datetime = _NOW
+    origin: Origin = UNKNOWN
 
     def given(self, *events: Any) -> Scenario[A]:
         """Add events to the history."""
@@ -44,6 +47,25 @@ class Scenario(Generic[A]):
     def at(self, now: datetime) -> Scenario[A]:
         """Set the moment of decision, which handlers see as `context.now`."""
         return replace(self, now=now)
+
+    def by(
+        self,
+        *,
+        actor: str = "",
+        tenant: str = "",
+        metadata: Mapping[str, str] | None = None,
+        occurred_at: datetime | None = None,
+    ) -> Scenario[A]:
+        """Set what the sender says of the commands, which handlers see as `context.actor` and so on.
+
+        Raises:
+            ValueError: a service would refuse it.
+        """
+        if problem := find_problem(actor, tenant, metadata or {}):
+            raise ValueError(problem)
+        if occurred_at is not None and occurred_at.tzinfo is None:
+            raise ValueError(f"occurred_at {occurred_at} has no time zone")
+        return replace(self, origin=Origin(actor, tenant, dict(metadata or {}), occurred_at))
 
     def when(self, *commands: Any) -> Scenario[A]:
         """Add commands to decide, in order. `then` and `rejects` are about the last command."""
@@ -78,7 +100,7 @@ class Scenario(Generic[A]):
             before = copy.deepcopy(vars(cell.state))
             received = parse(type(command), _json(command))
             try:
-                decided = cell.decide(received, Context(f"scenario-{number}", self.now))
+                decided = cell.decide(received, Context(f"scenario-{number}", self.now, self.origin))
             finally:
                 if vars(cell.state) != before:
                     raise AssertionError(

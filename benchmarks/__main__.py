@@ -24,9 +24,11 @@ from benchmarks import (
     places,
     poisoned,
     projecting,
+    reacting,
     report,
     residents,
     sharing,
+    testing,
 )
 from benchmarks.report import Row
 
@@ -53,6 +55,8 @@ def _arguments() -> argparse.Namespace:
             "care",
             "poisoned",
             "aging",
+            "testing",
+            "reacting",
         ],
         default=None,
     )
@@ -77,6 +81,8 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "aging": lambda: cold.aging(path / "aging"),
             "care": lambda: governing.measure(path / "care"),
             "poisoned": lambda: poisoned.measure(path / "poisoned", pg),
+            "testing": testing.measure,
+            "reacting": lambda: reacting.measure(path / "reacting"),
             "growth": lambda: projecting.growth(path / "growth"),
         }
         for name, part in parts.items():

@@ -53,9 +53,14 @@ DO: Final = {
     "UnreadableHistory": "use the program that appended the event, or add an upcaster; `version` can be read with `at`",
     "CommandError": "look at `type`: the second table",
     "Overloaded": "wait `retry_after` seconds and send the command again with the same id",
+    "VersionConflict": "read the aggregate again, and decide whether the command is still wanted; `version` is the "
+    "present one",
+    "NotReturned": "do not send the command again: it took effect, and `receipt` is its receipt. Read the state with "
+    "`Client.load`",
     "CommandTimeout": "send the command again with the same id: it takes effect once",
     "NotProjected": "start a service of the program that declares the version, wait for the build, or roll back",
     "QueryTimeout": "ask again, or look at the backlog with `eskernel status`",
+    "NotSettled": "correct the handler that the message names, or execute less before `settled`",
     "NoDatabase": "give `Client.connect` the database: `database=URL`",
 }
 
@@ -69,7 +74,8 @@ WIRE: Final = {
     "failed": "code of the app raised, or the stored history cannot be read: the service's log has the traceback",
     "invalid-event": "a handler returned a value that its field cannot hold: correct the handler; nothing was appended",
     "too-large": "make the command or its events smaller, or raise `max_payload` of the server",
-    "conflict": "others kept appending to the aggregate: send the command again with the same id",
+    "conflict": "with `version`: the aggregate has that version, and not the one of `if_version`; read it again. "
+    "Without: others kept appending to the aggregate; send the command again with the same id",
     "overloaded": "wait `retry_after` seconds and send the command again with the same id",
     "unavailable": "nothing was appended: send the command again; if it lasts, look at the NATS server. If the message "
     "names a newer program: this worker's program is too old for the aggregate",

@@ -13,6 +13,9 @@ from sqlalchemy.engine import Dialect
 from aggregates import Aggregate, DeclarationError
 from aggregates.aggregate import name_of
 from aggregates.declaration import AggregateType, declare, name_problem
+from aggregates.policies import Policy, Reacting
+from aggregates.reacting import DeclaredReaction, declare_reaction
+from kernel.effect import Effect, effect_problems
 from kernel.errors import AppNotFound, NotDeclared
 from kernel.log.subjects import APP_NAME
 from kernel.packages import namesake
@@ -26,17 +29,20 @@ if TYPE_CHECKING:
 
 
 class App:
-    """An application: a name, its aggregate classes and its projections.
+    """An application: a name, its aggregate classes, its projections, and how it reacts to events.
 
     Args:
         name: names the stream, the subjects and the data directory: a letter, then letters, digits, `-`, `_`; at
             most 32 characters.
+        policies: from events to commands. Classes, or objects of them.
+        effects: what is done outside of the app when something has happened. Classes, or objects of them.
         retired: names of aggregates that the app no longer has. Their events stay in the log, and are passed over.
             Without being named here, events of an aggregate that the app doesn't have lead to a warning.
         transient: exceptions of projection handlers that a retry may cure. The service folds such an event again
             later; after any other exception the event waits for an operator.
-        rate_key: whose rate a command counts for, a tenant's for instance: called with the aggregate's name, its id
-            and the command, for each command while `rates.per_key` is set. None, or an exception, counts for no key.
+        rate_key: whose rate a command counts for: called with the aggregate's name, its id and the command, for each
+            command while `rates.per_key` is set. None, or an exception, counts for no key. Without a function a command
+            counts for the tenant that its sender names.
         on_alert: called with an `Alert` when a backlog, a component's health, or the pressure of publishing changes.
             Sync or async; each runs in a thread of its own, so that one that raises or hangs harms nothing.
 
@@ -50,6 +56,8 @@ class App:
         *,
         aggregates: Sequence[type[Aggregate]],
         projections: Sequence[type[Projection]] = (),
+        policies: Sequence[type[Policy] | Policy] = (),
+        effects: Sequence[type[Effect] | Effect] = (),
         retired: Sequence[str] = (),
         transient: Sequence[type[Exception]] = TRANSIENT,
         rate_key: Callable[[str, str, object], str | None] | None = None,
@@ -79,6 +87,10 @@ class App:
         for each in self.projections:
             others = (other.tables for other in self.projections if other is not each)
             each.foreign = frozenset[str]().union(*others) - each.tables
+        self.reactions: list[DeclaredReaction] = []
+        for base, listed in ((Policy, policies), (Effect, effects)):
+            for given in listed:
+                self._add_reaction(given, base, problems)
         problems += name_problems(self.projections)
         if not aggregates:
             problems.append(f"app {name!r} has no aggregates; list their classes in aggregates=[...]")
@@ -131,6 +143,30 @@ class App:
                 "of an aggregate; give the projection another name=..."
             )
         self.projections.append(declared)
+
+    def _add_reaction(self, given: type[Reacting] | Reacting, base: type[Reacting], problems: list[str]) -> None:
+        try:
+            declared = declare_reaction(given, base, self.types)
+        except DeclarationError as error:
+            problems += error.problems
+            return
+        if isinstance(declared.instance, Effect):
+            problems += effect_problems(declared.instance)
+        # they share dead letters, and the verbs for them
+        taken = [each.name for each in self.projections] + [each.name for each in self.reactions]
+        if declared.name in taken:
+            problems.append(
+                f"two projections, policies or effects are named {declared.name}; give one another name=..."
+            )
+        self.reactions.append(declared)
+
+    def reaction(self, name: str) -> DeclaredReaction:
+        """Return the declared policy or effect. Raises `NotDeclared` with a list of those there are."""
+        for declared in self.reactions:
+            if declared.name == name:
+                return declared
+        known = ", ".join(each.name for each in self.reactions) or "none"
+        raise NotDeclared(f"{self.name} has no policy or effect {name!r}; it has {known}")
 
     def type_of(self, aggregate: type[Aggregate] | str) -> AggregateType[Any]:
         """Return the declared aggregate.

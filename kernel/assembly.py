@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,7 @@ from kernel.log import JetStreamLog, open_log
 from kernel.log.base import StreamInfo
 from kernel.log.certainty import make_sure
 from kernel.log.snapshots import SnapshotStore, open_snapshots
+from kernel.log.subjects import Subjects
 from kernel.monitoring.alerting import Alerts
 from kernel.monitoring.anchor import Anchor
 from kernel.monitoring.backlog import BacklogMeter
@@ -36,6 +39,7 @@ from kernel.monitoring.probes import (
     check_leases,
     check_log,
     check_loop,
+    check_reactions,
 )
 from kernel.monitoring.progress import AppendCheck, ProjectionCheck
 from kernel.monitoring.signals import SignalCollector
@@ -49,6 +53,9 @@ from kernel.projector.live import Projector
 from kernel.projector.retries import DeadLetterRetries
 from kernel.projector.sampling import TablePatrol
 from kernel.projector.unknown import UnknownAggregates
+from kernel.reactions import store
+from kernel.reactions.context import ReactorContext
+from kernel.reactions.reactor import Reactors
 from kernel.runtime.directory import DataDirectory
 from kernel.runtime.nats_server import SYNCED, embedded_commits, start_embedded
 from kernel.settings import Settings
@@ -60,6 +67,7 @@ from kernel.transport.dial import dial
 from kernel.transport.inboxes import ReplyFilter
 from kernel.transport.jetstream_api import version_text
 from kernel.transport.outbox import Outbox
+from kernel.transport.sender import CommandSender
 from projections.contention import count_contention
 from projections.database import open_database
 from projections.database_check import check_usable
@@ -124,6 +132,8 @@ class Parts:
     admission: Admission
     guard: ReplyGuard
     projector: Projector
+    sender: CommandSender
+    reactors: Reactors
     ownership: Ownership
     detector: Detector
     signals: SignalCollector
@@ -279,6 +289,11 @@ async def _prepare_database(base: Foundation, log: JetStreamLog, engine: Engine,
     if app.projections:
         leases.database = await asyncio.to_thread(identify, engine)
     await recognise(log, engine, app.name)
+    if app.reactions:
+        info = await log.info()
+        begun = await asyncio.to_thread(store.register, engine, app.reactions, info.partitions, info.last)
+        for name, after in begun:
+            logger.info("%s runs for the first time, and begins after stream sequence %d", name, after)
     found = await asyncio.to_thread(prepare, engine, app.projections)
     for orphan in found.orphans:
         logger.warning(
@@ -286,6 +301,18 @@ async def _prepare_database(base: Foundation, log: JetStreamLog, engine: Engine,
             "if no other program declares it, drop it with `eskernel projections drop %s`",
             orphan.name, "".join(f" {view}" for view in orphan.views), orphan.name,
         )  # fmt: skip
+
+
+def _subject_of(subjects: Subjects, aggregate: str, aggregate_id: str) -> bytes:
+    return subjects.commands(subjects.partition(aggregate, aggregate_id)).encode()
+
+
+def _make_reactors(
+    base: Foundation, log: JetStreamLog, engine: Engine, sender: CommandSender, leases: Leases
+) -> Reactors:
+    threads = ThreadPoolExecutor(1, "eskernel-react")
+    context = ReactorContext(base.app, log, engine, base.settings, sender.send, time.time, threads)
+    return Reactors(context, leases.holds)
 
 
 async def recognise(log: JetStreamLog, engine: Engine, app: str) -> None:
@@ -331,7 +358,10 @@ def _assemble(
     closing.callback(admission.close)
     projector = Projector(app, log, engine, gateway.residents, leases.holds, settings, governor.live, tracing, unknown)
     closing.push_async_callback(projector.close)
-    ownership = Ownership(connection, log.subjects, leases, admission, projector)
+    sender = CommandSender(connection, partial(_subject_of, log.subjects), connection.new_answer_inbox())
+    reactors = _make_reactors(base, log, engine, sender, leases)
+    closing.push_async_callback(reactors.close)
+    ownership = Ownership(connection, log.subjects, leases, admission, projector, reactors)
     closing.push_async_callback(ownership.leave)
     backlog = BacklogMeter(settings.backlog, [declared.name for declared in app.projections])
     signals = SignalCollector(gateway, log.appender, projector, base.loop_lag, lambda: backlog.worst)
@@ -371,6 +401,7 @@ def _assemble(
             "leases": partial(check_leases, ownership),
             "projection": projection.check,
             "builds": deployment.check,
+            "reactions": partial(check_reactions, reactors),
             "commands": check_commands,
             "loop": partial(check_loop, base.loop_lag, watchdog),
         },
@@ -391,6 +422,8 @@ def _assemble(
         admission=admission,
         guard=guard,
         projector=projector,
+        sender=sender,
+        reactors=reactors,
         ownership=ownership,
         detector=detector,
         signals=signals,

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 from sqlalchemy import Engine
 
-from aggregates import Aggregate
+from aggregates import Aggregate, InvalidMessage
 from aggregates.aggregate import name_of
-from aggregates.context import uuid7
-from aggregates.messages import spec_of
+from aggregates.errors import NewerEvent
+from aggregates.state_codec import decode_state
 from kernel.app import App
-from kernel.errors import NoDatabase, NotProjected, QueryTimeout, Unavailable
+from kernel.errors import NoDatabase, NotDeclared, NotProjected, NotReturned, QueryTimeout, Unavailable
 from kernel.log import JetStreamLog, find_log
 from kernel.log.history import A, LoadedAggregate, load_aggregate
 from kernel.log.subjects import Subjects, subjects_of
-from kernel.protocol import Receipt
+from kernel.protocol import (
+    Answered,
+    CommandMessage,
+    CommandOptions,
+    Receipt,
+    ReceiptWithEvents,
+    ReceiptWithState,
+    Returning,
+)
 from kernel.runtime.directory import worker_name
 from kernel.runtime.running import find_running
 from kernel.settings import Settings
@@ -30,6 +38,7 @@ from kernel.staleness import watch_projected
 from kernel.telemetry.tracing import sender_context
 from kernel.transport.connection import NatsConnection
 from kernel.transport.dial import dial
+from kernel.transport.importing import Outcome, send_many
 from kernel.transport.jetstream_api import NOT_ENABLED, ApiError, NotPermitted
 from kernel.transport.sender import CommandSender
 from projections.checkpoints import reached
@@ -150,55 +159,141 @@ class Client:
         if self._engine is not None:
             self._engine.dispose()
 
+    @overload
     async def execute(
         self,
         aggregate: type[Aggregate],
         aggregate_id: str,
         command: object,
         *,
-        command_id: str | None = None,
-        correlation_id: str | None = None,
-        causation_id: str | None = None,
-        traceparent: str | None = None,
+        returning: None = None,
         timeout: float = 15.0,
+        **options: Unpack[CommandOptions],
+    ) -> Receipt: ...
+    @overload
+    async def execute(
+        self,
+        aggregate: type[Aggregate],
+        aggregate_id: str,
+        command: object,
+        *,
+        returning: Literal["events"],
+        timeout: float = 15.0,
+        **options: Unpack[CommandOptions],
+    ) -> ReceiptWithEvents: ...
+    @overload
+    async def execute(
+        self,
+        aggregate: type[A],
+        aggregate_id: str,
+        command: object,
+        *,
+        returning: Literal["state"],
+        timeout: float = 15.0,
+        **options: Unpack[CommandOptions],
+    ) -> ReceiptWithState[A]: ...
+    async def execute(
+        self,
+        aggregate: type[Aggregate],
+        aggregate_id: str,
+        command: object,
+        *,
+        returning: Returning | None = None,
+        timeout: float = 15.0,
+        **options: Unpack[CommandOptions],
     ) -> Receipt:
         """Send a command and wait until it has taken effect.
 
         Without an answer it is sent again with the same id until the time-out, and takes effect once.
 
         Args:
-            command_id: give one to repeat a command across clients or restarts; a new UUIDv7 otherwise.
-            traceparent: W3C trace context that the command belongs to; the OpenTelemetry span that the caller is in,
-                if there is one, otherwise.
+            returning: what the receipt shall hold: the events that the command led to, or the aggregate's state after
+                it. A repeated command returns its first events, or the present state.
             timeout: seconds.
+            options: what is said of the command: `command_id`, `if_version`, `actor`, `tenant`, `metadata`,
+                `occurred_at`, `correlation_id`, `causation_id`, `traceparent`; see `CommandOptions`.
 
         Raises:
             aggregates.Rejected: the aggregate refused.
             aggregates.InvalidId: the id can't be addressed.
+            VersionConflict: the aggregate has another version than `if_version`; nothing was appended.
             CommandError: anything else, with its type; `too-large`, and what JSON can't carry, before anything is
                 sent.
             CommandTimeout: no answer; the command may or may not have taken effect (send it again with its id).
+            NotReturned: the command took effect, and what it shall return can't be had.
         """
-        spec = spec_of(type(command))
-        if spec is None or spec.kind != "command":
-            raise TypeError(f"{command!r} is not a command; mark its class with @command")
-        return await self.send(
-            {
-                "aggregate": name_of(aggregate),
-                "id": aggregate_id,
-                "command": spec.name,
-                "data": command,
-                "command_id": command_id or uuid7(),
-                "correlation_id": correlation_id,
-                "causation_id": causation_id,
-                "traceparent": traceparent or self._context(),
-            },
-            timeout,
+        message = CommandMessage(aggregate, aggregate_id, command, **options)
+        if returning is None:
+            return await self._execute(message, timeout)
+        message.request["returning"] = returning
+        return self._typed(aggregate, returning, await self._execute(message, timeout))
+
+    async def _execute(self, message: CommandMessage, timeout: float) -> Receipt:
+        request = message.request
+        if "traceparent" not in request and (traceparent := self._context()) is not None:
+            request["traceparent"] = traceparent
+        return await self.send(request, timeout)
+
+    def _typed(self, aggregate: type[Aggregate], returning: Returning, receipt: Receipt) -> Receipt:
+        plain = receipt.version, receipt.sequence, receipt.partition, receipt.command_id, receipt.duplicate
+        problem = "the service is older than this program"
+        if isinstance(receipt, Answered):
+            returned, problem = receipt.returned, receipt.returned.omitted
+            try:
+                if returning == "events" and returned.events is not None:
+                    types = self.app.type_of(aggregate)
+                    events = [types.stored_event(e.type).decode(e.data, e.dataversion) for e in returned.events]
+                    return ReceiptWithEvents(*plain, tuple(events))
+                if returned.state:
+                    return ReceiptWithState(*plain, state=decode_state(aggregate, returned.state))
+            except (InvalidMessage, NewerEvent, NotDeclared) as error:
+                problem = str(error)
+        raise NotReturned(
+            f"the command {receipt.command_id} took effect, {name_of(aggregate)} has version {receipt.version}; its "
+            f"{returning} can't be returned: {problem}",
+            Receipt(*plain),
         )
 
     async def send(self, request: dict[str, Any], timeout: float = 15.0) -> Receipt:
         """Send a request in its wire form; see `execute`."""
         return await self._sender.send(request, timeout)
+
+    def execute_many(
+        self,
+        commands: Iterable[CommandMessage] | AsyncIterable[CommandMessage],
+        *,
+        in_flight: int = 256,
+        timeout: float = 60.0,
+        progress: Callable[[int], None] | None = None,
+        raise_errors: bool = False,
+    ) -> AsyncGenerator[Outcome, None]:
+        """Send many commands, as an import does, and yield what became of each, in the order of the commands.
+
+        Those of one aggregate are sent one after the other, each when the one before it has its answer; those of
+        different aggregates side by side. A command that fails ends nothing: the next ones are sent, also of its own
+        aggregate, unless `raise_errors` is set. Commands are read as fast as they can be sent and their outcomes are
+        taken. When the loop over the outcomes ends early, no more is sent, and what has no answer yet may or may not
+        take effect.
+
+        Args:
+            in_flight: commands without an answer, at most. Up to four times as many are read ahead, or wait for the
+                outcomes before theirs.
+            timeout: seconds for each command.
+            progress: called with the number of commands that have an outcome, at most ten times a second, and at the
+                end.
+            raise_errors: raise the error of a command in place of yielding it, and send no more.
+
+        Raises:
+            ValueError: `in_flight` is less than 1.
+            EskernelError: with `raise_errors`, as `execute` does.
+        """
+
+        def send(message: CommandMessage) -> Awaitable[Receipt]:
+            return self._execute(message, timeout)
+
+        if in_flight < 1:
+            raise ValueError(f"in_flight={in_flight}: at least one command has to be in flight")
+        return send_many(send, commands, in_flight, progress, raise_errors=raise_errors)
 
     def _subject_of(self, aggregate: str, aggregate_id: str) -> bytes:
         address = self._subjects.address(aggregate, aggregate_id)

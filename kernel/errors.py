@@ -33,10 +33,13 @@
     │       └── UnknownOutcome          an append may or may not have taken effect
     ├── UnreadableHistory               the program can't read an aggregate's events
     ├── CommandError                    a command was not carried out
+    │   ├── VersionConflict             the aggregate has not the version that the sender of the command has seen
     │   └── Overloaded                  the service takes no more commands at the moment
+    ├── NotReturned                     a command took effect, and its answer lacks the events or the state
     ├── CommandTimeout                  no answer to a command in time (also a TimeoutError)
     ├── QueryTimeout                    the projections did not include a receipt in time (also a TimeoutError)
     │   └── NotProjected                no running program keeps a projection up to date that readers see
+    ├── NotSettled                      an app under test does not come to rest
     └── NoDatabase                      the client was connected without a database (also a RuntimeError)
 
 The errors of the domain are importable from `aggregates`, those of the read side from `projections`, the others from
@@ -46,6 +49,7 @@ here. docs/errors.md says what to do about each, and with which exit code the co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from aggregates.errors import EskernelError
 
@@ -64,7 +68,9 @@ __all__ = [
     "NoDatabase",
     "NotDeclared",
     "NotProjected",
+    "NotReturned",
     "NotRunning",
+    "NotSettled",
     "Overloaded",
     "PayloadTooLarge",
     "QueryTimeout",
@@ -74,6 +80,7 @@ __all__ = [
     "Unavailable",
     "UnknownOutcome",
     "UnreadableHistory",
+    "VersionConflict",
     "WorkersFailed",
 ]
 
@@ -217,6 +224,30 @@ class Overloaded(CommandError):
     """The service takes no more commands at the moment; try again after `retry_after` seconds."""
 
 
+class VersionConflict(CommandError):
+    """The aggregate has not the version that the command was sent for with `if_version`; nothing was appended.
+
+    Attributes:
+        version: that it has; read it again, and decide anew.
+    """
+
+    def __init__(self, message: str, version: int) -> None:
+        super().__init__("conflict", message)
+        self.version = version
+
+
+class NotReturned(EskernelError):
+    """A command took effect, and its answer lacks what `returning` asked for; the message says why.
+
+    Attributes:
+        receipt: of the command, a `kernel.Receipt`.
+    """
+
+    def __init__(self, message: str, receipt: Any) -> None:
+        super().__init__(message)
+        self.receipt = receipt
+
+
 class CommandTimeout(EskernelError, TimeoutError):
     """No answer to a command in time: it may or may not have taken effect. Send it again with the same id."""
 
@@ -230,6 +261,10 @@ class NotProjected(QueryTimeout):
 
     It is raised at once, before the time-out.
     """
+
+
+class NotSettled(EskernelError):
+    """An app under test does not come to rest, or events could not be folded or reacted to; the message says why."""
 
 
 class NoDatabase(EskernelError, RuntimeError):

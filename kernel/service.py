@@ -21,6 +21,7 @@ from kernel.monitoring.anchor import EVERY_S as ANCHOR_S
 from kernel.monitoring.health import Health
 from kernel.monitoring.http import HttpServer
 from kernel.monitoring.probes import PROBE_S, RECHECK_S
+from kernel.reactions.reactor import GRACE_S
 from kernel.runtime.directory import DataDirectory, running_as, worker_name
 from kernel.runtime.scheduler import Scheduler
 from kernel.settings import Settings
@@ -30,6 +31,8 @@ from projections.database import is_infrastructure
 
 logger = logging.getLogger("eskernel.service")
 
+COUNT_S = 5.0
+"""Between two counts of timers."""
 LEAVE_S = 3.0
 """For each thing that a stopping worker gives back."""
 
@@ -119,6 +122,7 @@ class Service:
             parts.projector.start(parts.ownership.verify)
             parts.deployment.start()
         await self._listen(parts)
+        parts.reactors.start(parts.ownership.verify)
         self._closing.callback(self._loop_lag.stop)
         self._loop_lag.start()
         await parts.probes.probe()
@@ -140,6 +144,7 @@ class Service:
         listening.push_async_callback(
             await connection.listen(subjects.commands(), parts.admission.receive, queue="workers")
         )
+        listening.push_async_callback(await parts.sender.listen())
         await parts.ownership.start()
         listening.push_async_callback(await connection.listen(subjects.service("status"), guarded(self._answer_status)))
         await share_limits(
@@ -162,6 +167,8 @@ class Service:
         every(1.0, self._govern)
         every(settings.backlog.interval, parts.detector.measure_pressure)
         every(settings.connection.health_check_interval, parts.probes.probe)
+        if self.app.reactions:
+            every(COUNT_S, parts.reactors.count, "count_timers")
         every(ANCHOR_S, parts.anchor.move, "keep_anchor")
         every(RECHECK_S, parts.probes.recheck)
         if self.app.projections:
@@ -175,6 +182,7 @@ class Service:
     def _publish_metrics(self) -> None:
         parts = self.parts
         parts.gateway.publish_metrics()
+        parts.reactors.publish_metrics()
         appender = parts.log.appender
         READ_BACKS.inc(appender.read_backs - self._read_backs)
         self._read_backs = appender.read_backs
@@ -254,6 +262,7 @@ class Service:
                 "behind": parts.detector.behind,
             },
             "deployment": parts.deployment.report() | {"mixed": parts.ownership.mixed},
+            "reactions": parts.reactors.report(),
             "unknown_aggregates": parts.unknown.report(),
             "waiting_aggregates": [waiting._asdict() for waiting in parts.retries.postponed],
             "limits": parts.governor.show(),
@@ -292,6 +301,9 @@ class Service:
 
     async def _drain(self, parts: Parts, deadline: float) -> None:
         pending = parts.gateway.pending
+        # its commands are still taken here
+        if not await parts.reactors.stop(LEAVE_S + GRACE_S):
+            logger.warning("policies and effects did not finish in time; the next owner goes on from their checkpoints")
         if not await parts.admission.stop(self.settings.drain):
             logger.warning("%d commands were not answered in time; their outcome is in the log", pending.total)
         await self._subscriptions.aclose()

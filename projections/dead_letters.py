@@ -28,6 +28,8 @@ from projections.tables import checkpoint, dead_letter, projection, skipped_lett
 from projections.unit_of_work import Writer, one_line
 
 MAX_PAUSE_S = 300.0
+REACTION = 0
+"""Generation number of the dead letters of policies and effects: no projection has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Waiting:
         next_attempt: Unix time of the next automatic attempt, or None if none is planned.
         newer: the aggregate is not parked. Its first waiting event has not failed: a newer program has appended it. It
             is folded as soon as a program that can read it projects the partition.
+        reaction: it is a policy or an effect that the aggregate is parked for: a worker tries again, not this process.
     """
 
     projection: str
@@ -61,6 +64,7 @@ class Waiting:
     attempts: int
     next_attempt: float | None
     newer: bool = False
+    reaction: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,11 @@ def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
                 projection,
                 (projection.c.name == dead_letter.c.projection) & (projection.c.generation == dead_letter.c.generation),
             )
-            .where((projection.c.state == "live") | (dead_letter.c.projection == ""))
+            .where(
+                (projection.c.state == "live")
+                | (dead_letter.c.projection == "")
+                | (dead_letter.c.generation == REACTION)
+            )
             .order_by(dead_letter.c.stream_sequence, dead_letter.c.sequence, dead_letter.c.id)
         )
         heads: dict[tuple[Any, ...], Row[Any]] = {}
@@ -136,6 +144,7 @@ def waiting(engine: Engine, name: str | None = None) -> list[Waiting]:
             row.attempts,
             row.next_attempt,
             not row.attempts,
+            row.generation == REACTION and bool(row.projection),
         )
         for key, row in heads.items()
     ]
@@ -162,7 +171,7 @@ def due(engine: Engine, now: float) -> list[Waiting]:
         some = select(dead_letter.c.id).where((planned <= now) | (planned > now + 2 * MAX_PAUSE_S)).limit(1)
         if connection.scalar(some) is None:
             return []  # the whole table need not be read
-    found = [(parked, parked.next_attempt) for parked in waiting(engine)]
+    found = [(parked, parked.next_attempt) for parked in waiting(engine) if not parked.reaction]
     return [parked for parked, at in found if at is not None and (at <= now or at > now + 2 * MAX_PAUSE_S)]
 
 
@@ -397,7 +406,7 @@ def _rows(connection: Connection, name: str, aggregate: str, aggregate_id: str) 
     live = select(projection.c.generation).where(projection.c.name == name, projection.c.state == "live")
     query = select(dead_letter).where(*_where(name, aggregate, aggregate_id))
     if name:
-        query = query.where(dead_letter.c.generation.in_(live))
+        query = query.where(dead_letter.c.generation.in_(live) | (dead_letter.c.generation == REACTION))
     rows = connection.execute(query.order_by(dead_letter.c.stream_sequence, dead_letter.c.sequence)).all()
     if not rows:
         what = f"dead letters of {aggregate} {aggregate_id} for {name}" if name else f"quarantined {aggregate_id}"

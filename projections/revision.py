@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Engine, inspect, text
 
-HEAD = "0006"
+HEAD = "0007"
 """The newest revision of `migrations/`."""
 TABLE = "eskernel_schema"
 

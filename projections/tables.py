@@ -111,3 +111,50 @@ skipped_letter = Table(
     Column("reason", Text, nullable=False),
 )
 """Dead letters that a person skipped: event, time, person and reason. The kernel never deletes these rows."""
+
+reaction = Table(
+    "eskernel_reaction",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("began", BigInteger, nullable=False),
+    Column("created", String(40), nullable=False),
+)
+"""Every policy and effect that has run on this database, and the stream sequence after which it began. Its checkpoints
+and dead letters are those of generation 0 under its name: no projection has such a generation."""
+
+timer = Table(
+    "eskernel_timer",
+    metadata,
+    Column("policy", String(128), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("partition", Integer, nullable=False),
+    Column("stream_sequence", BigInteger, nullable=False),
+    Column("place", Integer, nullable=False),
+    Column("due", BigInteger),
+    Column("attempt", BigInteger, index=True),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("owed", Text),
+)
+"""The timers of policies. `stream_sequence` and `place` say where the event is that set it, and where in that: a later
+one of the same name takes its place. `due` and `attempt` are Unix times in microseconds; `attempt` is when it is fired,
+later than `due` after failures. A timer that was cancelled or fired has neither, until all checkpoints have passed it.
+`owed` is the command, as JSON."""
+
+rejection = Table(
+    "eskernel_rejection",
+    metadata,
+    Column("policy", String(128), primary_key=True),
+    Column("event_id", String(128), primary_key=True),
+    Column("place", String(64), primary_key=True),
+    Column("partition", Integer, nullable=False),
+    Column("stream_sequence", BigInteger, nullable=False),
+    Column("aggregate", String(128), nullable=False),
+    Column("aggregate_id", Text, nullable=False),
+    Column("command", Text, nullable=False),
+    Column("command_id", String(64), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("rejected", String(40), nullable=False, index=True),
+)
+"""Commands of policies that an aggregate has rejected: for `aggregate` and `aggregate_id`. They are not sent again."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from aggregates import commit
 from aggregates.commit import Decision
 from aggregates.declaration import EventType
@@ -29,4 +31,4 @@ def encoded(decision: Decision, names: Names) -> Decision:
     events: list[Any] = [
         event if type(event) not in types else types[type(event)].encode(event) for event in decision.events
     ]
-    return Decision(decision.command_id, events, decision.correlation_id, decision.causation_id, decision.traceparent)
+    return msgspec.structs.replace(decision, events=events)

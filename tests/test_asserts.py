@@ -12,12 +12,14 @@ PRODUCT = ("aggregates", "projections", "kernel", "migrations")
 MAY_ASSERT = {
     # only what can't happen, so that a type checker knows it too
     "aggregates/declaration.py",
+    "aggregates/reacting.py",
     "kernel/cli/dead_letters.py",
     "kernel/commands/gateway.py",
     "kernel/governance/governor.py",
     "kernel/monitoring/http.py",
     "kernel/projector/blaming.py",
     "kernel/projector/row_history.py",
+    "kernel/reactions/work.py",
     "kernel/transport/limits.py",
     "kernel/workers/supervisor.py",
     "projections/fold.py",
@@ -28,7 +30,14 @@ MAY_ASSERT = {
 WRONG_EXPECTATIONS = """
 from aggregates import Aggregate, event, command, handles, applies, scenario
 from examples.bank import Account, Balance, Balances, Deposit, Deposited, Withdraw, Withdrawn
+from aggregates import Policy, Reactions, Send, policy, reacts
 from projections import projected
+
+class Gifts(Policy, of=Account):
+    @reacts
+    def withdrawn(self, event: Withdrawn) -> Reactions:
+        return Send(Account, "fund", Deposit(event.cents))
+
 
 class Careless(Account):
     @handles
@@ -47,6 +56,9 @@ wrong = {
     "another row": lambda: rows.then(Balance(account="a", cents=1)),
     "no row": lambda: rows.then(),
     "a further row": lambda: rows.then(Balance(account="a", cents=500), Balance(account="b")),
+    "sends, another command": lambda: policy(Gifts).when(Withdrawn(5)).sends(Send(Account, "fund", Deposit(6))),
+    "sends, nothing": lambda: policy(Gifts).when(Withdrawn(5)).sends(),
+    "does nothing, what sends": lambda: policy(Gifts).when(Withdrawn(5)).does_nothing(),
     "fails, what succeeds": lambda: rows.fails("anything"),
 }
 unnoticed = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults import checker, ending, evidence, rules
+from tests.faults import checker, ending, evidence, owed, rules
 from tests.faults.checker import History, check, verdict_of
 from tests.faults.driver import Options, Run
 from tests.faults.report import describe, table
@@ -321,7 +321,7 @@ def test_an_acknowledgement_outweighs_the_answers_to_other_senders_of_the_comman
     assert verdict_of([refused, attempt]) == "unknown"
 
 
-@pytest.mark.parametrize("module", [rules, checker, evidence])
+@pytest.mark.parametrize("module", [rules, checker, evidence, owed])
 def test_the_checker_shares_no_code_with_the_product(module: Any) -> None:
     names = set()
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
@@ -331,7 +331,7 @@ def test_the_checker_shares_no_code_with_the_product(module: Any) -> None:
             names.add(node.module or "")
     product = {"kernel", "projections", "aggregates", "migrations", "examples"}
     assert not {name.split(".")[0] for name in names} & product
-    assert {name for name in names if name.startswith("tests")} <= {"tests.faults.rules"}
+    assert {name for name in names if name.startswith("tests")} <= {"tests.faults.rules", "tests.faults.owed"}
 
 
 @pytest.mark.parametrize(

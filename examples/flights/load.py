@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from zlib import crc32
 
 from examples.flights import Aircraft
 from examples.flights.source import Step
-from kernel import Client, Receipt
+from kernel import Client, CommandMessage, Receipt
 
-LANES = 256
-"""Commands in flight; an aircraft always uses the same lane, so its commands never overtake each other."""
+IN_FLIGHT = 256
 
 
 async def send(client: Client, steps: Sequence[Step], sent: Callable[[int], None] = lambda _: None) -> list[Receipt]:
-    """Send every step; return the last receipt of each lane.
+    """Send every step; return the last receipt of each partition.
 
     Args:
         sent: called now and then with the number of commands that have taken effect.
@@ -23,28 +20,13 @@ async def send(client: Client, steps: Sequence[Step], sent: Callable[[int], None
     Raises:
         Rejected, CommandError: the first command that is refused ends the whole load.
     """
-    lanes: list[list[Step]] = [[] for _ in range(LANES)]
-    for step in steps:
-        lanes[crc32(step.tail.encode()) % LANES].append(step)
-    done = 0
-    last: list[Receipt] = []
-
-    async def run(lane: list[Step]) -> None:
-        nonlocal done
-        receipt = None
-        for step in lane:
-            receipt = await client.execute(Aircraft, step.tail, step.command, command_id=id_of(step), timeout=60)
-            done += 1
-            if done % 500 == 0:
-                sent(done)
-        if receipt is not None:
-            last.append(receipt)
-
-    async with asyncio.TaskGroup() as group:
-        for lane in lanes:
-            group.create_task(run(lane))
-    sent(done)
-    return last
+    commands = (CommandMessage(Aircraft, step.tail, step.command, command_id=id_of(step)) for step in steps)
+    last: dict[int, Receipt] = {}
+    async for outcome in client.execute_many(commands, in_flight=IN_FLIGHT, progress=sent, raise_errors=True):
+        receipt = outcome.receipt
+        if receipt.partition not in last or last[receipt.partition].sequence < receipt.sequence:
+            last[receipt.partition] = receipt
+    return list(last.values())
 
 
 def id_of(step: Step) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 from thespian.actors import Actor, ActorAddress
 
-from aggregates import Context, InvalidEvent, Rejected
+from aggregates import Context, InvalidEvent, InvalidMessage, Rejected
 from aggregates.cell import NEVER, Cell
 from aggregates.commit import Decision
 from aggregates.encoding import EncodedEvent
+from aggregates.state_codec import encode_state
 from kernel.actors.mailbox import (
     Appended,
     Decide,
@@ -33,7 +34,7 @@ from kernel.actors.mailbox import (
 )
 from kernel.errors import Conflict, LogError, PayloadTooLarge, UnknownOutcome
 from kernel.log.subjects import NOWHERE
-from kernel.protocol import ErrorType
+from kernel.protocol import ErrorType, Returned, ReturnedEvent, Returning
 
 MAX_DECISIONS = 100
 """Commands decided together in one commit."""
@@ -66,12 +67,14 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
         version: of the aggregate after the command.
         appended: the command made events; they are in the commit that is being appended.
         error: why the command was refused, or failed.
+        outdated: the command is for another version.
     """
 
     request: Request
     version: int
     appended: bool
     error: tuple[ErrorType, str] | None = None
+    outdated: bool = False
 
 
 def _plain_receive(actor: Actor) -> Callable[[Any, ActorAddress], None]:
@@ -188,6 +191,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
             return
         if self.cell is None:
             self.phase = _LOADING
+            for request in self.stash:
+                request.fresh = True
             self.gateway.load(self.address)
         else:
             self._decide(self.cell)
@@ -209,7 +214,7 @@ class AggregateActor(Actor):  # type: ignore[misc]
         if searched.seen is not None and self.cell is not None and self.cell.seen.horizon:
             self.cell.seen = searched.seen  # the snapshot knew the earlier ids only roughly
         if searched.found is not None:
-            self.gateway.succeed(self.address, request, *searched.found, True)
+            self._repeat(request, searched.found)
         elif searched.error:
             self._fail(request, "unavailable", searched.error)
         else:
@@ -236,7 +241,10 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 break
             known = cell.commands.get(sent.command_id)
             if known is not None:
-                self.gateway.succeed(self.address, request, known[0], known[1], True)
+                if decisions and sent.returning == "state":
+                    self.stash = requests[place:]  # the state rests on events that are not in the log yet
+                    break
+                self._repeat(request, known)
                 continue
             if not request.searched and sent.command_id in cell.seen:
                 if decisions:
@@ -247,10 +255,25 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 self.stash = requests[place + 1 :]
                 self.gateway.search(self.address, request)
                 return
+            if sent.if_version is not None and sent.if_version != cell.version:
+                if sent.if_version > cell.version and not request.fresh:
+                    # another writer may have appended, and the sender have seen it
+                    self.stash = requests[place:]
+                    if decisions:
+                        break
+                    self.cell = None
+                    self._go_on()
+                    return
+                outdated = Verdict(request, cell.version, False, outdated=True)
+                if decisions:
+                    verdicts.append(outdated)
+                else:
+                    self._answer(outdated, cell.position)
+                continue
             error: tuple[ErrorType, str] | None = None
             events: list[EncodedEvent] = []
             try:
-                events = cell.decide(request.command, Context(sent.command_id))
+                events = cell.decide(request.command, Context(sent.command_id, self.gateway.now, request.origin))
             except Rejected as rejection:
                 error = "rejected", str(rejection)
             except InvalidEvent as problem:
@@ -258,6 +281,8 @@ class AggregateActor(Actor):  # type: ignore[misc]
             except Exception as problem:
                 error, request.error = ("failed", f"{type(problem).__name__}: {problem}"), problem
             if not events:
+                if sent.returning is not None:
+                    request.returned = _returned(sent.returning, cell, events)
                 verdict = Verdict(request, cell.version, False, error)
                 if decisions:
                     # it rests on events that are not in the log yet, and perhaps never will be
@@ -277,8 +302,13 @@ class AggregateActor(Actor):  # type: ignore[misc]
                 self._go_on()
                 return
             request.attempts += 1
+            if sent.returning is not None:
+                request.returned = _returned(sent.returning, cell, events)
             decisions.append(
-                Decision(sent.command_id, events, sent.correlation_id, sent.causation_id, sent.traceparent)
+                Decision(
+                    *(sent.command_id, events, sent.correlation_id, sent.causation_id, sent.traceparent, sent.depth),
+                    request.origin,
+                )
             )
             verdicts.append(Verdict(request, cell.version, True))
         if decisions:
@@ -327,8 +357,19 @@ class AggregateActor(Actor):  # type: ignore[misc]
             self._fail(verdict.request, _error_type(result) if verdict.appended else "unavailable", str(result))
         return []
 
+    def _repeat(self, request: Request, found: tuple[int, int]) -> None:
+        """Answer a command that took effect before with its first receipt."""
+        if request.sent.returning == "state":
+            if self.cell is None:
+                self._fail(request, "unavailable", "the aggregate's state is loaded again")
+                return
+            request.returned = _returned("state", self.cell, ())
+        self.gateway.succeed(self.address, request, *found, True)
+
     def _answer(self, verdict: Verdict, sequence: int) -> None:
-        if verdict.error is None:
+        if verdict.outdated:
+            self.gateway.refuse_version(self.address, verdict.request, verdict.version)
+        elif verdict.error is None:
             self.gateway.succeed(self.address, verdict.request, verdict.version, sequence, False)
         else:
             self._fail(verdict.request, *verdict.error)
@@ -339,6 +380,15 @@ class AggregateActor(Actor):  # type: ignore[misc]
 
 # Thespian inspects the constructor at every creation: half of its cost, unless the signature is there already
 AggregateActor.__init__.__signature__ = inspect.signature(AggregateActor.__init__)  # type: ignore[attr-defined]
+
+
+def _returned(returning: Returning, cell: Cell[Any], events: Sequence[EncodedEvent]) -> Returned:
+    if returning == "events":
+        return Returned([ReturnedEvent(event.name, event.version, msgspec.Raw(event.data)) for event in events])
+    try:
+        return Returned(state=msgspec.Raw(encode_state(cell.state)))
+    except InvalidMessage as problem:
+        return Returned(omitted=str(problem))
 
 
 def _holds(verdicts: Sequence[Verdict], command_id: str) -> bool:

@@ -21,7 +21,7 @@ from kernel.actors.snapshots import SnapshotKeeper
 from kernel.errors import LogError
 from kernel.log.base import EventLog, Stored
 from kernel.log.subjects import Address
-from kernel.protocol import ErrorType
+from kernel.protocol import ErrorType, Returned, ReturnedEvent
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import LOAD_SECONDS, LOADS
 
@@ -141,6 +141,31 @@ class Histories:
             self._send(address, Searched(request, None, error=str(problem)))
         else:
             self._send(address, Searched(request, (version, sequence) if version else None, seen))
+
+    def collect_events(self, address: Address, request: Request, sequence: int, answer: Callable[[str], None]) -> None:
+        """Note in a repeated command what it led to the first time.
+
+        Args:
+            sequence: stream sequence of its commit.
+            answer: called afterwards, with the reason if the log can't be read.
+        """
+        self._spawn(self._collect_events(address, request, sequence, answer))
+
+    async def _collect_events(
+        self, address: Address, request: Request, sequence: int, answer: Callable[[str], None]
+    ) -> None:
+        problem = ""
+        try:
+            stored = await self._log.read_subject(address.subject, sequence - 1)
+            request.returned = Returned([
+                ReturnedEvent(envelope.type, envelope.dataversion, envelope.data)
+                for commit in stored[:1]
+                for envelope in _events_of(commit)
+                if envelope.commandid == request.sent.command_id
+            ])  # fmt: skip
+        except Exception as error:
+            problem = str(error)
+        answer(problem)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

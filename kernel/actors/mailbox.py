@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Protocol
 
 from aggregates.cell import Cell
 from aggregates.commit import Decision, Envelope
+from aggregates.origin import UNKNOWN, Origin
 from aggregates.seen import Seen
 from kernel.log.subjects import Address
-from kernel.protocol import CommandRequest, ErrorType
+from kernel.protocol import CommandRequest, ErrorType, Returned
 from kernel.telemetry.tracing import Span
 from projections.fold import Folded, Plan
 
@@ -19,11 +21,17 @@ class Request:
 
     Attributes:
         arrived: when, by the performance counter.
+        origin: what its sender says of it.
         error: what the app's own code raised at it.
+        fresh: it is decided on a state that was loaded after it came.
+        returned: what its answer shall hold beside the receipt.
         span: of a sender that traces it.
     """
 
-    __slots__ = ("arrived", "attempts", "command", "error", "reply", "searched", "sent", "span")
+    __slots__ = (
+        *("arrived", "attempts", "command", "error", "fresh", "origin", "reply", "returned", "searched", "sent"),
+        "span",
+    )
 
     def __init__(self, sent: CommandRequest, command: Any, reply: bytes, arrived: float = 0.0) -> None:
         self.arrived = arrived
@@ -31,13 +39,18 @@ class Request:
         self.command = command
         self.reply = reply
         self.attempts = 0
-        self.searched = False
+        self.searched = self.fresh = False
+        self.origin: Origin = UNKNOWN
+        self.returned: Returned | None = None
         self.error: Exception | None = None
         self.span: Span | None = None
 
 
 class Gateway(Protocol):
     """What actors ask of the asyncio side. No call blocks."""
+
+    def now(self) -> datetime:
+        """Return the moment of decision, in UTC."""
 
     def holds(self, partition: int) -> bool:
         """Say whether this worker still holds the partition."""
@@ -55,10 +68,13 @@ class Gateway(Protocol):
         """Append the decisions as one commit behind `cell.position`; answer with `Appended`."""
 
     def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
-        """Answer the sender with a receipt."""
+        """Answer the sender with a receipt, and with what the request shall return."""
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
         """Answer the sender with an error."""
+
+    def refuse_version(self, address: Address, request: Request, version: int) -> None:
+        """Answer the sender that the aggregate has this version, and not the one that the command is for."""
 
     def report_bug(self, problem: str) -> None:
         """Report a bug in the kernel."""

@@ -8,7 +8,7 @@ import click
 import orjson
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import Where, asynchronous, console, errors, fail, print_json, target_options
+from kernel.cli.common import Where, asynchronous, console, errors, fail, print_json, spoken_of, target_options, told_of
 from kernel.cli.exit_codes import FAILED
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _as_json(step: RowStep) -> dict[str, Any]:
         "event_id": event.id,
         "command_id": event.commandid,
         "correlation_id": event.correlation_id or event.commandid,
+        **told_of(event),
         "data": orjson.loads(bytes(event.data)),
         "changed": {name: {"before": before, "after": after} for name, (before, after) in step.changed.items()},
         "error": step.error,
@@ -97,4 +98,6 @@ def _print(step: RowStep, column: str | None) -> None:
     origin = f"command {event.commandid}"
     if event.correlation_id not in (None, event.commandid):
         origin += f", correlation {event.correlation_id}"
+    if said := spoken_of(event):
+        origin += f", {said}"
     console.print(f"    {origin}", style="dim", highlight=False, markup=False, soft_wrap=True)

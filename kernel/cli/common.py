@@ -25,6 +25,7 @@ from kernel.packages import enter
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from aggregates.commit import Envelope
     from kernel.app import App
     from kernel.client import Client
     from kernel.preflight import Finding
@@ -38,6 +39,27 @@ _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 console = Console()
 errors = Console(stderr=True)
+
+
+def told_of(event: Envelope) -> dict[str, Any]:
+    """Return what the sender of an event's command has said, without what it has not."""
+    said = {
+        "actor": event.actor,
+        "tenant": event.tenant,
+        "metadata": event.metadata and dict(event.metadata),
+        "occurred_at": event.occurred_at,
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def spoken_of(event: Envelope) -> str:
+    """Return the same for people; empty if nothing was said."""
+    said = told_of(event)
+    parts = [f"by {said['actor']}"] if "actor" in said else []
+    parts += [f"for {said['tenant']}"] if "tenant" in said else []
+    parts += [f"of {said['occurred_at']}"] if "occurred_at" in said else []
+    parts += [f"{name}={value}" for name, value in said.get("metadata", {}).items()]
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

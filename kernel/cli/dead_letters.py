@@ -16,6 +16,7 @@ import orjson
 from rich.table import Table
 
 from kernel.cli import EXIT_CODES
+from kernel.cli.asking import ask_workers
 from kernel.cli.common import Where, asynchronous, console, errors, fail, print_json, target_options
 from kernel.cli.exit_codes import FAILED, USAGE
 
@@ -31,11 +32,11 @@ MAX_ERROR = 60
 
 @click.group(name="dead-letters", epilog=EXIT_CODES)
 def dead_letters() -> None:
-    """Events that a projection could not fold, and the later events of the same aggregates.
+    """Events that a projection, a policy or an effect could not handle, and the later events of the same aggregates.
 
-    When a handler fails, its aggregate is parked for that projection: the event and all later events of the aggregate
-    become dead letters. All other aggregates and projections continue. Correct the handler and restart the service, or
-    remove the cause of the failure. Then fold the dead letters again, in order:
+    When a handler fails, its aggregate is parked for that projection (or policy, or effect): the event and all later
+    events of the aggregate become dead letters. All other aggregates and projections continue. Correct the handler and
+    restart the service, or remove the cause of the failure. Then handle the dead letters again, in order:
 
     \b
     eskernel dead-letters list
@@ -45,8 +46,15 @@ def dead_letters() -> None:
 
     Messages on the stream that are not events of the app are kept in quarantine, under their stream sequence.
     Events of a newer program have not failed: they are folded as soon as a program that can read them runs.
-    These commands work on the database, whether the service runs or not.
+    These commands work on the database, whether the service runs or not. What a policy or an effect has to do again is
+    done by the worker that has the aggregate's partition, as soon as one runs.
     """
+
+
+def _check_declared(app: App, name: str | None) -> None:
+    """Raise `NotDeclared` unless it is a projection, a policy or an effect of the app, or none is given."""
+    if name is not None and name not in {each.name for each in app.reactions}:
+        app.projection(name)
 
 
 def _open(where: Where) -> tuple[App, Engine]:
@@ -55,7 +63,7 @@ def _open(where: Where) -> tuple[App, Engine]:
 
 
 @dead_letters.command(name="list", epilog=EXIT_CODES)
-@click.option("--projection", help="Only the dead letters of this projection.")
+@click.option("--projection", help="Only the dead letters of this projection, policy or effect.")
 @click.option("--skipped", is_flag=True, help="List the skipped events instead: when, by whom, and why.")
 @click.option("--newer", is_flag=True, help="List what has not failed, and waits for a newer program, instead.")
 @click.option("--json", "as_json", is_flag=True)
@@ -69,8 +77,7 @@ async def list_(
     from projections.row_event import is_order
 
     loaded, engine = _open(where)
-    if projection is not None:
-        loaded.projection(projection)
+    _check_declared(loaded, projection)
     if skipped:
         skips = await asyncio.to_thread(letters.skipped, engine)
         if as_json:
@@ -119,7 +126,7 @@ def _next(parked: Waiting) -> str:
 @dead_letters.command(epilog=EXIT_CODES)
 @click.argument("aggregate")
 @click.argument("aggregate_id", metavar="ID")
-@click.option("--projection", help="Only the dead letters of this projection.")
+@click.option("--projection", help="Only the dead letters of this projection, policy or effect.")
 @click.option("--json", "as_json", is_flag=True)
 @target_options
 @asynchronous
@@ -174,7 +181,7 @@ async def _chosen(engine: Engine, projection: str | None, aggregate: str, aggreg
 @dead_letters.command(epilog=EXIT_CODES)
 @click.argument("aggregate", required=False)
 @click.argument("aggregate_id", metavar="[ID]", required=False)
-@click.option("--projection", help="Only the dead letters of this projection.")
+@click.option("--projection", help="Only the dead letters of this projection, policy or effect.")
 @click.option("--all", "everything", is_flag=True, help="The dead letters of every aggregate.")
 @click.option("--json", "as_json", is_flag=True)
 @target_options
@@ -183,9 +190,10 @@ async def retry(
     aggregate: str | None, aggregate_id: str | None, projection: str | None, everything: bool, as_json: bool,
     where: Where
 ) -> None:  # fmt: skip
-    """Fold the dead letters of an aggregate again, in order, up to the first event that fails.
+    """Handle the dead letters of an aggregate again, in order, up to the first event that fails.
 
-    An aggregate without dead letters is no longer parked. Exits with 1 if dead letters are left.
+    An aggregate without dead letters is no longer parked. Exits with 1 if dead letters are left. For a policy or an
+    effect a running worker is asked, and the answer is waited for, up to 10 seconds.
     """
     from rich.progress import track
 
@@ -195,17 +203,19 @@ async def retry(
     if everything == (aggregate is not None) or (aggregate is None) != (aggregate_id is None):
         raise click.UsageError("give an aggregate and its id, or --all")
     loaded, engine = _open(where)
-    if projection is not None:
-        loaded.projection(projection)
+    _check_declared(loaded, projection)
     if aggregate is not None and aggregate_id is not None:
         chosen = await _chosen(engine, projection, aggregate, aggregate_id)
     else:
         chosen = [row for row in await asyncio.to_thread(letters.waiting, engine, projection) if not row.newer]
+    asked = [parked for parked in chosen if parked.reaction]
+    chosen = [parked for parked in chosen if not parked.reaction]
     plan = loaded.plan(engine.dialect)
     chunks = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
     done: list[letters.Retried] = []
     for chunk in track(chunks, "folding again", console=errors, disable=as_json or len(chunks) < 2, transient=True):
         done += await asyncio.to_thread(retry_all, engine, plan, chunk)
+    done += await ask_workers(engine, asked)
     left = sum(result.left > 0 for result in done)
     if as_json:
         print_json(done)
@@ -224,7 +234,7 @@ async def retry(
 @dead_letters.command(epilog=EXIT_CODES)
 @click.argument("aggregate", required=False)
 @click.argument("aggregate_id", metavar="[ID]", required=False)
-@click.option("--projection", help="The projection that skips the event.")
+@click.option("--projection", help="The projection, policy or effect that skips the event.")
 @click.option("--quarantine", type=click.IntRange(1), metavar="SEQUENCE", help="Skip this message in quarantine.")
 @click.option("--reason", required=True, help="The reason, which is recorded with your name and the time.")
 @click.option(
@@ -238,8 +248,8 @@ async def skip(
 ) -> None:  # fmt: skip
     """Skip the first dead letter of an aggregate for good. The dead letters behind it wait for a retry.
 
-    The projection's tables will not contain the event, also after a rebuild. The table eskernel_skipped_letter
-    records who skipped it, when and why: `eskernel dead-letters list --skipped`.
+    The projection's tables will not contain the event, also after a rebuild; a policy sends nothing for it. The table
+    eskernel_skipped_letter records who skipped it, when and why: `eskernel dead-letters list --skipped`.
     """
     from projections import dead_letters as letters
 
@@ -259,17 +269,23 @@ async def skip(
         names = ", ".join(parked.projection for parked in chosen)
         fail(f"{aggregate} {aggregate_id} is parked for {names}; choose one with --projection", USAGE)
     (parked,) = chosen
-    from projections.exclusions import plan_of
+    if parked.reaction:
+        from kernel.reactions.letters import skip as skip_reaction
 
-    plan = plan_of(loaded.plan(engine.dialect), loaded.projection(parked.projection).name)
-    letter = await asyncio.to_thread(letters.skip, engine, plan, aggregate, aggregate_id, who, reason)
-    console.print(f"skipped event {letter.sequence}; {parked.events - 1} still wait", highlight=False)
+        arguments = parked.projection, aggregate, aggregate_id, who, reason
+        sequence = await asyncio.to_thread(skip_reaction, engine, *arguments)
+    else:
+        from projections.exclusions import plan_of
+
+        plan = plan_of(loaded.plan(engine.dialect), loaded.projection(parked.projection).name)
+        sequence = (await asyncio.to_thread(letters.skip, engine, plan, aggregate, aggregate_id, who, reason)).sequence
+    console.print(f"skipped event {sequence}; {parked.events - 1} still wait", highlight=False)
     if parked.events > 1:
         console.print(f"  eskernel dead-letters retry {aggregate} {aggregate_id}", highlight=False)
 
 
 @dead_letters.command(epilog=EXIT_CODES)
-@click.option("--projection", help="Only the dead letters of this projection.")
+@click.option("--projection", help="Only the dead letters of this projection, policy or effect.")
 @click.option("--output", type=click.File("wb"), default="-", help="A file instead of standard output.")
 @target_options
 @asynchronous

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -9,7 +10,6 @@ import msgspec
 import orjson
 
 from aggregates import InvalidMessage
-from aggregates.context import uuid7
 from aggregates.messages import dumps, parse
 from kernel.cli import EXIT_CODES
 from kernel.cli.common import Where, asynchronous, console, print_json, target_options
@@ -25,6 +25,11 @@ from kernel.errors import NotDeclared
 @click.option(
     "--command-id", help="Id of the command. A command that is sent again with the same id takes effect once."
 )
+@click.option("--if-version", type=click.IntRange(0), metavar="N", help="Only if the aggregate has N events so far.")
+@click.option("--actor", help="Who sends the command.")
+@click.option("--tenant", help="The tenant that it is for.")
+@click.option("--metadata", multiple=True, metavar="NAME=TEXT", help="What else is stored with the events. Repeatable.")
+@click.option("--occurred-at", metavar="TIME", help="When it has happened, if not now: ISO 8601 (UTC).")
 @click.option("--timeout", default=15.0, show_default=True, help="Seconds to wait for the receipt.")
 @click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON.")
 @target_options
@@ -36,6 +41,11 @@ async def send(
     fields: tuple[str, ...],
     fields_json: str | None,
     command_id: str | None,
+    if_version: int | None,
+    actor: str | None,
+    tenant: str | None,
+    metadata: tuple[str, ...],
+    occurred_at: str | None,
     timeout: float,
     as_json: bool,
     where: Where,
@@ -45,16 +55,22 @@ async def send(
     \b
     eskernel send Account alice Deposit cents=500
     eskernel send Account alice Deposit --fields-json '{"cents": 500}'
+    eskernel send Account alice Deposit cents=500 --if-version 3 --actor bert --metadata ip=::1
 
     Exits with 1, and prints the reason, if the aggregate rejects the command.
     """
+    said = _parse_metadata(metadata)
+    moment = _parse_moment(occurred_at)
     target = where.find()
     declared = target.app.type_of(aggregate)
     if command not in declared.commands:
         raise NotDeclared(f"{aggregate} has no command {command!r}; it has {', '.join(sorted(declared.commands))}")
     made = _make(declared.commands[command], fields, fields_json)
     async with await target.client() as client:
-        receipt = await client.execute(declared.cls, id, made, command_id=command_id or uuid7(), timeout=timeout)
+        receipt = await client.execute(
+            *(declared.cls, id, made), timeout=timeout, command_id=command_id, if_version=if_version, actor=actor,
+            tenant=tenant, metadata=said, occurred_at=moment,
+        )  # fmt: skip
     if as_json:
         print_json(receipt)
         return
@@ -64,6 +80,26 @@ async def send(
         highlight=False,
         markup=False,
     )
+
+
+def _parse_metadata(assignments: tuple[str, ...]) -> dict[str, str]:
+    metadata = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise click.UsageError(f"--metadata {assignment!r} is not NAME=TEXT")
+        metadata[name] = value
+    return metadata
+
+
+def _parse_moment(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise click.UsageError(f"--occurred-at {text!r} is not an ISO 8601 time, such as 2026-01-31T12:00") from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _make(cls: type, fields: tuple[str, ...], fields_json: str | None) -> Any:

@@ -16,7 +16,7 @@ from aggregates.cell import Cell
 from aggregates.commit import Envelope, decode
 from aggregates.errors import InvalidMessage, NewerEvent, SequenceError
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.common import Where, asynchronous, console, fail, print_json, spoken_of, target_options, told_of
 from kernel.cli.exit_codes import FAILED
 
 if TYPE_CHECKING:
@@ -96,17 +96,16 @@ async def show(
         _print_diff(cell, steps, left, as_json)
         return
     page = _page(steps, limit or (None if as_json else PAGE), before, after) if history else []
-    events = [_event(step) for step in page]
     state = {name: value for name, value in vars(cell.state).items() if name != "id"}
     if as_json:
         print_json({"aggregate": aggregate, "id": id, "version": cell.version, "state": state}
-                   | ({"events": events} if history else {}))  # fmt: skip
+                   | ({"events": [_event(step) for step in page]} if history else {}))  # fmt: skip
         return
     console.print(f"{aggregate} {id}, version {cell.version}", style="bold", highlight=False, markup=False)
     for name, value in state.items():
         console.print(f"  {name} = {value!r}", highlight=False, markup=False)
-    for event in events:
-        _line(f"  {_spoken(event)}")
+    for step in page:
+        _print_event(step)
     if history and (more := _other_pages(page, cell.version)):
         console.print(f"  {more}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
@@ -235,7 +234,7 @@ def _print_diff(cell: Cell[Any], steps: list[_Step], left: list[_Step], as_json:
     if not changed:
         _line("  nothing changed")
     for step in left:
-        _line(f"  {_spoken(_event(step))}")
+        _print_event(step)
         for field, (before, after) in step.changed.items():
             _line(f"{'':10}{field}: {before!r} -> {after!r}")
 
@@ -246,6 +245,12 @@ def _pairs(changed: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
 
 def _spoken(event: dict[str, Any]) -> str:
     return f"{event['sequence']:>6}  {event['time'][:23]}  {event['type']} {orjson.dumps(event['data']).decode()}"
+
+
+def _print_event(step: _Step) -> None:
+    _line(f"  {_spoken(_event(step))}")
+    if said := spoken_of(step.envelope):
+        console.print(f"{'':10}{said}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _line(text: str) -> None:
@@ -268,6 +273,7 @@ def _event(step: _Step) -> dict[str, Any]:
         "time": envelope.time,
         "type": envelope.type,
         "command_id": envelope.commandid,
+        **told_of(envelope),
         "data": orjson.loads(bytes(envelope.data)),
     }
 

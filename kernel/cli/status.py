@@ -121,6 +121,11 @@ def _print_worker(worker: dict[str, Any]) -> None:
         _line(f"  {unknown['aggregate']} is not declared: {unknown['commits']} commits are passed over")
     for waiting in worker.get("waiting_aggregates", []):
         _line(f"  {waiting['aggregates']} of {waiting['aggregate']} wait for a newer program: {waiting['why']}")
+    for reaction in worker.get("reactions", []):
+        timers = reaction["timers"]
+        late = f", {timers['late']} overdue" if timers["late"] else ""
+        pending = f", {timers['pending']} timers{late}" if timers["pending"] else ""
+        _line(f"  {reaction['kind']} {reaction['name']}: {reaction['state']}, {reaction['behind']} behind{pending}")
     for name, lane in worker["limits"]["lanes"].items():
         if lane["why"]:
             _line(f"  {name} slowed to {lane['present']:.4g}/s: {lane['why']}")

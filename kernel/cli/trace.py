@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kernel.cli import EXIT_CODES
-from kernel.cli.common import Where, asynchronous, console, fail, print_json, target_options
+from kernel.cli.common import Where, asynchronous, console, fail, print_json, spoken_of, target_options, told_of
 from kernel.cli.exit_codes import FAILED
 from kernel.cli.progress import commits_bar
 
@@ -117,6 +117,7 @@ def _command(depth: int, command: TracedCommand) -> dict[str, Any]:
         "correlation_id": first.correlation_id or command.id,
         "causation_id": first.causation_id,
         "traceparent": first.traceparent,
+        **told_of(first),
         "depth": depth,
         "caused_by": command.cause and {"command_id": command.cause.id, "event_id": command.cause_event},
         "events": [_event(event) for event in command.events],
@@ -164,6 +165,8 @@ def _print_command(depth: int, command: TracedCommand, wanted: str) -> None:
     _line(depth, f"{name}  {address.aggregate} {address.id}  {first.time[:23]}", style=_style(command.id, wanted))
     if first.correlation_id not in (None, command.id):
         _line(depth + 1, f"correlation {first.correlation_id}", style="dim")
+    if said := spoken_of(first):
+        _line(depth + 1, said, style="dim")
     if first.causation_id is not None and command.cause is None:
         _line(depth + 1, f"caused by {first.causation_id}", style="dim")
 

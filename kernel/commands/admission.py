@@ -19,7 +19,7 @@ from kernel.commands.gateway import CommandGateway
 from kernel.commands.replies import ReplyGuard
 from kernel.governance.governor import Governor, Refusal
 from kernel.log.subjects import Address, Subjects
-from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request, find_oversized
+from kernel.protocol import MAX_COMMAND_ID, CommandRequest, ErrorType, decode_request, find_oversized, origin_of
 from kernel.settings import Commands
 from kernel.telemetry.metrics import REFUSED
 from kernel.telemetry.tracing import NO_TRACING, Tracer
@@ -133,6 +133,10 @@ class Admission:
         if not sent.command_id:
             sent.command_id = uuid7()
         request = Request(sent, command, reply, self._arrived)
+        try:
+            request.origin = origin_of(sent, self._gateway.now)
+        except ValueError as error:
+            raise _Refused("invalid-command", str(error), sent.command_id) from None
         if sent.traceparent is not None:
             request.span = self._tracing.command(sent, address)
         by_address.setdefault(address, []).append(request)
@@ -192,7 +196,8 @@ class Admission:
         for address, requests in sorted(by_address.items(), key=lambda item: len(item[1])):
             admitted = []
             for request in requests:
-                refusal = self._governor.admit(address.aggregate, address.id, request.command)
+                tenant = request.origin.tenant
+                refusal = self._governor.admit(address.aggregate, address.id, request.command, tenant)
                 if refusal is None:
                     admitted.append(request)
                 else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 
 from kernel.log.repeats import Repeats
-from kernel.protocol import ErrorType, Receipt, encode_error, encode_receipt
+from kernel.protocol import ErrorType, Receipt, Returned, encode_error, encode_receipt
 from kernel.telemetry.metrics import COMMAND_SECONDS, COMMANDS, COMMANDS_PENDING, count_error_of, observe_all
 from kernel.transport.outbox import Outbox
 
@@ -79,22 +79,36 @@ class Answers:
         self._times: list[float] = []
         self._repeats = Repeats()
 
-    def send_receipt(self, reply: bytes, receipt: Receipt) -> None:
-        """Answer a command that took effect."""
+    def send_receipt(self, reply: bytes, receipt: Receipt, returned: Returned | None = None) -> None:
+        """Answer a command that took effect. What the server does not take beside the receipt is left out."""
+        if returned is not None and reply:
+            answer = encode_receipt(receipt, returned)
+            if self._outbox.publish(reply, answer):
+                return
+            omitted = f"the answer would have {len(answer)} bytes, which is more than the server takes (max_payload)"
+            if self._outbox.publish(reply, encode_receipt(receipt, Returned(omitted=omitted))):
+                return
         if reply and not self._outbox.publish(reply, encode_receipt(receipt)):
             # the sender knows the id
             short = Receipt(receipt.version, receipt.sequence, receipt.partition, "", receipt.duplicate)
             self._publish_or_drop(reply, encode_receipt(short))
 
     def send_error(
-        self, reply: bytes, type: ErrorType, message: str, command_id: str = "", retry_after: float | None = None
+        self,
+        reply: bytes,
+        type: ErrorType,
+        message: str,
+        command_id: str = "",
+        retry_after: float | None = None,
+        version: int | None = None,
     ) -> None:
         """Answer a command that did not take effect. The message is cut if the server does not take all of it."""
-        if reply and not self._outbox.publish(reply, encode_error(type, message, command_id, retry_after)):
+        if reply and not self._outbox.publish(reply, encode_error(type, message, command_id, retry_after, version)):
             for length in SHORTER:
-                if self._outbox.publish(reply, encode_error(type, message[:length], command_id, retry_after)):
+                answer = encode_error(type, message[:length], command_id, retry_after, version)
+                if self._outbox.publish(reply, answer):
                     return
-            self._publish_or_drop(reply, encode_error(type, "", "", retry_after))
+            self._publish_or_drop(reply, encode_error(type, "", "", retry_after, version))
 
     def _publish_or_drop(self, reply: bytes, answer: bytes) -> None:
         if not self._outbox.publish(reply, answer) and (more := self._repeats.due("dropped")) is not None:

@@ -21,6 +21,7 @@ from kernel.errors import Conflict, Unavailable
 from kernel.log.base import Appending, EventLog
 from kernel.log.subjects import Address
 from kernel.protocol import ErrorType, Receipt
+from kernel.runtime.clock import SYSTEM_CLOCK, Clock
 from kernel.settings import Passivation
 from kernel.telemetry.logging import about
 from kernel.telemetry.metrics import APPEND_SECONDS, APPENDS, BUGS
@@ -37,6 +38,7 @@ class CommandGateway:
         holds: says whether this worker still holds a partition, as far as can be known without asking.
         passivation: which aggregates stay live.
         snapshots: of aggregates.
+        clock: says when a command is decided.
 
     Attributes:
         snapshot: takes a snapshot of a cell if one is due.
@@ -56,9 +58,10 @@ class CommandGateway:
         passivation: Passivation,
         snapshots: SnapshotKeeper,
         tracing: Tracer = NO_TRACING,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._app, self._log, self._tracing = app, log, tracing
-        self.holds = holds
+        self.holds, self.now = holds, clock.now
         self.actors = Actors(self)
         self.residents = Residents(self.actors, passivation.count, passivation.idle, passivation.memory)
         self.pending = PendingCommands(log.subjects.partitions)
@@ -124,7 +127,7 @@ class CommandGateway:
     def _now(self) -> str:
         """Return the moment of decision: one for all that is decided in the same turn of the loop."""
         if not self._moment:
-            self._moment = timestamp()
+            self._moment = timestamp(self.now())
             self._begun = time.perf_counter()
             self._loop.call_soon(self._forget_moment)
         return self._moment
@@ -133,13 +136,30 @@ class CommandGateway:
         self._moment = ""
 
     def succeed(self, address: Address, request: Request, version: int, sequence: int, duplicate: bool) -> None:
+        if duplicate and request.sent.returning == "events" and request.returned is None:
+
+            def answer(problem: str) -> None:
+                if problem:
+                    self.fail(address, request, "unavailable", problem)
+                else:
+                    self.succeed(address, request, version, sequence, True)
+
+            self._histories.collect_events(address, request, sequence, answer)
+            return
         outcome = "duplicate" if duplicate else "ok"
         self._end(address, request, outcome)
         if request.span is not None:
             request.span.end(outcome, version=version, stream_sequence=sequence)
         if request.reply:
             receipt = Receipt(version, sequence, address.partition, request.sent.command_id, duplicate)
-            self.answers.send_receipt(request.reply, receipt)
+            self.answers.send_receipt(request.reply, receipt, request.returned)
+
+    def refuse_version(self, address: Address, request: Request, version: int) -> None:
+        message = f"{address.aggregate} {address.id} has version {version}, and not {request.sent.if_version}"
+        self._end(address, request, "conflict")
+        if request.span is not None:
+            request.span.end("conflict", message)
+        self.answers.send_error(request.reply, "conflict", message, request.sent.command_id, version=version)
 
     def fail(self, address: Address, request: Request, type: ErrorType, message: str) -> None:
         self._end(address, request, type)
@@ -170,6 +190,7 @@ class CommandGateway:
             extra=about(
                 address.aggregate, address.id, outcome=type, command=sent.command, command_id=sent.command_id,
                 correlation_id=sent.correlation_id, causation_id=sent.causation_id, traceparent=sent.traceparent,
+                actor=sent.actor, tenant=sent.tenant,
             ),
         )  # fmt: skip
 

@@ -119,13 +119,13 @@ class Governor:
 
     # admission
 
-    def admit(self, aggregate: str, aggregate_id: str, command: object) -> Refusal | None:
+    def admit(self, aggregate: str, aggregate_id: str, command: object, tenant: str = "") -> Refusal | None:
         """Admit a command, or return its refusal: of several limits, by the limit with the longest wait."""
         now = self._clock()
         limits: list[tuple[str, str, TokenBucket]] = [("commands", "", self.lanes["commands"].bucket)]
         if (bucket := self._types.get(aggregate)) is not None:
             limits.append(("per_aggregate", aggregate, bucket))
-        if self._keyed is not None and (key := self._key_of(aggregate, aggregate_id, command)) is not None:
+        if self._keyed is not None and (key := self._key_of(aggregate, aggregate_id, command, tenant)) is not None:
             limits.append(("per_key", key, self._keyed.get(key, now)))
         longest = 0.0
         refusing = limits[0]
@@ -139,8 +139,9 @@ class Governor:
             bucket.spend(1.0)
         return None
 
-    def _key_of(self, aggregate: str, aggregate_id: str, command: object) -> str | None:
-        assert self._app.rate_key is not None
+    def _key_of(self, aggregate: str, aggregate_id: str, command: object, tenant: str) -> str | None:
+        if self._app.rate_key is None:
+            return tenant or None
         try:
             return self._app.rate_key(aggregate, aggregate_id, command)
         except Exception:

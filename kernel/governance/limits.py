@@ -110,6 +110,4 @@ def check(rates: Rates, app: App) -> Sequence[str]:
         for name, limit in limits.items()
         if any(value is not None and not math.isfinite(value) for value in (limit.rate, limit.burst))
     ]
-    if rates.per_key.rate is not None and app.rate_key is None:
-        problems.append(f"per_key: {app.name} has no rate_key; pass a function to App(..., rate_key=...)")
     return problems

@@ -92,23 +92,24 @@ class _MemoryReader:
             async with asyncio.timeout(timeout):
                 while True:
                     grown = self._log._grown
-                    found = self._waiting()
+                    found, count = self._waiting(limit)
                     if found:
                         break
                     await grown.wait()
         except TimeoutError:
             return CommitBatch([], 0)
-        taken = found[:limit]
-        self._after = taken[-1].sequence
-        return CommitBatch(taken, len(found) - len(taken))
+        self._after = found[-1].sequence
+        return CommitBatch(found, count - len(found))
 
-    def _waiting(self) -> list[Stored]:
+    def _waiting(self, limit: int) -> tuple[list[Stored], int]:
+        """Return the next commits, and how many there are."""
         everything = self._log._all
         start = bisect_right(everything, self._after, key=lambda stored: stored.sequence)
         if self._partition is None:
-            return everything[start:]
+            return everything[start : start + limit], len(everything) - start
         parse = self._log.subjects.parse
-        return [stored for stored in everything[start:] if parse(stored.subject).partition == self._partition]
+        own = [stored for stored in everything[start:] if parse(stored.subject).partition == self._partition]
+        return own[:limit], len(own)
 
     def acknowledge(self, sequence: int) -> None:
         pass

@@ -17,7 +17,7 @@ DEAD_S = 30.0
 """The process is dead if no job has begun for this long, because some jobs begin every second."""
 STOPPING = "stopping"
 PUBLISHING = ("log", "appends", "leases", "commands", "loop")
-PROJECTING = ("log", "database", "leases", "projection", "builds", "loop")
+PROJECTING = ("log", "database", "leases", "projection", "builds", "reactions", "loop")
 
 
 class NotWorking(Exception):
@@ -64,7 +64,7 @@ class Component:
 
 
 class Health:
-    """The states of the components: log, appends, database, leases, projection, builds, commands, event loop.
+    """The states of the components: log, appends, database, leases, projection, and so on.
 
     Args:
         alerts: gets an alert when a component's state changes.

@@ -18,6 +18,7 @@ from kernel.monitoring.watchdog import Watchdog
 from kernel.partitions.ownership import Ownership
 from kernel.projector.live import RUNNING, Projector
 from kernel.projector.progress import ReadProgress
+from kernel.reactions.reactor import Reactors
 from kernel.telemetry.loop_lag import LoopLag
 from kernel.transport.connection import NatsConnection
 from projections.tables import stream
@@ -118,6 +119,13 @@ async def check_leases(ownership: Ownership) -> str:
 async def check_commands() -> str:
     """Say that commands are taken: they are, from the start of the service to its stop."""
     return "taken"
+
+
+async def check_reactions(reactors: Reactors) -> str:
+    """Say that policies and effects are at work, or which of them can't be."""
+    if trouble := reactors.trouble:
+        raise NotWorking(trouble)
+    return f"{len(reactors.report())} at work"
 
 
 async def check_loop(loop_lag: LoopLag, watchdog: Watchdog) -> str:

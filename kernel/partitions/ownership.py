@@ -15,6 +15,7 @@ from kernel.log.subjects import Subjects
 from kernel.partitions.leases import Leases
 from kernel.partitions.members import Members, is_mixed, shares_of
 from kernel.projector.live import Projector
+from kernel.reactions.reactor import Reactors
 from kernel.telemetry.metrics import LEASES_LOST, MOVED, PARTITIONS
 from kernel.transport.connection import ConnectionTrouble, NatsConnection, publish_frame
 
@@ -41,9 +42,10 @@ class Ownership:
         leases: Leases,
         admission: Admission,
         projector: Projector,
+        reactors: Reactors,
     ) -> None:
         self._connection, self._subjects, self._leases = connection, subjects, leases
-        self._admission, self._projector = admission, projector
+        self._admission, self._projector, self._reactors = admission, projector, reactors
         self._listening: dict[int, Callable[[], Any]] = {}
         self._turn = asyncio.Lock()
         self._nudges = subjects.service("leases")
@@ -132,6 +134,7 @@ class Ownership:
         held = frozenset(self._listening)
         me = replace(self._leases.me, held=held)
         self._projector.assign(held, shares_of(me, self.members.others, self._leases.partitions))
+        self._reactors.assign(held)
 
     async def _tell_others(self) -> None:
         """Where programs differ, others project what this worker no longer does, and the other way round."""
@@ -162,7 +165,7 @@ class Ownership:
             self._project()
         try:
             async with asyncio.timeout(HAND_OVER_S):
-                await self._projector.released()
+                await asyncio.gather(self._projector.released(), self._reactors.released())
         except TimeoutError:
             logger.warning("handing over while a batch is being written; the fence decides about it")
         await self._leases.release(partitions)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 from kernel.telemetry.metrics import BATCH_SECONDS, BATCHES, DEAD_LETTERS, ERRORS
 from projections.database import is_infrastructure
@@ -15,6 +15,13 @@ from projections.unit_of_work import Write, Writer
 
 logger = logging.getLogger("eskernel.projector")
 AWAY = "waiting for the database"
+Threads = Callable[[str], Executor]
+"""Makes what runs the statements for one purpose, which it is named after."""
+
+
+def one_thread(name: str) -> Executor:
+    """Return a thread: statements run beside the event loop."""
+    return ThreadPoolExecutor(1, name)
 
 
 class Committer:
@@ -30,9 +37,15 @@ class Committer:
         slowest: seconds of the slowest batch since this was last set to 0.
     """
 
-    def __init__(self, backoff: Sequence[float], interrupted: asyncio.Event, set_state: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        backoff: Sequence[float],
+        interrupted: asyncio.Event,
+        set_state: Callable[[str], None],
+        threads: Threads = one_thread,
+    ) -> None:
         self._backoff, self._interrupted, self._set_state = backoff, interrupted, set_state
-        self._pool = ThreadPoolExecutor(1, "eskernel-write")
+        self._pool = threads("eskernel-write")
         self._began = 0.0
         self.batches = (0, 0)
         self.slowest = 0.0

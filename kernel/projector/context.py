@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ class ProjectorContext:
     unknown: UnknownAggregates
     parkings: ParkingLog
     pauses: Pauses
-    readers: ThreadPoolExecutor
+    readers: Executor
     interrupted: asyncio.Event
     running: Callable[[], None]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from kernel.errors import LogError
 from kernel.governance.pace import IDLE_S, Pace, unpaced
 from kernel.log.base import EventLog
 from kernel.log.repeats import Repeats
-from kernel.projector.committer import AWAY, Committer
+from kernel.projector.committer import AWAY, Committer, Threads, one_thread
 from kernel.projector.context import ProjectorContext
 from kernel.projector.parking import ParkingLog
 from kernel.projector.pausing import Pauses, ProjectionPaused
@@ -69,6 +68,7 @@ class Projector:
         residents: the live aggregates, whose actors fold.
         holds: says whether a partition is still ours, as far as can be known without asking.
         unknown: counts what is passed over, since the app does not declare the aggregate.
+        threads: where statements run.
 
     Attributes:
         state: what it does, or waits for; for people.
@@ -89,6 +89,7 @@ class Projector:
         pace: Pace | None = None,
         tracing: Tracer = NO_TRACING,
         unknown: UnknownAggregates | None = None,
+        threads: Threads = one_thread,
     ) -> None:
         settings = settings or Settings()
         self._holds = holds
@@ -106,7 +107,7 @@ class Projector:
         self._repeats = Repeats()
         self.pauses = Pauses(app.projections, settings.dead_letters)
         self.progress = ReadProgress(log.subjects.partitions)
-        self.committer = Committer(settings.consumer.backoff, self._interrupted, self._set_state)
+        self.committer = Committer(settings.consumer.backoff, self._interrupted, self._set_state, threads)
         self._context = ProjectorContext(
             app=app,
             log=log,
@@ -121,7 +122,7 @@ class Projector:
             unknown=unknown or UnknownAggregates(app),
             parkings=ParkingLog("for", app.projections),
             pauses=self.pauses,
-            readers=ThreadPoolExecutor(1, "eskernel-read"),
+            readers=threads("eskernel-read"),
             interrupted=self._interrupted,
             running=lambda: self._set_state(RUNNING),
         )

@@ -107,6 +107,8 @@ class ParkingLog:
             correlation_id=event and event.correlation_id,
             causation_id=event and event.causation_id,
             traceparent=event and event.traceparent,
+            actor=event and event.actor,
+            tenant=event and event.tenant,
         )
         # of the app's own code the traceback helps; of the database's it is long, and holds what was written
         cause = failure.__cause__ if failure.kind == "handler" else None

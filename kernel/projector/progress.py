@@ -94,6 +94,11 @@ class ReadProgress:
         self._hands.remove(hand)
         self.done += hand.counts.total()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a session has begun: before that, nothing is known."""
+        return self._position is not None
+
     def has_written(self, sequence: int) -> bool:
         """Return whether everything up to a stream sequence was read, and what concerns this worker was written."""
         if not self._owned:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, model_validator
 from kernel.settings.connection import Connection, Security
 from kernel.settings.database import Batch, Database, DeadLetters, Deployment, Verification
 from kernel.settings.fields import Section
-from kernel.settings.governance import Backlog, Commands, Limit, Passivation, Rates, Snapshots
+from kernel.settings.governance import Backlog, Commands, Limit, Passivation, Policies, Rates, Snapshots
 from kernel.settings.jetstream import Consumer, JetStream
 from kernel.settings.observability import Http, Logging, Tracing
 from kernel.settings.stream import Stream
@@ -36,6 +36,7 @@ __all__ = [
     "Loaded",
     "Logging",
     "Passivation",
+    "Policies",
     "Rates",
     "Security",
     "Settings",
@@ -83,6 +84,7 @@ class Settings(Section):
     snapshots: Snapshots = Snapshots()
     commands: Commands = Commands()
     dead_letters: DeadLetters = DeadLetters()
+    policies: Policies = Policies()
     verification: Verification = Verification()
     deployment: Deployment = Deployment()
     backlog: Backlog = Backlog()

@@ -43,6 +43,19 @@ class Commands(Section):
     """Largest number of commands in progress for one aggregate, so that a busy aggregate does not block the others."""
 
 
+class Policies(Section):
+    """Policies and effects: what follows from events."""
+
+    in_flight: Count = 256
+    """Largest number of events of one policy that are worked on at once in each worker, each of another aggregate.
+    An effect has its own `concurrency`."""
+    depth: Annotated[int, Ge(1), Le(1_000)] = 16
+    """How many policies in a row may lead to a command, each at once after the one before. Another one is taken for a
+    loop, and parks the aggregate. What a timer sends a second or more after its event begins anew."""
+    retention: Seconds = 2_592_000.0
+    """Seconds after which a rejected command of a policy is forgotten."""
+
+
 class Backlog(Section):
     """Thresholds of the backlog's levels, for each partition of each projection."""
 
@@ -88,7 +101,8 @@ class Rates(Section):
     per_aggregate: dict[str, Limit] = Field(default_factory=dict)
     """Commands of an aggregate type, by the type's name."""
     per_key: Limit = Limit()
-    """Commands of one key, for example a tenant. The app's `rate_key` returns the key of a command."""
+    """Commands of one key, for example a tenant. The app's `rate_key` returns the key of a command. Without it the
+    key is the tenant that the command's sender names."""
     live: Limit = Limit()
     """Commits projected live."""
     rebuild: Limit = Limit()

@@ -67,6 +67,26 @@ SPEED = Gauge("eskernel_projected_commits_per_second", "Commits projected per se
 PRESSURE = Gauge("eskernel_publishing_pressure", "Pressure on publishing: 0 low, 1 medium, 2 high, 3 critical")
 ALERTS_SENT = Counter("eskernel_alerts_total", "Alerts about backlog, health and pressure", ["kind", "level"])
 ALERTS_DROPPED = Counter("eskernel_alerts_dropped_total", "Alerts dropped because a callback was too slow")
+# policies and effects
+REACTED = Counter(
+    "eskernel_reactions_total",
+    "Events that a policy or an effect is done with, by outcome",
+    ["reaction", "outcome"],
+)
+REACTION_COMMANDS = Counter(
+    "eskernel_policy_commands_total", "Commands of policies, by what became of them", ["policy", "outcome"]
+)
+REACTION_LAG = Gauge("eskernel_reaction_lag_commits", "Commits that a policy or an effect has not read", ["reaction"])
+REACTION_AGE = Gauge(
+    "eskernel_reaction_lag_seconds", "Age of the oldest commit that it has read and is not done with", ["reaction"]
+)
+REACTION_PARKED = Gauge(
+    "eskernel_reaction_parked_aggregates",
+    "Aggregates parked for a policy or an effect, in the whole database",
+    ["reaction"],
+)
+TIMERS_PENDING = Gauge("eskernel_timers_pending", "Timers of a policy in the whole database", ["policy"])
+TIMERS_LATE = Gauge("eskernel_timers_late", "Timers of a policy that are overdue by more than a second", ["policy"])
 # dead letters
 DEAD_LETTERS = Counter("eskernel_dead_letters_total", "Events that became dead letters")
 PARKINGS = Counter("eskernel_parkings_total", "Aggregates parked, by reason of the failure", ["reason"])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
+from aggregates import Rejected
 from aggregates.messages import plain
 from kernel.errors import CommandError, CommandTimeout, Overloaded
 from kernel.protocol import Receipt, decode_answer
@@ -40,6 +41,20 @@ def _expire(future: asyncio.Future[Receipt]) -> None:
         future.set_exception(TimeoutError())
 
 
+_Copies = dict[bytes, "asyncio.Future[Receipt]"]
+"""Requests that were sent and given up, by token, and the answers that may yet come."""
+
+
+class _Lost(ConnectionError):
+    """The connection was lost while a request was under way."""
+
+
+async def _find_receipt(copies: _Copies) -> Receipt | None:
+    """Wait a while for the answers to earlier copies of a command; return the receipt if one has taken effect."""
+    done, _ = await asyncio.wait(copies.values(), timeout=RESEND_S)
+    return next((future.result() for future in done if not future.exception()), None)
+
+
 class _Denied(CommandError):
     """The server does not let the user of the connection publish: to try again would not help."""
 
@@ -58,6 +73,7 @@ class CommandSender:
         self._outbox = Outbox(connection)
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[bytes, _Waiting] = {}
+        self._late: _Copies = {}
         self._watching = False
         self._token = 0
 
@@ -90,6 +106,23 @@ class CommandSender:
         except TypeError as error:
             # an integer beyond 64 bits, a text that is not Unicode, an object that JSON can't represent
             raise CommandError("invalid-command", f"{request['command']} can't be sent: {error}") from None
+        copies: _Copies = {}
+        try:
+            return await self._send(request, subject, payload, timeout, copies)
+        except (Rejected, CommandError):
+            # a copy that was sent before may be decided after this one, and take effect
+            if copies and (receipt := await _find_receipt(copies)) is not None:
+                return receipt
+            raise
+        finally:
+            for token, answer in copies.items():
+                self._late.pop(token, None)
+                if answer.done():
+                    answer.exception()  # what nobody asks for would be logged
+
+    async def _send(
+        self, request: dict[str, Any], subject: bytes, payload: bytes, timeout: float, copies: _Copies
+    ) -> Receipt:
         deadline = self._loop.time() + timeout
         attempt = 1
         pause = 0.05
@@ -98,7 +131,7 @@ class CommandSender:
             if len(payload) > CERTAIN and not self._connection.fits(subject, payload):
                 raise self._too_large(request["command"], len(payload))
             try:
-                return await self._request(subject, payload, min(RESEND_S, deadline - self._loop.time()))
+                return await self._request(subject, payload, min(RESEND_S, deadline - self._loop.time()), copies)
             except (TimeoutError, ConnectionError, Overloaded) as error:
                 if isinstance(error, Overloaded):
                     pause = (error.retry_after or pause) * random.uniform(1.0, 1.0 + JITTER)
@@ -131,7 +164,7 @@ class CommandSender:
         """After a reconnect: what was under way is sent again, unless this server takes less and refuses it."""
         for waiting in self._waiting.values():
             if not waiting.future.done():
-                waiting.future.set_exception(ConnectionError("the connection was lost"))
+                waiting.future.set_exception(_Lost("the connection was lost"))
 
     def _denied(self, subject: str) -> None:
         for waiting in self._waiting.values():
@@ -139,7 +172,7 @@ class CommandSender:
                 why = f"the user of this connection may not publish to {subject}: see its permissions"
                 waiting.future.set_exception(_Denied("unavailable", why))
 
-    async def _request(self, subject: bytes, payload: bytes, timeout: float) -> Receipt:
+    async def _request(self, subject: bytes, payload: bytes, timeout: float, copies: _Copies) -> Receipt:
         self._token += 1
         token = b"%d" % self._token
         future: asyncio.Future[Receipt] = self._loop.create_future()
@@ -157,6 +190,10 @@ class CommandSender:
         self._outbox.publish(subject, payload, reply=b"%b.%b" % (self._inbox, token))
         try:
             return await future
+        except (TimeoutError, _Lost):
+            # the request may be on its way for a while yet
+            copies[token] = self._late[token] = self._loop.create_future()
+            raise
         finally:
             if handle is not None:
                 handle.cancel()
@@ -174,10 +211,11 @@ class CommandSender:
         self._watching = False
 
     def _answered(self, subject: bytes, _reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        waiting = self._waiting.get(subject[subject.rfind(b".") + 1 :])
-        if waiting is None or waiting.future.done():
+        token = subject[subject.rfind(b".") + 1 :]
+        waiting = self._waiting.get(token)
+        future = waiting.future if waiting is not None else self._late.get(token)
+        if future is None or future.done():
             return
-        future = waiting.future
         if status_of(headers) == 503:
             future.set_exception(ConnectionError("no worker accepts commands for this app at the moment"))
             return

@@ -104,7 +104,12 @@ packed = st.builds(
     tags=st.frozensets(integers, max_size=3),
 )
 decisions = st.lists(
-    st.tuples(texts, st.lists(packed, min_size=1, max_size=3), st.none() | texts, st.none() | texts, st.none() | texts),
+    st.tuples(
+        texts,
+        st.lists(packed, min_size=1, max_size=3),
+        *(st.none() | texts, st.none() | texts, st.none() | texts),
+        st.integers(0, 2**31 - 1),
+    ),
     min_size=1,
     max_size=3,
 )
@@ -137,6 +142,7 @@ def test_a_commit_comes_back_as_it_was_decided(decided: list[Any], id: str, sequ
         assert envelope.correlation_id == decision.correlation_id
         assert envelope.causation_id == decision.causation_id
         assert envelope.traceparent == decision.traceparent
+        assert envelope.depth == decision.depth
 
 
 @settings(max_examples=50)
@@ -159,6 +165,7 @@ def test_a_commit_is_a_cloudevents_batch(decided: list[Any], id: str) -> None:
         assert uuid.UUID(item["id"]).version == 7
         assert datetime.fromisoformat(item["time"]).utcoffset() == timedelta(0)
         assert isinstance(item["data"], dict)
+        assert item.get("depth") != 0
         # names of attributes: lower-case letters and digits only; no attribute is null; simple types
         for name, value in item.items():
             assert name.isascii()

@@ -28,7 +28,16 @@ PROSE = {"lacks"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation.replace("-", "").replace("_", ""))
 
 
-PUBLIC = {"aggregates", "projections", "kernel", "kernel.errors", "kernel.settings", "kernel.log", "examples.bank"}
+PUBLIC = {
+    "aggregates",
+    "projections",
+    "kernel",
+    "kernel.errors",
+    "kernel.settings",
+    "kernel.log",
+    "kernel.testing",
+    "examples.bank",
+}
 OTHERS = {"alembic", "pytest", "sqlalchemy", "sqlalchemy.orm"}
 
 

@@ -28,7 +28,9 @@ PORT = "127.0.0.1:9100"
 def environment() -> dict[str, str]:
     """Return that of the commands that pages type."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ESKERNEL_", "PYTEST_"))}
-    return {**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    found = {**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    # where eskernel is installed, pytest finds it by its entry point
+    return {**found, "PYTEST_PLUGINS": "eskernel_pytest"}
 
 
 @pytest.fixture

@@ -236,7 +236,9 @@ class Entries(Sql, of=Tank):
 
 def tanks(name: str) -> App:
     """Return the app under this name, and so with its own stream."""
-    return App(name, aggregates=[Tank], projections=[Levels, Colours, Entries])
+    from tests.faults.gauges import Bell, Gauge, Watch
+
+    return App(name, aggregates=[Tank, Gauge], projections=[Levels, Colours, Entries], policies=[Watch], effects=[Bell])
 
 
 app = tanks(os.environ.get(NAME_VARIABLE, "faults"))

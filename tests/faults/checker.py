@@ -1,7 +1,8 @@
 """The conditions that a finished run must meet, whatever happened during it. This imports nothing of the product.
 
 (a) the log's order, (b) commands against the answers to their senders, and the domain's own rule, (c) every row,
-(d) every dead letter. (e), leftover processes, leases and consumers, is checked with `evidence.py`.
+(d) every dead letter, (p) what policies owe. (e), leftover processes, leases and consumers, is checked with
+`evidence.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tests.faults.owed import Reactions, check_owed, of_kind
 from tests.faults.rules import (
     LIMIT,
     PROJECTIONS,
@@ -30,6 +32,7 @@ from tests.faults.rules import (
     tank_of,
 )
 
+COMMIT = b'[{"specversion"'
 SPECULATION_S = 1.0
 """An actor may refuse on a level whose event is still on its way to the log: the event must be there within this time.
 A longer time would accept any level of a tank that changes often."""
@@ -63,6 +66,7 @@ class History:
     attempts: list[Attempt]
     garbage: list[Garbage]
     tables: Tables
+    reactions: Reactions = field(default_factory=Reactions)
 
 
 @dataclass(slots=True)
@@ -91,7 +95,8 @@ def check(history: History) -> list[Violation]:
     _check_refusals(log, history.attempts, found)
     _check_rows(log, history.tables, found)
     _check_letters(history, log, found)
-    return found
+    owed = check_owed(history.app, history.partitions, history.messages, history.reactions)
+    return found + [Violation("p", text) for text in owed]
 
 
 def verdict_of(attempts: Sequence[Attempt]) -> str:
@@ -111,6 +116,8 @@ def _read(history: History, found: list[Violation]) -> _Log:
             found.append(Violation("a", f"the stream goes from {expected - 1} to {message.sequence}"))
         expected = message.sequence + 1
         tank = tank_of(history.app, message.subject)
+        if of_kind(history.app, message.subject, "Gauge") is not None and message.payload.startswith(COMMIT):
+            continue
         if tank is None or tank not in known:
             log.garbage.append(message)
             continue

@@ -20,7 +20,8 @@ import orjson
 from tests.faults import evidence
 from tests.faults.checker import History, Violation, check, verdict_of
 from tests.faults.clients import Load
-from tests.faults.places import Database, Service
+from tests.faults.owed import Reactions
+from tests.faults.places import BELLS, Database, Service
 from tests.faults.rules import Attempt
 
 CATCH_UP_S = 90.0
@@ -176,9 +177,11 @@ class CheckedRun(ABC):
         stream = await evidence.read_stream(self.url, self.app)
         tables = await asyncio.to_thread(reader.tables)
         assert self.load is not None
+        reactions = Reactions(await asyncio.to_thread(reader.rejected), self.bells())
         history = History(
-            self.app, stream.partitions, stream.last, stream.messages, self.load.attempts, self.load.garbage, tables
-        )
+            self.app, stream.partitions, stream.last, stream.messages, self.load.attempts, self.load.garbage, tables,
+            reactions,
+        )  # fmt: skip
         found = await asyncio.to_thread(check, history)
         self.violations += found
         self.result.deadlocks = await asyncio.to_thread(reader.deadlocks)
@@ -191,6 +194,10 @@ class CheckedRun(ABC):
         self.result.letters = len(tables.letters) - self.result.garbage
         if found:
             self._keep(history)
+
+    def bells(self) -> list[str]:
+        """Return the ids of the events that the effect has taken place for."""
+        return [bell for file in self.directory.rglob(BELLS) for bell in file.read_text().split()]
 
     def _keep(self, history: History) -> None:
         """Save the evidence for the verdict."""

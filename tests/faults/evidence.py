@@ -13,6 +13,7 @@ from nats.js.errors import NotFoundError
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Connection, make_url
 
+from tests.faults.owed import of_kind
 from tests.faults.rules import Letter, Message, Tables, tank_of
 
 _BATCH = 500
@@ -152,23 +153,40 @@ class Reader:
     def behind(self, app: str, stream: Stream) -> list[str]:
         """Return the projections that have not folded their partitions up to the stream's end, and missing garbage."""
         ends: dict[int, int] = {}
+        rung: dict[int, int] = {}
         garbage = 0
         for message in stream.messages:
-            if tank_of(app, message.subject) is None or not message.payload.startswith(b'[{"specversion"'):
+            commit = message.payload.startswith(b'[{"specversion"')
+            if commit and of_kind(app, message.subject, "Gauge") is not None:
+                rung[int(message.subject.split(".")[2])] = message.sequence
+            elif tank_of(app, message.subject) is None or not commit:
                 garbage += 1
             else:
                 ends[int(message.subject.split(".")[2])] = message.sequence
         with self._engine.connect() as connection:
             stands = {(row[0], row[1]): row[2] for row in _rows(connection, _CHECKPOINTS)}
+            reacted = {(row[0], row[1]): row[2] for row in _rows(connection, _REACTED)}
+            pending = _rows(connection, "SELECT count(*) FROM eskernel_timer WHERE attempt IS NOT NULL")[0][0]
             kept = _rows(connection, "SELECT count(*) FROM eskernel_dead_letter WHERE projection = ''")[0][0]
         found = [
             f"{projection} of partition {partition} is at {at}, its last event at {ends[partition]}"
             for (projection, partition), at in sorted(stands.items())
             if at < ends.get(partition, 0)
         ]
+        found += [
+            f"{name} of partition {partition} is at {at}, what it reacts to at {goal.get(partition, 0)}"
+            for (name, partition), at in sorted(reacted.items())
+            if at < (goal := {"Watch": ends, "Bell": rung}.get(name, {})).get(partition, 0)
+        ]
+        found += [f"{pending} timers are pending"] if pending else []
         missing = set(ends) - {partition for _, partition in stands}
         found += [f"partition {partition} has no checkpoint" for partition in sorted(missing)]
         return found + ([f"{kept} of {garbage} pieces of garbage are kept"] if kept < garbage else [])
+
+    def rejected(self) -> list[tuple[str, str]]:
+        """Return event and place of the commands of policies that were rejected."""
+        with self._engine.connect() as connection:
+            return [(row[0], row[1]) for row in _rows(connection, "SELECT event_id, place FROM eskernel_rejection")]
 
     def live_versions(self) -> set[int]:
         """Return the versions of the projections with versions that readers see."""
@@ -202,6 +220,7 @@ class Reader:
 _CHECKPOINTS = """
     SELECT c.projection, c.partition, c.sequence FROM eskernel_checkpoint c
     JOIN eskernel_projection p ON p.name = c.projection AND p.generation = c.generation WHERE p.state = 'live'"""
+_REACTED = "SELECT projection, partition, sequence FROM eskernel_checkpoint WHERE generation = 0"
 _LIVE = "SELECT version FROM eskernel_projection WHERE state = 'live' AND name IN ('Levels', 'Colours')"
 _FAILED = """
     SELECT count(*) FROM eskernel_dead_letter d JOIN eskernel_projection p

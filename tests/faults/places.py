@@ -25,6 +25,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from tests.faults.app import BROKEN_VARIABLE, NAME_VARIABLE, VERSION_VARIABLE
+from tests.faults.gauges import BELL_VARIABLE
 
 ROOT = Path(__file__).parent.parent.parent
 OWNER_VARIABLE = "FAULTS_SERVICE"
@@ -46,6 +47,10 @@ def free_port() -> int:
 
 def _die_with_driver() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+BELLS = "bells.txt"
+"""What the effect writes to, in the directory of a run."""
 
 
 def spawn(arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
@@ -213,7 +218,10 @@ class Service:
         self.pauses = any(setting.startswith("dead_letters.pause_above=") for setting in more)
         self.log = directory / "service.log"
         self._owner = f"{name} {directory}"
-        self.environment = {NAME_VARIABLE: name, OWNER_VARIABLE: self._owner, "PYTHONUNBUFFERED": "1"}
+        bell = str(directory / BELLS)
+        self.environment = {
+            NAME_VARIABLE: name, OWNER_VARIABLE: self._owner, BELL_VARIABLE: bell, "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
         self.exits: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._wanted, self._begin = False, 0

@@ -17,8 +17,8 @@ import pytest
 
 from aggregates import DeclarationError, EskernelError
 from kernel.cli.exit_codes import exit_code_of
-from kernel.errors import CommandError, Conflict, SettingsError
-from kernel.protocol import ErrorType
+from kernel.errors import CommandError, Conflict, NotReturned, SettingsError, VersionConflict
+from kernel.protocol import ErrorType, Receipt
 from kernel.transport.jetstream_api import ApiError
 from projections import HandlerFailed
 from tests.kernel.test_public_names import PACKAGES, PUBLIC
@@ -31,6 +31,7 @@ INTERNAL = {
     "FileReplaced": "between the engine and the projector, which waits; people read it in the health report",
     "NewerEvent": "an InvalidMessage: the aggregate's projections wait, its commands are answered as unavailable",
     "NotPermitted": "an Unavailable, after which a client sends without knowing the partition",
+    "Failed": "between the work on an event and its session, which parks the aggregate",
     "NotWorking": "between a probe and the health report",
     "ProjectionPaused": "between a session and the projector, which begins another one without that projection",
     "Refused": "a HandlerFailed: the aggregate whose value a column can't carry is parked",
@@ -44,7 +45,9 @@ SAMPLES: dict[type[EskernelError], Callable[[type[Any]], EskernelError]] = {
     DeclarationError: lambda kind: kind(["a: first", "b: second"]),
     SettingsError: lambda kind: kind(["stream.replicas: too many", "http.port: no number"]),
     Conflict: lambda kind: kind("bank.evt.0.Account.x", 3, 4, uncertain=True),
+    VersionConflict: lambda kind: kind("Account x has version 4, and not 3", 4),
     CommandError: lambda kind: kind("overloaded", "too much", 1.5),
+    NotReturned: lambda kind: kind("too large", Receipt(4, 17, 3, "c-1")),
     ApiError: lambda kind: kind("STREAM.INFO", {"description": "no stream", "err_code": 10059}),
     HandlerFailed: lambda kind: kind(1, ("Account", "x"), 3, "ValueError: no", "handler", True),
 }

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from aggregates import applies
 from kernel import App, Client, Receipt, Service
+from kernel.testing import running
 from projections import Rows, dead_letters
 from projections.database import open_database
 from tests.conftest import settings_for
@@ -116,3 +117,10 @@ async def test_an_event_of_a_newer_program_lets_the_view_wait_and_no_other_proje
         assert rows == [{"cents": 5}]
         assert await client.query("select story, cents from order_views") == [{"story": " one", "cents": 0}]
     await service.stop()
+
+
+async def test_a_whole_app_in_process_has_them_too() -> None:
+    async with running(App("orders", aggregates=[Order, Payment], projections=[Orders, Days])) as kernel:
+        await kernel.execute(Order, "n", Note("x", ["1", "2"]))
+        receipt = await kernel.execute(Payment, "p", Pay("2", 5))
+        assert await stories(kernel, [receipt]) == {"1": (1, 0), "2": (1, 5)}

@@ -131,3 +131,16 @@ def test_a_worker_that_cannot_import_the_app_tells_its_parent_why(installed: Ins
     )
     assert (done.returncode, done.stderr) == (REFUSED, b"")
     assert f"hides your folder {folder}" in json.loads(done.stdout)["failed"]
+
+
+def test_pytest_without_eskernels_fixture_imports_neither_eskernel_nor_such_a_folder(
+    installed: Installed, tmp_path: Path
+) -> None:
+    for name in NAMES:
+        make_folder(tmp_path, name, TRAP)
+    (tmp_path / "test_other.py").write_text(
+        f"import sys\n\ndef test_nothing_is_loaded():\n    assert sys.modules.keys().isdisjoint({NAMES!r})\n"
+        "    assert 'eskernel_pytest' in sys.modules\n"
+    )
+    said = installed.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_other.py", folder=tmp_path)
+    assert "1 passed" in said.stdout

@@ -16,6 +16,7 @@ from tests.packaging.conftest import ROOT, Installed, Running
 
 pytestmark = pytest.mark.timeout(300)  # a dozen processes
 PACKAGES = {"aggregates", "projections", "kernel", "migrations"}
+PLUGIN = "eskernel_pytest.py"
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """SHA-256 of the licence's text as the Apache Software Foundation publishes it."""
 
@@ -32,15 +33,15 @@ def version() -> str:
     return found
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(files: dict[str, bytes]) -> None:
-    assert {PurePosixPath(name).parts[0] for name in files} == PACKAGES | {f"eskernel-{version()}.dist-info"}
+def test_the_wheel_holds_the_four_packages_the_plugin_for_pytest_and_nothing_else(files: dict[str, bytes]) -> None:
+    assert {PurePosixPath(name).parts[0] for name in files} == PACKAGES | {PLUGIN, f"eskernel-{version()}.dist-info"}
 
 
 def test_the_wheel_holds_every_module_of_the_packages_and_what_alembic_needs(files: dict[str, bytes]) -> None:
     sources = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert {"migrations/env.py", "migrations/versions/0001_first.py", "kernel/cli/__init__.py"} <= sources
     markers = {f"{package}/py.typed" for package in PACKAGES}
-    expected = sources | markers | {"migrations/script.py.mako"}
+    expected = sources | markers | {PLUGIN, "migrations/script.py.mako"}
     assert {name for name in files if ".dist-info/" not in name} == expected
 
 
@@ -89,3 +90,14 @@ def test_a_stranger_runs_the_readmes_bank(
     assert "alice" in eskernel("query", "select * from balances")
     service.stop()
     assert {path.name for path in project.iterdir()} <= {"bank.py", ".eskernel", "__pycache__"}
+
+
+def test_pytest_has_the_fixture_running_without_an_import(installed: Installed, project: Path) -> None:
+    (project / "test_bank.py").write_text(
+        "import asyncio\nfrom bank import Account, Deposit, app\n\ndef test_a_deposit(running):\n"
+        "    async def deposit():\n        async with running(app) as kernel:\n"
+        "            receipt = await kernel.execute(Account, 'alice', Deposit(500))\n"
+        "            return await kernel.query('select cents from balances', after=receipt)\n\n"
+        "    assert asyncio.run(deposit()) == [{'cents': 500}]\n"
+    )
+    assert "1 passed" in installed.run("python", "-m", "pytest", "-q", folder=project).stdout

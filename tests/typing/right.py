@@ -6,7 +6,7 @@ Nothing here runs. tests/typing/test_typing.py has mypy and pyright read it as a
 # pyright: strict
 from collections.abc import Sequence
 from dataclasses import field
-from datetime import date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -31,11 +31,15 @@ from kernel import (
     Alert,
     App,
     Client,
+    CommandMessage,
     LoadedAggregate,
+    Outcome,
     Rebuild,
     RebuildProgress,
     Rebuilt,
     Receipt,
+    ReceiptWithEvents,
+    ReceiptWithState,
     Service,
     Settings,
     load_app,
@@ -43,6 +47,8 @@ from kernel import (
 from kernel.errors import CommandError, CommandTimeout, Conflict, EskernelError, Overloaded, SettingsError
 from kernel.log import EventLog, JetStreamLog, MemoryLog
 from kernel.settings import Loaded, Rates, Stream, load
+from kernel.testing import MovableClock, Running, RunningApp
+from kernel.testing import running as run_app
 from projections import (
     DROP,
     Drop,
@@ -100,6 +106,9 @@ class Account(Aggregate):
     @handles
     def deposit(self, command: Deposit, context: Context) -> Deposited:
         assert_type(context.now, datetime)
+        assert_type(context.occurred_at, datetime)
+        assert_type(context.actor + context.tenant, str)
+        assert_type(dict(context.metadata), dict[str, str])
         assert_type(context.new_id(), str)
         return Deposited(command.cents, context.now.date())
 
@@ -276,6 +285,27 @@ async def use() -> list[dict[str, Any]]:
         assert_type(client, Client)
         receipt = await client.execute(Account, "alice", Deposit(500), command_id="once", timeout=5.0)
         assert_type(receipt, Receipt)
+        receipt = await client.execute(
+            Account,
+            "alice",
+            Deposit(500),
+            if_version=3,
+            actor="bert",
+            tenant="acme",
+            metadata={"ip": "::1"},
+            occurred_at=datetime(2013, 1, 1, tzinfo=UTC),
+        )
+        with_events = await client.execute(Account, "alice", Deposit(500), returning="events")
+        assert_type(with_events, ReceiptWithEvents)
+        assert_type(with_events.events, tuple[Any, ...])
+        with_state = await client.execute(Account, "alice", Deposit(500), returning="state", if_version=0)
+        assert_type(with_state, ReceiptWithState[Account])
+        assert_type(with_state.state.balance, int)
+        commands = [CommandMessage(Account, "alice", Deposit(cents), command_id=f"c{cents}") for cents in range(3)]
+        async for outcome in client.execute_many(commands, in_flight=5, raise_errors=True):
+            assert_type(outcome, Outcome)
+            assert_type(outcome.receipt, Receipt)
+            assert_type(outcome.error, EskernelError | None)
         assert_type(receipt.sequence, int)
         assert_type(receipt.duplicate, bool)
         assert_type(client.log, JetStreamLog)
@@ -293,6 +323,18 @@ async def use() -> list[dict[str, Any]]:
         rows = await client.query("SELECT * FROM balances WHERE account = :id", {"id": "alice"}, after=receipt)
         assert_type(rows, list[dict[str, Any]])
         return rows
+
+
+async def test(running: Running) -> None:
+    async with running(app, Settings(), now=datetime(2026, 1, 1, tzinfo=UTC)) as kernel:
+        assert_type(kernel, RunningApp)
+        assert_type(await kernel.execute(Account, "alice", Deposit(500)), Receipt)
+        assert_type(await kernel.load(Account, "alice"), LoadedAggregate[Account])
+        assert_type(kernel.clock, MovableClock)
+        kernel.clock.advance(timedelta(hours=1))
+        await kernel.settled(timeout=5.0)
+    async with run_app(app) as kernel:
+        assert_type(await kernel.query("SELECT 1"), list[dict[str, Any]])
 
 
 def show(progress: RebuildProgress) -> None:

@@ -102,8 +102,11 @@ Settings(lease="long")  # E: arg-type | reportArgumentType
 
 async def use(client: Client, receipt: Receipt) -> None:
     client.execute(Account, "alice", Deposit(1))  # E: unused-coroutine | reportUnusedCoroutine
-    await client.execute("Account", "alice", Deposit(1))  # E: arg-type | reportArgumentType
-    await client.execute(Account, "alice", Deposit(1), "an id")  # E: call-arg | reportCallIssue
+    await client.execute("Account", "alice", Deposit(1))  # E: call-overload | reportArgumentType
+    await client.execute(Account, "alice", Deposit(1), "an id")  # E: call-overload | reportCallIssue
+    await client.execute(Account, "alice", Deposit(1), if_versoin=3)  # E: call-overload | reportCallIssue
+    send = client.execute
+    await send(Account, "a", Deposit(1), returning="rows")  # E: call-overload | reportArgumentType, reportCallIssue
     receipt.sequence = 1  # E: misc | reportAttributeAccessIssue
     rows = await client.query("SELECT 1", after=3)  # E: arg-type | reportArgumentType
     rows.first()  # E: attr-defined | reportAttributeAccessIssue

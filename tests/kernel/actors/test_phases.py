@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from aggregates.cell import Cell
 from aggregates.declaration import declare
+from aggregates.state_codec import decode_state
 from kernel.actors.aggregate import AggregateActor, Phase
 from kernel.actors.mailbox import Appended, Decide, Leave, Loaded, Passivate, Request, Searched
 from kernel.errors import Conflict, PayloadTooLarge, Unavailable
 from kernel.log.subjects import Address
 from kernel.protocol import CommandRequest
-from tests.apps import Note, Notebook
+from tests.apps import Note, Notebook, Noted
 
 ALICE = Address("books.evt.1.Notebook.alice", 1, "Notebook", "alice")
 BOB = Address("books.evt.1.Notebook.bob", 1, "Notebook", "bob")
@@ -26,6 +28,9 @@ class Desk:
         self.answers: list[tuple[str, str]] = []
         self.bugs: list[str] = []
         self.fails = self.lost = False
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
 
     def holds(self, _partition: int) -> bool:
         return not self.lost
@@ -53,6 +58,9 @@ class Desk:
             raise RuntimeError("an answer that can't be sent")
         self.answers.append((request.sent.command_id, outcome))
 
+    def refuse_version(self, _address: Address, request: Request, version: int) -> None:
+        self.answer(request, f"conflict at {version}")
+
     def report_bug(self, problem: str) -> None:
         self.bugs.append(problem)
 
@@ -71,6 +79,18 @@ class Stage:
             for command_id in command_ids
         ]
         self.send(Decide(address, requests))
+
+    def decide_if(self, **versions: int) -> None:
+        """Decide commands by id, each if the aggregate has a version."""
+        self.send(
+            Decide(
+                ALICE,
+                [
+                    Request(CommandRequest("Notebook", "alice", "Note", {}, name, if_version=version), Note("a"), b"")
+                    for name, version in versions.items()
+                ],
+            )
+        )
 
     def load(self, address: Address = ALICE) -> None:
         self.send(Loaded(Cell(DECLARED, address.id)))
@@ -140,6 +160,69 @@ def test_after_a_conflict_everything_is_decided_again_on_the_new_state() -> None
     assert stage.actor.phase is Phase.LOADING
     stage.load()
     assert stage.desk.asked[-1] == ("append 2", "alice")
+
+
+def test_of_commands_for_one_version_that_are_decided_together_one_takes_effect() -> None:
+    stage = loaded()
+    stage.decide_if(a=1, b=1, c=2, d=0)
+    assert stage.desk.asked == [("append 2", "alice")]
+    assert stage.desk.answers == []  # a refusal rests on what is being appended
+    stage.send(Appended(8))
+    assert stage.desk.answers == [
+        ("a", "version 2"), ("b", "conflict at 2"), ("c", "version 3"), ("d", "conflict at 3")
+    ]  # fmt: skip
+
+
+def test_a_command_for_a_version_is_decided_again_where_another_writer_was_first() -> None:
+    stage = loaded()
+    stage.decide_if(a=1)
+    stage.send(Appended(Conflict(ALICE.subject, 1, 2)))
+    stage.send(Loaded(cell_of(2)))
+    assert stage.desk.answers == [("a", "conflict at 2")]
+
+
+def test_a_version_that_is_not_known_yet_has_the_state_loaded_again_once() -> None:
+    stage = loaded()
+    stage.decide_if(a=1, b=3, c=9)
+    stage.send(Appended(8))
+    assert stage.desk.asked[1:] == [("load", "alice")]
+    stage.send(Loaded(cell_of(3)))
+    assert stage.desk.asked[1:] == [("load", "alice"), ("append 1", "alice")]
+    stage.send(Appended(10))
+    assert stage.desk.asked[3:] == []
+    assert stage.desk.answers == [("a", "version 2"), ("b", "version 4"), ("c", "conflict at 4")]
+
+
+def test_a_state_that_was_just_loaded_is_not_loaded_again_for_a_version() -> None:
+    stage = Stage()
+    stage.decide_if(a=5)
+    stage.send(Loaded(cell_of(3)))
+    assert (stage.desk.asked, stage.desk.answers) == ([("load", "alice")], [("a", "conflict at 3")])
+
+
+def test_a_repeated_command_gets_its_first_receipt_whatever_version_it_is_for() -> None:
+    stage = loaded()
+    stage.decide_if(first=0)
+    assert stage.desk.answers == [("first", "version 1")]
+
+
+def test_the_state_that_a_repeated_command_returns_is_in_the_log() -> None:
+    stage = loaded()
+    repeat = Request(CommandRequest("Notebook", "alice", "Note", {}, "first", returning="state"), Note("a"), b"reply")
+    stage.send(Decide(ALICE, [stage_request("new"), repeat]))
+    assert stage.desk.answers == []
+    stage.send(Appended(8))
+    assert stage.desk.answers == [("new", "version 2"), ("first", "version 1")]
+    assert repeat.returned is not None
+    assert repeat.returned.state
+    assert decode_state(Notebook, repeat.returned.state).total == 2
+
+
+def cell_of(version: int) -> Cell[Any]:
+    cell = Cell(DECLARED, "alice")
+    cell.evolve([DECLARED.event_types[Noted].encode(Noted("x", 1)) for _ in range(version)])
+    cell.position = version
+    return cell
 
 
 def test_commands_whose_commit_is_too_large_are_decided_one_by_one() -> None:

@@ -81,6 +81,21 @@ def test_a_command_prints_its_receipt(shell: Shell) -> None:
     assert receipt["version"] == 2
 
 
+def test_what_is_said_of_a_command_is_shown_with_its_events(shell: Shell) -> None:
+    said = ["--actor", "ada", "--tenant", "acme", "--metadata", "ip=::1", "--occurred-at", "2013-01-31T12:00"]
+    shell("send", "Account", "gina", "Deposit", "cents=5", "--command-id", "gina-1", "--if-version", "0", *said)
+    assert "version 1, and not 0" in shell("send", "Account", "gina", "Deposit", "cents=5", "--if-version=0", code=1)
+    assert "is not NAME=TEXT" in shell("send", "Account", "gina", "Deposit", "cents=5", "--metadata", "ip", code=2)
+    assert "by ada, for acme, of 2013-01-31T12:00:00Z, ip=::1" in shell("show", "Account", "gina", "--history")
+    assert "by ada, for acme" in shell("trace", "gina-1", "--aggregate", "Account/gina")
+    (event,) = json.loads(shell("show", "Account", "gina", "--history", "--json"))["events"]
+    assert (event["actor"], event["tenant"], event["metadata"]) == ("ada", "acme", {"ip": "::1"})
+    deadline = time.monotonic() + 10
+    while not json.loads(shell("query", "--json", "select * from balances where account = 'gina'")):
+        assert time.monotonic() < deadline
+    assert "command gina-1, by ada, for acme" in shell("blame", "balances", "gina")
+
+
 def test_a_rejection_exits_with_1_and_the_reason(shell: Shell) -> None:
     assert "balance is 0" in shell("send", "Account", "bert", "Withdraw", "cents=700", code=1)
 

@@ -53,6 +53,14 @@ async def test_a_receipt_has_version_and_stream_sequence(client: Client) -> None
     assert not second.duplicate
 
 
+async def test_how_many_policies_led_to_a_command_is_stored_with_its_events(client: Client) -> None:
+    request = {"aggregate": "Notebook", "id": "n", "command": "Note", "data": {"text": "hi"}, "command_id": "c"}
+    await client.send({**request, "depth": 3})
+    await client.execute(Notebook, "n", Note("by a person"))
+    stored = await client.log.read_subject(client.log.subjects.address("Notebook", "n").subject)
+    assert [envelope.depth for commit in stored for envelope in decode(commit.payload)] == [3, 0]
+
+
 async def test_a_rejection_reaches_the_caller_as_such_and_appends_nothing(client: Client) -> None:
     with pytest.raises(Rejected, match="^nothing to note$"):
         await client.execute(Notebook, "n", Note(""))
@@ -99,6 +107,7 @@ async def test_a_command_that_arrives_twice_at_once_takes_effect_once(service: S
         (b"\xff\xfe", "malformed", "request"),
         (b"[]", "malformed", "object"),
         (b'{"id": "n", "command": "Note"}', "malformed", "aggregate"),
+        (b'{"aggregate": "Notebook", "id": "n", "command": "Note", "depth": -1}', "malformed", "depth"),
         (b'{"aggregate": "Notebok", "id": "n", "command": "Note"}', "unknown-aggregate", "Notebook"),
         (b'{"aggregate": "Notebook", "id": "n", "command": "Nope"}', "unknown-command", "NoteTwice"),
         (b'{"aggregate": "Notebook", "id": "n", "command": "Note"}', "invalid-command", "text"),

@@ -288,6 +288,16 @@ def test_a_command_meets_the_limit_that_lasts_longest_and_takes_nothing_from_the
     assert made.admit("Notebook", "u", Note("a")) is None
 
 
+def test_without_a_key_function_a_command_counts_for_its_tenant() -> None:
+    made = governor(App("a", aggregates=[Notebook]), per_key={"rate": 1, "burst": 1})
+    assert made.admit("Notebook", "x", Note("a"), "acme") is None
+    refusal = made.admit("Notebook", "y", Note("a"), "acme")
+    assert refusal is not None
+    assert (refusal.limit, refusal.message) == ("per_key", "rates.per_key acme: 1/s")
+    assert made.admit("Notebook", "y", Note("a"), "other") is None
+    assert all(made.admit("Notebook", "x", Note("a")) is None for _ in range(5))
+
+
 def test_a_key_function_that_fails_counts_as_no_key_and_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     def failing(_aggregate: str, aggregate_id: str, _command: object) -> str | None:
         if aggregate_id == "keyless":
@@ -337,7 +347,6 @@ def test_limits_are_written_as_people_write_them() -> None:
         ({"commands.rate": True}, "not a number"),
         ({"live.burst": 0.5}, "greater than or equal to 1"),
         ({"per_aggregate.Book.rate": 5}, "has no aggregate 'Book'; it has Notebook"),
-        ({"per_key.rate": 5}, "rate_key"),
     ],
 )
 def test_limits_that_cannot_be_are_refused_whole(values: dict[str, Any], says: str) -> None:

@@ -153,7 +153,7 @@ async def test_a_service_that_works_says_so_of_every_component(
         assert report["publishing"]
         assert report["projecting"]
         assert set(report["components"]) == {
-            "log", "appends", "database", "leases", "projection", "builds", "commands", "loop"
+            "log", "appends", "database", "leases", "projection", "builds", "reactions", "commands", "loop"
         }  # fmt: skip
         assert all(component["ok"] and component["since"] > 0 for component in report["components"].values())
         assert report["components"]["log"]["latency"] > 0

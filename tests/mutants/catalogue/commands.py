@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants.catalogue.mutant import Mutant
 
 COMMANDS = "tests/kernel/commands/test_commands.py"
+OPTIONS = "tests/kernel/commands/test_options.py"
+PHASES = "tests/kernel/actors/test_phases.py"
 REPLIES = "tests/kernel/commands/test_replies.py"
 SNAPSHOTS = "tests/kernel/actors/test_snapshots.py"
 READ_AHEAD = "tests/kernel/actors/test_read_ahead.py"
@@ -17,7 +19,10 @@ MUTANTS = [
         "kernel/actors/aggregate.py",
         """            known = cell.commands.get(sent.command_id)
             if known is not None:
-                self.gateway.succeed(self.address, request, known[0], known[1], True)
+                if decisions and sent.returning == "state":
+                    self.stash = requests[place:]  # the state rests on events that are not in the log yet
+                    break
+                self._repeat(request, known)
                 continue
             if not request.searched and sent.command_id in cell.seen:
 """,
@@ -48,6 +53,59 @@ MUTANTS = [
         "request.searched = False",
         "request.searched = True",
         (f"{COMMANDS}::test_an_append_that_may_lie_below_somebody_elses_is_looked_for",),
+    ),
+    Mutant(
+        "version-not-looked-at",
+        "a command for a version takes effect at that version only",
+        "kernel/actors/aggregate.py",
+        "if sent.if_version is not None and sent.if_version != cell.version:",
+        "if False:",
+        (f"{OPTIONS}::test_a_command_takes_effect_only_at_the_version_that_it_is_for",),
+    ),
+    Mutant(
+        "version-refused-before-it-is-stored",
+        "a refusal rests on what is in the log",
+        "kernel/actors/aggregate.py",
+        """                if decisions:
+                    verdicts.append(outdated)""",
+        """                if False:
+                    verdicts.append(outdated)""",
+        (f"{PHASES}::test_of_commands_for_one_version_that_are_decided_together_one_takes_effect",),
+    ),
+    Mutant(
+        "version-of-others-not-looked-for",
+        "a version that another program has appended is one to be for",
+        "kernel/actors/aggregate.py",
+        "if sent.if_version > cell.version and not request.fresh:",
+        "if False:",
+        (f"{OPTIONS}::test_a_version_that_another_program_has_appended_is_found",),
+    ),
+    Mutant(
+        "returned-state-not-in-the-log",
+        "the state that a repeated command returns is in the log",
+        "kernel/actors/aggregate.py",
+        'if decisions and sent.returning == "state":',
+        "if False:",
+        (f"{PHASES}::test_the_state_that_a_repeated_command_returns_is_in_the_log",),
+    ),
+    Mutant(
+        "metadata-of-the-first-event",
+        "metadata belong to the events of their own command",
+        "aggregates/commit.py",
+        "        envelope.metadata = found\n",
+        "        envelopes[0].metadata = found\n",
+        (f"{OPTIONS}::test_metadata_of_some_commands_of_a_commit_are_those_of_their_events",),
+    ),
+    Mutant(
+        "imported-commands-overtake",
+        "of many commands none overtakes one of its aggregate",
+        "kernel/transport/importing.py",
+        "        if lane is not None:\n            lane.append(slot)\n            return\n",
+        "",
+        (
+            "tests/kernel/transport/test_importing.py::"
+            "test_outcomes_come_in_order_and_no_command_overtakes_one_of_its_aggregate",
+        ),
     ),
     Mutant(
         "busy-evicted",

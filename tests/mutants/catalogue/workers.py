@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant(
         "oversized-command-sent",
         "a command too large for the server costs its sender nothing but a refusal",
-        "kernel/client.py",
+        "kernel/transport/sender.py",
         "if len(payload) > CERTAIN and not self._connection.fits(subject, payload):",
         "if False:",
         (
