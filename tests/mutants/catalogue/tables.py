@@ -86,9 +86,11 @@ MUTANTS = [
     Mutant(
         "record-not-normalised",
         "a record in memory is what a SELECT gives, wherever a batch ends",
-        "projections/fold.py",
-        "elif settle is not None:",
-        "elif settle is None and row is None:",
+        "projections/steps.py",
+        """folded.rows[index][aggregate_id] = None
+        elif settle is not None:""",
+        """folded.rows[index][aggregate_id] = None
+        elif settle is None and row is None:""",
         ("tests/projections/test_column_types.py::test_a_batch_may_end_anywhere",),
     ),
     Mutant(
