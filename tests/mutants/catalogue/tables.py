@@ -152,8 +152,8 @@ MUTANTS = [
         "second-retry-sees-a-gap",
         "a retry follows what was folded since the last one",
         "projections/exclusions.py",
-        "alone.keeps = all(",
-        "alone.keeps = True or all(",
+        "if plan.projections[index].name != name",
+        "if False",
         (f"{LETTERS}::test_a_second_retry_follows_what_was_folded_between_the_two",),
     ),
     # what surrounds the tables
