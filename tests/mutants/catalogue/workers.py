@@ -117,7 +117,7 @@ MUTANTS = [
         "kernel/partitions/ownership.py",
         """        try:
             async with asyncio.timeout(HAND_OVER_S):
-                await self._projector.released()
+                await asyncio.gather(self._projector.released(), self._reactors.released())
 """,
         """        await self._leases.release(partitions)
         try:
