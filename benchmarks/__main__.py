@@ -20,9 +20,11 @@ from benchmarks import (
     commanding,
     deploying,
     governing,
+    keyed,
     places,
     poisoned,
     projecting,
+    reacting,
     report,
     residents,
     sharing,
@@ -44,6 +46,7 @@ def _arguments() -> argparse.Namespace:
             "append",
             "commands",
             "projection",
+            "keyed",
             "deploying",
             "workers",
             "residents",
@@ -53,6 +56,7 @@ def _arguments() -> argparse.Namespace:
             "poisoned",
             "aging",
             "testing",
+            "reacting",
         ],
         default=None,
     )
@@ -69,6 +73,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "append": lambda: appending.measure(path / "append"),
             "commands": lambda: commanding.measure(path / "commands", pg),
             "projection": lambda: projecting.measure(path / "projection", pg, 12 if arguments.year else 3),
+            "keyed": lambda: keyed.measure(path / "keyed", pg),
             "deploying": lambda: deploying.measure(path / "deploying", pg, 12 if arguments.year else 3),
             "workers": lambda: sharing.measure(path / "workers", pg, 12 if arguments.year else 3),
             "residents": lambda: residents.measure(arguments.million),
@@ -77,6 +82,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "care": lambda: governing.measure(path / "care"),
             "poisoned": lambda: poisoned.measure(path / "poisoned", pg),
             "testing": testing.measure,
+            "reacting": lambda: reacting.measure(path / "reacting"),
             "growth": lambda: projecting.growth(path / "growth"),
         }
         for name, part in parts.items():

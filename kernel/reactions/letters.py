@@ -26,10 +26,11 @@ from kernel.settings import DeadLetters
 from kernel.telemetry.metrics import RETRIES
 from projections.contention import outlast_contention
 from projections.database import reads
-from projections.dead_letters import MAX_PAUSE_S, envelope_of
+from projections.dead_letters import MAX_PAUSE_S
 from projections.errors import NoSuchLetter
 from projections.generations import FENCE, PAUSED, lock_checkpoints
 from projections.parked import Key
+from projections.stored_letters import envelope_of
 from projections.tables import checkpoint, dead_letter, skipped_letter
 from projections.unit_of_work import one_line
 
@@ -121,8 +122,14 @@ class LetterRetries:
     async def _try_all(self, key: Key, epoch: int) -> bool:
         """Try the dead letters of an aggregate in order; return whether there may be more."""
         rows = await self._context.run(partial(_load, self._context.engine, self._declared.name, key))
+        rejected: store.Rejections = {}
+        if rows and self._declared.kind == "policy":
+            # the claim has loaded those beyond the checkpoints only
+            sequences = {row.stream_sequence for row in rows}
+            known = partial(store.read_rejected, self._context.engine, self._declared.name, sequences)
+            rejected = await self._context.run(known)
         for place, row in enumerate(rows):
-            if not await self._try(row, key, epoch, first=place == 0):
+            if not await self._try(row, key, epoch, rejected, first=place == 0):
                 return False
         if rows:
             return True
@@ -134,16 +141,14 @@ class LetterRetries:
         logger.info("%s goes on with %s %s", self._declared.name, *key)
         return False
 
-    async def _try(self, row: Row[Any], key: Key, epoch: int, *, first: bool) -> bool:
+    async def _try(self, row: Row[Any], key: Key, epoch: int, rejected: store.Rejections, *, first: bool) -> bool:
         """Try one event again; return whether it is done."""
         engine, now = self._context.engine, self._context.now()
         try:
             task = self._task_of(row, key)
             if not self._reacts_no_more(task):
                 self._worker.prepare(task)
-                if self._declared.kind == "policy":
-                    find = partial(store.read_rejected, engine, self._declared.name, [row.stream_sequence])
-                    task.rejected = (await self._context.run(find)).get(task.envelope.id, {})
+                task.rejected = rejected.get(task.envelope.id, {})
                 async with self._slots:
                     await self._worker.perform(task)
         except (NewerEvent, InvalidMessage, Failed) as problem:
