@@ -93,6 +93,34 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
         ],
     ),
     (
+        "Policies and effects",
+        [
+            (
+                "Events by outcome",
+                "ops",
+                [("sum by (reaction, outcome) (rate(eskernel_reactions_total[1m]))", "{{reaction}} {{outcome}}")],
+            ),
+            (
+                "Behind",
+                "s",
+                [("max by (reaction) (eskernel_reaction_lag_seconds)", "{{reaction}}")],
+            ),
+            (
+                "Commands of policies",
+                "ops",
+                [("sum by (policy, outcome) (rate(eskernel_policy_commands_total[1m]))", "{{policy}} {{outcome}}")],
+            ),
+            (
+                "Timers",
+                "short",
+                [
+                    ("max by (policy) (eskernel_timers_pending)", "{{policy}} pending"),
+                    ("max by (policy) (eskernel_timers_late)", "{{policy}} overdue"),
+                ],
+            ),
+        ],
+    ),
+    (
         "Service",
         [
             ("Components", "short", [("min by (component) (eskernel_component_ok)", "{{component}}")]),

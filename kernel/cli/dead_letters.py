@@ -219,7 +219,7 @@ async def retry(
         for result in done:
             state = "no longer parked" if not result.left else f"{result.left} still wait: {result.error}"
             console.print(
-                f"{result.projection}  {result.aggregate} {result.aggregate_id}: {result.folded} handled, {state}",
+                f"{result.projection}  {result.aggregate} {result.aggregate_id}: {result.folded} folded, {state}",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
         if not done:

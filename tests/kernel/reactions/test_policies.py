@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, select, update
@@ -10,6 +11,7 @@ from sqlalchemy import Engine, select, update
 from aggregates import Meta, Policy, Reactions, Send, reacts
 from kernel import Rebuild
 from kernel.reactions import letters, store
+from kernel.reactions.work import PolicyWorker
 from projections import dead_letters
 from projections.errors import Fenced
 from projections.tables import checkpoint
@@ -159,6 +161,7 @@ class Echo(Policy, of=Order):
         return Send(Order, other, Place())
 
 
+@pytest.mark.setting("policies.depth")
 async def test_a_loop_of_policies_is_noticed(running: Running, app_name: str, engine: Engine) -> None:
     async with running(shop(app_name, policies=(Echo,)), policies__depth=5) as at:
         await at.client.execute(Order, "a", Place())
@@ -259,3 +262,39 @@ async def test_an_app_refuses_a_name_that_has_been_of_another_kind(running: Runn
     with pytest.raises(SchemaError, match="Fulfilment has run as policy"):
         async with running(shop(app_name, policies=(), effects=[Renamed()])):
             pass
+
+
+@pytest.mark.setting("policies.in_flight")
+async def test_no_more_events_are_worked_on_at_once_than_the_settings_say(
+    running: Running, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work = most = 0
+    go = asyncio.Event()
+
+    async def deliver(self: PolicyWorker, request: dict[str, Any]) -> str:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await go.wait()
+        at_work -= 1
+        return ""
+
+    monkeypatch.setattr(PolicyWorker, "deliver", deliver)
+    async with running(shop(app_name), policies__in_flight=3) as at:
+        await asyncio.gather(*(at.client.execute(Order, f"o{n}", Place()) for n in range(10)))
+        await at.until(lambda: at_work == 3)
+        go.set()
+        await at.settled()
+    assert most == 3
+
+
+@pytest.mark.setting("policies.retention")
+async def test_a_rejection_is_forgotten_after_the_set_time(running: Running, app_name: str, engine: Engine) -> None:
+    async with running(shop(app_name), policies__retention=1.0) as at:
+        await at.client.execute(Order, "dear", Place(cents=5_000))
+        await at.settled()
+        assert len(store.rejections(engine)) == 1
+        async with asyncio.timeout(20):
+            while store.rejections(engine):
+                await at.service.parts.reactors.count()
+                await asyncio.sleep(0.1)

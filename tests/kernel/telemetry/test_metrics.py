@@ -305,6 +305,21 @@ async def memory(scraped: Scraped) -> None:
     sending.cancel()
 
 
+async def reactions(scraped: Scraped) -> None:
+    await scraped.send("pond", Note("ripple"))
+    await scraped.send("lake", Note("late ripple"))
+    of = {"reaction": "Ripples"}
+    for outcome in ("ok", "nothing", "failed"):
+        await scraped.until(lambda n: n >= 1, "eskernel_reactions_total", outcome=outcome, **of)
+    await scraped.until(lambda n: n == 1, "eskernel_policy_commands_total", policy="Ripples", outcome="ok")
+    await scraped.until(lambda n: n == 1, "eskernel_policy_commands_total", policy="Ripples", outcome="rejected")
+    await scraped.until(lambda n: n == 1, "eskernel_reaction_parked_aggregates", **of)
+    await scraped.until(lambda n: n == 1, "eskernel_timers_pending", policy="Ripples")
+    await scraped.until(lambda n: n == 0, "eskernel_timers_late", policy="Ripples")
+    await scraped.until(lambda n: n == 0, "eskernel_reaction_lag_commits", **of)
+    await scraped.until(lambda n: n == 0, "eskernel_reaction_lag_seconds", **of)
+
+
 async def the_kernel_itself(scraped: Scraped) -> None:
     assert await scraped.value("eskernel_kernel_bugs_total") == 0
     await scraped.until(lambda n: n >= 5, "eskernel_jobs_total", outcome="ok")
@@ -316,7 +331,7 @@ async def the_kernel_itself(scraped: Scraped) -> None:
 
 SCENARIO: list[Callable[[Scraped], Coroutine[Any, Any, None]]] = [
     commands, projections, passivation, dead_letters, conflicts, database, connection, leases, governance,
-    backlog, memory,
+    backlog, memory, reactions,
     the_kernel_itself,
 ]  # fmt: skip
 
