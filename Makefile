@@ -45,6 +45,9 @@ properties: $(READY) ## random histories over random models of all column types,
 	ESKERNEL_SEED=$$seed ESKERNEL_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --timeout 3600 \
 		tests/projections/test_properties_columns.py
 
+timers: $(READY) ## 100,000 timers, whose owner is killed again and again, and whose clock is moved
+	@TEST_TIMERS=100000 TEST_KILLS=10 $(BIN)/python -m pytest -q --timeout 3600 tests/kernel/reactions/test_many_timers.py
+
 soak: $(READY) ## load with evictions; memory, files, threads, consumers must stay flat (MINUTES=20)
 	@$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),20) --markdown docs/soak.md --picture docs/soak.svg
 
@@ -75,4 +78,4 @@ lock: ## renew requirements.lock from pyproject.toml
 clean: ## remove what was made
 	@rm -rf .venv .eskernel .demo .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
-.PHONY: help setup demo test lint faults cluster-faults mutants properties soak bench bench-large docs overload settings-table lock clean
+.PHONY: help setup demo test lint faults cluster-faults mutants properties timers soak bench bench-large docs overload settings-table lock clean

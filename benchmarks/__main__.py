@@ -23,6 +23,7 @@ from benchmarks import (
     places,
     poisoned,
     projecting,
+    reacting,
     report,
     residents,
     sharing,
@@ -53,6 +54,7 @@ def _arguments() -> argparse.Namespace:
             "poisoned",
             "aging",
             "testing",
+            "reacting",
         ],
         default=None,
     )
@@ -77,6 +79,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
             "care": lambda: governing.measure(path / "care"),
             "poisoned": lambda: poisoned.measure(path / "poisoned", pg),
             "testing": testing.measure,
+            "reacting": lambda: reacting.measure(path / "reacting"),
             "growth": lambda: projecting.growth(path / "growth"),
         }
         for name, part in parts.items():

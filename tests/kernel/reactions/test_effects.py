@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
 from aggregates import Meta, reacts
 from kernel import Effect, Rebuild
 from kernel.reactions import store
 from projections import dead_letters
+from projections.tables import checkpoint
 from tests.kernel.reactions.conftest import Running, Shop
 from tests.shops import Confirm, Mails, Order, Place, Placed, Refuse, shop
 
@@ -68,6 +69,26 @@ async def test_an_effect_that_hangs_holds_up_its_aggregate_alone(
         mails.blocked["slow"].set()
         await at.settled()
         assert len(mails.sent) == 21
+
+
+async def test_a_checkpoint_waits_for_what_is_under_way(running: Running, app_name: str, engine: Engine) -> None:
+    mails = Mails()
+    mails.blocked["slow"] = asyncio.Event()
+    async with running(shop(app_name, policies=(), effects=[mails])) as at:
+        subjects = at.service.parts.log.subjects
+        place = subjects.partition("Order", "slow")
+        neighbour = next(f"n{n}" for n in range(10_000) if subjects.partition("Order", f"n{n}") == place)
+        await _confirm(at, "slow", neighbour, "fast")
+
+        def passed(order: str) -> int:
+            own = checkpoint.c.projection == "Mails", checkpoint.c.partition == subjects.partition("Order", order)
+            with engine.connect() as connection:
+                return int(connection.scalar(select(checkpoint.c.sequence).where(*own)) or 0)
+
+        await at.until(lambda: passed("fast") == 6)
+        assert passed("slow") < 2
+        mails.blocked["slow"].set()
+        await at.until(lambda: passed("slow") >= 2)
 
 
 class Hasty(Effect, of=Order, timeout=0.1):

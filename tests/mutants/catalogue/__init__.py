@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import commands, deploying, log, proofs, tables, workers
+from tests.mutants.catalogue import commands, deploying, log, proofs, reactions, tables, workers
 from tests.mutants.catalogue.mutant import Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS = [*tables.MUTANTS, *log.MUTANTS, *commands.MUTANTS, *workers.MUTANTS, *proofs.MUTANTS, *deploying.MUTANTS]
+MUTANTS = [
+    *tables.MUTANTS,
+    *log.MUTANTS,
+    *commands.MUTANTS,
+    *workers.MUTANTS,
+    *proofs.MUTANTS,
+    *deploying.MUTANTS,
+    *reactions.MUTANTS,
+]
