@@ -20,7 +20,7 @@ $(READY): pyproject.toml requirements.lock
 	@touch $(READY)
 
 demo: $(READY) ## real flights through the whole path, compared number by number (ALL=1, POSTGRES=1); SHOP=1: a web shop
-	@$(BIN)/python -m $(if $(SHOP),examples.shop.demo,examples.flights.demo) $(if $(ALL),--months 12) $(if $(POSTGRES),--postgres)
+	@$(BIN)/python -m $(if $(SHOP),examples.shop.demo,examples.flights.demo $(if $(ALL),--months 12) $(if $(POSTGRES),--postgres))
 
 test: $(READY) ## all tests, by three processes: most of them wait for servers
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -82,7 +82,7 @@ PACKAGES: dict[str, set[str]] = {
         *("governance", "reactions", "partitions", "monitoring", "client", "assembly", "service", "workers", "cli"),
     },
     "prometheus_client": {"telemetry", "monitoring", "workers"},
-    "pydantic": {"settings", "governance"},
+    "pydantic": {"settings", "governance", "web"},
     "rich": {"cli"},
     "sqlalchemy": {
         "app",

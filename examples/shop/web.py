@@ -14,7 +14,7 @@ from fastapi import FastAPI, HTTPException, Response
 from examples.shop import app
 from examples.shop.domain import ChangeAddress, Order, Pay, Payment, Place, Ship, Shipment
 from kernel import Client
-from kernel.web import ConnectedClient, OwnWrites, ProblemRoute, commands_and_queries
+from kernel.web import ConnectedClient, OwnWrites, ProblemRoute, commands_and_queries, problems
 
 SALES = """
     select orders.id, orders.version, orders.address, payments.state as payment, shipments.carrier,
@@ -44,14 +44,14 @@ api.include_router(
 )
 
 
-@api.get("/sales")
+@api.get("/sales", responses=problems(400, 422, 503, 504))
 async def count_sales(client: ConnectedClient, after: OwnWrites) -> dict[str, int]:
     """Return how many orders stand how."""
     rows = await client.query(f"select state, count(*) as orders from ({SALES}) as sales group by state", after=after)
     return {row["state"]: row["orders"] for row in rows}
 
 
-@api.get("/sales/{id}", responses={404: {"description": "Not Found"}})
+@api.get("/sales/{id}", responses=problems(400, 404, 422, 503, 504))
 async def show_sale(id: str, client: ConnectedClient, after: OwnWrites, response: Response) -> dict[str, Any]:
     """Return how an order stands."""
     rows = await client.query(f"select * from ({SALES}) as sales where id = :id", {"id": id}, after=after)

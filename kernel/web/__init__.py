@@ -4,7 +4,7 @@
     api.include_router(commands_and_queries(app))
 
 It answers `POST /{Aggregate}/{id}/{Command}` and `GET /{Aggregate}/{id}`. An application writes its own endpoints for
-what it reads from tables; `ConnectedClient`, `OwnWrites` and `ProblemRoute` are for those.
+what it reads from tables; the other names are for those.
 """
 
 try:
@@ -17,5 +17,6 @@ except ModuleNotFoundError as _missing:
 from kernel.web.problems import ProblemRoute
 from kernel.web.requests import ConnectedClient, OwnWrites
 from kernel.web.routes import commands_and_queries
+from kernel.web.schemas import problems
 
-__all__ = ["ConnectedClient", "OwnWrites", "ProblemRoute", "commands_and_queries"]
+__all__ = ["ConnectedClient", "OwnWrites", "ProblemRoute", "commands_and_queries", "problems"]

@@ -7,15 +7,19 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from fastapi import Depends, Header, HTTPException, Path, Query, Request
+from pydantic.json_schema import SkipJsonSchema
 
 from kernel.client import Client
 from kernel.errors import CommandError, Unavailable
 from kernel.protocol import MAX_COMMAND_ID, CommandOptions, Receipt
 
+Given: TypeAlias = str | SkipJsonSchema[None]
+"""A text that may be missing; in a schema it is a text, since no header says null."""
 Dependency: TypeAlias = Callable[..., Any]
 """A dependency of FastAPI, or a function whose only parameter is called `request`."""
 
-_VERSION = r'(?:W/)?"([0-9]{1,19})"'
+_TEXT = r"^[^\x00-\x1f\x7f]+$"
+_VERSION = r'(?:W/)?"([0-9]{1,18})"'
 _POSITIONS = r"[0-9]{1,5}:[0-9]{1,18}( *, *[0-9]{1,5}:[0-9]{1,18})*"
 
 
@@ -24,9 +28,7 @@ def _described(text: str, **schema: object) -> dict[str, Any]:
     return {"description": text, "json_schema_extra": schema}
 
 
-AggregateId = Annotated[
-    str, Path(**_described("of the aggregate", minLength=1, maxLength=255, pattern=r"^[^\x00-\x1f\x7f]+$"))
-]
+AggregateId = Annotated[str, Path(**_described("of the aggregate", minLength=1, maxLength=255, pattern=_TEXT))]
 
 
 def connected(request: Request) -> Client:
@@ -39,11 +41,11 @@ def connected(request: Request) -> Client:
 
 def own_writes(
     header: Annotated[
-        str | None,
+        Given,
         Header(alias="After", **_described("After of earlier answers: include those", pattern=f"^{_POSITIONS}$")),
     ] = None,
     query: Annotated[
-        str | None, Query(alias="after", **_described("the same, in a link", pattern=f"^{_POSITIONS}$"))
+        Given, Query(alias="after", **_described("the same, in a link", pattern=f"^{_POSITIONS}$"))
     ] = None,
 ) -> list[Receipt]:
     """Return the receipts of what the sender of a request has written before."""
@@ -72,20 +74,25 @@ several, with commas between.
 
 def options_of(
     if_match: Annotated[
-        str | None,
+        Given,
         Header(
             alias="If-Match", **_described("take effect only if the ETag is still this one", pattern=f"^{_VERSION}$")
         ),
     ] = None,
     if_none_match: Annotated[
-        str | None,
+        Given,
         Header(alias="If-None-Match", **_described("`*`: only if there is none of this id yet", pattern=r"^\*$")),
     ] = None,
     idempotency_key: Annotated[
-        str | None,
+        Given,
         Header(
             alias="Idempotency-Key",
-            **_described("id of the command: repeated, it takes effect once", minLength=1, maxLength=MAX_COMMAND_ID),
+            **_described(
+                "id of the command: repeated, it takes effect once",
+                minLength=1,
+                maxLength=MAX_COMMAND_ID,
+                pattern=_TEXT,
+            ),
         ),
     ] = None,
 ) -> CommandOptions:

@@ -15,7 +15,7 @@ from kernel.client import Client
 from kernel.protocol import CommandOptions, Receipt
 from kernel.web.problems import ProblemRoute, problem
 from kernel.web.requests import AggregateId, Dependency, connected, data_of, dependency, options_of
-from kernel.web.schemas import AFTER, ETAG, command_schema, responses, schema_of, state_schema, text_of
+from kernel.web.schemas import AFTER, ETAG, answers, command_schema, problems, schema_of, state_schema, text_of
 
 Endpoint: TypeAlias = Callable[..., Coroutine[Any, Any, Response]]
 
@@ -58,8 +58,8 @@ def commands_and_queries(
     known = {declared.cls for declared in app.types.values()} | commands
     exposed = known if expose is None else set(expose)
     if unknown := exposed - known:
-        problems = [f"{each} is neither a command nor an aggregate of {app.name!r}; remove it" for each in unknown]
-        raise DeclarationError([f"expose: {sentence}" for sentence in problems])
+        sentence = "expose: {} is neither a command nor an aggregate of {!r}; remove it"
+        raise DeclarationError([sentence.format(getattr(each, "__name__", each), app.name) for each in unknown])
     provide = connected if client is None else (lambda: client) if isinstance(client, Client) else dependency(client)
     origin = [dependency(given) for given in (actor, tenant, metadata)]
     router = APIRouter(route_class=ProblemRoute)
@@ -76,7 +76,7 @@ def _add_command(router: APIRouter, declared: AggregateType[Any], name: str, sen
     command = declared.commands[name]
     schema = command_schema(command)
     body = {"required": bool(schema.get("required")), "content": {"application/json": {"schema": schema}}}
-    failures = 400, 404, 409, 412, 413, 415, 422, 429, 500, 503, 504
+    failures = problems(400, 404, 409, 412, 413, 415, 422, 429, 500, 503, 504)
     router.add_api_route(
         f"/{declared.name}/{{id}}/{name}",
         send,
@@ -86,12 +86,12 @@ def _add_command(router: APIRouter, declared: AggregateType[Any], name: str, sen
         description=text_of(command),
         operation_id=f"{declared.name}_{name}",
         openapi_extra={"requestBody": body},
-        responses=responses(schema_of(Receipt), ETAG | AFTER, failures),
+        responses=answers(schema_of(Receipt), ETAG | AFTER) | failures,
     )
 
 
 def _add_state(router: APIRouter, declared: AggregateType[Any], read: Endpoint) -> None:
-    answers = responses(state_schema(declared.cls), ETAG, (404, 422, 500, 503))
+    unchanged: dict[int | str, Any] = {304: {"description": "the version is still that of If-None-Match"}}
     router.add_api_route(
         f"/{declared.name}/{{id}}",
         read,
@@ -100,7 +100,7 @@ def _add_state(router: APIRouter, declared: AggregateType[Any], read: Endpoint) 
         summary=declared.name,
         description=text_of(declared.cls),
         operation_id=declared.name,
-        responses={**answers, 304: {"description": "the version is still that of If-None-Match"}},
+        responses={**answers(state_schema(declared.cls), ETAG), **unchanged, **problems(404, 422, 500, 503)},
     )
 
 

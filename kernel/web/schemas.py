@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -81,15 +81,12 @@ def _described(text: str, name: str) -> dict[str, str]:
     return {} if not text or text.startswith(f"{name}(") else {"description": inspect.cleandoc(text)}
 
 
-def responses(schema: Schema, headers: Schema, failures: Sequence[int]) -> dict[int | str, Schema]:
-    """Return what a route answers with.
+def problems(*statuses: int) -> dict[int | str, Schema]:
+    """Return what OpenAPI says of problems with these statuses, for `responses=` of an endpoint or of a router."""
+    content = {PROBLEM: {"schema": _PROBLEM_SCHEMA}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
-    Args:
-        failures: the statuses of its problems.
-    """
-    answer = {"description": "OK", "headers": headers, "content": {"application/json": {"schema": schema}}}
-    problem = {PROBLEM: {"schema": _PROBLEM_SCHEMA}}
-    return {
-        200: answer,
-        **{status: {"description": HTTPStatus(status).phrase, "content": problem} for status in failures},
-    }
+
+def answers(schema: Schema, headers: Schema) -> dict[int | str, Schema]:
+    """Return what OpenAPI says of what a request is answered with."""
+    return {200: {"description": "OK", "headers": headers, "content": {"application/json": {"schema": schema}}}}
