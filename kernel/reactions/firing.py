@@ -97,7 +97,8 @@ class TimerFiring:
         self._due = None  # what is written meanwhile is noted
         found = await run(partial(timers.due_timers, engine, policy, self._partitions, now))
         if found:
-            self._worker.remember(await run(partial(timers.read_rejected, engine, policy, found)))
+            sequences = {each.stream_sequence for each in found}
+            self._worker.remember(await run(partial(store.read_rejected, engine, policy, sequences)))
             outcomes = await asyncio.gather(*(self._fire_one(each) for each in found))
             set_anew = [more for outcome in outcomes if isinstance(outcome, list) for more in outcome]
             if set_anew:

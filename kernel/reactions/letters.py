@@ -21,7 +21,7 @@ from kernel.log.subjects import Address, Subjects
 from kernel.reactions import store
 from kernel.reactions.context import ReactorContext
 from kernel.reactions.store import NUMBER, letters_of
-from kernel.reactions.work import Failed, Task, Worker
+from kernel.reactions.work import Failed, PolicyWorker, Task, Worker
 from kernel.settings import DeadLetters
 from kernel.telemetry.metrics import RETRIES
 from projections.contention import outlast_contention
@@ -119,6 +119,11 @@ class LetterRetries:
     async def _try_all(self, key: Key, epoch: int) -> bool:
         """Try the dead letters of an aggregate in order; return whether there may be more."""
         rows = await self._context.run(partial(_load, self._context.engine, self._declared.name, key))
+        if isinstance(self._worker, PolicyWorker):
+            # the claim has loaded those beyond the checkpoints only
+            sequences = {row.stream_sequence for row in rows}
+            known = partial(store.read_rejected, self._context.engine, self._declared.name, sequences)
+            self._worker.remember(await self._context.run(known))
         for place, row in enumerate(rows):
             if not await self._try(row, key, epoch, first=place == 0):
                 return False

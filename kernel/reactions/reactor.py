@@ -36,6 +36,8 @@ LOOK_S = 1.0
 """Between two looks whether a person has ended a pause."""
 TROUBLE_S = 5.0
 """One that has failed for so long, whenever it began again, is reported."""
+COUNT_SHARE = 50
+"""Counting takes at most one part of so many of the time."""
 GRACE_S = 3.0
 """What is under way may take so long when partitions are given back, or the service stops."""
 RUNNING, NO_PARTITIONS, PAUSED = "running", "waiting for partitions", "paused"
@@ -194,6 +196,7 @@ class Reactors:
         self._reactors = [Reactor(context, declared, holds) for declared in context.app.reactions]
         self._tasks: list[asyncio.Task[None]] = []
         self.timers: dict[str, tuple[int, int, int]] = {}
+        self._count_after = 0.0
 
     def assign(self, partitions: frozenset[int]) -> None:
         """Work on these partitions from now on."""
@@ -256,8 +259,13 @@ class Reactors:
             REACTION_AGE.labels(reaction=reactor.declared.name).set(reactor.age)
 
     async def count(self) -> None:
-        """Count timers and parked aggregates, in the whole database, and forget old rejections."""
-        context = self._context
+        """Count timers and parked aggregates, in the whole database, and forget old rejections.
+
+        Counting a million timers takes its time: the next count is the later, the longer this one takes.
+        """
+        context, began = self._context, time.monotonic()
+        if began < self._count_after:
+            return
         self.timers = await context.run(partial(timers.counts, context.engine, int((context.now() - 1.0) * MICROS)))
         parked = await context.run(partial(letters.count, context.engine))
         before = datetime.now(UTC) - timedelta(seconds=context.settings.policies.retention)
@@ -270,3 +278,5 @@ class Reactors:
             if reactor.declared.kind == "policy":
                 TIMERS_PENDING.labels(policy=name).set(pending)
                 TIMERS_LATE.labels(policy=name).set(late)
+        took = time.monotonic() - began
+        self._count_after = began + took * COUNT_SHARE

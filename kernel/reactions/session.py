@@ -41,6 +41,8 @@ AHEAD = 8
 """So many times the events that may be worked on at once are read ahead."""
 UNWRITTEN = 20_000
 """Marks at most behind what is not done."""
+LOOK_S = 0.01
+"""While it waits for what is under way, it looks so often."""
 QUIET_S = 2.0
 """After so long the checkpoints of partitions without news are moved up."""
 
@@ -139,9 +141,7 @@ class Session:
         try:
             async with asyncio.timeout(grace):
                 while self._unwritten and not any(task.done() for task in working):
-                    writing = asyncio.ensure_future(self._parking.wait_for_write())
-                    await asyncio.wait({writing, *working}, return_when=asyncio.FIRST_COMPLETED)
-                    writing.cancel()
+                    await asyncio.wait(working, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             logger.info("%s: what is under way is done again by the next owner", self._declared.name)
 

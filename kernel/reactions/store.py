@@ -6,7 +6,7 @@ the same way: an owner with an older epoch can't write.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -38,14 +38,14 @@ class Claimed:
         positions: stream sequence up to which it has reacted, by partition.
         parked: aggregates whose events wait behind a dead letter.
         waiting: those of them that wait for a newer program, and have not failed.
-        rejected: why commands were rejected, of events beyond the checkpoints: by the event's id and the place.
+        rejected: why commands were rejected, of events beyond the checkpoints: by the event's id, and by the place.
     """
 
     epoch: int
     positions: dict[int, int]
     parked: set[Key]
     waiting: set[Key]
-    rejected: dict[tuple[str, str], str]
+    rejected: dict[str, dict[str, str]]
 
 
 @dataclass(slots=True)
@@ -152,14 +152,32 @@ def _load_parked(connection: Connection, name: str, partitions: Collection[int])
     )
 
 
-def _load_rejected(connection: Connection, name: str, positions: dict[int, int]) -> dict[tuple[str, str], str]:
+def _load_rejected(connection: Connection, name: str, positions: dict[int, int]) -> dict[str, dict[str, str]]:
     lowest = min(positions.values(), default=0)
     rows = connection.execute(
         select(rejection)
         .where(rejection.c.policy == name, rejection.c.stream_sequence > lowest)
         .where(rejection.c.partition.in_(sorted(positions)))
     )
-    return {(row.event_id, row.place): row.reason for row in rows if row.stream_sequence > positions[row.partition]}
+    return _by_event(row for row in rows if row.stream_sequence > positions[row.partition])
+
+
+def read_rejected(engine: Engine, name: str, sequences: Collection[int]) -> dict[str, dict[str, str]]:
+    """Return why commands were rejected that events of these stream sequences led to: by event id, and by the place."""
+    found: dict[str, dict[str, str]] = {}
+    ordered = sorted(set(sequences))
+    with reads(engine).connect() as connection:
+        for start in range(0, len(ordered), 500):
+            own = rejection.c.policy == name, rejection.c.stream_sequence.in_(ordered[start : start + 500])
+            found |= _by_event(connection.execute(select(rejection).where(*own)))
+    return found
+
+
+def _by_event(rows: Iterable[Any]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        found.setdefault(row.event_id, {})[row.place] = row.reason
+    return found
 
 
 _TIMER = """

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, and_, case, delete, func, or_, select
 from kernel.reactions.store import NUMBER
 from projections.contention import outlast_contention
 from projections.database import reads
-from projections.tables import checkpoint, rejection, timer
+from projections.tables import checkpoint, timer
 
 AT_ONCE = 500
 """Timers that are fired at a time."""
@@ -61,18 +61,6 @@ def due_timers(engine: Engine, policy: str, partitions: Collection[int], now: in
             DueTimer(row.name, row.partition, row.stream_sequence, row.place, row.due, row.attempts, row.owed)
             for row in rows
         ]
-
-
-def read_rejected(engine: Engine, policy: str, timers: Sequence[DueTimer]) -> dict[tuple[str, str], str]:
-    """Return why commands of these timers were rejected, by the event's id and the place."""
-    sequences = sorted({each.stream_sequence for each in timers})
-    with reads(engine).connect() as connection:
-        rows = connection.execute(
-            select(rejection.c.event_id, rejection.c.place, rejection.c.reason).where(
-                rejection.c.policy == policy, rejection.c.stream_sequence.in_(sequences)
-            )
-        )
-        return {(row.event_id, row.place): row.reason for row in rows}
 
 
 def settle(engine: Engine, policy: str, fired: Sequence[DueTimer], failed: Sequence[tuple[DueTimer, int, str]]) -> None:

@@ -26,8 +26,8 @@ from projections.errors import reason
 Send = Callable[[dict[str, Any], float], Awaitable[Receipt]]
 """Sends a command in its wire form until there is an answer, or for so many seconds."""
 RecordRejection = Callable[[dict[str, Any]], Awaitable[None]]
-Rejections = dict[tuple[str, str], str]
-"""Why commands were rejected, by the event's id and the place."""
+Rejections = dict[str, dict[str, str]]
+"""Why commands were rejected, by the event's id, and by the place among what follows from the event."""
 AGAIN_S = 1.0
 """A command that this worker may not send is tried again after so long: the permissions may be corrected."""
 FOREVER = float("inf")
@@ -135,6 +135,7 @@ class PolicyWorker:
         if isinstance(owed, Exception):
             raise _failure(owed, self._app) from owed
         await self._do(task, owed)
+        self._rejected.pop(task.envelope.id, None)  # the event is done: nothing asks for it any more
 
     async def _do(self, task: Task, owed: Sequence[Owed]) -> None:
         for each in owed:
@@ -175,7 +176,7 @@ class PolicyWorker:
 
     async def _send_now(self, task: Task, due: Due) -> None:
         request = self._request(due, task)
-        why = self._rejected.get((task.envelope.id, due.place)) or await self.deliver(request)
+        why = self._known(task.envelope, due.place) or await self.deliver(request)
         if why:
             await self._note_rejection(task, due.place, request, why)
             await self._react_to_rejection(task, due, why)
@@ -191,7 +192,7 @@ class PolicyWorker:
 
     async def _note_rejection(self, task: Task, place: str, request: dict[str, Any], why: str) -> None:
         event_id = task.envelope.id
-        if (event_id, place) in self._rejected:
+        if self._known(task.envelope, place):
             return
         await self._record(
             {
@@ -208,7 +209,7 @@ class PolicyWorker:
                 "rejected": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
-        self._rejected[event_id, place] = why
+        self._rejected.setdefault(event_id, {})[place] = why
 
     async def deliver(self, request: dict[str, Any]) -> str:
         """Send a command until it has an outcome. Return why it was rejected; nothing if it has taken effect.
@@ -241,7 +242,7 @@ class PolicyWorker:
             Failed: it could not be sent.
         """
         stored, envelope = restore(timer.owed)
-        why = self._rejected.get((envelope.id, stored.place)) or await self.deliver(stored.request)
+        why = self._known(envelope, stored.place) or await self.deliver(stored.request)
         if not why:
             return []
         address = Address("", timer.partition, "", stored.aggregate_id)
@@ -252,11 +253,17 @@ class PolicyWorker:
         except Exception as error:  # another program has stored it
             raise _failure(error, self._app) from error
         await self._react_to_rejection(task, Due(stored.place, sent), why)
+        self._rejected.pop(envelope.id, None)
         return task.timers
 
     def remember(self, rejected: Rejections) -> None:
         """Add commands that were rejected before."""
-        self._rejected.update(rejected)
+        for event_id, places in rejected.items():
+            self._rejected.setdefault(event_id, {}).update(places)
+
+    def _known(self, envelope: Envelope, place: str) -> str:
+        """Return why a command was rejected before; nothing if it was not."""
+        return self._rejected.get(envelope.id, {}).get(place, "")
 
 
 class EffectWorker:

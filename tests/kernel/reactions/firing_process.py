@@ -24,7 +24,7 @@ def serve(nats: str, database: str, name: str, folder: str, ahead: float, told: 
 
     async def run() -> None:
         app = shop(name, orders=False)
-        async with Service(app, settings_for(Path(folder), nats=nats, database=database, lease=1.0)):
+        async with Service(app, settings_for(Path(folder), nats=nats, database=database)):
             told.send("ready")
             while not told.poll():
                 await asyncio.sleep(0.05)

@@ -154,6 +154,30 @@ async def test_a_skipped_event_is_owed_nothing(running: Running, app_name: str, 
         assert (skipped["projection"], skipped["who"], skipped["sequence"]) == ("Fulfilment", "ann", 1)
 
 
+class Both(Policy, of=Order):
+    @reacts
+    def placed(self, event: Placed, meta: Meta) -> Reactions:
+        yield Send(Payment, "dear", Request(meta.aggregate_id, 5_000))
+        yield Send(Payment, "bad", Request(meta.aggregate_id, 13))
+
+
+async def test_what_was_rejected_before_a_failure_is_not_decided_anew_in_the_retry(
+    running: Running, app_name: str, monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    app = shop(app_name, policies=(Both,))
+    async with running(app) as at:
+        await at.client.execute(Order, "o", Place())
+        await at.until(lambda: bool(dead_letters.waiting(engine, "Both")))
+        assert len(store.rejections(engine, "Both")) == 1
+    monkeypatch.setattr("tests.shops.MOST", 10_000)
+    monkeypatch.setattr("tests.shops.UNLUCKY", -1)
+    async with running(app) as at:
+        letters.ask_again(engine, "Both", "Order", "o")
+        await at.until(lambda: not dead_letters.waiting(engine, "Both"))
+        await at.settled()
+        assert [key for kind, key, _ in await at.events() if kind == "Payment"] == ["bad"]
+
+
 class Echo(Policy, of=Order):
     @reacts
     def placed(self, event: Placed, meta: Meta) -> Reactions:
