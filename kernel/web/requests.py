@@ -1,4 +1,7 @@
-"""What a request says: of its command, of whom it asks, of what it has written before."""
+"""What a request says: of its command, of who asks, of what it has written before.
+
+The dependencies are coroutine functions: FastAPI calls others in threads.
+"""
 
 import inspect
 import re
@@ -31,7 +34,7 @@ def _described(text: str, **schema: object) -> dict[str, Any]:
 AggregateId = Annotated[str, Path(**_described("of the aggregate", minLength=1, maxLength=255, pattern=_TEXT))]
 
 
-def connected(request: Request) -> Client:
+async def connected(request: Request) -> Client:
     """Return the client of the application."""
     client: Client | None = getattr(request.app.state, "client", None)
     if client is None:
@@ -39,7 +42,7 @@ def connected(request: Request) -> Client:
     return client
 
 
-def own_writes(
+async def own_writes(
     header: Annotated[
         Given,
         Header(alias="After", **_described("After of earlier answers: include those", pattern=f"^{_POSITIONS}$")),
@@ -72,7 +75,7 @@ several, with commas between.
 """
 
 
-def options_of(
+async def options_of(
     if_match: Annotated[
         Given,
         Header(
@@ -136,10 +139,14 @@ async def data_of(request: Request, most: int) -> object:
         raise CommandError("malformed", f"the body is not JSON: {error}") from None
 
 
+async def _nothing() -> None:
+    """Say nothing."""
+
+
 def dependency(given: Dependency | None) -> Dependency:
     """Return a dependency of FastAPI."""
     if given is None:
-        return lambda: None
+        return _nothing
     parameters = [(each.name, each.annotation) for each in inspect.signature(given).parameters.values()]
     if parameters != [("request", inspect.Parameter.empty)]:
         return given

@@ -60,7 +60,7 @@ def commands_and_queries(
     if unknown := exposed - known:
         sentence = "expose: {} is neither a command nor an aggregate of {!r}; remove it"
         raise DeclarationError([sentence.format(getattr(each, "__name__", each), app.name) for each in unknown])
-    provide = connected if client is None else (lambda: client) if isinstance(client, Client) else dependency(client)
+    provide = connected if client is None else dependency(_given(client) if isinstance(client, Client) else client)
     origin = [dependency(given) for given in (actor, tenant, metadata)]
     router = APIRouter(route_class=ProblemRoute)
     for declared in app.types.values():
@@ -70,6 +70,13 @@ def commands_and_queries(
         if declared.cls in exposed:
             _add_state(router, declared, _reading(declared, provide))
     return router
+
+
+def _given(client: Client) -> Dependency:
+    async def give() -> Client:
+        return client
+
+    return give
 
 
 def _add_command(router: APIRouter, declared: AggregateType[Any], name: str, send: Endpoint) -> None:

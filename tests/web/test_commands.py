@@ -147,17 +147,32 @@ async def test_a_read_includes_the_own_writes_that_it_names() -> None:
 
         @api.get("/orders")
         async def show(client: ConnectedClient, after: OwnWrites) -> list[dict[str, Any]]:
-            return await client.query("select id from orders order by id", after=after, timeout=0.05)
+            return await client.query("select id from orders order by id", after=after)
 
         one = (await http.post("/Order/one/Place")).headers["After"]
         two = (await http.post("/Order/two/Place")).headers["After"]
         both = [{"id": "one"}, {"id": "two"}]
         assert (await http.get("/orders", headers={"After": f"{one}, {two}"})).json() == both
         assert (await http.get("/orders", params={"after": f"{one},{two}"})).json() == both
-        later = f"{two.partition(':')[0]}:999999"
-        assert problem(await http.get("/orders", headers={"After": later})) == (504, "behind")
         for wrong in ("", "1", "1:", "a:1", "1:2:3", "1:2;3:4", "1:" + "9" * 30):
             assert problem(await http.get("/orders", params={"after": wrong})) == (400, "malformed")
+
+
+async def test_a_read_waits_for_each_of_the_own_writes_that_it_names() -> None:
+    async with serving(orders()) as (http, _, api):
+
+        @api.get("/orders")
+        async def show(client: ConnectedClient, after: OwnWrites) -> list[dict[str, Any]]:
+            return await client.query("select id from orders", after=after, timeout=0.02)
+
+        done = (await http.post("/Order/one/Place")).headers["After"]
+        never = f"{done.partition(':')[0]}:999999"
+        for after in (never, f"{done},{never}", f"{never},{done}"):
+            assert problem(await http.get("/orders", headers={"After": after})) == (504, "behind")
+            assert problem(await http.get("/orders", headers={"After": done}, params={"after": after})) == (
+                504,
+                "behind",
+            )
 
 
 @pytest.mark.parametrize("order", ["a/b", "a b", "%", "%2F", "ü", "a.b~c*>", "o?x=1#y"])
