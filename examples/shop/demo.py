@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 from aiosmtpd.smtp import SMTP, Envelope
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 DATA = Path(".demo")
@@ -44,7 +45,17 @@ def main() -> None:
     options = parser.parse_args()
     shutil.rmtree(DATA, ignore_errors=True)
     DATA.mkdir(parents=True)
-    sys.exit(asyncio.run(_demo(options.orders)))
+    code = 1
+    try:
+        code = asyncio.run(_demo(options.orders))
+    except* Wrong as wrong:
+        for found in wrong.exceptions[:1]:
+            console.print(f"[red bold]{escape(str(found))}[/red bold]; the logs are in {DATA}")
+    sys.exit(code)
+
+
+class Wrong(Exception):
+    """Something is not as it should be, so that there is no going on."""
 
 
 async def _demo(count: int) -> int:
@@ -248,14 +259,14 @@ class Mailbox:
 
 def _right(answer: httpx.Response) -> httpx.Response:
     if answer.status_code != 200:
-        raise SystemExit(f"{answer.request.method} {answer.request.url}: {answer.status_code} {answer.text}")
+        raise Wrong(f"{answer.request.method} {answer.request.url}: {answer.status_code} {answer.text}")
     return answer
 
 
 async def _until(condition: Callable[[], Awaitable[bool] | bool], what: str, seconds: float) -> None:
     """Wait until something is so; exit if it does not come."""
     if not await _comes_true(condition, seconds):
-        raise SystemExit(f"waited {seconds:g} s until {what}; the logs are in {DATA}")
+        raise Wrong(f"waited {seconds:g} s until {what}")
 
 
 async def _comes_true(condition: Callable[[], Awaitable[bool] | bool], seconds: float) -> bool:
@@ -300,7 +311,7 @@ def _program(name: str, arguments: list[str], mailbox: Mailbox) -> Iterator[Path
         if code not in (0, -signal.SIGTERM):
             console.print(f"[red]{name} ended with {code}[/red]; see {path}")
     if code not in (0, -signal.SIGTERM) or re.search("Traceback", path.read_text()):
-        raise SystemExit(f"{name} did not end well; see {path}")
+        raise Wrong(f"{name} did not end well; see {path}")
 
 
 if __name__ == "__main__":
