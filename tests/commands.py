@@ -35,6 +35,7 @@ IMPORTED = (
         f"kernel.cli.{module}"
         for module in (
             "dead_letters",
+            "reactions",
             "snapshots",
             "limits",
             "backlog",

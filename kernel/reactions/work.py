@@ -229,7 +229,7 @@ class PolicyWorker:
                     continue
                 REACTION_COMMANDS.labels(policy=self._declared.name, outcome="failed").inc()
                 what = f"{request['command']} for {request['aggregate']} {request['id']}"
-                raise Failed(f"{what}: {error.type}: {error}", transient=error.type == "conflict") from error
+                raise Failed(f"{what}: {error}", transient=error.type == "conflict") from error
             except InvalidId as error:
                 raise Failed(f"{request['command']}: {error}", transient=False) from error
             REACTION_COMMANDS.labels(policy=self._declared.name, outcome="ok").inc()
