@@ -34,17 +34,18 @@ def deposits(accounts: int, each: int, prefix: str = "account-") -> Iterator[tup
 
 async def fill(app: App, log: JetStreamLog, commands: Iterable[tuple[str, Any]]) -> int:
     """Append one commit for each command, as a service would; return how many."""
-    (declared,) = app.types.values()
-    cells: dict[str, Cell[Any]] = {}
+    takers = {cls: declared for declared in app.types.values() for cls in declared.commands.values()}
+    cells: dict[tuple[str, str], Cell[Any]] = {}
     # the only writer knows the sequences beforehand; the server still checks each
     sequence = (await log.info()).last
     futures: list[asyncio.Future[int]] = []
     started = time.perf_counter()
     count = 0
     for name, command in commands:
-        cell = cells.get(name)
+        declared = takers[type(command)]
+        cell = cells.get((declared.name, name))
         if cell is None:
-            cell = cells[name] = Cell(declared, name)
+            cell = cells[declared.name, name] = Cell(declared, name)
         command_id = uuid7()
         events = cell.decide(command, Context(command_id))
         payload = encode(

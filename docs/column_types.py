@@ -130,7 +130,8 @@ TAIL: Final = """
 A counter of `Tallies` adds up exactly: an increment with more digits than the column is refused.
 
 The key of `Rows` is the aggregate's id. With `Integer` or `Uuid`, an id that is not in the usual form of such a value
-parks its aggregate."""
+parks its aggregate. A key of their own, given by the projection's method `key`, has the types String, Text, Integer,
+Uuid, Date, DateTime, Boolean or Enum: their values have one form each."""
 
 
 def cell(make: Callable[[], Any], dialect: Dialect, use: str, form: bool) -> str:

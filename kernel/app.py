@@ -19,7 +19,7 @@ from kernel.effect import Effect, effect_problems
 from kernel.errors import AppNotFound, NotDeclared
 from kernel.log.subjects import APP_NAME
 from kernel.packages import namesake
-from projections.declaration import DeclaredProjection, declare_projection, keyword_problems
+from projections.declaration import DeclaredProjection, aggregates_of, declare_projection, keyword_problems
 from projections.fold import TRANSIENT, Plan
 from projections.naming import name_problems, table_of
 from projections.projection import Projection
@@ -84,6 +84,9 @@ class App:
         self.retired = self._check_retired(retired, problems)
         for projection in projections:
             self._add_projection(projection, aggregates, problems)
+        for each in self.projections:
+            others = (other.tables for other in self.projections if other is not each)
+            each.foreign = frozenset[str]().union(*others) - each.tables
         self.reactions: list[DeclaredReaction] = []
         for base, listed in ((Policy, policies), (Effect, effects)):
             for given in listed:
@@ -114,15 +117,15 @@ class App:
         if found := keyword_problems(cls):
             problems += found
             return
-        of = cls.of
-        if of not in aggregates:
-            problems.append(f"{cls.__name__} is of {of.__name__}, which is not among the app's aggregates")
+        named = aggregates_of(cls)
+        if strange := [of.__name__ for of in named if of not in aggregates]:
+            problems.append(f"{cls.__name__} is of {strange[0]}, which is not among the app's aggregates")
             return
-        aggregate = next((declared for declared in self.types.values() if declared.cls is of), None)
-        if aggregate is None:
+        by_class = {declared.cls: declared for declared in self.types.values()}
+        if any(of not in by_class for of in named):
             return  # the aggregate's own problems are listed already
         try:
-            declared = declare_projection(cls, aggregate)
+            declared = declare_projection(cls, [by_class[of] for of in named])
         except DeclarationError as error:
             problems += error.problems
             return
@@ -134,6 +137,11 @@ class App:
                     f"{declared.name} and {other.name} both fill {table!r} ({_model(declared, table)}); "
                     "a table has one projection"
                 )
+        if declared.keyed and (declared.name in self.types or declared.name in self.retired):
+            problems.append(
+                f"{declared.name}: its rows have a key of their own, and are parked under its name, which is also that "
+                "of an aggregate; give the projection another name=..."
+            )
         self.projections.append(declared)
 
     def _add_reaction(self, given: type[Reacting] | Reacting, base: type[Reacting], problems: list[str]) -> None:

@@ -349,6 +349,7 @@ class Client:
 
     async def _include(self, engine: Engine, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
         deadline = time.monotonic() + timeout
+        keyed = [declared.name for declared in self.app.projections if declared.keyed]
         pause = 0.002
         waiting: list[str] = []
         watching: asyncio.Future[NotProjected] | None = None
@@ -357,7 +358,7 @@ class Client:
             if not names:
                 return {}
             with engine.connect() as connection:
-                return reached(connection, receipt.partition, names)
+                return reached(connection, receipt.partition, names, keyed)
 
         try:
             while True:

@@ -138,7 +138,7 @@ class Care:
         if suspects:
             stored, _ = self._writer.bulk(index).load(self._connection, [suspect.aggregate_id for suspect in suspects])
         for suspect in suspects:
-            key = self._plan.projections[index].aggregate, suspect.aggregate_id
+            key = self._plan.projections[index].row_type, suspect.aggregate_id
             events = self._events(index, key)
             states = self._states(index, key, stored.get(suspect.aggregate_id), events, suspect.since)
             good = next((place for place, state in enumerate(states) if isinstance(state, str)), len(states)) - 1
@@ -187,7 +187,7 @@ class Care:
         """Write rows up to the events from which on the database refuses them, and park the aggregates there."""
         bulk = self._writer.bulk(index)
         stored, _ = bulk.load(self._connection, list(causes))
-        name = self._plan.projections[index].aggregate
+        name = self._plan.projections[index].row_type
         searches = []
         for aggregate_id in causes:
             key = name, aggregate_id
@@ -213,7 +213,7 @@ class Care:
             self._conclude(index, search, causes[search.aggregate_id])
 
     def _conclude(self, index: int, search: _Search, cause: Exception) -> None:
-        key = self._plan.projections[index].aggregate, search.aggregate_id
+        key = self._plan.projections[index].row_type, search.aggregate_id
         events = self._events(index, key)
         sequence = events[search.good][1].sequence
         failure = HandlerFailed(index, key, sequence, reason(cause), "refused", may_pass(cause))
@@ -225,8 +225,8 @@ class Care:
 
     def _keep(self, index: int, key: Key, sequence: int) -> None:
         """Keep the sequence of an aggregate whose row is deleted, if this projection is where it is kept."""
-        if self._plan.keeps and self._plan.keepers[key[0]] == index:
-            self.kept.setdefault(index, {})[key[1]] = sequence
+        if self._plan.keeps(key[0]) and self._plan.keepers.get(key[0]) == index:
+            self.kept.setdefault(index, {})[self._plan.kept_id(key)] = sequence
 
     def _states(
         self, index: int, key: Key, stored: Any, commits: list[tuple[int, Envelope]], until: int
@@ -348,23 +348,23 @@ class Care:
 
     # handlers of Sql projections
 
-    def _call(self, index: int, calls: Sequence[Recorded[Any]], parked: set[str], block: int = BLOCK) -> None:
+    def _call(self, index: int, calls: Sequence[Recorded[Any]], parked: set[Key], block: int = BLOCK) -> None:
         """Call handlers with as many events at once as go through. Park the aggregates of the other events."""
-        calls = [call for call in calls if call.meta.aggregate_id not in parked]
+        calls = [call for call in calls if (call._aggregate, call._aggregate_id) not in parked]
         if not calls:
             return
         error = self._savepoints.attempt(partial(self._call_and_check, index, calls), of_kernel=False)
         if error is None:
             return
         if len(calls) == 1:
-            meta = calls[0].meta
-            key = self._plan.projections[index].aggregate, meta.aggregate_id
+            call = calls[0]
+            key, sequence = (call._aggregate, call._aggregate_id), call.meta.sequence
             transient = isinstance(error, self._plan.transient) or may_pass(error)
             kind: FailureKind = "refused" if isinstance(error, DBAPIError) else "handler"
             why = f"{type(error).__name__}: {_said(error)}"
-            failure = HandlerFailed(index, key, meta.sequence, why, kind, transient)
+            failure = HandlerFailed(index, key, sequence, why, kind, transient)
             failure.__cause__ = error
-            parked.add(key[1])
+            parked.add(key)
             self._park(failure)
             return
         size = block if len(calls) > block else (len(calls) + 1) // 2
@@ -407,11 +407,11 @@ class Care:
             if since <= sequence and (not before or sequence < before):
                 transient = failure.transient and sequence == since
                 self.letters.append(Letter(index, key, sequence, stream_sequence, failure.error, transient))
-        kept = self.kept.get(index, {})
-        if key[1] in kept:
-            kept[key[1]] = since - 1
+        kept, stored = self.kept.get(index, {}), self._plan.kept_id(key)
+        if stored in kept:
+            kept[stored] = since - 1
             if since <= events[0][1].sequence:
-                del kept[key[1]]
+                del kept[stored]
 
 
 def _sum(bulk: Bulk, added: Sequence[Added]) -> Any:

@@ -69,15 +69,18 @@ class Bulk:
         self.upsert, self.add = text(f"{insert} {upsert}"), text(f"{insert} {add}")
         one = ", ".join(f"CAST(eskernel_row->>{place} AS {codec.cast})" for place, codec in enumerate(codec.codecs))
         self.insert_one = f"{_unescaped(into)} SELECT {one}"
-        key = f"CAST(eskernel_row->>0 AS {codec.codecs[0].cast})"
+        own = [f"CAST(eskernel_row->>{place} AS {codec.codecs[place].cast})" for place in range(keys)]
         if not self._columnwise:
-            self.insert_one, key = f"{_unescaped(into)} VALUES ({', '.join('?' * len(names))})", "?"
-        self.delete_one = f"DELETE FROM {_unescaped(target)} WHERE {_unescaped(names[0])} = {key}"
+            self.insert_one, own = f"{_unescaped(into)} VALUES ({', '.join('?' * len(names))})", ["?"] * keys
+        matches = " AND ".join(f"{_unescaped(name)} = {key}" for name, key in zip(names, own, strict=False))
+        self.delete_one = f"DELETE FROM {_unescaped(target)} WHERE {matches}"
         self.conflicts = {"upsert": _unescaped(upsert), "add": _unescaped(add)}
         wanted = f"{names[0]} IN (SELECT value FROM json_each(:keys))"
         if self._columnwise:
             cast = codec.codecs[0].cast
             wanted = f"{names[0]} IN (SELECT CAST(value AS {cast}) FROM json_array_elements_text(CAST(:keys AS json)))"
+        if codec.keyed:
+            wanted = self._wanted_keys(names[:keys])
         self.delete = text(f"DELETE FROM {target} WHERE {wanted}")
         self.select = text(f"SELECT {', '.join(names)} FROM {target} WHERE {wanted}").columns(
             *(Column(column.name, column.type) for column in columns.columns)
@@ -85,6 +88,13 @@ class Bulk:
         self.sequence = text(
             f"UPDATE {target} SET eskernel_sequence = :sequence WHERE {wanted} AND eskernel_sequence < :sequence"
         )
+
+    def _wanted_keys(self, names: Sequence[str]) -> str:
+        given, read = "json_each(:keys)", [f"value->>{place}" for place in range(len(names))]
+        if self._columnwise:
+            given = "json_array_elements(CAST(:keys AS json)) AS given (value)"
+            read = [f"CAST({one} AS {codec.cast})" for one, codec in zip(read, self.codec.codecs, strict=False)]
+        return f"({', '.join(names)}) IN (SELECT {', '.join(read)} FROM {given})"
 
     def _source(self, dialect: Dialect) -> str:
         count = len(self.codec.codecs)
@@ -108,7 +118,8 @@ class Bulk:
         name = self.codec.columns.names[0]
         for place, (aggregate_id, record) in enumerate(records.items()):
             if place not in refused and self.codec.id_of(record) != aggregate_id:
-                refused[place] = f"{self.codec.model}.{name} is the aggregate's id; a handler can't set it"
+                what = "the row's key" if self.codec.keyed else "the aggregate's id"
+                refused[place] = f"{self.codec.model}.{name} is {what}; a handler can't set it"
         return [row for place, row in zip(kept, rows, strict=True) if place not in refused], refused
 
     def carry_sums(self, records: Iterable[Any]) -> tuple[list[Row], dict[int, str]]:
@@ -156,6 +167,8 @@ class Bulk:
 
     def key_parameters(self, keys: Iterable[str]) -> Parameters:
         """Return the parameters of `delete` and `select`. An id that can't be a key is left out: it has no row."""
+        if self.codec.keyed:
+            return {"keys": _json(list(map(self.codec.key_wires, keys)))}
         return {"keys": _json(list(self._wires(keys)))}
 
     def _wires(self, ids: Iterable[str]) -> dict[Any, str]:

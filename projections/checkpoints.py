@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import Connection, Engine, func, select, update
 
 from projections.contention import outlast_contention
 from projections.database import reads
@@ -38,6 +38,7 @@ class Position:
     Args:
         folded: stream sequence by partition, for each projection in the plan's order. A partition that is not among
             those of a projection is somebody else's.
+        keyed: projections whose partitions are those of their rows' own keys. They have read the whole log up to there.
 
     Attributes:
         owned: the partitions of any projection.
@@ -45,7 +46,8 @@ class Position:
         lowest, highest: lowest and highest sequence at the claim, of projections that are not paused.
     """
 
-    def __init__(self, folded: Sequence[dict[int, int]]) -> None:
+    def __init__(self, folded: Sequence[dict[int, int]], keyed: frozenset[int] = frozenset()) -> None:
+        self._keyed = keyed
         self._folded = [dict(sequences) for sequences in folded]
         self.owned = frozenset().union(*self._folded)
         self._elsewhere = {
@@ -89,7 +91,10 @@ class Position:
         self._touched.add(partition)
 
     def moves(self, generations: Sequence[Generation], to: int) -> list[Move]:
-        """Return the steps of the touched partitions."""
+        """Return the steps of the touched partitions, and of all partitions of rows with a key of their own.
+
+        Any event may belong to any such row: who waits for an event waits until all of these have passed it.
+        """
         touched, self._touched = self._touched, set()
         return self._steps(generations, to, touched)
 
@@ -102,7 +107,9 @@ class Position:
             (made.name, made.number, partition, old, to)
             for index, (made, sequences) in enumerate(zip(generations, self._folded, strict=True))
             for partition, old in sequences.items()
-            if old < to and index not in self.paused and (touched is None or partition in touched)
+            if old < to
+            and index not in self.paused
+            and (touched is None or partition in touched or index in self._keyed)
         )
 
     def advance(self, moves: Sequence[Move], generations: Sequence[Generation]) -> None:
@@ -185,26 +192,32 @@ def _claim(
         for index, made in enumerate(in_order):
             folded = {} if index in absent else positions(connection, made)
             own_places.append({partition: folded[partition] for partition in owned[made.name] if folded})
-        return Claim(epoch, in_order, Position(own_places), frozenset(absent))
+        keyed = frozenset(index for index, declaration in enumerate(declared) if declaration.keyed)
+        return Claim(epoch, in_order, Position(own_places, keyed), frozenset(absent))
 
 
 def _number(made: Generation | None) -> int:
     return ABSENT if made is None else made.number
 
 
-def reached(connection: Connection, partition: int, names: Sequence[str] = ()) -> dict[str, int]:
+def reached(
+    connection: Connection, partition: int, names: Sequence[str] = (), keyed: Collection[str] = ()
+) -> dict[str, int]:
     """Return how far the live projections have folded a partition: stream sequence by projection.
 
     Args:
         names: only these projections; all projections if empty.
+        keyed: those whose rows have a key of their own: an event of any partition may be in any row.
     """
+    own = checkpoint.c.partition == partition
     query = (
-        select(checkpoint.c.projection, checkpoint.c.sequence)
+        select(checkpoint.c.projection, func.min(checkpoint.c.sequence).label("sequence"))
         .join(
             projection,
             (projection.c.name == checkpoint.c.projection) & (projection.c.generation == checkpoint.c.generation),
         )
-        .where(projection.c.state == "live", checkpoint.c.partition == partition)
+        .where(projection.c.state == "live", own | checkpoint.c.projection.in_(keyed) if keyed else own)
+        .group_by(checkpoint.c.projection)
     )
     if names:
         query = query.where(projection.c.name.in_(names))

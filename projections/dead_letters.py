@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
 from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, update
 
 from aggregates import InvalidMessage
-from aggregates.commit import Envelope, decode
 from projections.contention import outlast_contention
 from projections.database import is_infrastructure, reads
 from projections.declaration import DeclaredProjection
@@ -25,6 +23,7 @@ from projections.exclusions import skipped_of
 from projections.faults import may_pass
 from projections.fold import Folded, Plan
 from projections.generations import Generation, fence, live_generation
+from projections.stored_letters import StoredLetter, event_of, letter_of
 from projections.tables import checkpoint, dead_letter, projection, skipped_letter
 from projections.unit_of_work import Writer, one_line
 
@@ -39,9 +38,10 @@ class Waiting:
 
     Attributes:
         projection: the projection's name, empty for a message in quarantine.
-        aggregate: the aggregate's type, empty for a message in quarantine.
-        aggregate_id: the aggregate's id, or the subject of a message in quarantine.
-        sequence: the first waiting event's place in its aggregate.
+        aggregate: the aggregate's type, empty for a message in quarantine; or the projection's name, if what is parked
+            is a row with a key of its own.
+        aggregate_id: the aggregate's id, the subject of a message in quarantine, or the row's key.
+        sequence: the first waiting event's place in its aggregate; for a row with a key of its own, in the log.
         stream_sequence: the first waiting event's place in the stream.
         events: number of waiting events.
         error: the error of the first waiting event.
@@ -65,22 +65,6 @@ class Waiting:
     next_attempt: float | None
     newer: bool = False
     reaction: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StoredLetter:
-    """A dead letter in the database.
-
-    Attributes:
-        event: the event as it is stored, or None if the payload is not a commit.
-        payload: the whole commit that contains the event.
-    """
-
-    sequence: int
-    stream_sequence: int
-    error: str
-    event: dict[str, Any] | None
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +158,7 @@ def letters(engine: Engine, name: str, aggregate: str, aggregate_id: str) -> lis
     """
     with reads(engine).connect() as connection:
         rows = _rows(connection, name, aggregate, aggregate_id)
-    return [_letter(row) for row in rows]
+    return [letter_of(row) for row in rows]
 
 
 def due(engine: Engine, now: float) -> list[Waiting]:
@@ -235,6 +219,8 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
     plan, made = writer.plan, writer.generations[index]
     others = frozenset(range(len(plan.projections))) - {index}
     aggregate, aggregate_id = rows[0].aggregate, rows[0].aggregate_id
+    if aggregate not in plan.projections[index].units:
+        return 0, Stopped(rows[0].error)  # the event of a key that failed: its rows have gone on without it
     loaded, unreadable = writer.load_rows(connection, aggregate, [aggregate_id])
     if unreadable:
         return 0, Stopped(unreadable[0].error)
@@ -242,20 +228,20 @@ def fold_letters(connection: Connection, writer: Writer, index: int, rows: Seque
     skipped = skipped_of(connection, made.name, aggregate, [aggregate_id]).get(aggregate_id, set())
     last = max((sequence for sequence in skipped if sequence < rows[0].sequence), default=None)
     # what another projection keeps goes on without this plan: here it would grow old
-    kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id) if plan.keeps else None
+    kept = writer.load_kept(connection, aggregate, loaded).get(aggregate_id) if plan.keeps(aggregate) else None
     if last is not None:
         last = max(last, records[index].eskernel_sequence if records[index] is not None else 0, kept or 0)
     for done, row in enumerate(rows):
         while last is not None and last + 1 in skipped:
             last += 1
         try:
-            commits = [(row.stream_sequence, [envelope_of(row)])]
+            commits = [(row.stream_sequence, [event_of(plan, index, row)])]
             folded = Folded(plan)
             last = plan.fold(aggregate, aggregate_id, records, commits, folded, last, others, kept)
             failures = folded.failures
             if folded.letters and not failures:
                 return done, Stopped(folded.letters[0].error, waits=True)
-            if not plan.keeps:
+            if not plan.keeps(aggregate):
                 folded.kept[index].clear()
             if not failures:
                 write = writer.freeze(folded, [], lambda _: (0, b""), [((aggregate, aggregate_id), commits, others)])
@@ -339,7 +325,7 @@ def skip(engine: Engine, plan: Plan, aggregate: str, aggregate_id: str, who: str
             _move_to_skipped(connection, row, who, reason)
             _count_as_folded(connection, Writer(engine, plan, [made], epoch=0), aggregate, aggregate_id, row.sequence)
             fence(connection, made, [row.partition])
-        return _letter(row)
+        return letter_of(row)
 
     return outlast_contention(attempt)
 
@@ -360,7 +346,7 @@ def skip_quarantined(engine: Engine, stream_sequence: int, who: str, reason: str
                 f"stream sequence {stream_sequence} is not in quarantine; `eskernel dead-letters list` shows all"
             )
         _move_to_skipped(connection, row, who, reason)
-    return _letter(row)
+    return letter_of(row)
 
 
 def _move_to_skipped(connection: Connection, row: Row[Any], who: str, reason: str) -> None:
@@ -439,31 +425,11 @@ def _count_as_folded(connection: Connection, writer: Writer, aggregate: str, agg
     """Record a skipped event as folded, so that the next event follows it without a gap."""
     loaded, _ = writer.load_rows(connection, aggregate, [aggregate_id])
     if loaded[aggregate_id][0] is None:
-        if writer.plan.keeps:
-            writer.keep(connection, 0, {aggregate_id: sequence})
+        if writer.plan.keeps(aggregate):
+            writer.keep(connection, 0, {writer.plan.kept_id((aggregate, aggregate_id)): sequence})
         return
     bulk = writer.bulk(0)
     connection.execute(bulk.sequence, {**bulk.key_parameters([aggregate_id]), "sequence": sequence})
-
-
-def envelope_of(row: Row[Any]) -> Envelope:
-    """Return the event of a dead letter. Raises `InvalidMessage` if the payload has no such event."""
-    for envelope in decode(row.payload):
-        if envelope.sequence == row.sequence:
-            return envelope
-    raise InvalidMessage(f"the commit at {row.stream_sequence} contains no event {row.sequence}")
-
-
-def _letter(row: Row[Any]) -> StoredLetter:
-    return StoredLetter(row.sequence, row.stream_sequence, row.error, _event(row), row.payload)
-
-
-def _event(row: Row[Any]) -> dict[str, Any] | None:
-    try:
-        batch: list[dict[str, Any]] = msgspec.json.decode(row.payload, type=list[dict[str, Any]])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return next((event for event in batch if event.get("sequence") == row.sequence), None)
 
 
 def _now() -> str:

@@ -18,7 +18,6 @@ from sqlalchemy.orm import DeclarativeBase
 from aggregates.aggregate import Aggregate, role_of
 from aggregates.declaration import AggregateType, annotated, message_classes
 from aggregates.errors import DeclarationError
-from aggregates.messages import spec_of
 from aggregates.meta import Meta
 from projections.codec import Unsupported
 from projections.errors import SchemaError
@@ -44,22 +43,36 @@ class EventHandler:
 
 
 @dataclass(slots=True)
+class KeyFunction:
+    """The method `key` of a `Rows` projection, the event classes that it takes, and whether it takes a `Meta`."""
+
+    function: Callable[..., Any]
+    events: tuple[type, ...]
+    wants_meta: bool
+
+
+@dataclass(slots=True)
 class DeclaredProjection:
     """A projection class as the kernel uses it. Made by `declare_projection`.
 
     Attributes:
+        aggregates: the types whose events are projected.
         columns: columns of the only model of `Rows` and `Tallies`; None for `Sql`.
         models: every model whose table belongs to the projection.
+        foreign: names of the tables of the app's other projections.
+        key: says which rows an event is folded into; None: the aggregate's id does.
     """
 
     kind: ProjectionKind
     name: str
     version: int
-    aggregate: str
+    aggregates: tuple[str, ...]
     instance: Projection
     models: tuple[type, ...]
     columns: Columns | None
     handlers: list[EventHandler] = field(default_factory=list)
+    foreign: frozenset[str] = frozenset()
+    key: KeyFunction | None = None
 
     def codec(self, dialect: Dialect) -> RowCodec | None:
         """Return how the records of `Rows` and `Tallies` are carried into a database's table; None for `Sql`.
@@ -70,9 +83,30 @@ class DeclaredProjection:
         if self.columns is None:
             return None
         try:
-            return RowCodec(self.columns, self.models[0].__name__, dialect, counting=self.kind == "tallies")
+            name = self.models[0].__name__
+            return RowCodec(self.columns, name, dialect, counting=self.kind == "tallies", keyed=self.keyed)
         except Unsupported as problem:
             raise SchemaError(str(problem)) from None
+
+    @property
+    def of(self) -> str:
+        """The types whose events are projected, for people."""
+        return ", ".join(self.aggregates)
+
+    @property
+    def row_type(self) -> str:
+        """The type of what has a row each: that of its aggregates, or its own name where rows have their own key."""
+        return self.name if self.keyed else self.aggregates[0]
+
+    @property
+    def keyed(self) -> bool:
+        """Whether its rows have a key of their own."""
+        return self.key is not None
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The types of what is folded, parked and retried by itself: aggregates, or rows with a key of their own."""
+        return (self.name,) if self.keyed else self.aggregates
 
     @property
     def tables(self) -> set[str]:
@@ -88,15 +122,18 @@ def keyword_problems(cls: object) -> list[str]:
     if not hasattr(cls, "of"):
         return [f"{cls.__name__}: say whose events it folds, with `of=SomeAggregate` in the class line"]
     of: object = cls.of
-    if isinstance(of, tuple | list | set | frozenset):
-        problems.append(
-            f"{cls.__name__}: of has {len(of)} values, but a projection folds the events of one aggregate; "
-            "declare a projection for each"
-        )
-    elif isinstance(of, str):
-        problems.append(f"{cls.__name__}: of={of!r} is a text; give the aggregate's class itself")
-    elif not (isinstance(of, type) and issubclass(of, Aggregate) and of is not Aggregate):
-        problems.append(f"{cls.__name__}: of={of!r} is not an aggregate; give a class that derives from Aggregate")
+    if isinstance(of, list | set | frozenset) or of == ():
+        problems.append(f"{cls.__name__}: of={of!r}; give one aggregate, or a tuple of several: of=(Order, Payment)")
+    else:
+        for each in of if isinstance(of, tuple) else (of,):
+            if isinstance(each, str):
+                problems.append(f"{cls.__name__}: of={each!r} is a text; give the aggregate's class itself")
+            elif not (isinstance(each, type) and issubclass(each, Aggregate) and each is not Aggregate):
+                problems.append(
+                    f"{cls.__name__}: of={each!r} is not an aggregate; give a class that derives from Aggregate"
+                )
+        if isinstance(of, tuple) and len(set(map(id, of))) < len(of):
+            problems.append(f"{cls.__name__}: of names an aggregate twice; name each once")
     version: object = getattr(cls, "version", None)
     if type(version) is not int or not 1 <= version <= MAX_VERSION:
         problems.append(f"{cls.__name__}: version={version!r} is not a whole number from 1 to {MAX_VERSION:,}")
@@ -109,8 +146,16 @@ def keyword_problems(cls: object) -> list[str]:
     return problems
 
 
-def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> DeclaredProjection:
+def aggregates_of(cls: type[Projection]) -> tuple[type[Aggregate], ...]:
+    """Return the aggregates whose events a projection folds."""
+    return cls.of if isinstance(cls.of, tuple) else (cls.of,)
+
+
+def declare_projection(cls: type[Projection], of: Sequence[AggregateType[Any]]) -> DeclaredProjection:
     """Read the class.
+
+    Args:
+        of: the aggregates that it names, in its order.
 
     Raises:
         DeclarationError: the class has problems; the error lists all of them.
@@ -126,12 +171,23 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
     problems += model_problems(models)
     if problems:
         raise DeclarationError(problems)
+    names = tuple(each.name for each in of)
     columns = None if kind == "sql" else Columns(models[0], sequenced=kind == "rows")
     if columns is not None:
         problems += columns.problems(models[0], numeric=kind == "tallies")
-        if kind == "rows" and columns.keys != 1:
-            problems.append(f"{cls.__name__}: the primary key of {models[0].__name__} must be the aggregate's id alone")
-    declared = DeclaredProjection(kind, cls.name, cls.version, of.name, cls(), models, columns)
+        keyed = kind == "rows" and hasattr(cls, "key")
+        if kind == "rows" and not keyed and columns.keys != 1:
+            problems.append(
+                f"{cls.__name__}: the primary key of {models[0].__name__} must be the aggregate's id alone; for "
+                "another key, give the projection a method `key`, from an event to the key"
+            )
+        if kind == "rows" and not keyed and len(of) > 1:
+            problems.append(
+                f"{cls.__name__}: the key of its rows is the aggregate's id, and two of "
+                f"{', '.join(names)} may have the same; give the projection a method `key`, from an event to "
+                "the row's key, or declare a projection for each"
+            )
+    declared = DeclaredProjection(kind, cls.name, cls.version, names, cls(), models, columns)
     taken: set[type] = set()
     for name, member in inspect.getmembers_static(cls):
         if role_of(member) != "applies":
@@ -147,16 +203,17 @@ def declare_projection(cls: type[Projection], of: AggregateType[Any]) -> Declare
         if handler is None:
             continue
         for event_class in handler.events:
-            spec = spec_of(event_class)
-            if spec is None or spec.name not in of.events or of.events[spec.name].cls is not event_class:
-                known = ", ".join(sorted(of.events)) or "none"
-                problems.append(f"{where}: {of.name} has no event {event_class.__name__}; it has {known}")
+            if not any(event_class in each.event_types for each in of):
+                known = ", ".join(sorted({name for each in of for name in each.events})) or "none"
+                problems.append(f"{where}: {' or '.join(names)} has no event {event_class.__name__}; it has {known}")
             if event_class in taken and kind != "sql":
                 problems.append(f"{where}: {cls.__name__} already has a handler for {event_class.__name__}; keep one")
             taken.add(event_class)
         if columns is not None:
             problems += _unknown_columns(member, columns, models[0], where, kind)
         declared.handlers.append(handler)
+    if kind == "rows" and hasattr(cls, "key"):
+        declared.key = _key_function(cls, declared, problems)
     if not declared.handlers and not problems:
         problems.append(f"{cls.__name__} handles no event; mark its handlers with @applies")
     if problems:
@@ -184,6 +241,26 @@ def _handler(
         problems.append(f"{where}: a handler of this kind of projection takes {shape}")
         return None
     return EventHandler(member, events, wants_meta)
+
+
+def _key_function(cls: type[Projection], declared: DeclaredProjection, problems: list[str]) -> KeyFunction | None:
+    member, where = inspect.getattr_static(cls, "key"), f"{cls.__name__}.key"
+    shape = "it takes (self, event: Event) and optionally a Meta, and returns the row's key, several, or None"
+    if not inspect.isfunction(member) or inspect.iscoroutinefunction(member):
+        problems.append(f"{where}: make it an ordinary method; {shape}")
+        return None
+    hints = annotated(member, skip=1, problems=problems, where=where)
+    if hints is None:
+        return None
+    parameters, _ = hints
+    events = tuple(message_classes(parameters[0], "event")) if parameters else ()
+    if not events or len(parameters) > 2 or (len(parameters) == 2 and parameters[1] is not Meta):
+        problems.append(f"{where}: {shape}")
+        return None
+    for handled in dict.fromkeys(event for handler in declared.handlers for event in handler.events):
+        if handled not in events:
+            problems.append(f"{where}: a handler takes {handled.__name__}, and no key is said for it; add it here")
+    return KeyFunction(member, events, len(parameters) == 2)
 
 
 def _listed(tables: object) -> tuple[type, ...]:
@@ -223,11 +300,17 @@ def _unknown_columns(member: Any, columns: Columns, model: type, where: str, kin
 def keepers_of(projections: Sequence[DeclaredProjection]) -> dict[str, int]:
     """Return for each aggregate type the projection that stores the sequence of an aggregate's last event, by index.
 
-    It is the first `Rows`, or else the first projection.
+    It is the first `Rows`, or else the first projection. Rows with a key of their own keep none.
     """
     keepers: dict[str, int] = {}
     for kind in ("rows", None):
         for index, projection in enumerate(projections):
-            if kind in (None, projection.kind):
-                keepers.setdefault(projection.aggregate, index)
+            if kind in (None, projection.kind) and not projection.keyed:
+                for aggregate in projection.aggregates:
+                    keepers.setdefault(aggregate, index)
     return keepers
+
+
+def kept_prefix(projection: DeclaredProjection, aggregate: str) -> str:
+    """Return what stands before an aggregate's id where a projection stores its sequence: two types may share ids."""
+    return f"{aggregate}/" if len(projection.aggregates) > 1 else ""

@@ -63,7 +63,9 @@ def plan_of(plan: Plan, name: str) -> Plan:
     """Return a plan with only the projection of this name, which leaves out the same events."""
     chosen = [projection for projection in plan.projections if projection.name == name]
     alone = Plan(list(plan.types.values()), chosen, plan.dialect, plan.transient)
-    alone.keeps = all(plan.projections[plan.keepers[declared.aggregate]] is declared for declared in chosen)
+    alone.kept_elsewhere = frozenset(
+        aggregate for aggregate, index in plan.keepers.items() if plan.projections[index].name != name
+    )
     for key, events in plan.parked.skipped.items():
         for index, sequence in events:
             if plan.projections[index] in chosen:

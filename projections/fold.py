@@ -16,20 +16,20 @@ from sqlalchemy.engine import Dialect
 from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType
 from aggregates.errors import NewerEvent
-from aggregates.meta import Meta
 from projections.codec import Refused
-from projections.declaration import DeclaredProjection, EventHandler, keepers_of
+from projections.declaration import DeclaredProjection, keepers_of, kept_prefix
 from projections.errors import FailureKind, HandlerFailed, reason
+from projections.keyed import Router, fold_row
 from projections.parked import EVERY, Key, Letter, Parked, ParkedAggregates
-from projections.projection import DROP, Recorded, Tally
+from projections.projection import Recorded, Tally
 from projections.row_codec import RowCodec
+from projections.steps import RowStep, Step, make_row_steps, make_step
 
 TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
 """Exceptions of handlers that may be temporary: the event is retried automatically. Apart from them a fold is a pure
 function, and a retry would fail in the same way."""
 Commits = Sequence[tuple[int, Sequence[Envelope]]]
 """Stream sequence and events of each commit of one aggregate, in stream order."""
-Step = Callable[[list[Any], str, Any, Envelope, int, "Folded"], None]
 
 
 class Folded:
@@ -84,11 +84,13 @@ class Plan:
         projections: the projections, in the order of all indexes in `Folded`.
         codecs: how the records of each projection are carried; None for `Sql`.
         makers: functions that make a new record, by projection.
-        row_indexes: the `Rows` projections of each aggregate type.
+        row_indexes: the `Rows` projections of each aggregate type; the projection's name is the type of rows with a
+            key of their own.
+        routers: find those rows.
         keepers: for each aggregate type, the projection that stores the sequence of an aggregate's last event: its
             first `Rows`, or else its first projection.
         parked: the parked aggregates. They are state, and the only part of the plan that changes.
-        keeps: the keepers are those of the app; not so in a plan of one projection, where the app has another keeper.
+        kept_elsewhere: aggregate types of which this plan has not the app's keeper, but is a plan of one projection.
     """
 
     def __init__(
@@ -107,16 +109,24 @@ class Plan:
             _no_record if codec is None else codec.new if codec.counting else codec.new_for for codec in self.codecs
         ]
         self.parked = ParkedAggregates()
-        self.keeps = True
-        self._indexes = {
-            declared.name: [i for i, p in enumerate(projections) if p.aggregate == declared.name] for declared in types
-        }
+        self.kept_elsewhere: frozenset[str] = frozenset()
+        units = [*self.types, *(projection.name for projection in projections if projection.keyed)]
+        self._indexes = {unit: [i for i, p in enumerate(projections) if unit in p.units] for unit in units}
         self.row_indexes = {
-            declared.name: [i for i, p in enumerate(projections) if p.kind == "rows" and p.aggregate == declared.name]
-            for declared in types
+            name: [index for index in indexes if projections[index].kind == "rows"]
+            for name, indexes in self._indexes.items()
         }
         self.keepers = keepers_of(projections)
+        self._kept_prefixes = {
+            aggregate: kept_prefix(projections[index], aggregate) for aggregate, index in self.keepers.items()
+        }
         self._steps = {declared.name: self._compile(declared) for declared in types}
+        self.routers: list[Router] = []
+        self._row_steps: dict[str, tuple[int, dict[type, RowStep]]] = {}
+        for index, (projection, codec) in enumerate(zip(projections, self.codecs, strict=True)):
+            if projection.key is not None and codec is not None:
+                self.routers.append(Router(index, projection, projection.key, types, codec))
+                self._row_steps[projection.name] = index, make_row_steps(index, projection, codec)
 
     def _compile(
         self, declared: AggregateType[Any]
@@ -125,53 +135,17 @@ class Plan:
         for name, event_type in declared.events.items():
             steps: list[tuple[int, Step]] = []
             for index, projection in enumerate(self.projections):
-                if projection.aggregate != declared.name:
+                if declared.name not in projection.units:
                     continue
                 for place, handler in enumerate(projection.handlers):
                     if event_type.cls in handler.events:
-                        steps.append((index, self._step(index, place, handler)))
+                        make = self.makers[index]
+                        step = make_step(index, projection, place, handler, declared.name, self.codecs[index], make)
+                        steps.append((index, step))
             # most events have the current version: their decoder is called directly
             decode: Callable[..., Any] | None = msgspec.json.Decoder(event_type.cls).decode if steps else None
             compiled[name] = (event_type.version, event_type.decode, decode, tuple(steps))
         return compiled
-
-    def _step(self, index: int, place: int, handler: EventHandler) -> Step:
-        projection = self.projections[index]
-        function, instance, make = handler.function, projection.instance, self.makers[index]
-        wants_meta = handler.wants_meta
-
-        codec = self.codecs[index]
-        settle = codec.settle if codec is not None else None
-
-        def fold_row(
-            rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
-        ) -> None:
-            row = rows[index]
-            if row is None:
-                row = rows[index] = make(aggregate_id)
-            if wants_meta:
-                result = function(instance, row, event, Meta(envelope, aggregate_id, stream_sequence))
-            else:
-                result = function(instance, row, event)
-            if result is DROP:
-                rows[index] = folded.rows[index][aggregate_id] = None
-            elif settle is not None:
-                settle(row)
-
-        def fold_tally(
-            _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
-        ) -> None:
-            if wants_meta:
-                function(instance, folded.tallies[index], event, Meta(envelope, aggregate_id, stream_sequence))
-            else:
-                function(instance, folded.tallies[index], event)
-
-        def collect(
-            _rows: list[Any], aggregate_id: str, event: Any, envelope: Envelope, stream_sequence: int, folded: Folded
-        ) -> None:
-            folded.calls[index].append(Recorded(event, envelope, aggregate_id, stream_sequence, place))
-
-        return {"rows": fold_row, "tallies": fold_tally, "sql": collect}[projection.kind]
 
     def fold(
         self,
@@ -199,9 +173,12 @@ class Plan:
             sequence of the last event.
         """
         keeper = self.keepers.get(aggregate)
-        if keeper is None:
-            return commits[-1][1][-1].sequence
         key = aggregate, aggregate_id
+        if keeper is None:
+            index, row_steps = self._row_steps.get(aggregate, _NO_ROWS)
+            if not row_steps or index in skip:
+                return commits[-1][1][-1].sequence
+            return fold_row(self, index, row_steps, key, rows, commits, folded, last)
         waiting = self.parked.get(key, {}) if self.parked else {}
         indexes = self.row_indexes[aggregate]
         if last is None:
@@ -245,7 +222,7 @@ class Plan:
                 row.eskernel_sequence = last  # once for all events
                 folded.rows[index][aggregate_id] = row
         if not indexes or rows[keeper] is None:
-            folded.kept[keeper][aggregate_id] = last
+            folded.kept[keeper][self._kept_prefixes[aggregate] + aggregate_id] = last
         return last
 
     def _finish(
@@ -265,7 +242,7 @@ class Plan:
                 folded.rows[index][key[1]] = row
         bare = not self.row_indexes[key[0]] or rows[keeper] is None
         if bare and keeper not in skip and (until := folded_to(keeper)) >= first:
-            folded.kept[keeper][key[1]] = until
+            folded.kept[keeper][self.kept_id(key)] = until
         return last
 
     def _go_on(
@@ -290,7 +267,7 @@ class Plan:
             last -= 1
             self._park_event(key, envelope, self._indexes[key[0]], folded, error)
         else:
-            self._fail_step(index, key, rows, envelope, stream_sequence, folded, error)
+            self.fail_step(index, key, rows, envelope, stream_sequence, folded, error)
             event = self._decode(key[0], envelope)
             steps = [step for step in self._steps[key[0]][envelope.type][3] if step[0] > index]
             self._run(steps, key, rows, (event, envelope, stream_sequence), folded)
@@ -344,9 +321,9 @@ class Plan:
             try:
                 step(rows, key[1], event, envelope, stream_sequence, folded)
             except Exception as error:
-                self._fail_step(index, key, rows, envelope, stream_sequence, folded, error)
+                self.fail_step(index, key, rows, envelope, stream_sequence, folded, error)
 
-    def _fail_step(
+    def fail_step(
         self,
         index: int,
         key: Key,
@@ -410,6 +387,14 @@ class Plan:
             if failure.projection in (EVERY, index):
                 self.parked.add(failure.aggregate, index, Parked(failure.sequence, failure.error, failure.transient))
 
+    def kept_id(self, key: Key) -> str:
+        """Return under which id the sequence of an aggregate without a row is stored."""
+        return self._kept_prefixes.get(key[0], "") + key[1]
+
+    def keeps(self, aggregate: str) -> bool:
+        """Return whether the keeper of an aggregate type is the app's."""
+        return aggregate in self.keepers and aggregate not in self.kept_elsewhere
+
     def apart(self) -> Plan:
         """Return the same plan with no aggregate parked, to fold something again."""
         plan = copy.copy(self)
@@ -419,6 +404,9 @@ class Plan:
 
 class _OutOfSequence(Exception):
     """An event is missing, or is there twice."""
+
+
+_NO_ROWS: tuple[int, dict[type, RowStep]] = (0, {})
 
 
 def _gap(sequence: int, last: int) -> str:

@@ -137,11 +137,10 @@ def has_tables(connection: Connection, made: Generation) -> bool:
 
 def code_of(declared: DeclaredProjection, types: Sequence[AggregateType[Any]], dialect: Dialect) -> str:
     """Return a fingerprint of all that a projection's rows follow from but the log; empty if it can't be had."""
-    (aggregate,) = [known for known in types if known.name == declared.aggregate]
-    code = fingerprint_code(aggregate, [type(declared.instance)])
-    if code is None:
+    codes = [fingerprint_code(known, [type(declared.instance)]) for known in types if known.name in declared.aggregates]
+    if None in codes:
         return ""
-    hashed = blake2b(code, digest_size=32)
+    hashed = blake2b(b"".join(code or b"" for code in codes), digest_size=32)
     for model in declared.models:
         hashed.update(str(CreateTable(table_of(model)).compile(dialect=dialect)).encode())
     return hashed.hexdigest()

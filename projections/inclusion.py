@@ -12,6 +12,7 @@ from projections.checkpoints import reached
 from projections.exclusions import skipped_of
 from projections.following import live_version
 from projections.parked import Parked
+from projections.stored_letters import letter_of
 from projections.tables import dead_letter, projection
 
 State = Literal["included", "behind", "parked", "waiting", "skipped", "not built"]
@@ -66,5 +67,32 @@ def read_inclusion(connection: Connection, name: str, partition: int, aggregate:
         live_version(connection, name),
         reached(connection, partition, [name]).get(name, 0),
         None if first is None else Parked(first.sequence, first.error, waits=not first.attempts),
+        skipped_of(connection, name, aggregate, [aggregate_id]).get(aggregate_id, frozenset()),
+    )
+
+
+def read_row_inclusion(
+    connection: Connection, name: str, aggregate: str, aggregate_id: str, sequence: int, stream_sequence: int
+) -> Inclusion:
+    """Return how far readers see a projection, whose rows have a key of their own, include one event.
+
+    Args:
+        sequence, stream_sequence: the event's places in its aggregate and in the stream.
+    """
+    live = select(projection.c.generation).where(projection.c.name == name, projection.c.state == "live")
+    of_commit = select(dead_letter).where(
+        dead_letter.c.projection == name,
+        dead_letter.c.generation.in_(live),
+        dead_letter.c.stream_sequence == stream_sequence,
+    )
+    letters = [row for row in connection.execute(of_commit) if letter_of(row).sequence == sequence]
+    parked = None
+    if letters:
+        where = f"row {letters[0].aggregate_id}: " if letters[0].aggregate == name else ""
+        parked = Parked(sequence, f"{where}{letters[0].error}")
+    return Inclusion(
+        live_version(connection, name),
+        reached(connection, 0, [name], [name]).get(name, 0),
+        parked,
         skipped_of(connection, name, aggregate, [aggregate_id]).get(aggregate_id, frozenset()),
     )

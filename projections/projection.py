@@ -37,6 +37,7 @@ class Recorded(msgspec.Struct, Generic[E], frozen=True, eq=False, gc=False):
 
     event: E
     _envelope: Envelope
+    _aggregate: str
     _aggregate_id: str
     _stream_sequence: int
     _place: int
@@ -63,13 +64,18 @@ class Tally(dict[Any, M]):
 
 
 class Transaction:
-    """The batch's transaction, as `Sql` handlers receive it."""
+    """The batch's transaction, as `Sql` handlers receive it.
 
-    def __init__(self, connection: Connection, tables: dict[str, Table]) -> None:
+    Args:
+        foreign: names of the tables of other projections.
+    """
+
+    def __init__(self, connection: Connection, tables: dict[str, Table], foreign: frozenset[str] = frozenset()) -> None:
         self._connection = connection
         self._tables = tables
         self._views = {name.lower(): name for name in tables}
-        self._mentions = _pattern(tuple(self._views)).search
+        self._foreign = foreign
+        self._mentions = _pattern(tuple(self._views), foreign).search
 
     def table(self, model: type) -> Table:
         """Return the physical table of the generation being written; the name of the model itself is the view's."""
@@ -80,7 +86,8 @@ class Transaction:
 
         Raises:
             SchemaError: the statement names a model of this projection, or its table's name: that is the view, which
-                shows another generation while this one is built. Use `tx.table(Model)`.
+                shows another generation while this one is built. Use `tx.table(Model)`. Or it names a table of another
+                projection: which of its events are in it while this one is folded, or rebuilt, is not defined.
         """
         written = statement.table if isinstance(statement, Insert | Update | Delete) else None
         if isinstance(written, Table) and written.key in self._tables:
@@ -93,14 +100,36 @@ class Transaction:
             for name in named_tables(made):
                 if name in self._views:
                     raise _view_used(self._views[name])
+                of_other = _GENERATION.sub("", name)
+                if of_other in lowered(self._foreign):
+                    raise SchemaError(
+                        f"{of_other!r} is the table of another projection; how far that one is when this handler runs "
+                        "differs from batch to batch, and in a rebuild: an Sql handler uses the events and its own "
+                        "tables only. Fold the other's events here too, with of=(..., ...)"
+                    )
         return result
 
 
+_GENERATION = re.compile(r"__\d+$")
+
+
 @lru_cache
-def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+def _pattern(own: tuple[str, ...], foreign: frozenset[str]) -> re.Pattern[str]:
     """Return a pattern that a statement without these names does not contain: most statements end with this search."""
-    parts = "|".join(re.escape(name.rpartition(".")[2].replace('"', '""')) for name in names)
-    return re.compile(rf"(?<!\w)(?:{parts})(?!\w)", re.IGNORECASE)
+    parts = [_escaped(own)] if own else []
+    if foreign:
+        parts.append(f"{_escaped(sorted(foreign))}(?:__\\d+)?")
+    return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE)
+
+
+def _escaped(names: Sequence[str]) -> str:
+    return "(?:" + "|".join(re.escape(name.rpartition(".")[2].replace('"', '""')) for name in names) + ")"
+
+
+@lru_cache
+def lowered(names: frozenset[str]) -> frozenset[str]:
+    """Return names as `named_tables` returns them."""
+    return frozenset(map(str.lower, names))
 
 
 def _view_used(name: str) -> SchemaError:
@@ -117,17 +146,22 @@ class Projection:
     """The common base. Derive from `Rows`, `Tallies` or `Sql` instead.
 
     Class keywords:
-        of: the aggregate whose events are projected.
+        of: the aggregate whose events are projected, or a tuple of several.
         version: raise it when a handler or a table changes; the kernel builds the new version from the log.
         name: the projection's name on the command line and in the database, by default the class name.
     """
 
-    of: ClassVar[type[Aggregate]]
+    of: ClassVar[type[Aggregate] | tuple[type[Aggregate], ...]]
     version: ClassVar[int]
     name: ClassVar[str]
 
     def __init_subclass__(
-        cls, *, of: type[Aggregate] = _NOT_GIVEN, version: int = _NOT_GIVEN, name: str = _NOT_GIVEN, **unknown: Never
+        cls,
+        *,
+        of: type[Aggregate] | tuple[type[Aggregate], ...] = _NOT_GIVEN,
+        version: int = _NOT_GIVEN,
+        name: str = _NOT_GIVEN,
+        **unknown: Never,
     ) -> None:
         super().__init_subclass__()
         if unknown:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def events_of(plan: Plan, index: int, batch: Batch) -> Iterator[tuple[Key, int, Envelope]]:
     """Yield the events of a batch that a projection folds, by aggregate: those before the aggregate was parked."""
-    name = plan.projections[index].aggregate
+    aggregates = plan.projections[index].aggregates
     for key, commits, skip in batch:
-        if key[0] != name or index in skip:
+        if key[0] not in aggregates or index in skip:
             continue
         parked = plan.parked.get(key, {}).get(index)
         for stream_sequence, envelopes in commits:

@@ -51,9 +51,10 @@ def repair(engine: Engine, plan: Plan, key: Key, partition: int, read: Callable[
         sqlalchemy.exc.DBAPIError: the database failed, or refuses the row. Nothing has changed.
     """
     (declared,) = plan.projections
-    if declared.kind != "rows":
+    if declared.kind != "rows" or declared.keyed:
+        what = "has rows with a key of their own" if declared.keyed else f"is a {declared.kind.title()} projection"
         raise SchemaError(
-            f"{declared.name} is a {declared.kind.title()} projection: events of many aggregates are in each row of "
+            f"{declared.name} {what}: events of many aggregates are in each row of "
             f"such tables; rebuild it as a whole with `eskernel rebuild {declared.name}`"
         )
     return outlast_contention(partial(_repair, engine, plan, key, partition, read))
@@ -82,7 +83,7 @@ def _repair(engine: Engine, plan: Plan, key: Key, partition: int, read: Callable
         changed = _write(connection, writer, key, folded, known)
         fence(connection, made, [partition])
         record = folded.rows[0].get(key[1])
-        last = record.eskernel_sequence if record is not None else folded.kept[0].get(key[1], 0)
+        last = record.eskernel_sequence if record is not None else folded.kept[0].get(plan.kept_id(key), 0)
         return Repaired(declared.name, *key, last, changed, record is not None)
 
 
@@ -98,6 +99,6 @@ def _write(connection: Connection, writer: Writer, key: Key, folded: Folded, kno
         raise HandlerFailed(0, key, suspect.since, suspect.error, "refused")
     for index, rows in write.rows.items():
         writer.insert(connection, index, rows)
-    if writer.plan.keeps and write.kept.get(0):
+    if writer.plan.keeps(key[0]) and write.kept.get(0):
         writer.keep(connection, 0, write.kept[0])
     return [tuple(row) for row in before] != [tuple(row) for row in write.rows.get(0, [])]

@@ -10,13 +10,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, select
 
-from aggregates import InvalidMessage
 from projections.contention import outlast_contention
 from projections.dead_letters import (
     Retried,
     Stopped,
     Waiting,
-    envelope_of,
     fold_letters,
     remove,
     settle,
@@ -24,6 +22,7 @@ from projections.dead_letters import (
 from projections.exclusions import plan_of, skipped_of
 from projections.fold import Folded, Plan
 from projections.generations import fence, live_generation, lock_checkpoints
+from projections.stored_letters import event_of
 from projections.tables import dead_letter
 from projections.unit_of_work import Batch, Writer
 
@@ -127,15 +126,17 @@ def _fold_together(
     plan = writer.plan
     plan.parked.clear()
     aggregate = next(iter(by_id.values()))[0].aggregate
+    if aggregate not in plan.projections[0].units:
+        return list(by_id)
     records, unreadable = writer.load_rows(connection, aggregate, list(by_id))
     alone = {row.aggregate[1] for row in unreadable}
-    kept = writer.load_kept(connection, aggregate, records) if plan.keeps else {}
+    kept = writer.load_kept(connection, aggregate, records) if plan.keeps(aggregate) else {}
     skipped = skipped_of(connection, writer.generations[0].name, aggregate, list(by_id))
     folded, batch = Folded(plan), []
     for key, letters in by_id.items():
         try:
-            commits = [(row.stream_sequence, [envelope_of(row)]) for row in letters]
-        except InvalidMessage:
+            commits = [(row.stream_sequence, [event_of(plan, 0, row)]) for row in letters]
+        except Exception:  # of the app's own key too
             alone.add(key)
             continue
         last = max((sequence for sequence in skipped.get(key, ()) if sequence < letters[0].sequence), default=None)
@@ -144,7 +145,7 @@ def _fold_together(
             last = max(last, row.eskernel_sequence if row is not None else 0, kept.get(key) or 0)
         batch.append(((aggregate, key), commits, frozenset[int]()))
         plan.fold(aggregate, key, records[key], commits, folded, last, kept=kept.get(key))
-    if not plan.keeps:
+    if not plan.keeps(aggregate):
         folded.kept[0].clear()
     for failure in folded.failures:
         key = failure.aggregate[1]

@@ -99,7 +99,7 @@ def _on_sqlite(
     # in the form in which statements for many rows carry them
     carried = orjson.loads(orjson.dumps(rows))
     if delete or not keep:
-        return _each_undone(connection, cursor, carried, delete, insert, keep)
+        return _each_undone(connection, cursor, carried, delete, bulk.codec.columns.keys, insert, keep)
     driver = connection.dialect.loaded_dbapi
     refused: dict[int, Exception] = {}
     place = -1
@@ -121,7 +121,7 @@ def _on_sqlite(
 
 
 def _each_undone(
-    connection: Connection, cursor: Any, rows: Sequence[Row], delete: str, insert: str, keep: bool
+    connection: Connection, cursor: Any, rows: Sequence[Row], delete: str, keys: int, insert: str, keep: bool
 ) -> dict[int, Exception]:
     """Write rows of which nothing is left if they are refused, or if none is to be kept."""
     driver = connection.dialect.loaded_dbapi
@@ -130,7 +130,7 @@ def _each_undone(
         cursor.execute("SAVEPOINT one_row")
         try:
             if delete:
-                cursor.execute(delete, row[:1])
+                cursor.execute(delete, row[:keys])
             cursor.execute(insert, row)
         except driver.Error as error:
             refused[place] = _refusal(connection, cursor, insert, error)

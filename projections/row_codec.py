@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
+import orjson
 from sqlalchemy import Column, types
 from sqlalchemy.engine import Dialect
 
@@ -31,6 +32,7 @@ class RowCodec:
         columns: the model's columns.
         model: its name, for messages.
         counting: the columns beside the key are counters, which begin at 0.
+        keyed: a row's key is not the id of an aggregate.
 
     Attributes:
         codecs: by column, in the order of `columns`.
@@ -41,10 +43,10 @@ class RowCodec:
         Unsupported: a column can't be carried; the message names it.
     """
 
-    def __init__(self, columns: Columns, model: str, dialect: Dialect, counting: bool) -> None:
-        self.columns, self.model, self.counting = columns, model, counting
+    def __init__(self, columns: Columns, model: str, dialect: Dialect, counting: bool, keyed: bool = False) -> None:
+        self.columns, self.model, self.counting, self.keyed = columns, model, counting, keyed
         self.dialect = dialect
-        problems = row_problems(columns, model, dialect, counting)
+        problems = row_problems(columns, model, dialect, counting, keyed)
         if problems:
             raise Unsupported("; ".join(problems))
         self.codecs = [codec_of(column.type, dialect) for column in columns.columns]
@@ -52,6 +54,11 @@ class RowCodec:
         self.settle = self._settler()
         self._get = _attributes(columns.names)
         self._from_id, self._to_id = _id_conversion(columns.columns[0])
+        key_type = columns.columns[0].type
+        # a key of one text is its own text; any other is written as a list in JSON
+        self._textual = (
+            columns.keys == 1 and isinstance(key_type, types.String) and not isinstance(key_type, types.Enum)
+        )
         # a mapper takes any name for an attribute, but only an identifier can be a slot
         slots = {"__slots__": tuple(columns.names)} if all(map(str.isidentifier, columns.names)) else {}
         self.record: type = type(f"{columns.table.name}_record", (), slots)
@@ -134,6 +141,34 @@ class RowCodec:
         """
         return self.new(aggregate_id if self._from_id is None else self._from_id(aggregate_id))
 
+    def key_of(self, key: Any) -> tuple[str, tuple[Any, ...]]:
+        """Return a row's own key as a text, and by column in normal form. It raises `Refused`."""
+        values = key if isinstance(key, tuple) else (key,)
+        names = self.columns.names[: self.columns.keys]
+        if len(values) != len(names):
+            raise Refused(f"the key of {self.model} is ({', '.join(names)}), and {key!r} is not")
+        normal = []
+        for name, codec, value in zip(names, self.codecs, values, strict=False):
+            try:
+                own = codec.normalise(value)
+                if codec.fits is not None and type(own) in codec.plain and not codec.fits((own,)):
+                    raise Refused(f"is {own!r}, which the column can't hold")
+            except Refused as refused:
+                raise Refused(f"{self.model}.{name} {refused}") from None
+            normal.append(own)
+        return self._key_text(normal), tuple(normal)
+
+    def _key_text(self, normal: Sequence[Any]) -> str:
+        wires = [
+            value if codec.wire is None else codec.wire(value)
+            for codec, value in zip(self.codecs, normal, strict=False)
+        ]
+        return str(wires[0]) if self._textual else orjson.dumps(wires).decode()
+
+    def key_wires(self, text: str) -> list[Any]:
+        """Return what carries a row's own key, given as a text, to the database, by column."""
+        return [text] if self._textual else list(orjson.loads(text))
+
     def key_wire(self, aggregate_id: str) -> Any:
         """Return what carries an aggregate's key to the database. It raises `Refused`."""
         key = aggregate_id if self._from_id is None else self._from_id(aggregate_id)
@@ -142,7 +177,9 @@ class RowCodec:
         return normal if codec.wire is None else codec.wire(normal)
 
     def id_of(self, record: Any) -> str:
-        """Return the id of the aggregate that a stored record is of."""
+        """Return the id of the aggregate that a stored record is of, or its own key as a text."""
+        if self.keyed:
+            return self._key_text([getattr(record, name) for name in self.columns.names[: self.columns.keys]])
         return self._to_id(getattr(record, self.columns.names[0], None))
 
     def total(self, records: Sequence[Any]) -> Any:
@@ -154,7 +191,9 @@ class RowCodec:
         return made
 
     def ids_of(self, records: Iterable[Any]) -> list[str]:
-        """Return the ids of the aggregates that records are of."""
+        """Return the ids of the aggregates that records are of, or their own keys as texts."""
+        if self.keyed:
+            return list(map(self.id_of, records))
         keys = map(attrgetter(self.columns.names[0]), records)
         return list(keys if self._from_id is None else map(self._to_id, keys))
 
@@ -251,7 +290,7 @@ def _is_storable(text: str) -> bool:
     return "\0" not in text
 
 
-def row_problems(columns: Columns, model: str, dialect: Dialect, counting: bool) -> list[str]:
+def row_problems(columns: Columns, model: str, dialect: Dialect, counting: bool, keyed: bool = False) -> list[str]:
     """Return one sentence for each column that can't be carried to a database."""
     found = []
     for place, (name, column) in enumerate(zip(columns.names, columns.columns, strict=True)):
@@ -267,12 +306,26 @@ def row_problems(columns: Columns, model: str, dialect: Dialect, counting: bool)
             found.append(f"{where}: a value of several parts can't be a key")
         elif codec.blind:
             found.append(f"{where}: its collation takes different keys for the same; leave it away for a key")
-        elif not counting and not _can_be_id(column, codec):
+        elif keyed and not _can_be_key(column, codec):
+            found.append(
+                f"{where}: two values of this type may be the same key in different forms; a key of Rows has the types "
+                "String, Text, Integer, Uuid, Date, DateTime, Boolean or Enum"
+            )
+        elif not counting and not keyed and not _can_be_id(column, codec):
             found.append(
                 f"{where}: the key of Rows is the aggregate's id, a text; give it the type String or Text, or Integer "
                 "or Uuid if all ids are such"
             )
     return found
+
+
+def _can_be_key(column: Column[Any], codec: Codec) -> bool:
+    padded = isinstance(column.type, types.String) and not isinstance(column.type, types.Enum) and not codec.lossless
+    return isinstance(column.type, _KEYS) and not padded
+
+
+_KEYS = (types.String, types.Integer, types.Uuid, types.Date, types.DateTime, types.Boolean)
+"""Types whose values have one form each; Enum is among them as a String."""
 
 
 def _can_be_id(column: Column[Any], codec: Codec) -> bool:

@@ -12,6 +12,7 @@ Events are encoded and decoded. What is not as specified raises `AssertionError`
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +20,15 @@ from sqlalchemy import Column, Engine, insert, select
 from sqlalchemy import inspect as inspect_model
 from sqlalchemy.orm import Mapper
 
-from aggregates.commit import Decision, Envelope, decode, encode
+from aggregates.commit import Decision, decode, encode
 from aggregates.declaration import AggregateType, declare
 from aggregates.errors import DeclarationError
-from projections.declaration import DeclaredProjection, declare_projection, keyword_problems
+from projections.declaration import DeclaredProjection, aggregates_of, declare_projection, keyword_problems
 from projections.errors import HandlerFailed, SchemaError
-from projections.fold import Folded, Plan
+from projections.fold import Commits, Folded, Plan
 from projections.generations import create, show
+from projections.keyed import Routing
+from projections.parked import Key
 from projections.projection import Projection
 from projections.scratch import scratch
 from projections.tables import metadata, stream
@@ -42,7 +45,10 @@ class ProjectionScenario:
     database: str | None = None
 
     def given(self, aggregate_id: str, *events: Any) -> ProjectionScenario:
-        """Add events of one aggregate. Call it again for further events, also of other aggregates."""
+        """Add events of one aggregate. Call it again for further events, also of other aggregates.
+
+        Where the projection has several aggregate types, the events tell which one it is.
+        """
         return replace(self, history=(*self.history, (aggregate_id, events)))
 
     def at(self, time: str) -> ProjectionScenario:
@@ -93,8 +99,8 @@ class ProjectionScenario:
         """
         if problems := keyword_problems(self.projection):
             raise DeclarationError(problems)
-        declared_aggregate = declare(self.projection.of)
-        declared = declare_projection(self.projection, declared_aggregate)
+        aggregates = [declare(of) for of in aggregates_of(self.projection)]
+        declared = declare_projection(self.projection, aggregates)
         if self.database is not None:
             for model in declared.models:
                 if schema := model.__table__.schema:  # type: ignore[attr-defined]
@@ -103,12 +109,12 @@ class ProjectionScenario:
                         "run it without `database`"
                     )
         with scratch(self.database, declared.tables) as engine:
-            return self._rows(engine, declared_aggregate, declared)
+            return self._rows(engine, aggregates, declared)
 
     def _rows(
-        self, engine: Engine, declared_aggregate: AggregateType[Any], declared: DeclaredProjection
+        self, engine: Engine, aggregates: Sequence[AggregateType[Any]], declared: DeclaredProjection
     ) -> list[tuple[type, dict[str, Any]]]:
-        plan = Plan([declared_aggregate], [declared], engine.dialect)
+        plan = Plan(aggregates, [declared], engine.dialect)
         # without a look at what exists: another schema may have tables of these names
         metadata.create_all(engine, checkfirst=False)
         with engine.begin() as connection:
@@ -116,21 +122,22 @@ class ProjectionScenario:
             made = create(connection, declared, [0])
             show(connection, made)
         writer = Writer(engine, plan, [made], epoch=0)
-        types = declared_aggregate.event_types
         folded = Folded(plan)
-        rows: dict[str, list[Any]] = {}
-        versions: dict[str, int] = {}
-        batch: list[tuple[tuple[str, str], list[tuple[int, list[Envelope]]], frozenset[int]]] = []
+        rows: dict[Key, list[Any]] = {}
+        versions: dict[Key, int] = {}
+        batch: list[tuple[Key, Commits, frozenset[int]]] = []
         for place, (aggregate_id, events) in enumerate(self.history, 1):
-            version = versions.get(aggregate_id, 0)
-            encoded = [types[type(event)].encode(event) for event in events]
-            stored = encode("/scenario", aggregate_id, [Decision("", encoded)], version, self.time)
+            of = _aggregate_of(events, aggregates)
+            key = of.name, aggregate_id
+            version = versions.get(key, 0)
+            encoded = [of.event_types[type(event)].encode(event) for event in events]
+            stored = encode(f"/scenario/{of.name}", aggregate_id, [Decision("", encoded)], version, self.time)
             commits = [(place, decode(stored))]
-            batch.append(((declared_aggregate.name, aggregate_id), commits, frozenset()))
-            known = rows.setdefault(aggregate_id, [None])
-            versions[aggregate_id] = plan.fold(
-                declared_aggregate.name, aggregate_id, known, commits, folded, version or None
-            )
+            versions[key] = version + len(events)
+            for own, routed in _routed(plan, key, commits):
+                batch.append((own, routed, frozenset()))
+                last = version if own == key else 0
+                plan.fold(*own, rows.setdefault(own, [None]), routed, folded, last or None)
         failures = folded.failures + writer.commit(writer.freeze(folded, [], lambda _: (0, b""), batch))
         if failures:
             raise failures[0] from failures[0].__cause__
@@ -141,6 +148,27 @@ class ProjectionScenario:
                 for row in connection.execute(select(*columns.values())):
                     found.append((model, dict(zip(columns, row, strict=True))))
         return found
+
+
+def _routed(plan: Plan, key: Key, commits: Commits) -> Iterator[tuple[Key, Commits]]:
+    """Yield what commits of an aggregate are folded into: its own row, or those that have a key of their own."""
+    for router in plan.routers:
+        routing = Routing(router, {})
+        routing.add(key, commits)
+        for failure, _ in routing.left_out:
+            raise failure from failure.__cause__
+        yield from (((router.name, text), own) for text, own in routing.rows())
+    if not plan.routers:
+        yield key, commits
+
+
+def _aggregate_of(events: Sequence[Any], aggregates: Sequence[AggregateType[Any]]) -> AggregateType[Any]:
+    """Return the first of the projection's aggregates that has all of these events."""
+    for declared in aggregates:
+        if all(type(event) in declared.event_types for event in events):
+            return declared
+    names = ", ".join(declared.name for declared in aggregates)
+    raise DeclarationError([f"none of {names} has all of {', '.join(type(event).__name__ for event in events)}"])
 
 
 def _columns(model: type) -> dict[str, Column[Any]]:

@@ -203,7 +203,7 @@ class Writer:
         if suspects:
             starts = {key: commits[0][1][0].sequence for key, commits, _ in reversed(write.batch)}
             for suspect in suspects:
-                key = self.plan.projections[suspect.index].aggregate, suspect.aggregate_id
+                key = self.plan.projections[suspect.index].row_type, suspect.aggregate_id
                 self.plan.parked.add(key, suspect.index, Parked(starts[key], suspect.error))
 
     def letter_row(self, letter: Letter, partition: int, payload: bytes) -> dict[str, Any]:
@@ -358,8 +358,8 @@ class Writer:
 
     def call(self, connection: Connection, index: int, calls: Sequence[Recorded[Any]]) -> None:
         """Call `Sql` handlers with events in stream order: one call for all successive events of a handler."""
-        tx = Transaction(connection, self.generations[index].tables)
         declared = self.plan.projections[index]
+        tx = Transaction(connection, self.generations[index].tables, declared.foreign)
         for place, run in groupby(calls, _handler) if len(declared.handlers) > 1 else ((0, calls),):
             try:
                 declared.handlers[place].function(declared.instance, tx, list(run))
@@ -413,9 +413,11 @@ class Writer:
         if keeper is None:
             return {}
         made = self.generations[keeper]
-        bare = [aggregate_id for aggregate_id, records in rows.items() if records[keeper] is None]
-        if not bare:
+        ids = {self.plan.kept_id((aggregate, key)): key for key, records in rows.items() if records[keeper] is None}
+        if not ids:
             return {}
-        parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps([*bare, MARK]).decode()}
-        kept = {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
-        return kept if kept.pop(MARK, None) is None else dict.fromkeys(bare, 0) | kept
+        parameters = {"projection": made.name, "generation": made.number, "ids": orjson.dumps([*ids, MARK]).decode()}
+        stored = {row[0]: row[1] for row in connection.execute(self._kept, parameters)}
+        complete = stored.pop(MARK, None) is not None
+        kept = {ids[stored_id]: last for stored_id, last in stored.items()}
+        return dict.fromkeys(ids.values(), 0) | kept if complete else kept

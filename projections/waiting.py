@@ -20,10 +20,11 @@ from aggregates.errors import NewerEvent
 from projections.checkpoints import Position
 from projections.contention import outlast_contention
 from projections.database import is_infrastructure, reads
-from projections.dead_letters import Retried, Stopped, envelope_of, fold_letters, remove, settle
+from projections.dead_letters import Retried, Stopped, fold_letters, remove, settle
 from projections.errors import Fenced, HandlerFailed
 from projections.fold import Folded, Plan
 from projections.generations import lock_checkpoints
+from projections.stored_letters import envelope_of
 from projections.tables import dead_letter, projection
 from projections.unit_of_work import Writer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.owed import DELAY_S, Reactions, check_owed
+from tests.faults.owed import DELAY_S, Reactions, check_owed, stories_of
 from tests.faults.rules import Message, fnv1a
 
 PARTITIONS = 64
@@ -101,3 +101,17 @@ def test_a_bell_that_rings_twice_is_right() -> None:
     story = Story()
     story.reactions.bells.append("g-3")
     assert story.problems() == []
+
+
+def test_a_story_in_another_order_has_another_digest() -> None:
+    def told(first: int, second: int) -> list[tuple[str, int, int]]:
+        event = '[{{"specversion":"1.0","id":"{}","data":{{"note":"red {}"}}}}]'
+        messages = [
+            Message(1, "app.evt.1.Tank.x", event.format(first, first).encode()),
+            Message(2, "app.evt.2.Tank.y", event.format(second, second).encode()),
+        ]
+        return stories_of("app", messages)
+
+    rows = {story: events for story, events, _ in told(1, 2)}
+    assert rows == {"x": 1, "y": 1, "colour red": 2}
+    assert told(1, 2) != told(2, 1)

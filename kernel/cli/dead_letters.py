@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from kernel.app import App
-    from projections.dead_letters import StoredLetter, Waiting
+    from projections.dead_letters import Waiting
+    from projections.stored_letters import StoredLetter
 
 MAX_ERROR = 60
 
@@ -73,6 +74,7 @@ async def list_(
 ) -> None:  # fmt: skip
     """List the parked aggregates: for which projection, from which event on, and why."""
     from projections import dead_letters as letters
+    from projections.row_event import is_order
 
     loaded, engine = _open(where)
     _check_declared(loaded, projection)
@@ -100,7 +102,8 @@ async def list_(
     for name in ("projection", "aggregate", "id", "from event", "waiting", "error", "next attempt"):
         table.add_column(name, overflow="fold", justify="right" if name in ("from event", "waiting") else "left")
     for parked in found:
-        place = str(parked.sequence) if parked.projection else f"@{parked.stream_sequence}"
+        of_log = not parked.projection or is_order(parked.sequence, parked.stream_sequence)
+        place = f"@{parked.stream_sequence}" if of_log else str(parked.sequence)
         error = parked.error if len(parked.error) <= MAX_ERROR else parked.error[: MAX_ERROR - 1] + "…"
         table.add_row(
             parked.projection or "(quarantine)",
@@ -134,7 +137,8 @@ async def show(
     from projections import dead_letters as letters
 
     loaded, engine = _open(where)
-    loaded.type_of(aggregate)
+    if not any(declared.keyed and declared.name == aggregate for declared in loaded.projections):
+        loaded.type_of(aggregate)
     shown = []
     for parked in await _chosen(engine, projection, aggregate, aggregate_id):
         found = await asyncio.to_thread(letters.letters, engine, parked.projection, aggregate, aggregate_id)

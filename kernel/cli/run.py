@@ -187,7 +187,7 @@ def check(
             }
             for declared in loaded.types.values()
         },
-        "projections": {p.name: {"kind": p.kind, "of": p.aggregate, "version": p.version} for p in loaded.projections},
+        "projections": {p.name: {"kind": p.kind, "of": p.of, "version": p.version} for p in loaded.projections},
     }
     if report is not None:
         listing["log"] = asdict(report)
@@ -226,4 +226,4 @@ def _list(loaded: App) -> None:
         console.print(f"    commands  {', '.join(sorted(declared.commands))}", highlight=False)
         console.print(f"    events    {', '.join(sorted(declared.events))}", highlight=False)
     for p in loaded.projections:
-        console.print(f"  {p.name} ({p.kind} of {p.aggregate}, version {p.version})", highlight=False)
+        console.print(f"  {p.name} ({p.kind} of {p.of}, version {p.version})", highlight=False)

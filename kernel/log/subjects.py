@@ -78,6 +78,7 @@ class Subjects:
         self.partitions = partitions
         self.address = lru_cache(maxsize=65_536)(self._address)
         self.parse = lru_cache(maxsize=65_536)(self._parse)
+        self.row = lru_cache(maxsize=65_536)(self._row)
 
     def partition(self, aggregate: str, aggregate_id: str) -> int:
         """Return the partition: FNV-1a of `aggregate/id` modulo the number of partitions."""
@@ -87,6 +88,11 @@ class Subjects:
         token = encode_id(aggregate_id)
         partition = self.partition(aggregate, aggregate_id)
         return Address(f"{self.prefix}.evt.{partition}.{aggregate}.{token}", partition, aggregate, aggregate_id)
+
+    def _row(self, projection: str, key: str) -> Address:
+        """Return the address of a row with a key of its own. No message has its subject."""
+        partition = self.partition(projection, key)
+        return Address(f"{self.prefix}.row.{partition}.{projection}.{key}", partition, projection, key)
 
     def _parse(self, subject: str) -> Address:
         parts = subject.split(".")[self._first :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -12,8 +12,8 @@ from sqlalchemy import Connection, Engine, types
 
 from aggregates import InvalidId
 from kernel.app import App
-from kernel.log.base import EventLog
-from kernel.projector.row_history import RowStep, row_steps, tally_steps
+from kernel.log.base import EventLog, Stored
+from kernel.projector.row_history import KeyedRow, RowStep, row_steps, tally_steps
 from projections import exclusions
 from projections.codec import Refused
 from projections.database import reads
@@ -21,7 +21,9 @@ from projections.declaration import DeclaredProjection
 from projections.errors import SchemaError
 from projections.fold import Plan
 from projections.generations import live_generation
+from projections.keyed import RowsWait
 from projections.naming import table_of
+from projections.parked import Key
 
 READ = 8_000
 
@@ -52,7 +54,9 @@ async def blame(
     key: Sequence[str],
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[RowStep]:
-    """Return the events that have changed a row, in order. Those of an aggregate's row are read, or the whole log.
+    """Return the events that have changed a row, in order.
+
+    Of the row of one aggregate its events are read, and for other rows the whole log.
 
     Args:
         table: of a `Rows` or a `Tallies` projection.
@@ -72,8 +76,10 @@ async def blame(
 
     await asyncio.to_thread(load)
     entry = _key_of(plan, key)
+    if declared.keyed:
+        return await _blame_keyed(log, plan.apart(), entry, progress)
     if declared.kind == "rows":
-        own = declared.aggregate, str(entry[0])
+        own = declared.row_type, str(entry[0])
         stored = await log.read_subject(log.subjects.address(*own).subject)
         return [step for step in row_steps(plan, own, stored) if step.changed or step.error]
     return await _blame_tally(log, plan, declared, entry, progress)
@@ -82,9 +88,38 @@ async def blame(
 async def _blame_tally(
     log: EventLog, plan: Plan, declared: DeclaredProjection, entry: Sequence[Any], progress: Callable[[int, int], None]
 ) -> list[RowStep]:
-    info = await log.info()
     totals: dict[str, Any] = {}
     found: list[RowStep] = []
+    async for key, stored in _commits(log, progress):
+        if key[0] in declared.aggregates:
+            for step in tally_steps(plan, entry, key, stored):
+                changed = {
+                    name: (totals.get(name, 0), totals.get(name, 0) + added)
+                    for name, (_, added) in step.changed.items()
+                }
+                totals |= {name: after for name, (_, after) in changed.items()}
+                found.append(replace(step, changed=changed, row=dict(totals)))
+    return found
+
+
+async def _blame_keyed(
+    log: EventLog, plan: Plan, entry: Sequence[Any], progress: Callable[[int, int], None]
+) -> list[RowStep]:
+    row = KeyedRow(plan, entry)
+    try:
+        return [
+            step
+            async for key, stored in _commits(log, progress)
+            for step in row.fold(key, stored)
+            if step.changed or step.error
+        ]
+    except RowsWait as wait:
+        raise SchemaError(f"only a newer program can tell: {wait}") from wait
+
+
+async def _commits(log: EventLog, progress: Callable[[int, int], None]) -> AsyncIterator[tuple[Key, Stored]]:
+    """Yield the whole log's commits with the type and the id of their aggregates."""
+    info = await log.info()
     reader = await log.read(0)
     done = at = 0
     try:
@@ -95,21 +130,13 @@ async def _blame_tally(
                     address = log.subjects.parse(stored.subject)
                 except InvalidId:
                     continue
-                if address.aggregate == declared.aggregate:
-                    for step in tally_steps(plan, entry, (address.aggregate, address.id), stored):
-                        changed = {
-                            name: (totals.get(name, 0), totals.get(name, 0) + added)
-                            for name, (_, added) in step.changed.items()
-                        }
-                        totals |= {name: after for name, (_, after) in changed.items()}
-                        found.append(replace(step, changed=changed, row=dict(totals)))
+                yield (address.aggregate, address.id), stored
             if batch.commits:
                 at = batch.commits[-1].sequence
             done += len(batch.commits)
             progress(done, info.commits)
     finally:
         await reader.close()
-    return found
 
 
 def _load(connection: Connection, plan: Plan, declared: DeclaredProjection) -> None:

@@ -21,10 +21,11 @@ from kernel.governance.pace import IDLE_S, Pace, unpaced
 from kernel.log.base import EventLog
 from kernel.log.repeats import Repeats
 from kernel.projector.committer import AWAY, Committer, Threads, one_thread
+from kernel.projector.context import ProjectorContext
 from kernel.projector.parking import ParkingLog
 from kernel.projector.pausing import Pauses, ProjectionPaused
 from kernel.projector.progress import ReadProgress
-from kernel.projector.session import ProjectorContext, Session
+from kernel.projector.session import Session
 from kernel.projector.unknown import UnknownAggregates
 from kernel.settings import Settings
 from kernel.telemetry.metrics import FENCED, SESSIONS_FAILED

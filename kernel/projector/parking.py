@@ -153,4 +153,4 @@ def stored_commit(letter: Letter, commits: Sequence[Stored], subjects: Subjects)
         commits: among which it is, in stream order.
     """
     place = bisect_left(commits, letter.stream_sequence, key=attrgetter("sequence"))
-    return subjects.address(*letter.aggregate).partition, commits[place].payload
+    return subjects.partition(*letter.aggregate), commits[place].payload

@@ -67,7 +67,7 @@ class Pauses:
         }
         for index, declared in enumerate(self._projections):
             for (aggregate, skip), count in by_type.items():
-                if aggregate == declared.aggregate and index not in skip:
+                if aggregate in declared.units and index not in skip:
                     folded[index] += count
         if folded or failed:
             self._counted.append((now, folded, Counter(index for index, _ in failed)))
@@ -83,7 +83,7 @@ class Pauses:
     def _of(self, failure: HandlerFailed) -> list[int]:
         if failure.projection >= 0:
             return [failure.projection]
-        return [i for i, declared in enumerate(self._projections) if declared.aggregate == failure.aggregate[0]]
+        return [i for i, declared in enumerate(self._projections) if failure.aggregate[0] in declared.units]
 
     def _count(self, index: int) -> tuple[int, int]:
         folded = sum(counted[index] for _, counted, _ in self._counted)
@@ -102,6 +102,16 @@ class Pauses:
             "projection %s is paused, and not folded any further: %s. If the program is at fault, deploy one that is "
             "not; its start goes on by itself. Otherwise: eskernel projections resume %s",
             name, self.reasons[index], name, extra={"projection": name},
+        )  # fmt: skip
+
+    def wait(self, index: int, why: str) -> None:
+        """Pause a projection that only a newer program can fold any further."""
+        name = self._projections[index].name
+        self.reasons[index] = f"only a newer program can go on: {why}"
+        PAUSED.set(len(self.reasons))
+        logger.warning(
+            "projection %s waits for a newer program, with all of its rows in this worker's partitions: %s",
+            name, why, extra={"projection": name},
         )  # fmt: skip
 
     def resume(self) -> None:

@@ -182,7 +182,8 @@ class Rebuild:
                 continue
             counted = await self._log.count_commits(self._app.types)
             # those without a beginning fail, and may not be in the log
-            most = max(counted[declared.aggregate].aggregates if declared.aggregate in counted else 0, len(failed))
+            known = sum(counted[name].aggregates for name in declared.aggregates if name in counted)
+            most = max(known, len(failed))
             if len(failed) > self._limits.pause_above * most:
                 (aggregate, aggregate_id), why = next(iter(failed.items()))
                 raise TooManyFailures(

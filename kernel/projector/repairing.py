@@ -35,13 +35,15 @@ async def repair_aggregate(
     app.type_of(aggregate)
     if projection is not None:
         declared = app.projection(projection)
-        if declared.aggregate != aggregate:
-            raise SchemaError(f"{projection} folds events of {declared.aggregate}, and not of {aggregate}")
+        if aggregate not in declared.aggregates:
+            raise SchemaError(f"{projection} folds events of {declared.of}, and not of {aggregate}")
         chosen = [declared]
     else:
-        chosen = [each for each in app.projections if each.aggregate == aggregate and each.kind == "rows"]
+        chosen = [
+            each for each in app.projections if aggregate in each.aggregates and each.kind == "rows" and not each.keyed
+        ]
         if not chosen:
-            raise SchemaError(f"no Rows projection folds the events of {aggregate}; rebuild the others as a whole")
+            raise SchemaError(f"no Rows projection has a row for each {aggregate}; rebuild the others as a whole")
     address = log.subjects.address(aggregate, aggregate_id)
     before, loop = await log.read_subject(address.subject), asyncio.get_running_loop()
 

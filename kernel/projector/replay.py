@@ -21,12 +21,13 @@ from kernel.projector.parking import Batch as Parkings
 from kernel.projector.parking import stored_commit
 from projections.build import Build
 from projections.checkpoints import Move, Position
-from projections.errors import HandlerFailed
-from projections.parked import Letter
+from projections.errors import HandlerFailed, SchemaError
+from projections.keyed import Router, Routing, RowsWait
+from projections.parked import Letter, Parked
 from projections.unit_of_work import Batch, Write, Writer
 
 T = TypeVar("T")
-Commits = list[tuple[int, list[Envelope]]]
+Commits = list[tuple[int, Sequence[Envelope]]]
 Groups = dict[tuple[str, str], Commits]
 WINDOW = 40_000
 """Commits folded before they are written: most rows of a window are written once for many events."""
@@ -105,8 +106,10 @@ class Replay:
         self._behind, self._ahead = start, max(start.values(), default=0)
         self.at = min(start.values(), default=0)
         self._build = Build(self._plan, self.writer, empty=not self._ahead)
-        self._wanted = {declared.aggregate for declared in self._plan.projections}
+        self._wanted = {name for declared in self._plan.projections for name in declared.aggregates}
         self._position = Position([dict(start)] * len(self._plan.projections))
+        self._units = {unit for declared in self._plan.projections for unit in declared.units}
+        self._left_out: list[tuple[HandlerFailed, Letter]] = []
         self._folded = 0
 
     async def fill(self, reader: LogReader, last: int, until: Mapping[int, int] | None = None) -> None:
@@ -195,10 +198,56 @@ class Replay:
         return window
 
     async def _group(self, window: list[Stored], until: Mapping[int, int] | None) -> Groups:
+        own = window
         if window[0].sequence <= self._ahead:
-            window = [stored for stored in window if stored.sequence > self._end(stored.subject, self._behind)]
-        if until is not None and window and window[-1].sequence > min(until.values()):
-            window = [stored for stored in window if stored.sequence <= self._end(stored.subject, until)]
+            own = [stored for stored in own if stored.sequence > self._end(stored.subject, self._behind)]
+        if until is not None and own and own[-1].sequence > min(until.values()):
+            own = [stored for stored in own if stored.sequence <= self._end(stored.subject, until)]
+        groups = await self._sort(own)
+        if not self._plan.routers:
+            return groups
+        sources = groups if own is window else await self._sort(window)
+        found = {key: commits for key, commits in groups.items() if key[0] in self._units}
+        self._left_out = []
+        for router in self._plan.routers:
+            found |= await self._route(router, sources, window[0].sequence <= self._ahead, until)
+        return found
+
+    async def _route(self, router: Router, sources: Groups, again: bool, until: Mapping[int, int] | None) -> Groups:
+        """Return the rows with keys of their own that commits belong to.
+
+        Args:
+            again: some of the commits were folded before.
+
+        Raises:
+            SchemaError: only a newer program can tell.
+        """
+        partition = self.log.subjects.partition
+
+        def wanted(aggregate: str, aggregate_id: str, sequence: int) -> bool:
+            own = partition(aggregate, aggregate_id)
+            return self._behind.get(own, 0) < sequence and (until is None or sequence <= until.get(own, 0))
+
+        bounded = again or until is not None
+        rows = partial(wanted, router.name) if bounded else None
+        routing, done = Routing(router, self._plan.parked.skipped, 0, rows), 0
+        try:
+            for key, commits in sources.items():
+                if key[0] in router.aggregates:
+                    routing.add(key, commits)
+                    done += len(commits)
+                if done > READ:
+                    done = 0
+                    await asyncio.sleep(0)
+        except RowsWait as wait:
+            raise SchemaError(f"{router.name} can only be built by a newer program: {wait}") from wait
+        for failure, letter in routing.left_out:
+            if not bounded or wanted(*letter.aggregate, letter.stream_sequence):
+                self._left_out.append((failure, letter))
+                self._plan.parked.add(letter.aggregate, router.index, Parked(letter.sequence, letter.error))
+        return {(router.name, key): list(commits) for key, commits in routing.rows()}
+
+    async def _sort(self, window: list[Stored]) -> Groups:
         by_subject: dict[str, Commits | None] = {}
         groups: Groups = {}
         for number, (sequence, subject, payload) in enumerate(window):
@@ -239,6 +288,9 @@ class Replay:
         if missing := self._build.missing(groups):
             await self.run(partial(self._build.load, missing, connection))
         folded = self._build.fold(groups)
+        for failure, letter in self._left_out:
+            folded.failures.append(failure)
+            folded.letters.append(letter)
         self.parked(folded.failures, groups.items)
         self._folded = folded.count
         moves: list[Move] = self._position.quiet_moves(self.writer.generations, window[-1].sequence)

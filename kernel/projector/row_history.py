@@ -12,8 +12,10 @@ from aggregates.commit import Envelope, decode
 from kernel.log.base import Stored
 from projections.comparison import RowDifference, changes
 from projections.fold import Folded, Plan
+from projections.keyed import Routing
 from projections.parked import Key
 from projections.records import SEQUENCE
+from projections.row_codec import RowCodec
 
 Values = dict[str, Any]
 
@@ -57,11 +59,6 @@ def row_steps(plan: Plan, key: Key, stored: Iterable[Stored]) -> Iterator[RowSte
     """
     codec = plan.codecs[0]
     assert codec is not None and not codec.counting, "only Rows have a row for each aggregate"
-    named = [
-        (name, str(column.name))
-        for name, column in zip(codec.columns.names, codec.columns.columns, strict=True)
-        if name != SEQUENCE
-    ]
     rows: list[Any] = [None]
     before: Values | None = None
     last: int | None = 0
@@ -73,10 +70,57 @@ def row_steps(plan: Plan, key: Key, stored: Iterable[Stored]) -> Iterator[RowSte
             if plan_parked is not None and envelope.sequence >= plan_parked.since:
                 yield RowStep(key, envelope, sequence, before, {}, plan_parked.error)
                 return
-            record = rows[0]
-            row = None if record is None else {shown: copy.deepcopy(getattr(record, name)) for name, shown in named}
+            row = values_of(codec, rows[0])
             yield RowStep(key, envelope, sequence, row, changes(before or {}, row or {}))
             before = row
+
+
+class KeyedRow:
+    """One row with a key of its own, folded event by event.
+
+    Args:
+        plan: of the one projection. Events that it leaves out are left out.
+        key: the row's, by column in normal form.
+    """
+
+    def __init__(self, plan: Plan, key: Sequence[Any]) -> None:
+        (self._router,) = plan.routers
+        codec = plan.codecs[0]
+        assert codec is not None, "Rows have a codec"
+        self._plan, self._codec = plan, codec
+        self._key, _ = codec.key_of(tuple(key))
+        self._rows: list[Any] = [None]
+        self._before: Values | None = None
+
+    def fold(self, aggregate: Key, stored: Stored) -> Iterator[RowStep]:
+        """Fold one commit; yield the steps of those of its events that belong to the row.
+
+        Raises:
+            RowsWait: only a newer program can tell.
+        """
+        routing = Routing(self._router, self._plan.parked.skipped)
+        if aggregate[0] in self._router.aggregates:
+            routing.add(aggregate, list(commits_of([stored])))
+        own = self._router.name, self._key
+        for event in (event for key, commits in routing.rows() if key == self._key for _, (event,) in commits):
+            folded = Folded(self._plan)
+            self._plan.fold(*own, self._rows, [(stored.sequence, [event])], folded, None)
+            parked = self._plan.parked.get(own, {}).get(0)
+            if parked is not None and event.sequence >= parked.since:
+                if event.sequence == parked.since:
+                    yield RowStep(aggregate, event.source, stored.sequence, None, {}, parked.error)  # type: ignore[attr-defined]
+                return
+            row = values_of(self._codec, self._rows[0])
+            yield RowStep(aggregate, event.source, stored.sequence, row, changes(self._before or {}, row or {}))  # type: ignore[attr-defined]
+            self._before = row
+
+
+def values_of(codec: RowCodec, record: Any) -> Values | None:
+    """Return the values of a record by column; None where there is no row."""
+    if record is None:
+        return None
+    named = zip(codec.columns.names, codec.columns.columns, strict=True)
+    return {str(column.name): copy.deepcopy(getattr(record, name)) for name, column in named if name != SEQUENCE}
 
 
 def tally_steps(plan: Plan, entry: Sequence[Any], key: Key, stored: Stored) -> list[RowStep]:

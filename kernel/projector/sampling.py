@@ -60,9 +60,11 @@ class RowSample:
     def __init__(self, log: EventLog, engine: Engine, plan: Plan) -> None:
         (self.declared,) = plan.projections
         codec = plan.codecs[0]
-        if codec is None or codec.counting:
+        if codec is None or codec.counting or codec.keyed:
+            kind = f"is a {self.declared.kind.title()} projection"
+            what = "has rows with a key of their own" if self.declared.keyed else kind
             raise SchemaError(
-                f"{self.declared.name} is a {self.declared.kind.title()} projection: events of many aggregates are in "
+                f"{self.declared.name} {what}: events of many aggregates are in "
                 "each row of such tables; verify it as a whole, without --sample"
             )
         self._log, self._engine, self._plan, self._codec = log, engine, plan, codec
@@ -135,7 +137,7 @@ class RowSample:
         return Sampled(str(view), list(found.values()), keys[-1] if keys else None, unreadable)
 
     async def _difference(self, record: Any) -> RowDifference | None:
-        aggregate = self.declared.aggregate, self._codec.id_of(record)
+        aggregate = self.declared.row_type, self._codec.id_of(record)
         stored = await self._log.read_subject(self._log.subjects.address(*aggregate).subject)
         return await asyncio.to_thread(self._compare, record, aggregate, stored)
 
@@ -188,8 +190,8 @@ async def verify_sample(
     sampled = await sample.read(count, anywhere=True)
     for aggregate_id, why in sampled.unreadable.items():
         raise SchemaError(
-            f"{declared.name}: the row of {declared.aggregate} {aggregate_id} can't be read: {why}; "
-            f"`eskernel rebuild --aggregate {declared.aggregate}/{aggregate_id}` makes it again"
+            f"{declared.name}: the row of {declared.row_type} {aggregate_id} can't be read: {why}; "
+            f"`eskernel rebuild --aggregate {declared.row_type}/{aggregate_id}` makes it again"
         )
     found = await sample.compare(sampled.records)
     changed = sum(difference.what == "changed" for difference in found)
@@ -215,7 +217,7 @@ class TablePatrol:
         self._samples = [
             RowSample(log, engine, exclusions.plan_of(plan, declared.name))
             for declared in app.projections
-            if declared.kind == "rows"
+            if declared.kind == "rows" and not declared.keyed
         ]
         # workers, and starts of one worker, begin at different tables
         random.shuffle(self._samples)
@@ -241,17 +243,17 @@ class TablePatrol:
         for aggregate_id, why in sampled.unreadable.items():
             logger.error(
                 "%s: the row of %s %s can't be read: %s; `eskernel rebuild --aggregate %s/%s` makes it again",
-                name, sample.declared.aggregate, aggregate_id, why, sample.declared.aggregate, aggregate_id,
-                extra=about(sample.declared.aggregate, aggregate_id, projection=name),
+                name, sample.declared.row_type, aggregate_id, why, sample.declared.row_type, aggregate_id,
+                extra=about(sample.declared.row_type, aggregate_id, projection=name),
             )  # fmt: skip
         for difference in differing:
             (aggregate_id,) = map(str, difference.key.values())
             logger.error(
                 "%s: the row of %s %s is not what the log says%s%s. See all with `eskernel projections verify %s`; "
                 "`eskernel rebuild --aggregate %s/%s` makes this row again",
-                name, sample.declared.aggregate, aggregate_id,
+                name, sample.declared.row_type, aggregate_id,
                 f" since event {difference.since}" if difference.since else "",
                 f", in {', '.join(difference.folded)}" if difference.folded else "",
-                name, sample.declared.aggregate, aggregate_id,
-                extra=about(sample.declared.aggregate, aggregate_id, projection=name),
+                name, sample.declared.row_type, aggregate_id,
+                extra=about(sample.declared.row_type, aggregate_id, projection=name),
             )  # fmt: skip

@@ -9,28 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Engine
-
 from kernel.actors.mailbox import DropRows, Fold, Turn
-from kernel.actors.residents import Resident, Residents
-from kernel.app import App
-from kernel.governance.pace import IDLE_S, Pace
-from kernel.log.base import CommitBatch, EventLog, LogReader, Stored
+from kernel.actors.residents import Resident
+from kernel.governance.pace import IDLE_S
+from kernel.log.base import CommitBatch, LogReader, Stored
 from kernel.log.subjects import Address
-from kernel.projector.committer import Committer
+from kernel.projector.context import ProjectorContext
 from kernel.projector.grouping import Group, Sorter, batch_of
-from kernel.projector.parking import ParkingLog, log_resumed, stored_commit
-from kernel.projector.pausing import Pauses, ProjectionPaused
-from kernel.projector.progress import Hand, ReadProgress
+from kernel.projector.parking import log_resumed, stored_commit
+from kernel.projector.pausing import ProjectionPaused
+from kernel.projector.progress import Hand
 from kernel.projector.reading import read_batch
-from kernel.projector.unknown import UnknownAggregates
-from kernel.settings import Settings
 from kernel.telemetry.metrics import (
     BATCH_EVENTS,
     ERRORS,
@@ -41,13 +35,13 @@ from kernel.telemetry.metrics import (
     POSITION,
     ROWS,
 )
-from kernel.telemetry.tracing import Tracer
 from projections import exclusions
 from projections.checkpoints import ABSENT, Claim, Move, claim, is_followed, read_epochs
 from projections.database import reads
 from projections.errors import Fenced, HandlerFailed
-from projections.fold import Folded, Plan
+from projections.fold import Folded
 from projections.generations import PAUSED
+from projections.keyed import RowsWait
 from projections.unit_of_work import Unreadable, Write, Writer
 from projections.waiting import fold_postponed
 
@@ -56,44 +50,6 @@ T = TypeVar("T")
 
 SLICE = 400
 """Aggregates folded before the event loop gets a turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProjectorContext:
-    """What all sessions of a projector share.
-
-    Attributes:
-        residents: the live aggregates, whose actors fold.
-        plan: the app's projections, compiled for folding.
-        progress: what is read, in hand, and written.
-        unknown: counts what is passed over, since the app does not declare the aggregate.
-        parkings: writes what was parked to the log.
-        pauses: the projections at which too many aggregates fail.
-        readers: the thread that reads from the database.
-        interrupted: set while the session at work is to end.
-        running: called whenever the session has caught up.
-    """
-
-    app: App
-    log: EventLog
-    engine: Engine
-    residents: Residents
-    plan: Plan
-    settings: Settings
-    pace: Pace
-    tracing: Tracer
-    committer: Committer
-    progress: ReadProgress
-    unknown: UnknownAggregates
-    parkings: ParkingLog
-    pauses: Pauses
-    readers: Executor
-    interrupted: asyncio.Event
-    running: Callable[[], None]
-
-    async def read(self, work: Callable[[], T]) -> T:
-        """Run a function that reads from the database in the thread for that."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers, work)
 
 
 @dataclass(slots=True)
@@ -129,6 +85,7 @@ class Session:
             len(context.app.projections),
             self._quarantine,
             context.unknown.note,
+            context.plan,
         )
         self._under_way: _UnderWay | None = None
         self._batch: list[Stored] = []
@@ -159,6 +116,9 @@ class Session:
         def load_parked() -> None:
             with reads(context.engine).connect() as connection:
                 exclusions.load_parked(connection, context.plan, claimed.generations)
+                if context.plan.routers:
+                    # an event that a person has skipped may not have been reached by all owners of rows
+                    exclusions.load_skipped(connection, context.plan)
 
         log_resumed(await context.read(lambda: fold_postponed(writer, owned, claimed.position)))
         await context.read(load_parked)
@@ -262,6 +222,11 @@ class Session:
         self._context.pace.spend(sum(len(group.commits) for group in groups))
         self._batch = batch.commits
         hand = self._progress.read(groups, batch)
+        if self._plan.routers:
+            # an aggregate without a row is woken for nothing, unless its actor has to learn of others' commits
+            keepers, find = self._plan.keepers, self._context.residents.find
+            groups = [group for group in groups if group.address.aggregate in keepers or find(group.address.subject)]
+            groups += await self._route()
         moves = self._position.moves(self._writer.generations, batch.commits[-1].sequence)
         if not groups and not moves and not self._garbage:
             self._read_to = batch.commits[-1].sequence
@@ -299,6 +264,14 @@ class Session:
         )
         self._quarantined = []
 
+    async def _route(self) -> list[Group]:
+        """Return the rows with keys of their own that the batch belongs to."""
+        try:
+            return await self._sorter.route()
+        except RowsWait as wait:
+            self._context.pauses.wait(wait.projection, str(wait))
+            raise ProjectionPaused from wait
+
     async def _fold(self, groups: list[Group], residents: list[Resident], moves: list[Move]) -> tuple[Folded, Write]:
         """Have the actors fold their commits; give the loop a turn between slices."""
         context, turn = self._context, Turn(self._plan, Folded(self._plan))
@@ -320,6 +293,9 @@ class Session:
             self._context.residents.actors.send(messages)
             if start:
                 await asyncio.sleep(0)
+        for failure, made in self._sorter.left_out:
+            turn.folded.failures.append(failure)
+            turn.folded.letters.append(made)
         if context.pauses.note(groups, turn.folded.failures):
             raise ProjectionPaused
         # the next batch may be at work when the database refuses something of this one

@@ -19,7 +19,7 @@ from kernel.log.subjects import Address
 from kernel.projector.replay import reading
 from projections.database import reads
 from projections.declaration import DeclaredProjection
-from projections.inclusion import Inclusion, State, read_inclusion
+from projections.inclusion import Inclusion, State, read_inclusion, read_row_inclusion
 
 READ = 8_000
 NEAR = 20_000
@@ -215,7 +215,7 @@ def folding(app: App, aggregate: str, event: str) -> Iterator[DeclaredProjection
         return
     cls = declared.events[event].cls
     for projection in app.projections:
-        if projection.aggregate == aggregate and any(cls in handler.events for handler in projection.handlers):
+        if aggregate in projection.aggregates and any(cls in handler.events for handler in projection.handlers):
             yield projection
 
 
@@ -334,6 +334,11 @@ def _project(app: App, connection: Connection | None, commands: list[TracedComma
                 name = declared.name
                 if connection is None:
                     event.projections.append(Projected(name, "unknown"))
+                    continue
+                if declared.keyed:
+                    place = event.envelope.sequence, event.stream_sequence
+                    own = read_row_inclusion(connection, name, address.aggregate, address.id, *place)
+                    event.projections.append(_projected(name, own, event))
                     continue
                 if (name, address) not in known:
                     read = read_inclusion(connection, name, address.partition, address.aggregate, address.id)

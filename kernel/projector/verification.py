@@ -165,7 +165,7 @@ class Verification:
             verified = []
             for index, declared in enumerate(projections):
                 tables = await run_in_thread(partial(shadow.compare, index, sequences=self._same))
-                if declared.kind == "rows":
+                if declared.kind == "rows" and not declared.keyed:
                     await self._date(declared, plan, tables, shadow.until)
                 parked = [
                     Parking(*key, waiting[index].since, waiting[index].error, waiting[index].waits)
@@ -192,10 +192,10 @@ class Verification:
                 if difference.what == "extra" or len(difference.key) != 1:
                     continue  # it has no events, or the table's key was another one
                 (aggregate_id,) = map(str, difference.key.values())
-                address = self._log.subjects.address(declared.aggregate, aggregate_id)
+                address = self._log.subjects.address(declared.row_type, aggregate_id)
                 stored = await self._log.read_subject(address.subject)
                 folded = [commit for commit in stored if commit.sequence <= until[address.partition]]
-                steps = row_steps(alone.apart(), (declared.aggregate, aggregate_id), folded)
+                steps = row_steps(alone.apart(), (declared.row_type, aggregate_id), folded)
                 table.examples[place] = replace(difference, since=differs_since(difference, steps))
 
     async def _fold(self, shadow: Shadow, writer: Writer, pool: ThreadPoolExecutor, started: float) -> Replay:

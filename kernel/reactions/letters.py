@@ -26,10 +26,11 @@ from kernel.settings import DeadLetters
 from kernel.telemetry.metrics import RETRIES
 from projections.contention import outlast_contention
 from projections.database import reads
-from projections.dead_letters import MAX_PAUSE_S, envelope_of
+from projections.dead_letters import MAX_PAUSE_S
 from projections.errors import NoSuchLetter
 from projections.generations import FENCE, PAUSED
 from projections.parked import Key
+from projections.stored_letters import envelope_of
 from projections.tables import checkpoint, dead_letter, skipped_letter
 from projections.unit_of_work import one_line
 

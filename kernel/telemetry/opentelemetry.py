@@ -80,8 +80,8 @@ class OpenTelemetry:
         self._tracer = trace.get_tracer("eskernel")
         self._app = app.name
         self._projections = {
-            name: [(index, each.name) for index, each in enumerate(app.projections) if each.aggregate == name]
-            for name in app.types
+            name: [(index, each.name) for index, each in enumerate(app.projections) if name in each.units]
+            for name in [*app.types, *(each.name for each in app.projections if each.keyed)]
         }
 
     def _about(self, address: Address, **more: str | None) -> dict[str, Any]:

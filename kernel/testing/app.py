@@ -142,12 +142,13 @@ class RunningApp(Client):
 
     async def _wait_for(self, receipt: Receipt, names: Sequence[str], timeout: float) -> None:
         behind = list(names)
+        keyed = [declared.name for declared in self.app.projections if declared.keyed]
 
         def includes() -> bool:
             if not self._has_written(receipt.sequence):
                 return False
             with reads(self.parts.engine).connect() as connection:
-                stands = reached(connection, receipt.partition, names)
+                stands = reached(connection, receipt.partition, names, keyed)
             behind[:] = [name for name in names if stands.get(name, 0) < receipt.sequence]
             return not behind
 

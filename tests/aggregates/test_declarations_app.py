@@ -178,7 +178,7 @@ def test_a_projection_follows_its_aggregate_whatever_that_is_named() -> None:
             row.cents += event.cents
 
     app = App("bank", aggregates=[BankAccount], projections=[Balances])
-    assert app.projection("Balances").aggregate == "Konto"
+    assert app.projection("Balances").aggregates == ("Konto",)
     assert app.type_of(BankAccount) is app.type_of("Konto")
     scenario(BankAccount).when(Deposit(5)).then(Deposited(5))
     projected(Balances).given("alice", Deposited(5)).then(Balance(account="alice", cents=5))
@@ -201,8 +201,8 @@ def test_names_that_cannot_be_retired_are_a_problem(retired: Any, words: tuple[s
 
 
 def test_a_projection_of_something_else_than_a_class_is_a_problem() -> None:
-    class Balances(Rows[Balance], of=(Account, Account)):  # type: ignore[arg-type]
+    class Balances(Rows[Balance], of=(Account, Account)):
         @applies
         def deposited(self, row: Balance, event: Deposited) -> None: ...
 
-    one_problem(problems_of([Account], [Balances]), "Balances", "of has 2 values", "one aggregate")
+    one_problem(problems_of([Account], [Balances]), "Balances", "of names an aggregate twice")

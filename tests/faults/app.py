@@ -236,9 +236,10 @@ class Entries(Sql, of=Tank):
 
 def tanks(name: str) -> App:
     """Return the app under this name, and so with its own stream."""
-    from tests.faults.gauges import Bell, Gauge, Watch
+    from tests.faults.gauges import Bell, Gauge, Stories, Watch
 
-    return App(name, aggregates=[Tank, Gauge], projections=[Levels, Colours, Entries], policies=[Watch], effects=[Bell])
+    projections = [Levels, Colours, Entries, Stories]
+    return App(name, aggregates=[Tank, Gauge], projections=projections, policies=[Watch], effects=[Bell])
 
 
 app = tanks(os.environ.get(NAME_VARIABLE, "faults"))

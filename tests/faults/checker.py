@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tests.faults.owed import Reactions, check_owed, of_kind
+from tests.faults.owed import Reactions, check_owed, of_kind, stories_of
 from tests.faults.rules import (
     LIMIT,
     PROJECTIONS,
@@ -95,6 +95,7 @@ def check(history: History) -> list[Violation]:
     _check_refusals(log, history.attempts, found)
     _check_rows(log, history.tables, found)
     _check_letters(history, log, found)
+    _compare("stories", 1, stories_of(history.app, history.messages), history.tables.stories, found)
     owed = check_owed(history.app, history.partitions, history.messages, history.reactions)
     return found + [Violation("p", text) for text in owed]
 

@@ -168,10 +168,12 @@ class Reader:
             reacted = {(row[0], row[1]): row[2] for row in _rows(connection, _REACTED)}
             pending = _rows(connection, "SELECT count(*) FROM eskernel_timer WHERE attempt IS NOT NULL")[0][0]
             kept = _rows(connection, "SELECT count(*) FROM eskernel_dead_letter WHERE projection = ''")[0][0]
+        last = max((*ends.values(), *rung.values()), default=0)
         found = [
-            f"{projection} of partition {partition} is at {at}, its last event at {ends[partition]}"
+            f"{projection} of partition {partition} is at {at}, its last event at {goal}"
             for (projection, partition), at in sorted(stands.items())
-            if at < ends.get(partition, 0)
+            # any event may belong to a row of any partition
+            if at < (goal := last if projection == "Stories" else ends.get(partition, 0))
         ]
         found += [
             f"{name} of partition {partition} is at {at}, what it reacts to at {goal.get(partition, 0)}"
@@ -214,6 +216,7 @@ class Reader:
                 _rows(connection, "SELECT colour, times, amount FROM colours"),
                 _rows(connection, "SELECT tank, sequence, kind, amount, note FROM entries"),
                 [Letter(*row[:6], bytes(row[6])) for row in _rows(connection, _LETTERS)],
+                _rows(connection, "SELECT story, events, digest FROM stories"),
             )
 
 

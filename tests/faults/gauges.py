@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import zlib
 from datetime import timedelta
 from pathlib import Path
+
+from sqlalchemy import BigInteger
+from sqlalchemy.orm import Mapped, mapped_column
 
 from aggregates import (
     After,
@@ -23,7 +27,8 @@ from aggregates import (
     reacts,
 )
 from kernel import Effect
-from tests.faults.app import Drained, Filled, Marked, Tank
+from projections import Rows
+from tests.faults.app import Base, Drained, Filled, Marked, Tank
 from tests.faults.owed import DELAY_S, LARGE, ODD
 
 BELL_VARIABLE = "FAULTS_BELL"
@@ -103,6 +108,29 @@ class Watch(Policy, of=Tank, start="beginning"):
         note = refusal.sent.command
         assert isinstance(note, Note)
         return Send(Gauge, refusal.sent.id, Object(note.sequence))
+
+
+class Story(Base):
+    """What happened under a key, in the order of the log: another order gives another digest."""
+
+    __tablename__ = "stories"
+    story: Mapped[str] = mapped_column(primary_key=True)
+    events: Mapped[int] = mapped_column(default=0)
+    digest: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class Stories(Rows[Story], of=(Tank, Gauge)):
+    """Each event of a tank belongs to the tank and to its colour, an event of a gauge to its tank."""
+
+    def key(self, event: Filled | Drained | Marked | Noted | Objected | Rang, meta: Meta) -> list[str]:
+        if isinstance(event, Noted | Objected | Rang):
+            return [meta.aggregate_id]
+        return [meta.aggregate_id, f"colour {event.note.partition(' ')[0]}"]
+
+    @applies
+    def happened(self, row: Story, event: Filled | Drained | Marked | Noted | Objected | Rang, meta: Meta) -> None:
+        row.events += 1
+        row.digest = zlib.crc32(f"{row.digest} {meta.event_id}".encode())
 
 
 class Bell(Effect, of=Gauge, start="beginning"):

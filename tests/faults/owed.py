@@ -1,5 +1,6 @@
 """What a policy owes for the events of tanks, once more, against the log. This imports nothing of the product.
 
+(v) The view over tanks and gauges is a plain fold of the events in the order of the log.
 (p) Each command that is owed is in the log exactly once, or was rejected once, in the order of its tank's events; no
 timer is fired early, or twice; and each effect took place.
 """
@@ -7,6 +8,7 @@ timer is fired early, or twice; and each effect took place.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,22 @@ class Happened:
     data: dict[str, object]
     time: float
     cause: str
+
+
+def stories_of(app: str, messages: Sequence[Message]) -> list[tuple[str, int, int]]:
+    """Return the rows of the view over tanks and gauges: key, events, digest."""
+    rows: dict[str, tuple[int, int]] = {}
+    for message in sorted(messages, key=lambda message: message.sequence):
+        tank = of_kind(app, message.subject, "Tank")
+        key = of_kind(app, message.subject, "Gauge") if tank is None else tank
+        if key is None or not message.payload.startswith(b'[{"specversion"'):
+            continue
+        for one in json.loads(message.payload):
+            colour = [] if tank is None else [f"colour {one['data']['note'].split(' ')[0]}"]
+            for story in (key, *colour):
+                events, digest = rows.get(story, (0, 0))
+                rows[story] = events + 1, zlib.crc32(f"{digest} {one['id']}".encode())
+    return [(story, *row) for story, row in rows.items()]
 
 
 @dataclass(slots=True)

@@ -81,12 +81,14 @@ class Tables:
         levels: tank, level, events, last.
         colours: colour, times, amount.
         entries: tank, sequence, kind, amount, note.
+        stories: key, events, digest.
     """
 
     levels: list[tuple[Any, ...]] = field(default_factory=list)
     colours: list[tuple[Any, ...]] = field(default_factory=list)
     entries: list[tuple[Any, ...]] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
+    stories: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 class Event(NamedTuple):

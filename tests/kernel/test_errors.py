@@ -35,6 +35,7 @@ INTERNAL = {
     "NotWorking": "between a probe and the health report",
     "ProjectionPaused": "between a session and the projector, which begins another one without that projection",
     "Refused": "a HandlerFailed: the aggregate whose value a column can't carry is parked",
+    "RowsWait": "between what finds the rows of an event and the session, which begins another one without that view",
     "Unsupported": "a SchemaError, at the start",
     "Unstorable": "between an actor and its gateway",
 }

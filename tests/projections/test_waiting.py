@@ -245,7 +245,7 @@ def fail_at(worker: Worker, index: int, aggregate_id: str, sequence: int, monkey
         _, envelope, at = decoded
         for step in steps:
             if (step[0], key[1], envelope.sequence) == (index, aggregate_id, sequence):
-                plan._fail_step(index, key, rows, envelope, at, folded, ValueError("not today"))
+                plan.fail_step(index, key, rows, envelope, at, folded, ValueError("not today"))
             else:
                 run([step], key, rows, decoded, folded)
 

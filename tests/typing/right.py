@@ -190,7 +190,24 @@ class Balances(Rows[Balance], of=Account, version=2):
         return None if row.cents else DROP
 
 
-class Daily(Tallies[Day], of=Account):
+class Flow(Base):
+    __tablename__ = "flows"
+    account: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    cents: Mapped[int] = mapped_column(default=0)
+
+
+class Flows(Rows[Flow], of=(Account,)):
+    def key(self, event: Deposited | Withdrawn, meta: Meta) -> tuple[str, date]:
+        assert_type(event.cents, int)
+        return meta.aggregate_id, meta.time.date()
+
+    @applies
+    def moved(self, row: Flow, event: Deposited | Withdrawn) -> None:
+        row.cents += event.cents
+
+
+class Daily(Tallies[Day], of=(Account,)):
     @applies
     def deposited(self, tally: Tally[Day], event: Deposited) -> None:
         assert_type(tally[event.day], Day)
@@ -207,7 +224,7 @@ class Movements(Sql, of=Account, name="moves"):
         assert_type(tx.execute(insert(tx.table(Movement)), rows), CursorResult[Any])
 
 
-assert_type(Balances.of, type[Aggregate])
+assert_type(Balances.of, type[Aggregate] | tuple[type[Aggregate], ...])
 assert_type(Balances.version, int)
 
 # scenarios

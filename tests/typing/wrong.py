@@ -81,6 +81,11 @@ class OfNothing(Rows[Balance], of=Balance):  # E: arg-type | reportArgumentType,
     pass
 
 
+class Keyed(Rows[Balance], of=(Account, Balance)):  # E: arg-type | reportArgumentType, reportGeneralTypeIssues
+    def key(self, event: Deposited) -> str:
+        return str(event.pence)  # E: attr-defined | reportAttributeAccessIssue
+
+
 class Daily(Tallies[Balance], of=Account):
     @applies
     def deposited(self, tally: Tally[Balance], event: Deposited) -> None:

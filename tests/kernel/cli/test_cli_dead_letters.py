@@ -213,3 +213,21 @@ def test_workers_whose_stream_is_deleted_exit_as_one_worker_does(shell: Shell) -
     assert shell.service is not None
     assert shell.service.wait(20) == 1
     assert "is gone from the server" in shell.log.read_text()
+
+
+def test_a_row_with_a_key_of_its_own_is_listed_shown_skipped_and_folded_again(shell: Shell) -> None:
+    key = "class Sums(Rows[Sum], of=(Till,)):\n    def key(self, event: Paid) -> str:\n        return 'all'\n"
+    (shell.folder / "tills.py").write_text(APP.replace("class Sums(Rows[Sum], of=Till):\n", key))
+    (shell.folder / "broken").touch()
+    shell.start("tills:app")
+    for till, cents in (("a", 1), ("b", 13), ("a", 100)):
+        shell("send", "Till", till, "Pay", f"cents={cents}")
+    until(lambda: [parked["events"] for parked in waiting(shell)] == [2])
+    assert "Sums        Sums       all          @2        2  ValueError: unlucky" in shell("dead-letters", "list")
+    shown = shell("dead-letters", "show", "Sums", "all")
+    assert '1  Paid {"cents":13}' in shown
+    assert '2  Paid {"cents":100}' in shown
+    shell("dead-letters", "retry", "Sums", "all", code=1)
+    assert "skipped event 1; 1 still wait" in shell("dead-letters", "skip", "Sums", "all", "--reason", "bad luck")
+    assert "1 folded, no longer parked" in shell("dead-letters", "retry", "Sums", "all")
+    assert "101" in shell("query", "select cents from sums")

@@ -30,6 +30,7 @@ from projections import (
 )
 from projections.fold import Folded
 from projections.retrying import retry_all
+from projections.stored_letters import StoredLetter
 from tests.conftest import Commit, ReadSide, batch_of, envelopes
 from tests.histories import encode
 
@@ -155,7 +156,7 @@ class StorySide(ReadSide):
         plan = exclusions.plan_of(self.app.plan(self.engine.dialect), name)
         return dead_letters.retry(self.engine, plan, name, "Story", story, pause)
 
-    def skip(self, name: str, story: str, reason: str = "because") -> dead_letters.StoredLetter:
+    def skip(self, name: str, story: str, reason: str = "because") -> StoredLetter:
         plan = exclusions.plan_of(self.app.plan(self.engine.dialect), name)
         return dead_letters.skip(self.engine, plan, "Story", story, "me", reason)
 

@@ -12,7 +12,50 @@ UNKNOWN = "tests/kernel/projector/test_unknown.py"
 ROLLING = "tests/kernel/projector/test_rolling.py"
 OWN = "tests/test_mutants_caught.py"
 
+KEYED = "tests/kernel/projector/test_keyed_rows.py"
+
 MUTANTS = [
+    # rows under a key of their own
+    Mutant(
+        "keyed-row-of-two-owners",
+        "a row under a key is folded by the owner of its key's partition alone",
+        "kernel/projector/grouping.py",
+        "return places.get(row(name, key).partition, sequence) < sequence",
+        "return places.get(row(name, key).partition, 0) < sequence",
+        (f"{KEYED}::test_each_row_is_folded_by_its_owner_alone_and_in_stream_order[sqlite]",),
+    ),
+    Mutant(
+        "keyed-row-by-aggregate",
+        "a row under a key is folded in stream order across aggregates",
+        "projections/keyed.py",
+        "if text in self._mixed:",
+        "if False:",
+        (f"{KEYED}::test_each_row_is_folded_by_its_owner_alone_and_in_stream_order[sqlite]",),
+    ),
+    Mutant(
+        "keyed-checkpoint-stays",
+        "the checkpoints of rows under a key pass every batch that was read",
+        "projections/checkpoints.py",
+        "or index in self._keyed)",
+        ")",
+        (f"{KEYED}::test_every_partition_is_passed_by_each_batch[sqlite]",),
+    ),
+    Mutant(
+        "keyed-receipt-of-one-partition",
+        "a query after a receipt waits for the rows of all partitions",
+        "projections/checkpoints.py",
+        "own | checkpoint.c.projection.in_(keyed) if keyed else own)",
+        "own)",
+        (f"{KEYED}::test_every_partition_is_passed_by_each_batch[sqlite]",),
+    ),
+    Mutant(
+        "keyed-skip-forgotten",
+        "an event that a person has skipped gets into no row",
+        "projections/keyed.py",
+        "if event is None or (skipped and (router.index, envelope.sequence) in skipped):",
+        "if event is None:",
+        (f"{KEYED}::test_a_skipped_event_whose_key_failed_is_in_no_row_of_a_rebuild[sqlite]",),
+    ),
     # leases
     Mutant(
         "deadline-after-renewal",
@@ -74,7 +117,7 @@ MUTANTS = [
         "kernel/partitions/ownership.py",
         """        try:
             async with asyncio.timeout(HAND_OVER_S):
-                await self._projector.released()
+                await asyncio.gather(self._projector.released(), self._reactors.released())
 """,
         """        await self._leases.release(partitions)
         try:
@@ -215,8 +258,8 @@ MUTANTS = [
         "head-not-checked",
         "an aggregate's first event is number 1",
         "projections/unit_of_work.py",
-        "dict.fromkeys(bare, 0) | kept",
-        "kept",
+        "dict.fromkeys(ids.values(), 0) | kept if complete",
+        "kept if complete",
         (f"{LETTERS}::test_an_aggregate_whose_beginning_is_missing_is_parked",),
     ),
     Mutant(
