@@ -3,7 +3,7 @@
 domain.py      three aggregates
 fulfilment.py  a policy, with a timer for orders that nobody pays
 mails.py       an effect
-views.py       tables
+views.py       a table of all three
 web.py         the web API: uvicorn examples.shop.web:api
 demo.py        all of it at work: make demo SHOP=1
 """
@@ -13,7 +13,7 @@ import os
 from examples.shop.domain import Order, Payment, Shipment
 from examples.shop.fulfilment import Fulfilment
 from examples.shop.mails import Mails
-from examples.shop.views import Orders, Payments, Shipments
+from examples.shop.views import Sales
 from kernel import App
 
 
@@ -26,7 +26,7 @@ def shop(smtp: str) -> App:
     return App(
         "shop",
         aggregates=[Order, Payment, Shipment],
-        projections=[Orders, Payments, Shipments],
+        projections=[Sales],
         policies=[Fulfilment],
         effects=[Mails(smtp)],
     )

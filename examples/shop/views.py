@@ -1,4 +1,6 @@
-"""What the shop shows: how each order stands."""
+"""What the shop shows: how each order stands, in one row from three aggregates."""
+
+from typing import TypeAlias
 
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -8,7 +10,6 @@ from examples.shop.domain import (
     Confirmed,
     Expired,
     Order,
-    Packed,
     Paid,
     Payment,
     Placed,
@@ -19,61 +20,49 @@ from examples.shop.domain import (
 )
 from projections import Meta, Rows, applies
 
+OfPayment: TypeAlias = Requested | Paid | Refunded | Closed
+
 
 class Base(DeclarativeBase):
     pass
 
 
-class OrderRow(Base):
-    __tablename__ = "orders"
+class Sale(Base):
+    """An order.
+
+    Attributes:
+        version: of the order.
+    """
+
+    __tablename__ = "sales"
     id: Mapped[str] = mapped_column(primary_key=True)
     version: Mapped[int] = mapped_column(default=0)
     state: Mapped[str] = mapped_column(default="")
     address: Mapped[str] = mapped_column(default="")
+    payment: Mapped[str] = mapped_column(default="")
+    carrier: Mapped[str | None]
 
 
-class PaymentRow(Base):
-    __tablename__ = "payments"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    state: Mapped[str] = mapped_column(default="")
-    cents: Mapped[int] = mapped_column(default=0)
+class Sales(Rows[Sale], of=(Order, Payment, Shipment)):
+    def key(self, event: Placed | AddressChanged | Confirmed | Expired | OfPayment | Shipped, meta: Meta) -> str:
+        return meta.aggregate_id
 
-
-class ShipmentRow(Base):
-    __tablename__ = "shipments"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    carrier: Mapped[str] = mapped_column(default="")
-
-
-class Orders(Rows[OrderRow], of=Order):
     @applies
-    def placed(self, row: OrderRow, event: Placed, meta: Meta) -> None:
+    def placed(self, row: Sale, event: Placed, meta: Meta) -> None:
         row.version, row.state, row.address = meta.sequence, "placed", event.address
 
     @applies
-    def address_changed(self, row: OrderRow, event: AddressChanged, meta: Meta) -> None:
+    def address_changed(self, row: Sale, event: AddressChanged, meta: Meta) -> None:
         row.version, row.address = meta.sequence, event.address
 
     @applies
-    def ended(self, row: OrderRow, event: Confirmed | Expired, meta: Meta) -> None:
+    def ended(self, row: Sale, event: Confirmed | Expired, meta: Meta) -> None:
         row.version, row.state = meta.sequence, type(event).__name__.lower()
 
-
-class Payments(Rows[PaymentRow], of=Payment):
     @applies
-    def requested(self, row: PaymentRow, event: Requested) -> None:
-        row.state, row.cents = "requested", event.cents
+    def paid(self, row: Sale, event: OfPayment) -> None:
+        row.payment = type(event).__name__.lower()
 
     @applies
-    def changed(self, row: PaymentRow, event: Paid | Refunded | Closed) -> None:
-        row.state = type(event).__name__.lower()
-
-
-class Shipments(Rows[ShipmentRow], of=Shipment):
-    @applies
-    def packed(self, row: ShipmentRow, event: Packed) -> None:
-        pass
-
-    @applies
-    def shipped(self, row: ShipmentRow, event: Shipped) -> None:
-        row.carrier = event.carrier
+    def shipped(self, row: Sale, event: Shipped) -> None:
+        row.state, row.carrier = "shipped", event.carrier

@@ -38,8 +38,10 @@ from examples.shop.domain import (
     Shipped,
 )
 from examples.shop.fulfilment import Fulfilment
+from examples.shop.views import Sale, Sales
 from examples.shop.web import api
 from kernel.testing import RunningApp, running
+from projections import projected
 
 PLACED = Placed("ada@example.org", "1 Old Street", 500, 60.0)
 PLACE = {"email": "ada@example.org", "address": "1 Old Street", "cents": 500, "reserved_s": 60.0}
@@ -100,6 +102,15 @@ def test_fulfilment_leads_from_an_order_to_its_parcel() -> None:
     confirmed = fulfilment.when(Confirmed("ada@example.org", "1 Old Street"), of=Order, id="o")
     confirmed.sends(Send(Shipment, "o", Pack("ada@example.org", "1 Old Street")))
     fulfilment.when(Expired("ada@example.org"), of=Order, id="o").sends(Send(Payment, "o", Close()))
+
+
+def test_a_sale_is_one_row_of_three_aggregates() -> None:
+    sale = projected(Sales).given("o", PLACED, AddressChanged("2 New Street")).given("o", Requested(500), Paid(500))
+    confirmed = sale.given("o", Confirmed("", ""))
+    confirmed.then(Sale(id="o", version=3, state="confirmed", address="2 New Street", payment="paid"))
+    confirmed.given("o", Shipped("", "Carrier")).then(
+        Sale(id="o", version=3, state="shipped", address="2 New Street", payment="paid", carrier="Carrier")
+    )
 
 
 async def test_an_order_is_paid_and_shipped_over_http() -> None:
