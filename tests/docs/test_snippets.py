@@ -29,8 +29,10 @@ def environment() -> dict[str, str]:
     """Return that of the commands that pages type."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ESKERNEL_", "PYTEST_"))}
     found = {**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    # where eskernel is installed, pytest finds it by its entry point
-    return {**found, "PYTEST_PLUGINS": "eskernel_pytest"}
+    # where eskernel is installed, pytest finds its plugin by an entry point; here that may be so or not, and pytest
+    # would warn of modules that `shared()` has imported before
+    plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "eskernel_pytest,pytest_asyncio.plugin"}
+    return {**found, **plugins}
 
 
 @pytest.fixture

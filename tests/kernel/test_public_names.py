@@ -14,7 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "public_names.txt"
-PUBLIC = ("aggregates", "kernel", "kernel.errors", "kernel.log", "kernel.settings", "kernel.testing", "projections")
+PUBLIC = (
+    "aggregates",
+    "kernel",
+    "kernel.errors",
+    "kernel.log",
+    "kernel.settings",
+    "kernel.testing",
+    "kernel.web",
+    "projections",
+)
 PACKAGES = ("aggregates", "kernel", "migrations", "projections")
 ACCEPT = "python -m tests.kernel.test_public_names > tests/public_names.txt"
 

@@ -52,6 +52,17 @@ def test_the_licence_is_apache_2_0_word_for_word(files: dict[str, bytes]) -> Non
     assert hashlib.sha256(files[f"{folder}/licenses/LICENSE"]).hexdigest() == APACHE_2_0
 
 
+def test_fastapi_is_wanted_by_those_who_ask_for_the_web_only(files: dict[str, bytes]) -> None:
+    metadata = message_from_bytes(files[f"eskernel-{version()}.dist-info/METADATA"])
+    wanted = [line for line in metadata.get_all("Requires-Dist") or [] if line.startswith(("fastapi", "uvicorn"))]
+    assert {line.partition(";")[2].strip().replace("'", '"') for line in wanted if line.startswith("fastapi")} == {
+        'extra == "web"',
+        'extra == "examples"',
+    }
+    assert all("extra ==" in line for line in wanted)
+    assert "web" in (metadata.get_all("Provides-Extra") or [])
+
+
 def test_the_packages_come_from_the_environment_not_from_a_checkout(installed: Installed, project: Path) -> None:
     program = "import json, sys, aggregates, kernel, migrations, projections as p\n"
     program += "print(json.dumps([[m.__file__ for m in (aggregates, kernel, migrations, p)], sys.path]))"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import commands, deploying, log, proofs, reactions, tables, workers
+from tests.mutants.catalogue import commands, deploying, log, proofs, reactions, tables, web, workers
 from tests.mutants.catalogue.mutant import Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -15,4 +15,5 @@ MUTANTS = [
     *proofs.MUTANTS,
     *deploying.MUTANTS,
     *reactions.MUTANTS,
+    *web.MUTANTS,
 ]
