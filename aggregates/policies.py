@@ -136,7 +136,7 @@ class Policy(Reacting):
 
         class Fulfilment(Policy, of=(Order, Payment)):
             @reacts
-            def placed(self, event: Placed) -> Reactions:
+            def placed(self, event: Placed) -> Iterator[Reaction]:
                 yield Send(Payment, event.payment, Request(event.cents))
                 yield After(timedelta(minutes=30), Send(Order, event.order, Expire()), key=event.order)
 

@@ -295,6 +295,14 @@ async def _prepare_database(base: Foundation, log: JetStreamLog, engine: Engine,
         begun = await asyncio.to_thread(store.register, engine, app.reactions, info.partitions, info.last)
         for name, after in begun:
             logger.info("%s runs for the first time, and begins after stream sequence %d", name, after)
+    declared = {each.name for each in app.reactions}
+    for kind, name in await asyncio.to_thread(store.read_known, engine):
+        if name not in declared:
+            logger.warning(
+                "the database knows the %s %s, which the app does not declare: nobody reacts for it; if no other "
+                "program declares it, forget it with `eskernel %s drop %s`",
+                kind, name, "policies" if kind == "policy" else "effects", name,
+            )  # fmt: skip
     found = await asyncio.to_thread(prepare, engine, app.projections)
     for orphan in found.orphans:
         logger.warning(

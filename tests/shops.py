@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -14,6 +14,7 @@ from aggregates import (
     Cancel,
     Meta,
     Policy,
+    Reaction,
     Reactions,
     Refusal,
     Rejected,
@@ -163,13 +164,13 @@ class Payment(Aggregate):
 
 class Fulfilment(Policy, of=(Order, Payment)):
     @reacts
-    def placed(self, event: Placed, meta: Meta) -> Reactions:
+    def placed(self, event: Placed, meta: Meta) -> Iterator[Reaction]:
         order = meta.aggregate_id
         yield Send(Payment, f"pay-{order}", Request(order, event.cents))
         yield After(timedelta(seconds=event.expires), Send(Order, order, Expire()), key=order)
 
     @reacts
-    def paid(self, event: Paid) -> Reactions:
+    def paid(self, event: Paid) -> Iterator[Reaction]:
         yield Cancel(event.order)
         yield Send(Order, event.order, Confirm())
 

@@ -20,6 +20,7 @@ LOOK_S = 0.2
 async def ask_workers(engine: Engine, parked: Sequence[Waiting]) -> list[Retried]:
     """Have the dead letters of policies and effects tried again, and wait a while for what comes of it."""
     from kernel.reactions.letters import BEHIND, ask_again
+    from kernel.reactions.store import is_paused
     from projections import dead_letters as letters
     from projections.dead_letters import Retried
 
@@ -27,6 +28,11 @@ async def ask_workers(engine: Engine, parked: Sequence[Waiting]) -> list[Retried
     for key in left:
         await asyncio.to_thread(ask_again, engine, *key)
     done: list[Retried] = []
+    for name in sorted({name for name, _, _ in left}):
+        if await asyncio.to_thread(is_paused, engine, name):
+            for key, before in [(key, each) for key, each in left.items() if key[0] == name]:
+                del left[key]
+                done.append(Retried(*key, 0, before.events, f"{name} is paused; they are tried when it is resumed"))
     deadline = time.monotonic() + WAIT_S
     while left:
         await asyncio.sleep(LOOK_S)

@@ -117,6 +117,11 @@ async def list_(
     console.print(table, markup=False, highlight=False)
 
 
+def _done(app: App, name: str) -> str:
+    """Return what was done with an event."""
+    return "done" if name in {each.name for each in app.reactions} else "folded"
+
+
 def _next(parked: Waiting) -> str:
     if parked.next_attempt is None:
         return "-"
@@ -222,8 +227,9 @@ async def retry(
     else:
         for result in done:
             state = "no longer parked" if not result.left else f"{result.left} still wait: {result.error}"
+            what = _done(loaded, result.projection)
             console.print(
-                f"{result.projection}  {result.aggregate} {result.aggregate_id}: {result.folded} folded, {state}",
+                f"{result.projection}  {result.aggregate} {result.aggregate_id}: {result.folded} {what}, {state}",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
         if not done:

@@ -248,7 +248,7 @@ async def cancel(policy: str, keys: tuple[str, ...], where: Where) -> None:
     from kernel.reactions import timers as stored
 
     _, engine = _engine(where, policy, "policy")
-    done = await asyncio.to_thread(stored.cancel, engine, policy, keys)
-    console.print(f"{done} of {len(keys)} timers cancelled", highlight=False)
-    if done < len(keys):
-        fail("the others are not pending", FAILED)
+    missing = [key for key in keys if not await asyncio.to_thread(stored.cancel, engine, policy, [key])]
+    console.print(f"{len(keys) - len(missing)} of {len(keys)} timers cancelled", highlight=False)
+    if missing:
+        fail(f"not pending: {', '.join(missing)}", FAILED)

@@ -214,6 +214,12 @@ def _note(engine: Engine, row: Row[Any], epoch: int, attempts: int, again: float
                 .where(dead_letter.c.id == row.id)
                 .values(attempts=attempts, next_attempt=again, error=one_line(error), failed=_now())
             )
+            # all letters of an aggregate have attempts, or none has: it waits for a newer program
+            others = dead_letter.c.aggregate == row.aggregate, dead_letter.c.aggregate_id == row.aggregate_id
+            behind = update(dead_letter).where(*letters_of(row.projection), *others, dead_letter.c.id != row.id)
+            connection.execute(
+                behind.where(dead_letter.c.attempts != min(attempts, 1)).values(attempts=min(attempts, 1))
+            )
 
     outlast_contention(note)
 

@@ -139,7 +139,12 @@ class Session:
             everything = [feeding, stopping, *working, *self._tasks]
             for task in everything:
                 task.cancel()
-            await asyncio.gather(*everything, return_exceptions=True)
+            _, stuck = await asyncio.wait(everything, timeout=PATIENCE_S)
+            if stuck:
+                logger.error("%s: %d handlers did not end when they were cancelled", self._declared.name, len(stuck))
+            for task in everything:
+                if task.done() and not task.cancelled():
+                    task.exception()  # what nobody asks for would be logged
             await reader.close()
 
     async def _catch_up(self, last: int) -> None:

@@ -105,6 +105,13 @@ def register(engine: Engine, declared: Sequence[DeclaredReaction], partitions: i
     return begun
 
 
+def read_known(engine: Engine) -> list[tuple[str, str]]:
+    """Return kind and name of each policy and effect that has run on the database."""
+    with reads(engine).connect() as connection:
+        rows = connection.execute(select(reaction.c.kind, reaction.c.name).order_by(reaction.c.name))
+        return [(row.kind, row.name) for row in rows]
+
+
 def claim(engine: Engine, app: str, name: str, partitions: Collection[int]) -> Claimed | None:
     """Put a new epoch on these partitions: it fences the previous owner. Return None if a person has paused it.
 

@@ -20,6 +20,8 @@ from kernel.transport.outbox import CERTAIN, Outbox
 
 RESEND_S = 2.0
 """Without an answer for so long a command is sent again, with the same id."""
+COPIES = 16
+"""Earlier copies of a command whose answers are waited for: none is on its way for so many attempts."""
 JITTER = 0.25
 """Share of the time to retry after that is added to it at random: clients refused together must not return together."""
 
@@ -193,6 +195,9 @@ class CommandSender:
         except (TimeoutError, _Lost):
             # the request may be on its way for a while yet
             copies[token] = self._late[token] = self._loop.create_future()
+            if len(copies) > COPIES:
+                oldest = next(iter(copies))
+                del copies[oldest], self._late[oldest]
             raise
         finally:
             if handle is not None:

@@ -4,7 +4,7 @@ Nothing here runs. tests/typing/test_typing.py has mypy and pyright read it as a
 """
 
 # pyright: strict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -14,16 +14,27 @@ from sqlalchemy import CursorResult, Engine, Table, insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from aggregates import (
+    After,
     Aggregate,
+    At,
+    Cancel,
     Context,
     DeclarationError,
     InvalidId,
+    Policy,
+    PolicyScenario,
+    Reaction,
+    Reactions,
+    Refusal,
     Rejected,
     Scenario,
+    Send,
     applies,
     command,
     event,
     handles,
+    policy,
+    reacts,
     scenario,
     upcasts,
 )
@@ -32,6 +43,7 @@ from kernel import (
     App,
     Client,
     CommandMessage,
+    Effect,
     LoadedAggregate,
     Outcome,
     Rebuild,
@@ -358,3 +370,28 @@ def explain(error: EskernelError) -> str:
     if isinstance(error, DeclarationError):
         assert_type(error.problems, tuple[str, ...])
     return str(error)
+
+
+class Gifts(Policy, of=(Account,), start="beginning"):
+    @reacts
+    def deposited(self, event: Deposited, meta: Meta) -> Iterator[Reaction]:
+        yield Send(Account, "fund", Deposit(event.cents))
+        yield After(timedelta(days=30), Send(Account, meta.aggregate_id, Withdraw(1)), key=meta.aggregate_id)
+
+    @reacts
+    def withdrawn(self, event: Withdrawn) -> Reactions:
+        return Cancel("fund") if event.cents else None
+
+    def on_rejected(self, refusal: Refusal) -> Reactions:
+        assert_type(refusal.sent, Send)
+        return [Send(Account, "fund", refusal.sent.command), At(refusal.meta.time, refusal.sent)]
+
+
+class Letters(Effect, of=Account, timeout=5, concurrency=2):
+    @reacts
+    async def deposited(self, event: Deposited, meta: Meta) -> None:
+        assert_type(meta.event_id, str)
+
+
+assert_type(policy(Gifts).when(Withdrawn(5)).cancels("fund"), PolicyScenario)
+reacting = App("bank", aggregates=[Account], policies=[Gifts], effects=[Letters()])

@@ -114,3 +114,7 @@ async def use(client: Client, receipt: Receipt) -> None:
         await client.execute(Account, "alice", Deposit(1))
     except CommandError as error:
         error.retry_after + 1  # E: operator | reportOptionalOperand
+
+
+App("bank", aggregates=[Account], policies=[Balances])  # E: list-item | reportArgumentType
+App("bank", aggregates=[Account], effects=[Account])  # E: list-item | reportArgumentType

@@ -63,7 +63,7 @@ MUTANTS = [
         "rejection-decided-anew",
         "a command of a policy that was rejected is not sent again",
         "kernel/reactions/work.py",
-        "why = self._known(task.envelope, due.place) or await self.deliver(request)",
+        "why = task.rejected.get(due.place) or await self.deliver(request)",
         "why = await self.deliver(request)",
         (f"{POLICIES}::test_a_rejection_is_recorded_and_handled_and_stays[sqlite]",),
     ),

@@ -115,15 +115,8 @@ MUTANTS = [
         "lease-deleted-before-projection-let-go",
         "others find everything written when a partition is free",
         "kernel/partitions/ownership.py",
-        """        try:
-            async with asyncio.timeout(HAND_OVER_S):
-                await asyncio.gather(self._projector.released(), self._reactors.released())
-""",
-        """        await self._leases.release(partitions)
-        try:
-            async with asyncio.timeout(HAND_OVER_S):
-                await self._projector.released()
-""",
+        "        await self._released(self._projector.released())\n",
+        "        await self._leases.release(partitions)\n        await self._released(self._projector.released())\n",
         (f"{OWN}::test_a_lease_is_given_back_when_the_projection_has_let_go_and_not_before",),
     ),
     Mutant(
