@@ -25,7 +25,7 @@ from kernel.reactions.work import Failed, Task, Worker
 from kernel.settings import DeadLetters
 from kernel.telemetry.metrics import RETRIES
 from projections.contention import outlast_contention
-from projections.database import reads
+from projections.database import is_infrastructure, reads
 from projections.dead_letters import MAX_PAUSE_S
 from projections.errors import NoSuchLetter
 from projections.generations import FENCE, PAUSED, lock_checkpoints
@@ -105,12 +105,17 @@ class LetterRetries:
                 self._trying.add(key)
                 self._queue(key, partial(self._retry, key, epoch))
             await asyncio.sleep(LOOK_S)
-            await self._context.run(
-                partial(store.check_owner, self._context.engine, self._declared.name, epoch, partitions)
-            )
-            if self._parking.parked:
-                find = partial(_find_due, self._context.engine, self._declared.name, partitions, self._context.now())
-                due = await self._context.run(find)
+            try:
+                due = await self._context.run(partial(self._look, partitions, epoch))
+            except Exception as error:
+                if not is_infrastructure(error):
+                    raise
+                due = set()  # to begin again would mean to do again what is under way
+
+    def _look(self, partitions: Collection[int], epoch: int) -> set[Key]:
+        engine, name = self._context.engine, self._declared.name
+        store.check_owner(engine, name, epoch, partitions)
+        return _find_due(engine, name, partitions, self._context.now()) if self._parking.parked else set()
 
     async def _retry(self, key: Key, epoch: int) -> None:
         try:
