@@ -150,14 +150,6 @@ MUTANTS = [
         "if index is not None and row.sequence < 0:",
         (f"{SERVICE}::test_parked_aggregates_stay_parked_over_a_restart[sqlite]",),
     ),
-    Mutant(
-        "second-retry-sees-a-gap",
-        "a retry follows what was folded since the last one",
-        "projections/exclusions.py",
-        "if plan.projections[index].name != name",
-        "if False",
-        (f"{LETTERS}::test_a_second_retry_follows_what_was_folded_between_the_two",),
-    ),
     # what surrounds the tables
     Mutant(
         "view-writable",
