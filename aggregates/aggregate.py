@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, dataclass_transform
 
+from aggregates.errors import DeclarationError
+
 F = TypeVar("F", bound=Callable[..., Any])
 _ROLE = "__eskernel_role__"
 _NAME = "__eskernel_name__"
@@ -46,13 +48,23 @@ def role_of(method: object) -> str | None:
     return getattr(method, _ROLE, None)
 
 
+def explain_dataclass(error: Exception) -> str:
+    """Return why a class can't be a dataclass, with a remedy."""
+    if "use default_factory" not in str(error):
+        return str(error)
+    return f"{error}, such as `books: list[str] = field(default_factory=list)` with `from dataclasses import field`"
+
+
 @dataclass_transform(kw_only_default=True)
 class _Fields:
     """Turns every subclass into a dataclass, also for type checkers."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        dataclass(cls)
+        try:
+            dataclass(cls)
+        except (TypeError, ValueError) as error:
+            raise DeclarationError([f"{cls.__name__}: {explain_dataclass(error)}"]) from None
 
 
 class Aggregate(_Fields):

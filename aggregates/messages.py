@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform, overl
 import msgspec
 import orjson
 
-from aggregates.errors import InvalidMessage
+from aggregates.aggregate import explain_dataclass
+from aggregates.errors import DeclarationError, InvalidMessage
 
 T = TypeVar("T")
 Kind = Literal["event", "command"]
@@ -66,7 +67,10 @@ def command(cls: type[T] | None = None, /, *, name: str | None = None) -> type[T
 
 def _message(kind: Kind, cls: type[T] | None, name: str | None, version: int) -> Any:
     def declare(target: type[T]) -> type[T]:
-        declared = dataclass(frozen=True, slots=True)(target)
+        try:
+            declared = dataclass(frozen=True, slots=True)(target)
+        except (TypeError, ValueError) as error:
+            raise DeclarationError([f"{target.__name__}: {explain_dataclass(error)}"]) from None
         setattr(declared, _SPEC, MessageSpec(kind, name or target.__name__, version))
         return declared
 

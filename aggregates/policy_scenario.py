@@ -117,8 +117,12 @@ class PolicyScenario:
         if handler is None:
             return []
         encoded = handler.event.encode(happened.event)
-        meta = self._meta(happened)
-        return self.declared.owed(handler, handler.event.decode(msgspec.Raw(encoded.data), encoded.version), meta)
+        event = handler.event.decode(msgspec.Raw(encoded.data), encoded.version)
+        owed = self.declared.owed(handler, event, self._meta(happened))
+        for each in owed:
+            if isinstance(each, Due):
+                _check_handled(self.declared.name, each.send)
+        return owed
 
     def _type_of(self, happened: _Happened) -> AggregateType[Any]:
         cls = type(happened.event)
@@ -143,6 +147,12 @@ class PolicyScenario:
             commandid=f"scenario-{number}",
         )
         return Meta(envelope, happened.id, number)
+
+
+def _check_handled(policy: str, send: Send) -> None:
+    if type(send.command) not in declare(send.aggregate).handlers:
+        what = f"{policy} sends {type(send.command).__name__} to {send.aggregate.__name__}"
+        raise AssertionError(f"{what}, which has no handler for it")
 
 
 def _compare(what: str, expected: list[Any], found: list[Any]) -> None:

@@ -260,6 +260,10 @@ def _key_function(cls: type[Projection], declared: DeclaredProjection, problems:
     for handled in dict.fromkeys(event for handler in declared.handlers for event in handler.events):
         if handled not in events:
             problems.append(f"{where}: a handler takes {handled.__name__}, and no key is said for it; add it here")
+    taken = {event for handler in declared.handlers for event in handler.events}
+    for keyed in events:
+        if keyed not in taken:
+            problems.append(f"{where}: it says a key for {keyed.__name__}, which no handler takes; add a handler")
     return KeyFunction(member, events, len(parameters) == 2)
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 import orjson
@@ -37,7 +37,16 @@ logger = logging.getLogger("eskernel.cli")
 NO_DATABASE = "--nats needs --database too, the URL that the service was started with"
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
-console = Console()
+WIDE = 1_000
+"""Columns of what is written to a file or a pipe: other programs read lines, and no line is broken for them."""
+
+
+def _width(stream: TextIO) -> int | None:
+    """Return how wide a stream is; None where the terminal, or the variable COLUMNS, says it."""
+    return None if "COLUMNS" in os.environ or stream.isatty() else WIDE
+
+
+console = Console(width=_width(sys.stdout))
 errors = Console(stderr=True)
 
 

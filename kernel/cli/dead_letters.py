@@ -82,6 +82,8 @@ async def list_(
         skips = await asyncio.to_thread(letters.skipped, engine)
         if as_json:
             print_json(skips)
+        elif not skips:
+            console.print("nothing was skipped", highlight=False)
         else:
             for row in skips:
                 what = f"{row['aggregate']} {row['aggregate_id']} event {row['sequence']}"

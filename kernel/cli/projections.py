@@ -76,7 +76,7 @@ async def show(name: str, as_json: bool, where: Where) -> None:
         _line(f"  {_sentence(made)}")
         followed = made["state"] != "building"
         if followed:
-            _line(f"    kept up to date by {', '.join(made['kept_by']) or 'nobody: no running program declares it'}")
+            _line(f"    kept up to date by {', '.join(made['kept_by']) or 'no service: no running one declares it'}")
         for table in made["tables"]:
             _line(f"    {table['view']}: {table['table']}")
         if made["dead_letters"]:

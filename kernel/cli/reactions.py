@@ -236,6 +236,8 @@ async def list_timers(policy: str | None, failed: bool, limit: int, as_json: boo
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not found:
         console.print("no timer is pending", highlight=False)
+    if len(found) == limit:
+        console.print(f"these are the first {limit}; others may be pending: --limit", highlight=False)
 
 
 @timers.command(epilog=EXIT_CODES)

@@ -188,6 +188,9 @@ def check(
             for declared in loaded.types.values()
         },
         "projections": {p.name: {"kind": p.kind, "of": p.of, "version": p.version} for p in loaded.projections},
+        "reactions": {
+            each.name: {"kind": each.kind, "of": sorted(each.types), "start": each.start} for each in loaded.reactions
+        },
     }
     if report is not None:
         listing["log"] = asdict(report)
@@ -227,3 +230,5 @@ def _list(loaded: App) -> None:
         console.print(f"    events    {', '.join(sorted(declared.events))}", highlight=False)
     for p in loaded.projections:
         console.print(f"  {p.name} ({p.kind} of {p.of}, version {p.version})", highlight=False)
+    for each in loaded.reactions:
+        console.print(f"  {each.name} ({each.kind} of {', '.join(each.types)})", highlight=False)

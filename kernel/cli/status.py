@@ -125,7 +125,9 @@ def _print_worker(worker: dict[str, Any]) -> None:
         timers = reaction["timers"]
         late = f", {timers['late']} overdue" if timers["late"] else ""
         pending = f", {timers['pending']} timers{late}" if timers["pending"] else ""
-        _line(f"  {reaction['kind']} {reaction['name']}: {reaction['state']}, {reaction['behind']} behind{pending}")
+        parked = f", {reaction['parked']} aggregates parked" if reaction["parked"] else ""
+        state = f"{reaction['state']}, {reaction['behind']} behind"
+        _line(f"  {reaction['kind']} {reaction['name']}: {state}{parked}{pending}")
     for name, lane in worker["limits"]["lanes"].items():
         if lane["why"]:
             _line(f"  {name} slowed to {lane['present']:.4g}/s: {lane['why']}")

@@ -196,6 +196,7 @@ class Reactors:
         self._reactors = [Reactor(context, declared, holds) for declared in context.app.reactions]
         self._tasks: list[asyncio.Task[None]] = []
         self.timers: dict[str, tuple[int, int, int]] = {}
+        self.parked: dict[str, int] = {}
         self._count_after = 0.0
 
     def assign(self, partitions: frozenset[int]) -> None:
@@ -249,7 +250,8 @@ class Reactors:
         found = []
         for reactor in self._reactors:
             pending, late, failed = self.timers.get(reactor.declared.name, (0, 0, 0))
-            found.append(reactor.report() | {"timers": {"pending": pending, "late": late, "failed": failed}})
+            timers = {"pending": pending, "late": late, "failed": failed}
+            found.append(reactor.report() | {"timers": timers, "parked": self.parked.get(reactor.declared.name, 0)})
         return found
 
     def publish_metrics(self) -> None:
@@ -267,7 +269,7 @@ class Reactors:
         if began < self._count_after:
             return
         self.timers = await context.run(partial(timers.counts, context.engine, int((context.now() - 1.0) * MICROS)))
-        parked = await context.run(partial(letters.count, context.engine))
+        self.parked = await context.run(partial(letters.count, context.engine))
         before = datetime.now(UTC) - timedelta(seconds=context.settings.policies.retention)
         old = before.isoformat(timespec="seconds")
         await context.run(partial(store.forget_rejections, context.engine, old))
@@ -276,7 +278,7 @@ class Reactors:
             if reactor.declared.kind == "policy":
                 await context.run(partial(timers.sweep, context.engine, name))
             pending, late, _ = self.timers.get(name, (0, 0, 0))
-            REACTION_PARKED.labels(reaction=name).set(parked.get(name, 0))
+            REACTION_PARKED.labels(reaction=name).set(self.parked.get(name, 0))
             if reactor.declared.kind == "policy":
                 TIMERS_PENDING.labels(policy=name).set(pending)
                 TIMERS_LATE.labels(policy=name).set(late)

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
-from aggregates import InvalidId, InvalidMessage
+from aggregates import EskernelError, InvalidId, InvalidMessage
 from aggregates.commit import decode
 from aggregates.errors import NewerEvent
 from aggregates.reacting import DeclaredReaction
@@ -314,10 +314,12 @@ class Session:
             self._put_behind(task, stored, mark, str(error))
             return "waits"
         except Failed as failure:
-            address, name = task.address, self._declared.name
+            address, cause = task.address, failure.__cause__
             logger.warning(
                 "%s could not react to event %d of %s %s: %s",
-                name, task.envelope.sequence, address.aggregate, address.id, failure,
+                self._declared.name, task.envelope.sequence, address.aggregate, address.id, failure,
+                # of the app's own code; what was answered needs none
+                exc_info=None if isinstance(cause, EskernelError | TimeoutError) else cause,
             )  # fmt: skip
             self._parking.parked.add(task.key)
             settings = self._context.settings.dead_letters

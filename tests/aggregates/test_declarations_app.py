@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from aggregates import Aggregate, DeclarationError, applies, handles, scenario
+from aggregates import Aggregate, DeclarationError, applies, event, handles, scenario
 from aggregates.declaration import declare
 from kernel import App
 from projections import Rows, Tallies, Tally, projected
@@ -206,3 +206,16 @@ def test_a_projection_of_something_else_than_a_class_is_a_problem() -> None:
         def deposited(self, row: Balance, event: Deposited) -> None: ...
 
     one_problem(problems_of([Account], [Balances]), "Balances", "of names an aggregate twice")
+
+
+def test_a_default_that_all_aggregates_would_share_is_refused_with_a_remedy() -> None:
+    with pytest.raises(DeclarationError, match=r"Shelf: mutable default .* field books .*default_factory=list"):
+
+        class Shelf(Aggregate):
+            books: list[str] = []
+
+    with pytest.raises(DeclarationError, match=r"Shelved: mutable default"):
+
+        @event
+        class Shelved:
+            books: list[str] = []

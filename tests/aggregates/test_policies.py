@@ -86,6 +86,16 @@ def test_a_scenario_fails_where_a_policy_does_something_else(assertion: Callable
         assertion(policy(Fulfilment).when(Placed(500, 60.0), id="o-1"))
 
 
+def test_a_scenario_finds_a_command_that_its_aggregate_does_not_handle() -> None:
+    class Lost(Policy, of=Order):
+        @reacts
+        def placed(self, event: Placed, meta: Meta) -> Reactions:
+            return Send(Payment, "p", Confirm())
+
+    with pytest.raises(AssertionError, match="sends Confirm to Payment, which has no handler"):
+        policy(Lost).when(Placed(1, 1.0)).sends(Send(Payment, "p", Confirm()))
+
+
 # ids
 
 

@@ -185,3 +185,12 @@ def test_a_wrong_number_of_columns_is_refused(engine: Engine) -> None:
         codec.key_of("ann")
     with pytest.raises(Refused, match="Box.name"):
         codec.key_of(("a\0", date.min))
+
+
+def test_a_key_of_an_event_that_no_handler_takes_is_a_problem() -> None:
+    class Wrong(Boxes, of=Letter):
+        def key(self, event: Written | Read, meta: Meta) -> Any:  # type: ignore[override]
+            return None
+
+    expected = "Wrong.key: it says a key for Read, which no handler takes"
+    assert any(expected in problem for problem in problems(Wrong))

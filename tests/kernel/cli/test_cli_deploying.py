@@ -33,7 +33,7 @@ def test_a_version_is_prepared_shown_rolled_back_paused_and_dropped(tmp_path: Pa
             (1, "retired", 0),
             (2, "live", 1),
         ]
-        assert "kept up to date by nobody: no running program declares it" in shell("projections", "show", "Pages")
+        assert "kept up to date by no service: no running one declares it" in shell("projections", "show", "Pages")
         assert "no projection 'Nothing'" in shell("projections", "show", "Nothing", code=1)
 
         # the old program is at hand, and not running: what its tables lack is folded

@@ -19,6 +19,7 @@ from kernel.projector.rollback import roll_back
 from projections import NotReproducible, SchemaError, checkpoints
 from projections.database import open_database
 from projections.following import fence_all
+from projections.schema import drop_version
 from tests.conftest import settings_for
 from tests.ledgers import Pay, Purse, Refund, ledger
 
@@ -77,6 +78,12 @@ async def test_each_program_keeps_its_own_tables_right_and_readers_see_the_newer
         with pytest.raises(NotProjected, match="readers see version 2 of Balances, and no running program keeps it"):
             await client.query("SELECT 1", after=receipt)
         await client.query("SELECT 1", after=receipt, projections=["Volumes"])
+    # nor does it where its own tables are gone
+    engine = open_database(database_url)
+    drop_version(engine, "Balances", 1, ledger(app_name, 2).projections)
+    engine.dispose()
+    async with run(ledger(app_name), "old"):
+        assert live(database_url) == (2, 2)
 
 
 async def test_a_long_build_goes_on_behind_commands_and_over_restarts(
