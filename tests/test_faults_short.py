@@ -363,7 +363,10 @@ async def test_two_workers_hold_through_a_short_schedule(postgres_url: str) -> N
     seed = int(os.environ.get("TEST_SEED", random.randrange(1 << 30)))
     print(f"TEST_SEED={seed}")
     postgres = postgres_url if seed % 2 else ""  # one database in each run; the long harness uses both
-    result = await Run(seed, short_plan(seed), Options(postgres=postgres, pausing=bool(seed // 4 % 2)), print).run()
+    schedule = short_plan(seed)
+    # a build is not shown where poison pauses projections
+    pausing = bool(seed // 4 % 2) and all(fault.kind != Kind.DEPLOY for fault in schedule)
+    result = await Run(seed, schedule, Options(postgres=postgres, pausing=pausing), print).run()
     print("\n".join(describe(result)))
     assert result.ok, result.violations
     assert result.kills["worker"] and result.kills["server"] and result.letters and result.garbage
