@@ -180,7 +180,7 @@ class Fulfilment(Policy, of=(Order, Payment)):
         return None
 
 
-class Mails(Effect, of=Order, timeout=5.0, concurrency=4):
+class Mails(Effect, of=Order, timeout=60.0, concurrency=4):
     """Sends a mail for each confirmed order, to a list.
 
     Attributes:

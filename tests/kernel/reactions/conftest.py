@@ -19,7 +19,7 @@ from kernel.log.base import EventLog
 from projections.origin import register
 from tests.conftest import settings_for
 
-SETTLE_S = 20.0
+SETTLE_S = 40.0
 
 
 class Shop:

@@ -224,9 +224,9 @@ async def test_two_workers_share_a_policy_and_hand_it_over(running: Running, app
         orders = range(start, start + 100)
         await asyncio.gather(*(at.client.execute(Order, f"o{n}", Place(), timeout=30) for n in orders))
 
-    async with running(app, lease=1.0) as first:
+    async with running(app) as first:
         await place(first, 0)
-        async with running(app, lease=1.0) as second:
+        async with running(app) as second:
             await asyncio.gather(place(first, 100), place(second, 200))
             await first.until(lambda: bool(second.service.partitions))
             await asyncio.gather(place(first, 300), place(second, 400))
@@ -376,7 +376,7 @@ def test_workers_that_start_together_register_a_policy_once(read_side_engine: En
 
 async def test_commands_are_taken_until_policies_have_let_go_of_partitions(running: Running, app_name: str) -> None:
     app = shop(app_name)
-    async with running(app, lease=1.0) as first:
+    async with running(app) as first:
         ownership, reactors = first.service.parts.ownership, first.service.parts.reactors
         listening: list[int] = []
         released = reactors.released
@@ -387,6 +387,6 @@ async def test_commands_are_taken_until_policies_have_let_go_of_partitions(runni
 
         reactors.released = note  # type: ignore[method-assign]
         before = len(ownership._listening)
-        async with running(app, lease=1.0) as second:
+        async with running(app) as second:
             await first.until(lambda: bool(second.service.partitions))
         assert listening[0] == before

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,26 +47,40 @@ async def test_a_timer_is_fired_once_and_not_early(running: Running, app_name: s
                 assert (event.causation_id, event.depth) == (placed[key].id, 1)
 
 
-async def test_a_cancelled_timer_is_not_fired(running: Running, app_name: str, engine: Engine) -> None:
+HOUR = 3600.0
+
+
+@pytest.fixture
+def move_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function after which services see a clock that is more than an hour ahead."""
+    return lambda: monkeypatch.setattr("kernel.assembly.time", SimpleNamespace(time=lambda: time.time() + HOUR + 60))
+
+
+async def test_a_cancelled_timer_is_not_fired(
+    running: Running, app_name: str, engine: Engine, move_clock: Callable[[], None]
+) -> None:
     async with running(shop(app_name)) as at:
-        await at.client.execute(Order, "o", Place(expires=0.5))
+        await at.client.execute(Order, "o", Place(expires=HOUR))
+        await at.client.execute(Order, "other", Place(expires=HOUR))
         await at.settled()
         await at.client.execute(Payment, "pay-o", Pay())
-        await at.client.execute(Order, "other", Place(expires=0.5))
         await at.settled()
+        assert [row["name"] for row in timers.pending(engine)] == ["other"]
+    move_clock()
+    async with running(shop(app_name)) as at:
         await at.until(lambda: not timers.pending(engine))
         await at.settled()
         assert await at.counts() == {"Placed": 2, "Requested": 2, "Paid": 1, "Confirmed": 1, "Expired": 1}
 
 
-async def test_what_was_due_in_an_outage_is_fired_afterwards(running: Running, app_name: str, engine: Engine) -> None:
+async def test_what_was_due_in_an_outage_is_fired_afterwards(
+    running: Running, app_name: str, engine: Engine, move_clock: Callable[[], None]
+) -> None:
     async with running(shop(app_name)) as at:
-        await asyncio.gather(*(at.client.execute(Order, f"o{n}", Place(expires=1.0)) for n in range(30)))
+        await asyncio.gather(*(at.client.execute(Order, f"o{n}", Place(expires=HOUR)) for n in range(30)))
         await at.settled()
         assert len(timers.pending(engine)) == 30
-    latest = max(row["due"] for row in timers.pending(engine)) / timers.MICROS
-    while time.time() < latest:
-        await asyncio.sleep(0.05)
+    move_clock()
     async with running(shop(app_name)) as at:
         await at.until(lambda: not timers.pending(engine))
         await at.settled()
@@ -91,10 +106,15 @@ async def test_an_owner_that_dies_while_firing_leads_to_no_second_command(
         assert await _expired(at) == {f"o{n}": 1 for n in range(50)}
 
 
-async def test_a_rejected_timer_is_recorded_and_over(running: Running, app_name: str, engine: Engine) -> None:
+async def test_a_rejected_timer_is_recorded_and_over(
+    running: Running, app_name: str, engine: Engine, move_clock: Callable[[], None]
+) -> None:
     async with running(shop(app_name)) as at:
-        await at.client.execute(Order, "o", Place(expires=0.3))
+        await at.client.execute(Order, "o", Place(expires=HOUR))
         await at.client.execute(Order, "o", Refuse("no"))
+        await at.settled()
+    move_clock()
+    async with running(shop(app_name)) as at:
         await at.until(lambda: bool(store.rejections(engine)))
         await at.until(lambda: not timers.pending(engine))
         (row,) = store.rejections(engine, "Fulfilment")
