@@ -12,7 +12,6 @@ from hashlib import blake2b
 from typing import Any
 
 from aggregates.aggregate import Aggregate, role_of
-from aggregates.commit import Envelope
 from aggregates.declaration import AggregateType, EventType, annotated
 from aggregates.errors import DeclarationError, InvalidMessage
 from aggregates.messages import spec_of
@@ -163,11 +162,6 @@ def derive_command_id(event_id: str, reaction: str, place: str, moment: datetime
     else:  # an event of another program, with an id of its own kind
         prefix = "00000000-0000"
     return f"{prefix}-8{digest[:3]}-8{digest[3:6]}-{digest[6:18]}"
-
-
-def meta_of(envelope: Envelope, aggregate_id: str, stream_sequence: int) -> Meta:
-    """Return an event's metadata."""
-    return Meta(envelope, aggregate_id, stream_sequence)
 
 
 def declare_reaction(

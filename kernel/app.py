@@ -160,14 +160,6 @@ class App:
             )
         self.reactions.append(declared)
 
-    def reaction(self, name: str) -> DeclaredReaction:
-        """Return the declared policy or effect. Raises `NotDeclared` with a list of those there are."""
-        for declared in self.reactions:
-            if declared.name == name:
-                return declared
-        known = ", ".join(each.name for each in self.reactions) or "none"
-        raise NotDeclared(f"{self.name} has no policy or effect {name!r}; it has {known}")
-
     def type_of(self, aggregate: type[Aggregate] | str) -> AggregateType[Any]:
         """Return the declared aggregate.
 

@@ -106,13 +106,13 @@ class LetterRetries:
                 self._queue(key, partial(self._retry, key, epoch))
             await asyncio.sleep(LOOK_S)
             try:
-                due = await self._context.run(partial(self._look, partitions, epoch))
+                due = await self._context.run(partial(self._find_retries, partitions, epoch))
             except Exception as error:
                 if not is_infrastructure(error):
                     raise
                 due = set()  # to begin again would mean to do again what is under way
 
-    def _look(self, partitions: Collection[int], epoch: int) -> set[Key]:
+    def _find_retries(self, partitions: Collection[int], epoch: int) -> set[Key]:
         engine, name = self._context.engine, self._declared.name
         store.check_owner(engine, name, epoch, partitions)
         return _find_due(engine, name, partitions, self._context.now()) if self._parking.parked else set()

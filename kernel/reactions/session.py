@@ -90,6 +90,7 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: list[BaseException] = []
         self._timers: list[dict[str, Any]] = []
+        self._outcomes: Counter[str] = Counter()
         self.behind = 0
         policies, instance = context.settings.policies, declared.instance
         at_once = instance.concurrency if isinstance(instance, Effect) else policies.in_flight
@@ -294,7 +295,7 @@ class Session:
             self._put_behind(task, stored, mark)
         else:
             outcome = await self._perform(task, stored, mark)
-        REACTED.labels(reaction=self._declared.name, outcome=outcome).inc()
+        self._outcomes[outcome] += 1
         mark.left -= 1
         self._under_way -= 1
         if task.timers:
@@ -384,6 +385,9 @@ class Session:
         self._timers = []
         if written.moves or written.timers:
             await self._context.write(partial(store.write, self._context.engine, name, self._epoch, written))
+        outcomes, self._outcomes = self._outcomes, Counter()
+        for outcome, count in outcomes.items():
+            REACTED.labels(reaction=name, outcome=outcome).inc(count)
         self._positions |= steps
         for partition, found in done.items():
             for _ in found:  # not before: until then they count as under way

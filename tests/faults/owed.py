@@ -45,11 +45,11 @@ def stories_of(app: str, messages: Sequence[Message]) -> list[tuple[str, int, in
         key = of_kind(app, message.subject, "Gauge") if tank is None else tank
         if key is None or not message.payload.startswith(b'[{"specversion"'):
             continue
-        for one in json.loads(message.payload):
-            colour = [] if tank is None else [f"colour {one['data']['note'].split(' ')[0]}"]
+        for envelope in json.loads(message.payload):
+            colour = [] if tank is None else [f"colour {envelope['data']['note'].split(' ')[0]}"]
             for story in (key, *colour):
                 events, digest = rows.get(story, (0, 0))
-                rows[story] = events + 1, zlib.crc32(f"{digest} {one['id']}".encode())
+                rows[story] = events + 1, zlib.crc32(f"{digest} {envelope['id']}".encode())
     return [(story, *row) for story, row in rows.items()]
 
 
@@ -105,10 +105,12 @@ def _read(
                 continue
             if int(message.subject.split(".")[2]) != fnv1a(f"{kind}/{key}") % partitions:
                 found.append(f"stream {message.sequence} ({message.subject}) is in a wrong partition")
-            for one in json.loads(message.payload):
-                time = datetime.fromisoformat(one["time"]).timestamp()
-                cause = one.get("causationid", "")
-                kept[key].append(Happened(one["id"], one["type"], one["sequence"], one["data"], time, cause))
+            for envelope in json.loads(message.payload):
+                time = datetime.fromisoformat(envelope["time"]).timestamp()
+                cause = envelope.get("causationid", "")
+                kept[key].append(
+                    Happened(envelope["id"], envelope["type"], envelope["sequence"], envelope["data"], time, cause)
+                )
     return tanks, gauges, found
 
 
